@@ -1,0 +1,236 @@
+"""The student's output head, switched to the drawn classes for the length of a training step.
+
+The head module stays the module it is: only the *instance's* forward is replaced while a draw is set, so parameter
+names, ties, wrappers, autocast and checkpoints see an ordinary model, and with no draw set it is one.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# Elements of the gathered rows [n, K, d] that exist at a time: 16 MiB in float32.
+GATHER_ELEMENTS = 2**22
+
+# A gathered class costs as much as this many in a dense product over all classes.
+GATHER_COST = 40
+
+
+class _DrawnLinear(torch.autograd.Function):
+    """``h Wᵀ + b`` at drawn classes, forward and backward by chunks of rows, so that no ``[N, K, d]`` is held."""
+
+    @staticmethod
+    def forward(ctx, features, weight, bias, row_ids, shared_ids):
+        ctx.save_for_backward(features, weight, row_ids, shared_ids)
+        ctx.has_bias = bias is not None
+        num_row = row_ids.shape[1]
+        logits = features.new_empty(len(features), num_row + len(shared_ids))
+        for rows in _chunks(row_ids, weight):
+            gathered = weight[row_ids[rows]].to(features.dtype)
+            torch.matmul(gathered, features[rows, :, None], out=logits[rows, :num_row, None])
+        logits[:, num_row:] = features @ weight[shared_ids].to(features.dtype).T
+        if bias is not None:
+            logits[:, :num_row] += bias[row_ids]
+            logits[:, num_row:] += bias[shared_ids]
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        features, weight, row_ids, shared_ids = ctx.saved_tensors
+        row_grad, shared_grad = grad.split([row_ids.shape[1], len(shared_ids)], dim=1)
+        wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_features = shared_grad @ weight[shared_ids].to(grad.dtype) if wants_features else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        for rows in _chunks(row_ids, weight):
+            if wants_features:
+                gathered = weight[row_ids[rows]].to(grad.dtype)
+                grad_features[rows] += torch.matmul(row_grad[rows, None], gathered)[:, 0]
+            if wants_weight:
+                outer = row_grad[rows, :, None] * features[rows, None, :]
+                grad_weight.index_add_(0, row_ids[rows].flatten(), outer.flatten(0, 1).to(weight.dtype))
+        if wants_weight:
+            grad_weight.index_add_(0, shared_ids, (shared_grad.T @ features).to(weight.dtype))
+        grad_bias = None
+        if ctx.has_bias and wants_bias:
+            grad_bias = weight.new_zeros(len(weight))
+            grad_bias.index_add_(0, row_ids.flatten(), row_grad.flatten().to(weight.dtype))
+            grad_bias.index_add_(0, shared_ids, shared_grad.sum(0).to(weight.dtype))
+        return grad_features, grad_weight, grad_bias, None, None
+
+
+def _chunks(row_ids: Tensor, weight: Tensor) -> Iterator[slice]:
+    chunk_rows = max(1, GATHER_ELEMENTS // max(1, row_ids.shape[1] * weight.shape[1]))
+    return (slice(start, start + chunk_rows) for start in range(0, len(row_ids), chunk_rows))
+
+
+def drawn_logits(
+    features: Tensor, weight: Tensor, bias: Tensor | None, row_ids: Tensor, shared_ids: Tensor
+) -> Tensor:
+    """The head's logits at drawn classes only: ``[N, R + K_t]``, in the autocast dtype where autocast is on.
+
+    Args:
+        features: what the head is given, ``[N, d]``.
+        weight, bias: the head's, ``[C, d]`` and ``[C]`` or None.
+        row_ids: classes of each row, ``[N, R]``.
+        shared_ids: classes of all rows, ``[K_t]``.
+    """
+    device = features.device.type
+    if torch.is_autocast_enabled(device):
+        features = features.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _DrawnLinear.apply(features, weight, bias, row_ids, shared_ids)
+
+
+def sampling_pays(num_classes: int, num_sampled: int, num_shared: int) -> tuple[bool, str]:
+    """Whether drawn classes are computed faster than all of them, and why."""
+    gathered = GATHER_COST * num_sampled + num_shared
+    cost = f"{num_sampled} gathered and {num_shared} shared classes cost about as much as {gathered} of {num_classes}"
+    return gathered < num_classes, cost
+
+
+class SampledHead:
+    """A linear output head that can be told to compute drawn classes only.
+
+    Args:
+        module: the student's output head, see :func:`find_head`.
+    """
+
+    def __init__(self, module: nn.Linear):
+        self.module = module
+
+    @contextmanager
+    def only(self, row_ids: Tensor, shared_ids: Tensor) -> Iterator[None]:
+        """Within this context the head, and so the student, answers for the drawn classes only.
+
+        Leave it after backward: activation checkpointing runs the head a second time there.
+        """
+        self.set(row_ids, shared_ids)
+        try:
+            yield
+        finally:
+            self.clear()
+
+    def set(self, row_ids: Tensor, shared_ids: Tensor) -> None:
+        """Switches the head to the drawn classes, ``row_ids [N, R]`` and ``shared_ids [K_t]``."""
+
+        def forward(module: nn.Linear, features: Tensor) -> Tensor:
+            if features.shape[:-1] != row_ids.shape[:1]:
+                raise ValueError(
+                    f"the head {type(module).__name__} got features of shape {tuple(features.shape)} for "
+                    f"{len(row_ids)} rows of drawn classes: it has to see one feature vector a row, [N, d]"
+                )
+            return drawn_logits(features, module.weight, module.bias, row_ids, shared_ids)
+
+        self.module.forward = types.MethodType(forward, self.module)
+
+    @torch.no_grad()
+    def features(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """What the head is given for these inputs, ``[N, d]``, with the model in evaluation mode.
+
+        Args:
+            model: the student that the head belongs to.
+            inputs: without labels.
+        """
+        given = []
+        hook = self.module.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+        was_training = model.training
+        model.eval()
+        try:
+            model(**inputs)
+        finally:
+            hook.remove()
+            model.train(was_training)
+        return given[0]
+
+    def clear(self) -> None:
+        """Gives the head its own forward back."""
+        self.module.__dict__.pop("forward", None)
+
+
+def find_head(model: nn.Module, num_classes: int, head_name: str | None = None) -> str:
+    """Finds the student's output head.
+
+    A language model names it itself (``get_output_embeddings``); for a classifier it is the only ``nn.Linear`` with
+    C outputs.
+
+    Args:
+        model: the student.
+        num_classes: C.
+        head_name: the head's name among ``model.named_modules()``, if the rule does not find it.
+
+    Returns:
+        the name of the module.
+
+    Raises:
+        ValueError: if there is no head, or more than one candidate; lists them.
+    """
+    modules = dict(model.named_modules())
+    candidates = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) and module.out_features == num_classes
+    ]
+    if head_name is not None:
+        if head_name not in modules:
+            raise ValueError(
+                f"head_name is {head_name!r}, but {type(model).__name__} has no such module; "
+                f"linear layers with {num_classes} outputs: {candidates or 'none'}"
+            )
+        if not isinstance(modules[head_name], nn.Linear) or modules[head_name].out_features != num_classes:
+            raise ValueError(
+                f"head_name is {head_name!r}, a {type(modules[head_name]).__name__}: the head has to be an nn.Linear "
+                f"with {num_classes} outputs; candidates: {candidates or 'none'}"
+            )
+        return head_name
+    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    named = [name for name in candidates if modules[name] is output_embeddings]
+    if len(named or candidates) != 1:
+        raise ValueError(
+            f"cannot tell which layer of {type(model).__name__} is the output head with {num_classes} classes: "
+            f"candidates are {candidates or 'none'}; name it with head_name, or use head_mode='exact'"
+        )
+    return (named or candidates)[0]
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor], head_name: str) -> None:
+    """Compares the switched head with the full one on a few rows; run once, at the first step.
+
+    Args:
+        model: the student.
+        head: its head.
+        inputs: some rows, without labels.
+        head_name: for the message.
+
+    Raises:
+        ValueError: if the student's logits are not those of the head at the same classes: something in the model
+            comes after the head, or the wrong layer was taken for it.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        full = model(**inputs).logits
+        num_classes = full.shape[-1]
+        columns = torch.arange(min(4, num_classes), device=full.device)
+        row_ids = (columns * 7 + torch.arange(len(full), device=full.device)[:, None]) % num_classes
+        shared_ids = (columns * 3 + 1) % num_classes
+        with head.only(row_ids, shared_ids):
+            drawn = model(**inputs).logits
+    finally:
+        model.train(was_training)
+    expected = torch.cat([full.gather(1, row_ids), full[:, shared_ids]], 1)
+    tolerance = 8 * torch.finfo(full.dtype).eps * float(full.abs().max().clamp_min(1))
+    if drawn.shape != expected.shape or not torch.allclose(drawn, expected, rtol=0, atol=tolerance):
+        gap = (
+            "shapes differ"
+            if drawn.shape != expected.shape
+            else f"off by up to {(drawn - expected).abs().max():.3g}"
+        )
+        raise ValueError(
+            f"{type(model).__name__} does not return the output of {head_name!r} as its logits ({gap}): another layer "
+            "comes after it. Name the right head with head_name, or use head_mode='exact'"
+        )

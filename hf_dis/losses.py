@@ -1,0 +1,135 @@
+"""Distillation and cross-entropy losses, on drawn classes and on all of them. Pure functions of tensors.
+
+All return one value a row, computed in float32 or wider whatever the dtype of the logits, and keep the factor τ²
+of Hinton et al. (arXiv 1503.02531), so that the gradient's size does not depend on the temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .heads import drawn_logits
+from .proposal import Statistics
+from .sampling import ClassDraw, ClassSampler
+from .teachers import TeacherTargets, widen
+
+
+def sampled_distillation_loss(logits: Tensor, draw: ClassDraw, temperature: float) -> tuple[Tensor, Tensor]:
+    """τ² KL(p ‖ s), estimated from the drawn classes.
+
+    ``τ² (Σ p̂ (log p - z/τ) + log Ẑ)`` with ``log Ẑ = logsumexp(z/τ + log ω)``. The normaliser makes it consistent
+    rather than unbiased: its bias falls as 1/K. With all classes drawn for certain it is the exact loss.
+
+    Args:
+        logits: the student's, of the drawn classes, ``[N, R + K_t]``.
+        draw: the classes, their weights and the teacher's answers.
+        temperature: τ > 0, the one the draw was made at.
+
+    Returns:
+        the loss ``[N]``, and the disagreement ``s - p`` at every column ``[N, R + K_t]``, without gradient.
+    """
+    scaled = widen(logits) / temperature
+    log_normaliser = (scaled + draw.log_weights).logsumexp(1, keepdim=True)
+    log_ratio = draw.log_probs - scaled + log_normaliser
+    loss = temperature**2 * (draw.target * log_ratio).sum(1)
+    with torch.no_grad():
+        disagreement = (scaled - log_normaliser).exp() - draw.log_probs.exp()
+    return loss, disagreement
+
+
+def sampled_cross_entropy(logits: Tensor, draw: ClassDraw) -> Tensor:
+    """-log softmax(z)_y, the normaliser estimated from the drawn classes; the label is always among them.
+
+    Args:
+        logits: the student's, of the drawn classes, ``[N, R + K_t]``.
+        draw: a draw made with labels.
+
+    Returns:
+        the loss, ``[N]``.
+    """
+    logits = widen(logits)
+    return (logits + draw.log_weights).logsumexp(1) - logits[:, draw.label_column]
+
+
+def exact_distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """τ² KL(p ‖ s) over all classes: ``[N]`` for student and teacher logits ``[N, C]``."""
+    student = (widen(logits) / temperature).log_softmax(1)
+    teacher = (widen(teacher_logits) / temperature).log_softmax(1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
+def exact_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(z)_y over all classes: ``[N]`` for logits ``[N, C]`` and labels ``[N]``."""
+    return F.cross_entropy(widen(logits), labels, reduction="none")
+
+
+def mix(distillation: Tensor, cross_entropy: Tensor | None, hard_label_weight: float) -> Tensor:
+    """(1 - λ) KD + λ CE; KD alone where there are no labels."""
+    if cross_entropy is None:
+        return distillation
+    return (1 - hard_label_weight) * distillation + hard_label_weight * cross_entropy
+
+
+class DISLoss:
+    """The sampled loss for loops of one's own: draws, computes the drawn logits, learns from what it saw.
+
+    Args:
+        sampler: draws the classes, see :func:`hf_dis.sampling.make_sampler`. Its ``state_dict`` belongs in your
+            checkpoints. In a run of several processes give each its own seed, and sum the statistics that
+            its proposal learns from, as ``reduce`` does.
+        temperature: τ > 0.
+        hard_label_weight: λ in [0, 1], the share of cross-entropy; used only where labels are given.
+        reduce: sums a dict of tensors over processes; ``partial(accelerator.reduce, reduction="sum")``, say.
+
+    Example::
+
+        dis_loss = DISLoss(make_sampler(num_classes=100_000))
+        loss = dis_loss(features, head.weight, head.bias, teacher_logits, labels)
+        loss.backward()
+    """
+
+    def __init__(
+        self,
+        sampler: ClassSampler,
+        temperature: float = 2.0,
+        hard_label_weight: float = 0.1,
+        reduce: Callable[[Statistics], Statistics] | None = None,
+    ):
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}: it divides the logits and has to be above 0")
+        if not 0 <= hard_label_weight <= 1:
+            raise ValueError(
+                f"hard_label_weight is {hard_label_weight}: it is a share and has to be within [0, 1]"
+            )
+        self.sampler, self.temperature, self.hard_label_weight = sampler, temperature, hard_label_weight
+        self.reduce = reduce
+
+    def __call__(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher_logits: Tensor | Iterable[Tensor],
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The mean loss of a batch, a scalar.
+
+        Args:
+            features: what the head is given, ``[N, d]``.
+            weight, bias: the head's, ``[C, d]`` and ``[C]`` or None.
+            teacher_logits: ``[N, C]``, or an iterable of chunks of rows that need not exist at the same time.
+            labels: class ids ``[N]``.
+        """
+        chunks = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
+        depth = self.sampler.rank_depth
+        with torch.no_grad():
+            draw = self.sampler.draw((TeacherTargets(c, self.temperature, depth) for c in chunks), labels)
+        logits = drawn_logits(features, weight, bias, draw.row_ids, draw.shared_ids)
+        kd, disagreement = sampled_distillation_loss(logits, draw, self.temperature)
+        ce = None if labels is None else sampled_cross_entropy(logits, draw)
+        self.sampler.learn(draw, disagreement, self.reduce)
+        return mix(kd, ce, self.hard_label_weight).mean()

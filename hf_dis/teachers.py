@@ -1,0 +1,121 @@
+"""The teacher's answers, ranked: what the draw and the losses see of a teacher, wherever it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+# Elements of a chunk's [rows, C] logits: 64 MiB in float32.
+CHUNK_ELEMENTS = 2**24
+
+
+def widen(logits: Tensor) -> Tensor:
+    """Logits in float32, or as they are if wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class TeacherTargets:
+    """The teacher's view of some rows, ranked to a depth, at a temperature.
+
+    Args:
+        logits: the teacher's, ``[n, C]``.
+        temperature: τ > 0.
+        depth: m, how many ranks to resolve.
+
+    Attributes:
+        ids: the m best-ranked classes, best first, ``[n, m]``.
+        log_probs: their log-probabilities at τ, ``[n, m]``, float32 or wider.
+    """
+
+    def __init__(self, logits: Tensor, temperature: float, depth: int):
+        self.logits = widen(logits) / temperature
+        top, self.ids = self.logits.topk(min(depth, logits.shape[1]), dim=1)
+        self.log_normaliser = self.logits.logsumexp(1, keepdim=True)
+        self.log_probs = top - self.log_normaliser
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def log_prob(self, ids: Tensor) -> Tensor:
+        """Log-probability of any classes of each row, ``[n, K]`` for ids ``[n, K]``."""
+        return self.logits.gather(1, ids) - self.log_normaliser
+
+    def class_mass(self) -> Tensor:
+        """The probability of each class outside the rows' ranked ones, summed over rows, ``[C]``."""
+        mass = (self.logits - self.log_normaliser).exp_().sum(0)
+        ranked = self.log_probs.exp().flatten()
+        return mass.index_add_(0, self.ids.flatten(), ranked, alpha=-1).clamp_min_(0)
+
+
+class OnlineTeacher:
+    """A teacher that runs beside the student and is ranked by chunks of rows.
+
+    No ``[N, C]`` tensor outlives a chunk. Never trained, never saved, in evaluation mode throughout.
+
+    Args:
+        model: any model that returns ``.logits`` of shape ``[rows, C]``.
+        num_classes: C, as the student has it.
+        temperature: τ > 0.
+        depth: m, how many ranks to resolve.
+        chunk_rows: rows a chunk; by default as many as keep a chunk's logits within 64 MiB.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        temperature: float,
+        depth: int,
+        chunk_rows: int | None = None,
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.num_classes, self.temperature, self.depth = num_classes, temperature, depth
+        self.chunk_rows = chunk_rows or max(1, CHUNK_ELEMENTS // num_classes)
+
+    def __call__(self, inputs: dict[str, Tensor], check_finite: bool = True) -> Iterator[TeacherTargets]:
+        """Yields the ranked targets of each chunk of rows, in order; see :meth:`logits`."""
+        for logits in self.logits(inputs, check_finite):
+            yield TeacherTargets(logits, self.temperature, self.depth)
+
+    @torch.no_grad()
+    def logits(self, inputs: dict[str, Tensor], check_finite: bool = True) -> Iterator[Tensor]:
+        """Yields the logits of each chunk of rows, ``[rows, C]``.
+
+        Args:
+            inputs: of the model, without labels.
+            check_finite: look for NaN and Inf; on an accelerator this waits for the device.
+
+        Raises:
+            ValueError: if the logits do not have C columns.
+            FloatingPointError: if they hold NaN or Inf; names the rows.
+        """
+        first_row = 0
+        for chunk in split_rows(inputs, self.chunk_rows):
+            logits = self.model(**chunk).logits
+            if logits.shape[-1] != self.num_classes:
+                raise ValueError(
+                    f"the teacher answers for {logits.shape[-1]} classes, the student for {self.num_classes}: "
+                    "both need the same classes in the same order; use a teacher trained on the student's labels"
+                )
+            if check_finite and not logits.isfinite().all():
+                rows = (~logits.isfinite()).any(1).nonzero()[:, 0] + first_row
+                raise FloatingPointError(
+                    f"the teacher's logits hold NaN or Inf in rows {rows.tolist()[:20]} of the batch: check these "
+                    "inputs, and the teacher's precision (a float16 teacher overflows at 65,504; try bfloat16)"
+                )
+            yield logits
+            first_row += len(logits)
+
+
+def split_rows(inputs: dict[str, Tensor], chunk_rows: int) -> Iterator[dict[str, Tensor]]:
+    """Splits a batch of model inputs into chunks of rows; what does not have a row for each is passed whole."""
+    num_rows = max(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
+    for start in range(0, num_rows, chunk_rows):
+        yield {
+            name: value[start : start + chunk_rows]
+            if isinstance(value, Tensor) and value.dim() and len(value) == num_rows
+            else value
+            for name, value in inputs.items()
+        }

@@ -1,0 +1,414 @@
+"""DISDistillationTrainer: a ``transformers.Trainer`` that distils while computing only the drawn classes' logits."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from .config import DISConfig
+from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
+from .heads import SampledHead, check_head, find_head, sampling_pays
+from .losses import (
+    exact_cross_entropy,
+    exact_distillation_loss,
+    mix,
+    sampled_cross_entropy,
+    sampled_distillation_loss,
+)
+from .sampling import make_sampler
+from .teachers import OnlineTeacher, split_rows
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "dis_state_{rank}.safetensors"
+
+
+class DISDistillationTrainer(Trainer):
+    """Distils a teacher into a student by dynamic importance sampling (arXiv 1812.00914).
+
+    Everything that ``Trainer`` does stays as it is; only the loss changes. Evaluation uses the full output layer
+    and reports ``eval_loss``, ``eval_kd_loss`` and ``eval_ce_loss`` as in training, and ``eval_kl``, the KL
+    divergence of student from teacher at temperature 1.
+
+    Args:
+        model: the student, or None with ``model_init``.
+        teacher_model: a module that returns ``.logits``, or the name or path of a transformers checkpoint. It is put
+            on the training device, frozen, and never saved.
+        args: the configuration.
+        **kwargs: as for ``Trainer``.
+
+    Raises:
+        ValueError, TypeError: if the student, the teacher or an argument cannot be used; says what to do instead.
+    """
+
+    # compute_loss divides by the rows of the whole accumulation window itself.
+    loss_is_scaled_for_ga = True
+    _tag_names = ("hf_dis", "knowledge-distillation", "dynamic-importance-sampling")
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        args: DISConfig | None = None,
+        **kwargs: Any,
+    ):
+        args = DISConfig(output_dir="tmp_trainer") if args is None else args
+        _check_arguments(args, teacher_model, kwargs)
+        super().__init__(model=model, args=args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process would use nn.DataParallel, which copies the student past the "
+                "switched head: start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        teacher = load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        if teacher is self.model:
+            raise ValueError(
+                "teacher_model and model are the same module: the teacher has to be a model of its own"
+            )
+        self.num_classes = _num_classes(self.model, teacher)
+        self.head_name = find_head(self.model, self.num_classes, args.head_name)
+        self.head_mode = self._choose_head_mode()
+        self.teacher = OnlineTeacher(
+            teacher.to(self.args.device), self.num_classes, args.temperature, args.rank_depth
+        )
+        self.sampler = make_sampler(
+            self.num_classes,
+            num_sampled_classes=args.num_sampled_classes,
+            num_shared_classes=args.num_shared_classes,
+            rank_depth=args.rank_depth,
+            proposal=args.proposal,
+            sampler=args.sampler,
+            proposal_floor=args.proposal_floor,
+            proposal_decay=args.proposal_decay,
+            seed=args.seed + args.process_index,
+            device=self.args.device,
+        )
+        self._means = RunningMeans()
+        self._eval_means = RunningMeans()
+        self._head_is_checked = False
+        if isinstance(self.model, PreTrainedModel):
+            self.model.add_model_tags(list(self._tag_names))
+
+    # The step
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The distillation loss of a batch; in training, on drawn classes. See docs/how-it-works.md."""
+        labels, inputs = self._split_labels(inputs)
+        if self.head_mode == "exact" or not model.training:
+            return self._exact_loss(model, inputs, labels, return_outputs, num_items_in_batch)
+        self._check_head_once(inputs)
+        with torch.no_grad(), self.accelerator.autocast():
+            draw = self.sampler.draw(self.teacher(inputs, self._checks_values()), labels)
+        self.head.set(draw.row_ids, draw.shared_ids)  # until training_step is done with backward
+        outputs = model(**inputs)
+        kd, disagreement = sampled_distillation_loss(outputs.logits, draw, self.args.temperature)
+        ce = None if labels is None else sampled_cross_entropy(outputs.logits, draw)
+        self.sampler.learn(draw, disagreement, self._sum_over_processes)
+        self._record(kd, ce, draw, disagreement, inputs)
+        loss = self._normalise(mix(kd, ce, self.args.hard_label_weight), num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _exact_loss(self, model, inputs, labels, return_outputs, num_items_in_batch):
+        outputs = model(**inputs)
+        kd, ce = self._exact_rows(outputs.logits, inputs, labels)
+        self._means.add({"kd_loss": kd} if ce is None else {"kd_loss": kd, "ce_loss": ce})
+        loss = self._normalise(mix(kd, ce, self.args.hard_label_weight), num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _exact_rows(self, logits: Tensor, inputs: dict[str, Tensor], labels: Tensor | None):
+        """Exact KD ``[N]`` and cross-entropy ``[N]`` (None without labels) from full logits ``[N, C]``."""
+        with self.accelerator.autocast():
+            chunks = list(self.teacher.logits(inputs, self._checks_values()))
+        parts = zip(logits.split([len(chunk) for chunk in chunks]), chunks, strict=True)
+        kd = torch.cat([exact_distillation_loss(part, chunk, self.args.temperature) for part, chunk in parts])
+        return kd, None if labels is None else exact_cross_entropy(logits, labels)
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self.head.clear()
+
+    @property
+    def head(self) -> SampledHead:
+        """The student's output head; looked up each time, since ``model_init`` makes a new student."""
+        return SampledHead(self.model.get_submodule(self.head_name))
+
+    # Rows, labels, normalisation
+
+    def _split_labels(self, inputs: dict[str, Tensor]) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Takes the labels out, so that the student computes no loss of its own, and checks their range."""
+        labels = inputs.get("labels")
+        inputs = {name: value for name, value in inputs.items() if name not in self.label_names}
+        if labels is not None:
+            if labels.dim() != 1:
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)}: this version distils classifiers with one class id a "
+                    "row, [N]"
+                )
+            if self._checks_values() and (labels.min() < 0 or labels.max() >= self.num_classes):
+                bad = labels[(labels < 0) | (labels >= self.num_classes)]
+                raise ValueError(
+                    f"labels {bad.unique().tolist()[:10]} are outside 0..{self.num_classes - 1}: the student has "
+                    f"{self.num_classes} classes; check num_labels and the label column"
+                )
+        return labels, inputs
+
+    def _checks_values(self) -> bool:
+        """Whether this step looks into tensors: always on CPU; elsewhere, where it waits for the device, at the first
+        step and whenever logs are due."""
+        if self.args.device.type == "cpu":
+            return True
+        return self.state.global_step % max(1, int(self.state.logging_steps or 1)) == 0
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None
+        num_rows = torch.tensor(sum(_num_rows(batch) for batch in batch_samples), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            num_rows = self.accelerator.gather(num_rows).sum()
+        return num_rows
+
+    def _normalise(self, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Σ loss / rows of the window, times the processes that the gradient is averaged over."""
+        if num_items_in_batch is None or not self.model.training:
+            return loss.mean()
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss.sum() / num_items_in_batch * processes
+
+    def _sum_over_processes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.accelerator.reduce(tensors, reduction="sum")
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in ``Trainer``; with ``head_learning_rate`` the head's parameters form groups of their own."""
+        mine = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if mine and self.args.head_learning_rate is not None:
+            head = {id(parameter) for parameter in self.head.module.parameters()}
+            for group in list(optimizer.param_groups):
+                in_head = [parameter for parameter in group["params"] if id(parameter) in head]
+                if in_head:
+                    group["params"] = [
+                        parameter for parameter in group["params"] if id(parameter) not in head
+                    ]
+                    optimizer.add_param_group(
+                        {**group, "params": in_head, "lr": self.args.head_learning_rate}
+                    )
+        return optimizer
+
+    # Evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """One evaluation batch on the full head; the losses of its rows are kept for :meth:`evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        labels, inputs = self._split_labels(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+            kd, ce = self._exact_rows(outputs.logits, inputs, labels)
+            with self.accelerator.autocast():
+                chunks = list(self.teacher.logits(inputs, check_finite=False))
+            kl = exact_distillation_loss(outputs.logits, torch.cat(chunks), 1.0)
+        loss = mix(kd, ce, self.args.hard_label_weight)
+        rows = {"loss": loss, "kd_loss": kd, "kl": kl} | ({} if ce is None else {"ce_loss": ce})
+        self._eval_means.add(self.accelerator.gather_for_metrics(rows))
+        if prediction_loss_only:
+            return loss.mean(), None, None
+        ignored = ["loss", *(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", []))]
+        kept = tuple(value.detach() for name, value in outputs.items() if name not in ignored)
+        return loss.mean(), kept[0] if len(kept) == 1 else kept, labels
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        self._eval_means.pop()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._eval_means.pop()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    # Logs
+
+    def _record(self, kd, ce, draw, disagreement, inputs) -> None:
+        values = {
+            "kd_loss": kd,
+            "dis/ess": effective_sample_size(draw, disagreement),
+            "dis/coverage": coverage(draw),
+            "dis/certain": certain_share(draw),
+        }
+        if ce is not None:
+            values["ce_loss"] = ce
+        if self.args.probe_steps and self.state.global_step % self.args.probe_steps == 0:
+            values |= {f"probe/{name}": value for name, value in self._probe(draw, inputs).items()}
+        self._means.add(values)
+
+    def _probe(self, draw, inputs) -> dict[str, Tensor]:
+        features = self.head.features(self.model, inputs)
+        with self.accelerator.autocast():
+            teacher_logits = list(self.teacher.logits(inputs, check_finite=False))
+        return probe(self.head.module, features, draw, teacher_logits, self.args.temperature)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log: kd_loss, ce_loss, dis/*, probe/*, and the proposal's weights."""
+        if "loss" in logs and self.model.training:
+            logs = {**logs, **self._means.pop(self._sum_over_processes)}
+            if self.head_mode == "sampled":
+                logs |= self.sampler.proposal.scalars()
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        os.makedirs(output_dir, exist_ok=True)
+        path = os.path.join(output_dir, STATE_FILE.format(rank=self.args.process_index))
+        save_file({name: value.contiguous() for name, value in self.sampler.state_dict().items()}, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, STATE_FILE.format(rank=self.args.process_index))
+        if os.path.isfile(path):
+            self.sampler.load_state_dict(load_file(path, device=str(self.args.device)))
+        else:
+            logger.warning(
+                f"{path} is missing: the proposal and its random draws start anew, so this run will not repeat the "
+                "interrupted one. It was saved by another trainer, or by more processes."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if self._saves_plain_weights(model):
+            _load_as_from_pretrained(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._saves_plain_weights(self.model):
+            _load_as_from_pretrained(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _saves_plain_weights(self, model: nn.Module) -> bool:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return isinstance(model, PreTrainedModel) and not sharded
+
+    # Set-up
+
+    def _choose_head_mode(self) -> str:
+        args, num_classes = self.args, self.num_classes
+        if args.num_sampled_classes >= num_classes:
+            if args.num_sampled_classes > num_classes or args.head_mode == "sampled":
+                logger.warning(
+                    f"num_sampled_classes is {args.num_sampled_classes} and there are {num_classes} classes: all of "
+                    "them are computed, which is exact distillation"
+                )
+            return "exact"
+        if args.head_mode != "auto":
+            return args.head_mode
+        pays, why = sampling_pays(num_classes, args.num_sampled_classes, args.num_shared_classes)
+        logger.warning(f"head_mode='auto' chose {'sampled' if pays else 'exact'!r}: {why}")
+        return "sampled" if pays else "exact"
+
+    def _check_head_once(self, inputs: dict[str, Tensor]) -> None:
+        if not self._head_is_checked:
+            with self.accelerator.autocast():
+                check_head(self.model, self.head, next(split_rows(inputs, 2)), self.head_name)
+            self._head_is_checked = True
+
+
+def load_teacher(name_or_path: str) -> PreTrainedModel:
+    """Loads a teacher as the class that its checkpoint names.
+
+    Args:
+        name_or_path: of a transformers checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint does not name a class of transformers.
+    """
+    architectures = AutoConfig.from_pretrained(name_or_path).architectures or ["none"]
+    teacher_class = getattr(transformers, architectures[0], None)
+    if teacher_class is None:
+        raise ValueError(
+            f"the checkpoint {name_or_path} names the architecture {architectures[0]}, which transformers does not "
+            "have: load the teacher yourself and pass the model"
+        )
+    return teacher_class.from_pretrained(name_or_path)
+
+
+def _load_as_from_pretrained(model: PreTrainedModel, checkpoint: str) -> None:
+    """Loads a checkpoint's weights under the names that the model gives them.
+
+    Trainer loads the file's names as they are, and where a model saves under other names than it has (ViT, Swin,
+    Dinov2, ...) goes on with a random encoder and only a warning.
+    """
+    saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+
+
+def _num_rows(batch: dict[str, Tensor]) -> int:
+    return len(batch["labels"] if "labels" in batch else next(iter(batch.values())))
+
+
+def _check_arguments(args: DISConfig, teacher_model: nn.Module | str | None, kwargs: dict[str, Any]) -> None:
+    if not isinstance(args, DISConfig):
+        raise TypeError(f"args is a {type(args).__name__}: DISDistillationTrainer needs a DISConfig")
+    if teacher_model is None:
+        raise ValueError(
+            "there is no teacher: pass teacher_model, a model or the name or path of a checkpoint"
+        )
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func runs after the student's forward, too late to choose the classes: override "
+            "compute_loss in a subclass and call super().compute_loss"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}: smoothing needs every class; set it to 0, the "
+            "teacher's probabilities already smooth the labels"
+        )
+    if args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel replaces the head that DIS switches to drawn classes: set it to False"
+        )
+    optimizer = (kwargs.get("optimizers") or (None, None))[0]
+    if args.head_learning_rate is not None and optimizer is not None:
+        raise ValueError(
+            "head_learning_rate is set, but so is an optimizer of your own: give the head a parameter group there"
+        )
+
+
+def _num_classes(student: nn.Module, teacher: nn.Module) -> int:
+    """C, after checking that student and teacher are classifiers of the same classes."""
+    config = student.config
+    if getattr(student, "get_output_embeddings", lambda: None)() is not None:
+        raise ValueError(
+            f"{type(student).__name__} has a language-model head: this version distils classifiers (one class a row)"
+        )
+    if config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1:
+        raise ValueError(
+            f"the student's problem_type is {config.problem_type!r} with num_labels={config.num_labels}: distillation "
+            "by sampled classes needs single-label classification with two classes or more"
+        )
+    teacher_config = getattr(teacher, "config", None)
+    teacher_labels = getattr(teacher_config, "num_labels", config.num_labels)
+    if teacher_labels != config.num_labels:
+        raise ValueError(
+            f"the teacher has {teacher_labels} classes, the student {config.num_labels}: both need the same classes "
+            "in the same order; set num_labels of the student, or use a teacher trained on these labels"
+        )
+    return config.num_labels
