@@ -46,13 +46,9 @@ class DISConfig(TrainingArguments):
     )
     num_shared_classes: int = field(
         default=512,
-        metadata={
-            "help": "Classes drawn once a step for all rows; 0: the paper's layout, all drawn row by row."
-        },
+        metadata={"help": "Classes drawn once a step for all rows; 0: the paper's layout, all drawn row by row."},
     )
-    rank_depth: int = field(
-        default=128, metadata={"help": "Ranks that the teacher's ranking resolves one by one."}
-    )
+    rank_depth: int = field(default=128, metadata={"help": "Ranks that the teacher's ranking resolves one by one."})
     proposal: Literal["dis", "teacher", "uniform", "topk"] = field(
         default="dis",
         metadata={"help": "Where classes are drawn: fitted during training, or a fixed baseline."},
@@ -61,9 +57,7 @@ class DISConfig(TrainingArguments):
         default="pps",
         metadata={"help": "Distinct classes, or independent draws with replacement (the paper's)."},
     )
-    proposal_floor: float = field(
-        default=0.05, metadata={"help": "Uniform share of the proposals, in (0, 1]."}
-    )
+    proposal_floor: float = field(default=0.05, metadata={"help": "Uniform share of the proposals, in (0, 1]."})
     proposal_decay: float = field(
         default=0.95,
         metadata={"help": "Decay of the running means that the proposals are fitted to, in [0, 1)."},
@@ -85,18 +79,12 @@ class DISConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         _require(self.temperature > 0, "temperature", self.temperature, "above 0; 1 to 4 is usual")
-        _require(
-            0 <= self.hard_label_weight <= 1, "hard_label_weight", self.hard_label_weight, "within [0, 1]"
-        )
+        _require(0 <= self.hard_label_weight <= 1, "hard_label_weight", self.hard_label_weight, "within [0, 1]")
         _require(self.num_sampled_classes >= 1, "num_sampled_classes", self.num_sampled_classes, "1 or more")
         _require(self.num_shared_classes >= 0, "num_shared_classes", self.num_shared_classes, "0 or more")
         _require(self.rank_depth >= 1, "rank_depth", self.rank_depth, "1 or more")
-        _require(
-            0 < self.proposal_floor <= 1, "proposal_floor", self.proposal_floor, "in (0, 1]; 0.05 is usual"
-        )
-        _require(
-            0 <= self.proposal_decay < 1, "proposal_decay", self.proposal_decay, "in [0, 1); 0.95 is usual"
-        )
+        _require(0 < self.proposal_floor <= 1, "proposal_floor", self.proposal_floor, "in (0, 1]; 0.05 is usual")
+        _require(0 <= self.proposal_decay < 1, "proposal_decay", self.proposal_decay, "in [0, 1); 0.95 is usual")
         _require(self.probe_steps >= 0, "probe_steps", self.probe_steps, "0 (never) or more")
         _require(
             self.head_learning_rate is None or self.head_learning_rate >= 0,

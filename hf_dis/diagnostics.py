@@ -75,9 +75,7 @@ def probe(
         for chunk in teacher_logits:
             rows = slice(first_row, first_row + len(chunk))
             part = features[rows].detach().requires_grad_()
-            loss = exact_distillation_loss(F.linear(part, weight, bias), chunk, temperature).sum() / len(
-                features
-            )
+            loss = exact_distillation_loss(F.linear(part, weight, bias), chunk, temperature).sum() / len(features)
             (exact_gradient[rows],) = torch.autograd.grad(loss, part)
             exact = exact + loss.detach()
             first_row = rows.stop

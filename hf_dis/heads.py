@@ -67,9 +67,7 @@ def _chunks(row_ids: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + chunk_rows) for start in range(0, len(row_ids), chunk_rows))
 
 
-def drawn_logits(
-    features: Tensor, weight: Tensor, bias: Tensor | None, row_ids: Tensor, shared_ids: Tensor
-) -> Tensor:
+def drawn_logits(features: Tensor, weight: Tensor, bias: Tensor | None, row_ids: Tensor, shared_ids: Tensor) -> Tensor:
     """The head's logits at drawn classes only: ``[N, R + K_t]``, in the autocast dtype where autocast is on.
 
     Args:
@@ -197,7 +195,13 @@ def find_head(model: nn.Module, num_classes: int, head_name: str | None = None) 
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor], head_name: str) -> None:
+def check_head(
+    model: nn.Module,
+    head: SampledHead,
+    inputs: dict[str, Tensor],
+    head_name: str,
+    precision: torch.dtype | None = None,
+) -> None:
     """Compares the switched head with the full one on a few rows; run once, at the first step.
 
     Args:
@@ -205,6 +209,7 @@ def check_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor], h
         head: its head.
         inputs: some rows, without labels.
         head_name: for the message.
+        precision: the narrowest type that the model computes in, if narrower than its logits: they agree to that.
 
     Raises:
         ValueError: if the student's logits are not those of the head at the same classes: something in the model
@@ -223,12 +228,10 @@ def check_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor], h
     finally:
         model.train(was_training)
     expected = torch.cat([full.gather(1, row_ids), full[:, shared_ids]], 1)
-    tolerance = 8 * torch.finfo(full.dtype).eps * float(full.abs().max().clamp_min(1))
+    tolerance = 8 * torch.finfo(precision or full.dtype).eps * float(full.abs().max().clamp_min(1))
     if drawn.shape != expected.shape or not torch.allclose(drawn, expected, rtol=0, atol=tolerance):
         gap = (
-            "shapes differ"
-            if drawn.shape != expected.shape
-            else f"off by up to {(drawn - expected).abs().max():.3g}"
+            "shapes differ" if drawn.shape != expected.shape else f"off by up to {(drawn - expected).abs().max():.3g}"
         )
         raise ValueError(
             f"{type(model).__name__} does not return the output of {head_name!r} as its logits ({gap}): another layer "

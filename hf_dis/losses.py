@@ -102,9 +102,7 @@ class DISLoss:
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}: it divides the logits and has to be above 0")
         if not 0 <= hard_label_weight <= 1:
-            raise ValueError(
-                f"hard_label_weight is {hard_label_weight}: it is a share and has to be within [0, 1]"
-            )
+            raise ValueError(f"hard_label_weight is {hard_label_weight}: it is a share and has to be within [0, 1]")
         self.sampler, self.temperature, self.hard_label_weight = sampler, temperature, hard_label_weight
         self.reduce = reduce
 

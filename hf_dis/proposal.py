@@ -249,9 +249,9 @@ class RankProposal:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.weights = state["rank_weights"].clone()
-        self.squared_disagreement = state["rank_squared_disagreement"].clone()
-        self.observed = state["rank_observed"].clone()
+        self.weights.copy_(state["rank_weights"])
+        self.squared_disagreement.copy_(state["rank_squared_disagreement"])
+        self.observed.copy_(state["rank_observed"])
 
 
 def _rank_bins(num_ranks: int) -> Tensor:
@@ -318,5 +318,5 @@ class ClassMemory:
         return {"class_squared_disagreement": self.squared_disagreement, "class_marginal": self.marginal}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.squared_disagreement = state["class_squared_disagreement"].clone()
-        self.marginal = state["class_marginal"].clone()
+        self.squared_disagreement.copy_(state["class_squared_disagreement"])
+        self.marginal.copy_(state["class_marginal"])

@@ -255,6 +255,11 @@ class ClassSampler:
         self.sampler = sampler
         self.generator = torch.Generator().manual_seed(seed)
 
+    @property
+    def columns(self) -> int:
+        """Student logits computed for each row, the label's aside: K + K_t."""
+        return self.num_sampled + min(self.num_shared, self.proposal.num_classes)
+
     def draw(self, teacher: Iterable[TeacherTargets], labels: Tensor | None = None) -> ClassDraw:
         """Draws for all rows of a step.
 
@@ -262,10 +267,9 @@ class ClassSampler:
             teacher: the rows' ranked targets, chunk by chunk; each chunk is dropped before the next is made.
             labels: class ids ``[N]``, always in the draw if given.
         """
+        tail = None
         if self.num_shared:
             tail = draw_shared(self.proposal.class_density(), self.num_shared, self.generator)
-        else:
-            tail = None
         draws, first_row = [], 0
         for targets in teacher:
             rows = slice(first_row, first_row + len(targets))
@@ -355,7 +359,7 @@ class ClassSampler:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what :meth:`state_dict` gave: the next draw is the one that would have come next."""
-        self.generator.set_state(state["generator"].cpu())
+        self.generator.set_state(state["generator"])
         self.proposal.load_state_dict(state)
 
 

@@ -70,15 +70,11 @@ class DISDistillationTrainer(Trainer):
             )
         teacher = load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
         if teacher is self.model:
-            raise ValueError(
-                "teacher_model and model are the same module: the teacher has to be a model of its own"
-            )
+            raise ValueError("teacher_model and model are the same module: the teacher has to be a model of its own")
         self.num_classes = _num_classes(self.model, teacher)
         self.head_name = find_head(self.model, self.num_classes, args.head_name)
         self.head_mode = self._choose_head_mode()
-        self.teacher = OnlineTeacher(
-            teacher.to(self.args.device), self.num_classes, args.temperature, args.rank_depth
-        )
+        self.teacher = OnlineTeacher(teacher.to(self.args.device), self.num_classes, args.temperature, args.rank_depth)
         self.sampler = make_sampler(
             self.num_classes,
             num_sampled_classes=args.num_sampled_classes,
@@ -124,18 +120,24 @@ class DISDistillationTrainer(Trainer):
 
     def _exact_loss(self, model, inputs, labels, return_outputs, num_items_in_batch):
         outputs = model(**inputs)
-        kd, ce = self._exact_rows(outputs.logits, inputs, labels)
-        self._means.add({"kd_loss": kd} if ce is None else {"kd_loss": kd, "ce_loss": ce})
-        loss = self._normalise(mix(kd, ce, self.args.hard_label_weight), num_items_in_batch)
+        if self.args.hard_label_weight == 1 and labels is not None:
+            rows = {"ce_loss": exact_cross_entropy(outputs.logits, labels)}
+            loss = rows["ce_loss"]
+        else:
+            rows, _ = self._exact_rows(outputs.logits, inputs, labels)
+            loss = mix(rows["kd_loss"], rows.get("ce_loss"), self.args.hard_label_weight)
+        self._means.add(rows)
+        loss = self._normalise(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _exact_rows(self, logits: Tensor, inputs: dict[str, Tensor], labels: Tensor | None):
-        """Exact KD ``[N]`` and cross-entropy ``[N]`` (None without labels) from full logits ``[N, C]``."""
+        """Exact kd_loss and, with labels, ce_loss of each row from full logits ``[N, C]``; the teacher's logits."""
         with self.accelerator.autocast():
-            chunks = list(self.teacher.logits(inputs, self._checks_values()))
-        parts = zip(logits.split([len(chunk) for chunk in chunks]), chunks, strict=True)
-        kd = torch.cat([exact_distillation_loss(part, chunk, self.args.temperature) for part, chunk in parts])
-        return kd, None if labels is None else exact_cross_entropy(logits, labels)
+            teacher_logits = torch.cat(list(self.teacher.logits(inputs, self._checks_values())))
+        rows = {"kd_loss": exact_distillation_loss(logits, teacher_logits, self.args.temperature)}
+        if labels is not None:
+            rows["ce_loss"] = exact_cross_entropy(logits, labels)
+        return rows, teacher_logits
 
     def training_step(self, *args, **kwargs) -> Tensor:
         try:
@@ -204,12 +206,8 @@ class DISDistillationTrainer(Trainer):
             for group in list(optimizer.param_groups):
                 in_head = [parameter for parameter in group["params"] if id(parameter) in head]
                 if in_head:
-                    group["params"] = [
-                        parameter for parameter in group["params"] if id(parameter) not in head
-                    ]
-                    optimizer.add_param_group(
-                        {**group, "params": in_head, "lr": self.args.head_learning_rate}
-                    )
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+                    optimizer.add_param_group({**group, "params": in_head, "lr": self.args.head_learning_rate})
         return optimizer
 
     # Evaluation
@@ -220,12 +218,9 @@ class DISDistillationTrainer(Trainer):
         labels, inputs = self._split_labels(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
-            kd, ce = self._exact_rows(outputs.logits, inputs, labels)
-            with self.accelerator.autocast():
-                chunks = list(self.teacher.logits(inputs, check_finite=False))
-            kl = exact_distillation_loss(outputs.logits, torch.cat(chunks), 1.0)
-        loss = mix(kd, ce, self.args.hard_label_weight)
-        rows = {"loss": loss, "kd_loss": kd, "kl": kl} | ({} if ce is None else {"ce_loss": ce})
+            rows, teacher_logits = self._exact_rows(outputs.logits, inputs, labels)
+            rows["kl"] = exact_distillation_loss(outputs.logits, teacher_logits, 1.0)
+        rows["loss"] = loss = mix(rows["kd_loss"], rows.get("ce_loss"), self.args.hard_label_weight)
         self._eval_means.add(self.accelerator.gather_for_metrics(rows))
         if prediction_loss_only:
             return loss.mean(), None, None
@@ -283,7 +278,7 @@ class DISDistillationTrainer(Trainer):
             return
         path = os.path.join(checkpoint, STATE_FILE.format(rank=self.args.process_index))
         if os.path.isfile(path):
-            self.sampler.load_state_dict(load_file(path, device=str(self.args.device)))
+            self.sampler.load_state_dict(load_file(path))
         else:
             logger.warning(
                 f"{path} is missing: the proposal and its random draws start anew, so this run will not repeat the "
@@ -326,8 +321,9 @@ class DISDistillationTrainer(Trainer):
 
     def _check_head_once(self, inputs: dict[str, Tensor]) -> None:
         if not self._head_is_checked:
+            narrowest = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision)
             with self.accelerator.autocast():
-                check_head(self.model, self.head, next(split_rows(inputs, 2)), self.head_name)
+                check_head(self.model, self.head, next(split_rows(inputs, 2)), self.head_name, narrowest)
             self._head_is_checked = True
 
 
@@ -368,9 +364,7 @@ def _check_arguments(args: DISConfig, teacher_model: nn.Module | str | None, kwa
     if not isinstance(args, DISConfig):
         raise TypeError(f"args is a {type(args).__name__}: DISDistillationTrainer needs a DISConfig")
     if teacher_model is None:
-        raise ValueError(
-            "there is no teacher: pass teacher_model, a model or the name or path of a checkpoint"
-        )
+        raise ValueError("there is no teacher: pass teacher_model, a model or the name or path of a checkpoint")
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError(
             "compute_loss_func runs after the student's forward, too late to choose the classes: override "
@@ -382,9 +376,7 @@ def _check_arguments(args: DISConfig, teacher_model: nn.Module | str | None, kwa
             "teacher's probabilities already smooth the labels"
         )
     if args.use_liger_kernel:
-        raise ValueError(
-            "use_liger_kernel replaces the head that DIS switches to drawn classes: set it to False"
-        )
+        raise ValueError("use_liger_kernel replaces the head that DIS switches to drawn classes: set it to False")
     optimizer = (kwargs.get("optimizers") or (None, None))[0]
     if args.head_learning_rate is not None and optimizer is not None:
         raise ValueError(

@@ -1,0 +1,97 @@
+"""The glyph task: 3,375 characters in fourteen typefaces as tensors, augmentation, and a teacher and a student."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
+
+from hf_dis.data import load_glyphs
+
+AFFINE = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.85, 1.1), shear=10)
+NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.15], [0.3])])
+NOISE = v2.GaussianNoise(sigma=0.1, clip=False)
+# Images that share one random affine map: one call for each image would take longer than the student.
+AFFINE_GROUP = 16
+
+
+def augment(images: Tensor) -> Tensor:
+    """Random affine maps and noise for a batch: uint8 ``[N, 1, 32, 32]`` to normalised float."""
+    moved = torch.cat([AFFINE(group) for group in images.split(AFFINE_GROUP)])
+    return NOISE(NORMALISE(moved))
+
+
+class GlyphImages(torch.utils.data.Dataset):
+    """Images and labels in memory; a batch is fetched, and augmented, as a whole.
+
+    Args:
+        split: of :func:`hf_dis.data.load_glyphs`.
+        transform: from uint8 ``[N, 1, 32, 32]`` to the model's ``pixel_values``.
+    """
+
+    def __init__(self, split, transform):
+        self.images = torch.from_numpy(np.stack([np.asarray(image) for image in split["image"]]))[:, None]
+        self.labels = torch.tensor(split["label"])
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        index = torch.tensor(indices)
+        return {"pixel_values": self.transform(self.images[index]), "labels": self.labels[index]}
+
+
+def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The data collator for :class:`GlyphImages`, whose batches are made already."""
+    return batch
+
+
+def load_task() -> tuple[GlyphImages, GlyphImages, list[str]]:
+    """Training set (augmented), test set (typefaces never trained on), and the classes' names."""
+    glyphs = load_glyphs()
+    names = glyphs["train"].features["label"].names
+    return GlyphImages(glyphs["train"], augment), GlyphImages(glyphs["test"], NORMALISE), names
+
+
+def build_model(num_classes: int, hidden_sizes: list[int], seed: int) -> ResNetForImageClassification:
+    """A small ResNet for one-channel images; the same seed gives the same initial weights."""
+    torch.manual_seed(seed)
+    config = ResNetConfig(
+        num_channels=1,
+        embedding_size=16,
+        hidden_sizes=hidden_sizes,
+        depths=[1] * len(hidden_sizes),
+        layer_type="basic",
+        num_labels=num_classes,
+    )
+    return ResNetForImageClassification(config).to(memory_format=torch.channels_last)
+
+
+def build_teacher(num_classes: int) -> ResNetForImageClassification:
+    return build_model(num_classes, hidden_sizes=[32, 64, 128], seed=0)
+
+
+def build_student(num_classes: int, seed: int = 1) -> ResNetForImageClassification:
+    return build_model(num_classes, hidden_sizes=[16, 32, 64], seed=seed)
+
+
+def train_teacher(model, train_dataset: GlyphImages, epochs: float, output_dir: str) -> None:
+    """Trains the teacher on the labels, with the stock Trainer."""
+    args = TrainingArguments(
+        output_dir=output_dir,
+        per_device_train_batch_size=256,
+        dataloader_drop_last=True,
+        num_train_epochs=epochs,
+        learning_rate=4e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.2,
+        weight_decay=0.05,
+        logging_steps=50,
+        save_strategy="no",
+        remove_unused_columns=False,
+        report_to="none",
+    )
+    Trainer(model=model, args=args, train_dataset=train_dataset, data_collator=whole_batch).train()

@@ -1,0 +1,189 @@
+"""Distils a recogniser of 3,375 characters five ways and compares the students. Offline, some minutes on two cores.
+
+    accelerate launch --num_processes 1 examples/run_glyphs.py --output_dir runs/glyphs
+
+Teacher and students are small ResNets; training and test typefaces are disjoint. All students start from the same
+weights and see the same number of images. Each method runs at the head learning rate that suited it best in the
+sweep recorded in docs/how-it-works.md. Writes results.json, report.md and PNG plots to --output_dir.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import glyph_plots
+import torch
+from glyph_task import build_student, build_teacher, load_task, train_teacher, whole_batch
+from head_step import time_head_steps
+from transformers import HfArgumentParser, ResNetForImageClassification, TrainerCallback, set_seed
+
+from hf_dis import DISConfig, DISDistillationTrainer
+from hf_dis.metrics import TopKAccuracy
+
+LEARNING_RATE = 4e-3
+# K: student logits that each sampling method computes for a row, out of 3,375.
+PER_ROW = {"num_sampled_classes": 256, "num_shared_classes": 0}
+# What sets the methods apart; "head_rate" is the head's learning rate as a multiple of LEARNING_RATE.
+METHODS = {
+    "hard_labels": {"head_rate": 5, "head_mode": "exact", "hard_label_weight": 1.0},
+    "exact": {"head_rate": 5, "head_mode": "exact"},
+    "dis": {"head_rate": 5, "rank_depth": 256, **PER_ROW},
+    # Fixed teacher importance sampling, drawn from the teacher's whole distribution with replacement.
+    "ftis": {"head_rate": 5, "proposal": "teacher", "sampler": "replacement", "rank_depth": 3375, **PER_ROW},
+    "topk": {"head_rate": 5, "proposal": "topk", "rank_depth": 256, **PER_ROW},
+}
+
+
+@dataclass
+class GlyphArguments:
+    """The demo's own arguments."""
+
+    output_dir: str = field(default="runs/glyphs", metadata={"help": "Where results, report and plots go."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Which of {', '.join(METHODS)} to run."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Path of a teacher saved by an earlier run; trained first if not given."}
+    )
+    teacher_epochs: float = field(default=6.0, metadata={"help": "Epochs that the teacher is trained for."})
+    epochs: float = field(default=4.0, metadata={"help": "Epochs that each student is trained for."})
+    head_rates: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Run every method at each of these multiples of the head learning rate (the sweep)."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of data order, augmentation and draws."})
+    report_to: str = field(default="none", metadata={"help": "A logger of transformers, tensorboard say."})
+
+
+class ProposalRecorder(TrainerCallback):
+    """Keeps what the proposal over ranks looks like at a few steps, for the plot."""
+
+    STEPS = (10, 100, 400)
+
+    def __init__(self):
+        self.snapshots: list[dict] = []
+        self.trainer: DISDistillationTrainer | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.STEPS:
+            ranks = self.trainer.sampler.proposal.ranks
+            density = ranks.density(ranks.num_ranks)
+            self.snapshots.append(
+                {
+                    "step": state.global_step,
+                    "edges": ranks.edges.tolist(),
+                    "measured": ranks.profile().tolist(),
+                    "fitted": density.tolist(),
+                }
+            )
+
+
+def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArguments) -> tuple[dict, ProposalRecorder]:
+    """Trains one student; returns its record for results.json, and what its proposal looked like."""
+    train_dataset, test_dataset, names = task
+    settings = {name: value for name, value in METHODS[method].items() if name != "head_rate"}
+    args = DISConfig(
+        output_dir=str(Path(arguments.output_dir) / method),
+        num_train_epochs=arguments.epochs,
+        per_device_train_batch_size=256,
+        per_device_eval_batch_size=512,
+        dataloader_drop_last=True,
+        learning_rate=LEARNING_RATE,
+        head_learning_rate=LEARNING_RATE * head_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.2,
+        weight_decay=0.02,
+        logging_steps=50,
+        save_strategy="no",
+        seed=arguments.seed,
+        remove_unused_columns=False,
+        report_to=arguments.report_to,
+        **{"head_mode": "sampled", **settings},
+    )
+    recorder = ProposalRecorder()
+    trainer = DISDistillationTrainer(
+        model=build_student(len(names)),
+        teacher_model=teacher,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=test_dataset,
+        data_collator=whole_batch,
+        compute_metrics=lambda predicted: TopKAccuracy().compute(
+            predictions=predicted.predictions, references=predicted.label_ids
+        ),
+        preprocess_logits_for_metrics=lambda logits, labels: logits.topk(5).indices,
+    )
+    recorder.trainer = trainer
+    if method == "dis":
+        trainer.add_callback(recorder)
+    set_seed(arguments.seed)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    record = {
+        "method": method,
+        "classes": len(names),
+        "sampled": len(names) if trainer.head_mode == "exact" else trainer.sampler.columns,
+        "head_rate": head_rate,
+        "top1": round(metrics["eval_top1"], 4),
+        "top5": round(metrics["eval_top5"], 4),
+        "kl": round(metrics["eval_kl"], 4),
+        "seconds": round(seconds, 1),
+    }
+    print(json.dumps(record), flush=True)
+    return record, recorder
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(GlyphArguments).parse_args_into_dataclasses()
+    unknown = set(arguments.methods) - set(METHODS)
+    if unknown:
+        raise SystemExit(f"unknown methods {sorted(unknown)}: choose from {', '.join(METHODS)}")
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+
+    print("Rendering the glyphs (once; cached afterwards) ...", flush=True)
+    task = load_task()
+    train_dataset, test_dataset, names = task
+    print(f"{len(train_dataset)} training and {len(test_dataset)} test images of {len(names)} characters", flush=True)
+
+    set_seed(arguments.seed)
+    if arguments.teacher:
+        teacher = ResNetForImageClassification.from_pretrained(arguments.teacher)
+    else:
+        print(f"Training the teacher for {arguments.teacher_epochs:g} epochs ...", flush=True)
+        teacher = build_teacher(len(names))
+        train_teacher(teacher, train_dataset, arguments.teacher_epochs, str(output / "teacher"))
+        teacher.save_pretrained(output / "teacher")
+    teacher.to(memory_format=torch.channels_last)
+
+    records, proposals = [], []
+    for method in arguments.methods:
+        for head_rate in arguments.head_rates or [METHODS[method]["head_rate"]]:
+            print(f"Distilling by {method!r}, head learning rate x{head_rate:g} ...", flush=True)
+            record, recorder = distil(method, head_rate, teacher, task, arguments)
+            records.append(record)
+            proposals += recorder.snapshots
+    (output / "results.json").write_text(json.dumps(records, indent=2) + "\n")
+    if arguments.head_rates:
+        return
+
+    print("Timing one head step at 100,000 classes ...", flush=True)
+    steps = time_head_steps(num_classes=100_000)
+    glyph_plots.write_report(output, records, steps)
+    glyph_plots.plot_quality(output / "quality.png", records)
+    if proposals:
+        glyph_plots.plot_proposal(output / "proposal.png", proposals)
+    if "dis" in arguments.methods:
+        student = ResNetForImageClassification.from_pretrained(output / "dis")
+        glyph_plots.plot_confusions(output / "confusions.png", student, test_dataset, names)
+    print((output / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

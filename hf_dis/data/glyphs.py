@@ -1,0 +1,220 @@
+"""Images of characters in several typefaces: thousands of classes from fonts that are already installed."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image, ImageDraw, ImageFont
+
+from hf_dis.data.errors import DataError
+
+MATPLOTLIB_FACES = [
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansMono-Oblique",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "DejaVuSerif-BoldItalic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+]
+TEST_FACES = ("DejaVuSerif-Bold", "DejaVuSansMono-Oblique")
+MIN_SIZE = 8
+MIN_INK = 10  # the brightest pixel of a glyph that counts as drawn, of 255
+
+
+def load_glyphs(
+    font_files: Sequence[str | Path] | None = None,
+    *,
+    size: int = 32,
+    min_faces: int = 8,
+    test_faces: Sequence[str] | None = None,
+    cache_dir: str | Path | None = None,
+    num_proc: int | None = None,
+) -> datasets.DatasetDict:
+    """Renders the characters of font files: splits ``train`` and ``test`` share classes but no typeface.
+
+    The columns are ``image`` (``size`` x ``size``, grey), ``label`` (the character, named like ``U+0041``)
+    and ``face`` (the typeface, named like its file). By default there are 3,375 classes and 38,725 images,
+    5,698 of them in ``test``. Blank images are left out, so 41 of the classes (kinds of space and other
+    invisible characters) have a label but no image.
+
+    Args:
+        font_files: .ttf or .otf files; None: fourteen that matplotlib installs.
+        size: height and width of the images in pixels, at least 8.
+        min_faces: characters that fewer typefaces contain are left out.
+        test_faces: the typefaces held out for ``test``; None: DejaVuSerif-Bold and DejaVuSansMono-Oblique.
+        cache_dir: where the built data set is kept; None: the cache of Hugging Face Datasets.
+        num_proc: processes that build it; None: this one.
+
+    Raises:
+        DataError: a file is missing or no font, or the settings leave no classes, training or test images.
+        ImportError: matplotlib or fonttools is not installed.
+    """
+    builder = Glyphs(
+        cache_dir=None if cache_dir is None else str(cache_dir),
+        font_files=font_files,
+        size=size,
+        min_faces=min_faces,
+        test_faces=test_faces,
+    )
+    builder.download_and_prepare(num_proc=num_proc)
+    return builder.as_dataset()
+
+
+@dataclass
+class GlyphsConfig(datasets.BuilderConfig):
+    """What to render: the arguments of [`load_glyphs`].
+
+    ``digest`` is taken from these and the fonts' content and names the cache, so a changed font never meets a
+    stale cache.
+    """
+
+    font_files: Sequence[str | Path] | None = None
+    size: int = 32
+    min_faces: int = 8
+    test_faces: Sequence[str] | None = None
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < MIN_SIZE:
+            raise DataError(f"size={self.size} pixels is too small to tell characters apart: use {MIN_SIZE} or more.")
+        if self.min_faces < 1:
+            raise DataError(f"min_faces={self.min_faces} should be 1 or more.")
+        for name in ("font_files", "test_faces"):
+            if isinstance(getattr(self, name), str):
+                raise DataError(f"{name} should be a list, got the string {getattr(self, name)!r}: put it in a list.")
+        self.font_files = _matplotlib_fonts() if self.font_files is None else [Path(path) for path in self.font_files]
+        self.test_faces = list(TEST_FACES if self.test_faces is None else self.test_faces)
+        self._check_faces()
+        self.digest = self._content_digest()
+
+    @property
+    def faces(self) -> list[str]:
+        """The names of the typefaces: their files' names without the ending."""
+        return [path.stem for path in self.font_files]
+
+    def _check_faces(self) -> None:
+        if missing := [path for path in self.font_files if not path.is_file()]:
+            raise DataError(f"There is no font file {missing[0]}: check font_files.")
+        if repeated := [face for face, count in Counter(self.faces).items() if count > 1]:
+            raise DataError(f"{repeated[0]} is in font_files more than once: faces are told apart by file name.")
+        known = f"The faces given are {', '.join(self.faces) or 'none'}"
+        if unknown := [face for face in self.test_faces if face not in self.faces]:
+            raise DataError(f"test_faces names {unknown[0]!r}, which font_files lacks. {known}.")
+        if not self.test_faces:
+            raise DataError(f"test_faces is empty: hold out at least one face for the test split. {known}.")
+        if set(self.test_faces) == set(self.faces):
+            raise DataError(f"test_faces holds out every face and leaves none to train on. {known}.")
+
+    def _content_digest(self) -> str:
+        settings = (self.faces, self.size, self.min_faces, sorted(self.test_faces))
+        digest = hashlib.sha256(repr(settings).encode())
+        for path in self.font_files:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()[:16]
+
+    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: Any = None) -> str:
+        return super().create_config_id({"digest": self.digest}, custom_features)
+
+
+@dataclass(frozen=True)
+class _Face:
+    """One typeface and the characters to draw in it, as pairs of label and code point."""
+
+    name: str
+    path: Path
+    characters: list[tuple[int, int]]
+
+
+class Glyphs(datasets.GeneratorBasedBuilder):
+    """Builds the glyph images; [`load_glyphs`] is the short way to it."""
+
+    VERSION = datasets.Version("1.0.0")
+    BUILDER_CONFIG_CLASS = GlyphsConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        # The classes are known once the fonts have been read: _split_generators adds the features.
+        return datasets.DatasetInfo(description="Characters drawn in several typefaces, one class a character.")
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        config = self.config
+        contents = [_code_points(path) for path in config.font_files]
+        counts = Counter(code_point for content in contents for code_point in content)
+        classes = sorted(code_point for code_point, count in counts.items() if count >= config.min_faces)
+        if not classes:
+            raise DataError(
+                f"No character is in min_faces={config.min_faces} of the {len(contents)} font files: lower "
+                "min_faces or give more fonts that share a script."
+            )
+        self.info.features = datasets.Features(
+            {
+                "image": datasets.Image(),
+                "label": datasets.ClassLabel(names=[f"U+{code_point:04X}" for code_point in classes]),
+                "face": datasets.ClassLabel(names=config.faces),
+            }
+        )
+        faces = [
+            _Face(path.stem, path, [pair for pair in enumerate(classes) if pair[1] in content])
+            for path, content in zip(config.font_files, contents, strict=True)
+        ]
+        held_out = set(config.test_faces)
+        return [
+            datasets.SplitGenerator("train", {"faces": [face for face in faces if face.name not in held_out]}),
+            datasets.SplitGenerator("test", {"faces": [face for face in faces if face.name in held_out]}),
+        ]
+
+    def _generate_examples(self, faces: list[_Face]) -> Iterator[tuple[str, dict[str, Any]]]:
+        size = self.config.size
+        for face in faces:
+            font = ImageFont.truetype(face.path, int(size * 0.72))
+            for label, code_point in face.characters:
+                image = Image.new("L", (size, size))
+                ImageDraw.Draw(image).text((size // 2, size // 2), chr(code_point), 255, font, anchor="mm")
+                if image.getextrema()[1] >= MIN_INK:
+                    yield f"{face.name} {code_point}", {"image": image, "label": label, "face": face.name}
+
+
+def _matplotlib_fonts() -> list[Path]:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "The default fonts come with matplotlib: pip install hf_dis[examples], or pass font_files."
+        ) from error
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    return [folder / f"{face}.ttf" for face in MATPLOTLIB_FACES]
+
+
+def _code_points(path: Path) -> set[int]:
+    """The characters a font contains, but for controls, the space, and what a line of text cannot hold."""
+    try:
+        from fontTools.ttLib import TTFont
+    except ImportError as error:
+        raise ImportError("Reading fonts needs fonttools: pip install hf_dis[examples].") from error
+    try:
+        ImageFont.truetype(path, MIN_SIZE)
+        with TTFont(path, lazy=True) as font:
+            characters = font.getBestCmap()
+    except Exception as error:  # fontTools raises whatever its parsers stumble over
+        raise DataError(
+            f"{path} is not a usable TrueType or OpenType font ({error}): drop it from font_files."
+        ) from error
+    if characters is None:
+        raise DataError(f"{path} does not say which Unicode characters it draws: drop it from font_files.")
+    # Paragraph separators (bidirectional class B) have no glyph, and text layout refuses them.
+    return {code for code in characters if code > 32 and unicodedata.bidirectional(chr(code)) != "B"}
