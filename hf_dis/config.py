@@ -7,6 +7,10 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from .checks import check_sampling_arguments, require
+
+HEAD_MODES = ("auto", "sampled", "exact")
+
 
 @dataclass
 class DISConfig(TrainingArguments):
@@ -18,8 +22,8 @@ class DISConfig(TrainingArguments):
         num_sampled_classes: K >= 1, classes drawn for each row from the teacher's ranking.
         num_shared_classes: K_t >= 0, classes drawn once a step from the rest, for all rows of it. 0 is the
             paper's layout: all K of a row from all C ranks.
-        rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one; with ``num_shared_classes`` the
-            K classes of a row come from its m best-ranked ones.
+        rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one, 2 K if None; where classes are shared
+            the K classes of a row come from its m best-ranked ones, so m is K or more.
         proposal: ``"dis"`` (fitted during training), or a fixed one to compare with: ``"teacher"`` (FTIS),
             ``"uniform"``, ``"topk"`` (truncation: biased).
         sampler: ``"pps"``: distinct classes, the likeliest drawn for certain. ``"replacement"``: independent
@@ -48,7 +52,9 @@ class DISConfig(TrainingArguments):
         default=512,
         metadata={"help": "Classes drawn once a step for all rows; 0: the paper's layout, all drawn row by row."},
     )
-    rank_depth: int = field(default=128, metadata={"help": "Ranks that the teacher's ranking resolves one by one."})
+    rank_depth: int | None = field(
+        default=None, metadata={"help": "Ranks that the teacher's ranking resolves one by one; 2 K if not given."}
+    )
     proposal: Literal["dis", "teacher", "uniform", "topk"] = field(
         default="dis",
         metadata={"help": "Where classes are drawn: fitted during training, or a fixed baseline."},
@@ -78,34 +84,26 @@ class DISConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.temperature > 0, "temperature", self.temperature, "above 0; 1 to 4 is usual")
-        _require(0 <= self.hard_label_weight <= 1, "hard_label_weight", self.hard_label_weight, "within [0, 1]")
-        _require(self.num_sampled_classes >= 1, "num_sampled_classes", self.num_sampled_classes, "1 or more")
-        _require(self.num_shared_classes >= 0, "num_shared_classes", self.num_shared_classes, "0 or more")
-        _require(self.rank_depth >= 1, "rank_depth", self.rank_depth, "1 or more")
-        _require(0 < self.proposal_floor <= 1, "proposal_floor", self.proposal_floor, "in (0, 1]; 0.05 is usual")
-        _require(0 <= self.proposal_decay < 1, "proposal_decay", self.proposal_decay, "in [0, 1); 0.95 is usual")
-        _require(self.probe_steps >= 0, "probe_steps", self.probe_steps, "0 (never) or more")
-        _require(
+        require(self.temperature > 0, "temperature", self.temperature, "above 0; 1 to 4 is usual")
+        require(0 <= self.hard_label_weight <= 1, "hard_label_weight", self.hard_label_weight, "within [0, 1]")
+        require(self.head_mode in HEAD_MODES, "head_mode", self.head_mode, f"one of {', '.join(HEAD_MODES)}")
+        require(self.probe_steps >= 0, "probe_steps", self.probe_steps, "0 (never) or more")
+        require(
             self.head_learning_rate is None or self.head_learning_rate >= 0,
             "head_learning_rate",
             self.head_learning_rate,
             "0 or more, or None for learning_rate",
         )
-        for name, choices in (
-            ("proposal", ("dis", "teacher", "uniform", "topk")),
-            ("sampler", ("pps", "replacement")),
-            ("head_mode", ("auto", "sampled", "exact")),
-        ):
-            _require(vars(self)[name] in choices, name, vars(self)[name], f"one of {', '.join(choices)}")
-        _require(
-            self.sampler == "pps" or self.num_shared_classes == 0,
-            "sampler",
-            self.sampler,
-            "'pps' when classes are shared by rows; set num_shared_classes=0 to draw with replacement",
-        )
+        check_sampling_arguments(**self.sampling_arguments())
 
-
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value!r}: it has to be {expected}")
+    def sampling_arguments(self) -> dict[str, int | float | str | None]:
+        """The arguments for :func:`hf_dis.make_sampler`."""
+        return {
+            "num_sampled_classes": self.num_sampled_classes,
+            "num_shared_classes": self.num_shared_classes,
+            "rank_depth": self.rank_depth,
+            "proposal": self.proposal,
+            "sampler": self.sampler,
+            "proposal_floor": self.proposal_floor,
+            "proposal_decay": self.proposal_decay,
+        }

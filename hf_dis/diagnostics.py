@@ -66,7 +66,7 @@ def probe(
         (‖ĝ - g‖ / ‖g‖) between the gradients.
     """
     with torch.enable_grad():
-        features = features.detach().requires_grad_()
+        features = features.detach().to(head.weight.dtype).requires_grad_()
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         logits = drawn_logits(features, weight, bias, draw.row_ids, draw.shared_ids)
         sampled = sampled_distillation_loss(logits, draw, temperature)[0].mean()
@@ -98,7 +98,7 @@ class RunningMeans:
         """Takes in values of any shape: each element counts as one."""
         for name, value in values.items():
             value = value.detach().double()
-            step = torch.stack([value.sum(), value.new_tensor(float(value.numel()))])
+            step = torch.stack([value.sum(), value.new_full((), value.numel())])
             self._sums[name] = self._sums[name] + step if name in self._sums else step
 
     def pop(self, reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> dict[str, float]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 # Elements of the gathered rows [n, K, d] that exist at a time: 16 MiB in float32.
 GATHER_ELEMENTS = 2**22
 
-# A gathered class costs as much as this many in a dense product over all classes.
-GATHER_COST = 40
+# What ranking and drawing cost a row, and what a gathered class costs, in classes of a dense product over all of them.
+# From benchmarks/crossover.py on two CPU cores.
+DRAW_COST, GATHER_COST = 2000, 50
 
 
 class _DrawnLinear(torch.autograd.Function):
@@ -85,9 +86,9 @@ def drawn_logits(features: Tensor, weight: Tensor, bias: Tensor | None, row_ids:
 
 def sampling_pays(num_classes: int, num_sampled: int, num_shared: int) -> tuple[bool, str]:
     """Whether drawn classes are computed faster than all of them, and why."""
-    gathered = GATHER_COST * num_sampled + num_shared
-    cost = f"{num_sampled} gathered and {num_shared} shared classes cost about as much as {gathered} of {num_classes}"
-    return gathered < num_classes, cost
+    cost = DRAW_COST + GATHER_COST * num_sampled + num_shared
+    why = f"drawing {num_sampled} classes a row and {num_shared} for all costs about as much as computing {cost:,}"
+    return cost < num_classes, f"{why}; there are {num_classes:,}"
 
 
 class SampledHead:
@@ -114,16 +115,10 @@ class SampledHead:
 
     def set(self, row_ids: Tensor, shared_ids: Tensor) -> None:
         """Switches the head to the drawn classes, ``row_ids [N, R]`` and ``shared_ids [K_t]``."""
-
-        def forward(module: nn.Linear, features: Tensor) -> Tensor:
-            if features.shape[:-1] != row_ids.shape[:1]:
-                raise ValueError(
-                    f"the head {type(module).__name__} got features of shape {tuple(features.shape)} for "
-                    f"{len(row_ids)} rows of drawn classes: it has to see one feature vector a row, [N, d]"
-                )
-            return drawn_logits(features, module.weight, module.bias, row_ids, shared_ids)
-
-        self.module.forward = types.MethodType(forward, self.module)
+        if "drawn_ids" not in self.module.__dict__:
+            self.module.__dict__["undrawn_forward"] = self.module.__dict__.get("forward")
+        self.module.drawn_ids = (row_ids, shared_ids)
+        self.module.forward = types.MethodType(_drawn_forward, self.module)
 
     @torch.no_grad()
     def features(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -146,7 +141,22 @@ class SampledHead:
 
     def clear(self) -> None:
         """Gives the head its own forward back."""
-        self.module.__dict__.pop("forward", None)
+        state = self.module.__dict__
+        if state.pop("drawn_ids", None) is not None:
+            del state["forward"]
+            replaced = state.pop("undrawn_forward")  # an instance's own, as accelerate's hooks put it there
+            if replaced is not None:
+                state["forward"] = replaced
+
+
+def _drawn_forward(module: nn.Linear, features: Tensor) -> Tensor:
+    row_ids, shared_ids = module.drawn_ids
+    if features.shape[:-1] != row_ids.shape[:1]:
+        raise ValueError(
+            f"the head {type(module).__name__} got features of shape {tuple(features.shape)} for {len(row_ids)} rows "
+            "of drawn classes: it has to see one feature vector a row, [N, d]"
+        )
+    return drawn_logits(features, module.weight, module.bias, row_ids, shared_ids)
 
 
 def find_head(model: nn.Module, num_classes: int, head_name: str | None = None) -> str:

@@ -121,7 +121,13 @@ class DISLoss:
             weight, bias: the head's, ``[C, d]`` and ``[C]`` or None.
             teacher_logits: ``[N, C]``, or an iterable of chunks of rows that need not exist at the same time.
             labels: class ids ``[N]``.
+
+        Raises:
+            ValueError: if sampler, head and teacher are not of the same number of classes.
         """
+        num_classes = self.sampler.proposal.num_classes
+        if len(weight) != num_classes:
+            raise ValueError(f"the sampler is made for {num_classes} classes, the head has {len(weight)}")
         chunks = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
         depth = self.sampler.rank_depth
         with torch.no_grad():

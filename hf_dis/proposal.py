@@ -227,7 +227,7 @@ class RankProposal:
         squared = disagreement[:, : draw.ranks.shape[1]].double().square() * draw.rank_weights
         bins = torch.bucketize(draw.ranks, self.edges[1:], right=True)
         summed = squared.new_zeros(len(self.bin_sizes)).index_add_(0, bins.flatten(), squared.flatten())
-        return {"rank_squared": summed, "rows": summed.new_tensor(float(len(draw)))}
+        return {"rank_squared": summed, "rows": summed.new_full((), len(draw))}
 
     def update(self, statistics: Statistics) -> None:
         """Takes the statistics of a step (summed over processes) into the running mean; one EM step on w."""
@@ -303,7 +303,7 @@ class ClassMemory:
             "tail_squared": per_class[0],
             "tail_rows": per_class[1],
             "class_mass": draw.class_mass,
-            "rows": squared.new_tensor(float(len(draw))),
+            "rows": squared.new_full((), len(draw)),
         }
 
     def update(self, statistics: Statistics) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_sampling_arguments, require
 from .proposal import DISProposal, Proposal, Statistics, TeacherProposal, TopKProposal
 
 if TYPE_CHECKING:
@@ -368,7 +369,7 @@ def make_sampler(
     *,
     num_sampled_classes: int = 64,
     num_shared_classes: int = 512,
-    rank_depth: int = 128,
+    rank_depth: int | None = None,
     proposal: str = "dis",
     sampler: str = "pps",
     proposal_floor: float = 0.05,
@@ -381,10 +382,24 @@ def make_sampler(
     Raises:
         ValueError: if an argument is out of its range; says which and what it may be.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}: there has to be at least one class")
-    shared = 0 if proposal == "topk" else num_shared_classes
-    depth = min(rank_depth, num_classes)
+    require(num_classes >= 1, "num_classes", num_classes, "1 or more")
+    check_sampling_arguments(
+        num_sampled_classes=num_sampled_classes,
+        num_shared_classes=num_shared_classes,
+        rank_depth=rank_depth,
+        proposal=proposal,
+        sampler=sampler,
+        proposal_floor=proposal_floor,
+        proposal_decay=proposal_decay,
+    )
+    # With all classes drawn for each row there is nothing left to share; a truncation has no tail.
+    shared = 0 if proposal == "topk" or num_sampled_classes >= num_classes else num_shared_classes
+    depth = min(rank_depth or 2 * num_sampled_classes, num_classes)
+    if (shared or proposal == "topk") and depth < min(num_sampled_classes, num_classes):
+        raise ValueError(
+            f"rank_depth is {rank_depth}: the {num_sampled_classes} classes of a row (num_sampled_classes) come from "
+            "its best-ranked ones, so it has to be at least as many"
+        )
     num_ranks = depth if shared and depth < num_classes else num_classes
     layout = (num_classes, num_ranks, depth)
     if proposal == "dis":

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from .checks import check_trainer_arguments, common_num_classes
 from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from .heads import SampledHead, check_head, find_head, sampling_pays
@@ -61,7 +62,9 @@ class DISDistillationTrainer(Trainer):
         **kwargs: Any,
     ):
         args = DISConfig(output_dir="tmp_trainer") if args is None else args
-        _check_arguments(args, teacher_model, kwargs)
+        if not isinstance(args, DISConfig):
+            raise TypeError(f"args is a {type(args).__name__}: DISDistillationTrainer needs a DISConfig")
+        check_trainer_arguments(args, teacher_model, kwargs)
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -71,21 +74,18 @@ class DISDistillationTrainer(Trainer):
         teacher = load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
         if teacher is self.model:
             raise ValueError("teacher_model and model are the same module: the teacher has to be a model of its own")
-        self.num_classes = _num_classes(self.model, teacher)
+        self.num_classes = common_num_classes(self.model, teacher)
         self.head_name = find_head(self.model, self.num_classes, args.head_name)
         self.head_mode = self._choose_head_mode()
         self.teacher = OnlineTeacher(teacher.to(self.args.device), self.num_classes, args.temperature, args.rank_depth)
         self.sampler = make_sampler(
             self.num_classes,
-            num_sampled_classes=args.num_sampled_classes,
-            num_shared_classes=args.num_shared_classes,
-            rank_depth=args.rank_depth,
-            proposal=args.proposal,
-            sampler=args.sampler,
-            proposal_floor=args.proposal_floor,
-            proposal_decay=args.proposal_decay,
+            **args.sampling_arguments(),
             seed=args.seed + args.process_index,
             device=self.args.device,
+        )
+        self.teacher = OnlineTeacher(
+            teacher.to(self.args.device), self.num_classes, args.temperature, self.sampler.rank_depth
         )
         self._means = RunningMeans()
         self._eval_means = RunningMeans()
@@ -358,49 +358,3 @@ def _load_as_from_pretrained(model: PreTrainedModel, checkpoint: str) -> None:
 
 def _num_rows(batch: dict[str, Tensor]) -> int:
     return len(batch["labels"] if "labels" in batch else next(iter(batch.values())))
-
-
-def _check_arguments(args: DISConfig, teacher_model: nn.Module | str | None, kwargs: dict[str, Any]) -> None:
-    if not isinstance(args, DISConfig):
-        raise TypeError(f"args is a {type(args).__name__}: DISDistillationTrainer needs a DISConfig")
-    if teacher_model is None:
-        raise ValueError("there is no teacher: pass teacher_model, a model or the name or path of a checkpoint")
-    if kwargs.get("compute_loss_func") is not None:
-        raise ValueError(
-            "compute_loss_func runs after the student's forward, too late to choose the classes: override "
-            "compute_loss in a subclass and call super().compute_loss"
-        )
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor is {args.label_smoothing_factor}: smoothing needs every class; set it to 0, the "
-            "teacher's probabilities already smooth the labels"
-        )
-    if args.use_liger_kernel:
-        raise ValueError("use_liger_kernel replaces the head that DIS switches to drawn classes: set it to False")
-    optimizer = (kwargs.get("optimizers") or (None, None))[0]
-    if args.head_learning_rate is not None and optimizer is not None:
-        raise ValueError(
-            "head_learning_rate is set, but so is an optimizer of your own: give the head a parameter group there"
-        )
-
-
-def _num_classes(student: nn.Module, teacher: nn.Module) -> int:
-    """C, after checking that student and teacher are classifiers of the same classes."""
-    config = student.config
-    if getattr(student, "get_output_embeddings", lambda: None)() is not None:
-        raise ValueError(
-            f"{type(student).__name__} has a language-model head: this version distils classifiers (one class a row)"
-        )
-    if config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1:
-        raise ValueError(
-            f"the student's problem_type is {config.problem_type!r} with num_labels={config.num_labels}: distillation "
-            "by sampled classes needs single-label classification with two classes or more"
-        )
-    teacher_config = getattr(teacher, "config", None)
-    teacher_labels = getattr(teacher_config, "num_labels", config.num_labels)
-    if teacher_labels != config.num_labels:
-        raise ValueError(
-            f"the teacher has {teacher_labels} classes, the student {config.num_labels}: both need the same classes "
-            "in the same order; set num_labels of the student, or use a teacher trained on these labels"
-        )
-    return config.num_labels

@@ -1,0 +1,108 @@
+"""Checks of arguments: what was given, what it has to be, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+PROPOSALS = ("dis", "teacher", "uniform", "topk")
+SAMPLERS = ("pps", "replacement")
+
+
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Raises ValueError unless the condition holds."""
+    if not holds:
+        raise ValueError(f"{name} is {value!r}: it has to be {expected}")
+
+
+def check_sampling_arguments(
+    *,
+    num_sampled_classes: int,
+    num_shared_classes: int,
+    rank_depth: int | None,
+    proposal: str,
+    sampler: str,
+    proposal_floor: float,
+    proposal_decay: float,
+) -> None:
+    """Checks the arguments that :func:`hf_dis.make_sampler` and :class:`hf_dis.DISConfig` share.
+
+    Raises:
+        ValueError: names the first that is out of its range, its value, and what it may be.
+    """
+    require(num_sampled_classes >= 1, "num_sampled_classes", num_sampled_classes, "1 or more")
+    require(num_shared_classes >= 0, "num_shared_classes", num_shared_classes, "0 or more")
+    require(rank_depth is None or rank_depth >= 1, "rank_depth", rank_depth, "1 or more, or None for 2 K")
+    require(proposal in PROPOSALS, "proposal", proposal, f"one of {', '.join(PROPOSALS)}")
+    require(sampler in SAMPLERS, "sampler", sampler, f"one of {', '.join(SAMPLERS)}")
+    require(0 < proposal_floor <= 1, "proposal_floor", proposal_floor, "in (0, 1]; 0.05 is usual")
+    require(0 <= proposal_decay < 1, "proposal_decay", proposal_decay, "in [0, 1); 0.95 is usual")
+    require(
+        sampler == "pps" or num_shared_classes == 0 or proposal == "topk",
+        "sampler",
+        sampler,
+        "'pps' when classes are shared by rows; set num_shared_classes=0 to draw with replacement",
+    )
+
+
+def check_trainer_arguments(args: Any, teacher_model: Any, kwargs: dict[str, Any]) -> None:
+    """Checks what a :class:`hf_dis.DISDistillationTrainer` is made with.
+
+    Args:
+        args: its DISConfig.
+        teacher_model: the teacher, or its name.
+        kwargs: what it passes on to ``Trainer``.
+
+    Raises:
+        ValueError: says what cannot be used, why, and what to do instead.
+    """
+    if teacher_model is None:
+        raise ValueError("there is no teacher: pass teacher_model, a model or the name or path of a checkpoint")
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func runs after the student's forward, too late to choose the classes: override "
+            "compute_loss in a subclass and call super().compute_loss"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}: smoothing needs every class; set it to 0, the "
+            "teacher's probabilities already smooth the labels"
+        )
+    if args.use_liger_kernel:
+        raise ValueError("use_liger_kernel replaces the head that DIS switches to drawn classes: set it to False")
+    optimizer = (kwargs.get("optimizers") or (None, None))[0]
+    if args.head_learning_rate is not None and optimizer is not None:
+        raise ValueError(
+            "head_learning_rate is set, but so is an optimizer of your own: give the head a parameter group there"
+        )
+
+
+def common_num_classes(student: nn.Module, teacher: nn.Module) -> int:
+    """C, after checking that student and teacher are classifiers of the same classes.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    config = getattr(student, "config", None)
+    if not hasattr(config, "num_labels"):
+        raise ValueError(
+            f"the student, a {type(student).__name__}, has no config with num_labels: make it a PreTrainedModel, or "
+            "use DISLoss in a loop of your own"
+        )
+    if getattr(student, "get_output_embeddings", lambda: None)() is not None:
+        raise ValueError(
+            f"{type(student).__name__} has a language-model head: this version distils classifiers (one class a row)"
+        )
+    if config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1:
+        raise ValueError(
+            f"the student's problem_type is {config.problem_type!r} with num_labels={config.num_labels}: distillation "
+            "by sampled classes needs single-label classification with two classes or more"
+        )
+    teacher_labels = getattr(getattr(teacher, "config", None), "num_labels", config.num_labels)
+    if teacher_labels != config.num_labels:
+        raise ValueError(
+            f"the teacher has {teacher_labels} classes, the student {config.num_labels}: both need the same classes "
+            "in the same order; set num_labels of the student, or use a teacher trained on these labels"
+        )
+    return config.num_labels
