@@ -180,7 +180,7 @@ def run(teacher, student, train_dataset) -> list[dict]:
             for method in all_methods:
                 measured = measure(method, captured["features"], head.weight.detach(), logits, teacher_logits)
                 records.append({"step": step, **measured})
-            print(table(records, step), flush=True)
+            print(f"{table(records, step)}\n\n{rank_profile(logits, teacher_logits)}", flush=True)
         student.train()
         images = next(stream)
         with torch.no_grad():
@@ -193,6 +193,17 @@ def run(teacher, student, train_dataset) -> list[dict]:
             exact_distillation_loss(logits, teacher_logits, TEMPERATURE).mean().backward()
             optimizer.step()
     return records
+
+
+def rank_profile(logits: Tensor, teacher_logits: Tensor) -> str:
+    """Where the disagreement Σ|s - p| lies, by the teacher's ranks."""
+    student, teacher = (logits / TEMPERATURE).softmax(1), (teacher_logits / TEMPERATURE).softmax(1)
+    order = teacher.argsort(1, descending=True)
+    by_rank = (student - teacher).abs().gather(1, order).mean(0)
+    by_rank = by_rank / by_rank.sum()
+    bands = (("1", 0, 1), ("2-10", 1, 10), ("11-64", 10, 64), ("65-512", 64, 512), ("beyond", 512, None))
+    shares = ", ".join(f"{name}: {by_rank[start:stop].sum():.2f}" for name, start, stop in bands)
+    return f"teacher's mean top probability {teacher.amax(1).mean():.2f}; disagreement by rank: {shares}"
 
 
 def table(records: list[dict], step: int) -> str:

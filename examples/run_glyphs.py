@@ -25,15 +25,15 @@ from hf_dis.metrics import TopKAccuracy
 
 LEARNING_RATE = 4e-3
 # K: student logits that each sampling method computes for a row, out of 3,375.
-PER_ROW = {"num_sampled_classes": 256, "num_shared_classes": 0}
+PER_ROW = {"num_sampled_classes": 128, "num_shared_classes": 0}
 # What sets the methods apart; "head_rate" is the head's learning rate as a multiple of LEARNING_RATE.
 METHODS = {
-    "hard_labels": {"head_rate": 5, "head_mode": "exact", "hard_label_weight": 1.0},
-    "exact": {"head_rate": 5, "head_mode": "exact"},
-    "dis": {"head_rate": 5, "rank_depth": 256, **PER_ROW},
+    "hard_labels": {"head_rate": 6, "head_mode": "exact", "hard_label_weight": 1.0},
+    "exact": {"head_rate": 12, "head_mode": "exact"},
+    "dis": {"head_rate": 12, "rank_depth": 256, **PER_ROW},
     # Fixed teacher importance sampling, drawn from the teacher's whole distribution with replacement.
     "ftis": {"head_rate": 5, "proposal": "teacher", "sampler": "replacement", "rank_depth": 3375, **PER_ROW},
-    "topk": {"head_rate": 5, "proposal": "topk", "rank_depth": 256, **PER_ROW},
+    "topk": {"head_rate": 5, "proposal": "topk", **PER_ROW},
 }
 
 
@@ -48,7 +48,7 @@ class GlyphArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Path of a teacher saved by an earlier run; trained first if not given."}
     )
-    teacher_epochs: float = field(default=6.0, metadata={"help": "Epochs that the teacher is trained for."})
+    teacher_epochs: float = field(default=8.0, metadata={"help": "Epochs that the teacher is trained for."})
     epochs: float = field(default=4.0, metadata={"help": "Epochs that each student is trained for."})
     head_rates: list[float] = field(
         default_factory=list,
@@ -101,7 +101,7 @@ def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArgumen
         seed=arguments.seed,
         remove_unused_columns=False,
         report_to=arguments.report_to,
-        **{"head_mode": "sampled", **settings},
+        **{"head_mode": "sampled", "hard_label_weight": 0.0, **settings},
     )
     recorder = ProposalRecorder()
     trainer = DISDistillationTrainer(

@@ -2,7 +2,7 @@
 
 from .config import DISConfig
 from .losses import DISLoss
-from .sampling import ClassSampler, make_sampler
+from .sampler import ClassSampler, make_sampler
 from .trainer import DISDistillationTrainer
 from .version import __version__
 

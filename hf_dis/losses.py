@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .heads import drawn_logits
 from .proposal import Statistics
-from .sampling import ClassDraw, ClassSampler
+from .sampler import ClassSampler
+from .sampling import ClassDraw
 from .teachers import TeacherTargets, widen
 
 
@@ -78,7 +79,7 @@ class DISLoss:
     """The sampled loss for loops of one's own: draws, computes the drawn logits, learns from what it saw.
 
     Args:
-        sampler: draws the classes, see :func:`hf_dis.sampling.make_sampler`. Its ``state_dict`` belongs in your
+        sampler: draws the classes, see :func:`hf_dis.sampler.make_sampler`. Its ``state_dict`` belongs in your
             checkpoints. In a run of several processes give each its own seed, and sum the statistics that
             its proposal learns from, as ``reduce`` does.
         temperature: τ > 0.

@@ -295,7 +295,7 @@ class ClassMemory:
         """Per class: Σ (s - p)² over the rows that met it outside their heads, those rows, the teacher's mass."""
         num_classes = len(self.marginal)
         tail = disagreement[:, disagreement.shape[1] - len(draw.shared_ids) :]
-        squared = (tail.square() * draw.outside_head).sum(0).float()
+        squared = tail.square().masked_fill(~draw.outside_head, 0).sum(0).float()
         rows = draw.outside_head.sum(0).float()
         per_class = squared.new_zeros(2, num_classes)
         per_class.index_copy_(1, draw.shared_ids, torch.stack([squared, rows]))

@@ -8,19 +8,13 @@ sampling and the strata are this project's; drawing with replacement is the sett
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .checks import check_sampling_arguments, require
-from .proposal import DISProposal, Proposal, Statistics, TeacherProposal, TopKProposal
-
-if TYPE_CHECKING:
-    from .teachers import TeacherTargets
 
 
 @dataclass(frozen=True)
@@ -199,215 +193,41 @@ def is_member(ids: Tensor, shared_ids: Tensor) -> Tensor:
     num_shared = len(shared_ids)
     held = torch.zeros(len(ids), num_shared + 1, dtype=torch.bool, device=ids.device)
     if num_shared:
-        column = torch.searchsorted(shared_ids, ids).clamp(max=num_shared - 1)
+        column = torch.searchsorted(shared_ids, ids.contiguous()).clamp(max=num_shared - 1)
         held.scatter_(1, torch.where(shared_ids[column] == ids, column, num_shared), True)
     return held[:, :num_shared]
 
 
-def estimated_target(log_probs: Tensor, log_weights: Tensor, certain: Tensor, mass: Tensor) -> Tensor:
-    """The teacher's probabilities in one stratum, estimated so that they sum to its exact mass.
+class Stratum(NamedTuple):
+    """Columns of a draw among which the teacher's exact mass is known.
 
-    Certain classes keep their probability; the others share what is left of the mass in proportion to ω·p (a ratio
-    estimator). Where nothing was drawn that could carry the rest, it is left out.
-
-    Args:
-        log_probs, log_weights, certain: ``[N, K]``; a column with weight ``-inf`` is not used.
-        mass: the teacher's probability of the whole stratum, ``[N]``.
-    """
-    used = log_weights > -torch.inf
-    exact = log_probs.exp().masked_fill(~(certain & used), 0)
-    rest = (mass - exact.sum(1)).clamp_min(0)
-    score = (log_probs + log_weights).masked_fill(certain | ~used, -torch.inf)
-    share = score.softmax(1).nan_to_num(0)
-    return exact + share * rest[:, None]
-
-
-class ClassSampler:
-    """Draws the classes of a step from a proposal, in one of two layouts.
-
-    - ``num_shared = 0``: K classes for each row over all C ranks, the setting of arXiv 1812.00914.
-    - ``num_shared = K_t``: K of each row's m best-ranked classes, and one tail of K_t classes for all rows.
-
-    Args:
-        proposal: where to draw, see :mod:`hf_dis.proposal`.
-        num_classes: C.
-        num_sampled: K, classes drawn for each row.
-        num_shared: K_t, classes drawn once for all rows; 0 for the per-row layout.
-        rank_depth: m, the depth to which the teacher's ranking is resolved.
-        sampler: ``"pps"`` or ``"replacement"``; the latter only with ``num_shared = 0``.
-        seed: of the sampler's own generator; give every process its own.
+    Attributes:
+        ids: classes, ``[N, K]``.
+        log_weights: log ω, ``[N, K]``; ``-inf`` where a column is not used.
+        certain: whether the class is in the draw with probability one, ``[N, K]``.
+        log_probs: the teacher's, ``[N, K]``.
+        mass: the teacher's probability of all classes that could have been drawn, ``[N]``.
     """
 
-    def __init__(
-        self,
-        proposal: Proposal,
-        num_classes: int,
-        num_sampled: int,
-        num_shared: int,
-        rank_depth: int,
-        sampler: str = "pps",
-        seed: int = 0,
-    ):
-        self.proposal = proposal
-        self.rank_depth = min(rank_depth, num_classes)
-        self.num_shared = num_shared if self.rank_depth < num_classes else 0
-        self.num_ranks = self.rank_depth if self.num_shared else num_classes
-        self.num_sampled = min(num_sampled, self.num_ranks)
-        self.sampler = sampler
-        self.generator = torch.Generator().manual_seed(seed)
+    ids: Tensor
+    log_weights: Tensor
+    certain: Tensor
+    log_probs: Tensor
+    mass: Tensor
 
-    @property
-    def columns(self) -> int:
-        """Student logits computed for each row, the label's aside: K + K_t."""
-        return self.num_sampled + min(self.num_shared, self.proposal.num_classes)
+    def without(self, label: Stratum, held: Tensor) -> Stratum:
+        """Gives way to the label's column: the class is not used here, and where held its mass is taken out."""
+        log_weights = self.log_weights.masked_fill(self.ids == label.ids, -torch.inf)
+        return self._replace(log_weights=log_weights, mass=self.mass - label.mass * held)
 
-    def draw(self, teacher: Iterable[TeacherTargets], labels: Tensor | None = None) -> ClassDraw:
-        """Draws for all rows of a step.
+    def target(self) -> Tensor:
+        """The teacher's probabilities, estimated so that they sum to the mass, ``[N, K]``.
 
-        Args:
-            teacher: the rows' ranked targets, chunk by chunk; each chunk is dropped before the next is made.
-            labels: class ids ``[N]``, always in the draw if given.
+        Certain classes keep their probability; the others share what is left of the mass in proportion to ω·p (a
+        ratio estimator). Where nothing was drawn that could carry the rest, it is left out.
         """
-        tail = None
-        if self.num_shared:
-            tail = draw_shared(self.proposal.class_density(), self.num_shared, self.generator)
-        draws, first_row = [], 0
-        for targets in teacher:
-            rows = slice(first_row, first_row + len(targets))
-            draws.append(self._draw_chunk(targets, tail, None if labels is None else labels[rows]))
-            first_row = rows.stop
-        return ClassDraw.cat(draws)
-
-    def _draw_chunk(
-        self, targets: TeacherTargets, tail: tuple[Tensor, Tensor] | None, labels: Tensor | None
-    ) -> ClassDraw:
-        ranks, log_weights, certain = draw_ranks(
-            self.proposal.rank_density(targets),
-            self.num_ranks,
-            len(targets),
-            self.num_sampled,
-            self.sampler,
-            self.generator,
-        )
-        rank_weights = log_weights.exp()
-        row_ids = ranks_to_classes(ranks, targets.ids)
-        log_probs = targets.log_prob(row_ids)
-        if tail is None:
-            shared_ids = row_ids.new_empty(0)
-            shared_log_weights = log_weights.new_empty(len(targets), 0)
-            mass = log_probs.new_ones(len(targets))
-        else:
-            shared_ids, expected = tail
-            shared_log_weights = -expected.log().float().expand(len(targets), -1)
-            mass = targets.log_probs.exp().sum(1)
-        outside_head = ~is_member(targets.ids, shared_ids)
-        shared_log_weights = shared_log_weights.masked_fill(~outside_head, -torch.inf)
-        shared_log_probs = targets.log_prob(shared_ids.expand(len(targets), -1))
-        shared_mass = 1 - mass
-
-        if labels is not None:
-            # The label's class is in the draw for certain, in a column of its own: the others give way to it.
-            label = labels[:, None]
-            log_weights = log_weights.masked_fill(row_ids == label, -torch.inf)
-            shared_log_weights = shared_log_weights.masked_fill(shared_ids == label, -torch.inf)
-            label_log_prob = targets.log_prob(label)
-            label_prob = label_log_prob[:, 0].exp()
-            in_head = (targets.ids == label).any(1) | (tail is None)
-            mass, shared_mass = mass - label_prob * in_head, shared_mass - label_prob * ~in_head
-        ranked = estimated_target(log_probs, log_weights, certain, mass)
-        shared_certain = (shared_log_weights == 0) & outside_head
-        shared = estimated_target(shared_log_probs, shared_log_weights, shared_certain, shared_mass)
-        if labels is not None:
-            row_ids = torch.cat([row_ids, label], 1)
-            log_weights = F.pad(log_weights, (0, 1), value=0.0)
-            certain = F.pad(certain, (0, 1), value=True)
-            log_probs = torch.cat([log_probs, label_log_prob], 1)
-            ranked = torch.cat([ranked, label_prob[:, None]], 1)
-        target = torch.cat([ranked, shared], 1)
-        wants_mass = self.num_shared and self.proposal.wants_class_mass
-        return ClassDraw(
-            row_ids=row_ids,
-            shared_ids=shared_ids,
-            log_weights=torch.cat([log_weights, shared_log_weights], 1),
-            certain=torch.cat([certain, shared_certain], 1),
-            log_probs=torch.cat([log_probs, shared_log_probs], 1),
-            target=target / target.sum(1, keepdim=True),
-            ranks=ranks,
-            rank_weights=rank_weights,
-            outside_head=outside_head,
-            class_mass=targets.class_mass() if wants_mass else target.new_empty(0),
-            has_label=labels is not None,
-        )
-
-    def learn(
-        self, draw: ClassDraw, disagreement: Tensor, reduce: Callable[[Statistics], Statistics] | None = None
-    ) -> None:
-        """Lets the proposal learn from a step.
-
-        Args:
-            draw: the classes drawn.
-            disagreement: s - p at every column, as :func:`hf_dis.losses.sampled_distillation_loss` returns it.
-            reduce: sums the statistics over processes; not needed with one.
-        """
-        with torch.no_grad():
-            statistics = self.proposal.statistics(draw, disagreement)
-            if statistics:
-                self.proposal.update(reduce(statistics) if reduce else statistics)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The proposal's state and the generator's."""
-        return {**self.proposal.state_dict(), "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state_dict` gave: the next draw is the one that would have come next."""
-        self.generator.set_state(state["generator"])
-        self.proposal.load_state_dict(state)
-
-
-def make_sampler(
-    num_classes: int,
-    *,
-    num_sampled_classes: int = 64,
-    num_shared_classes: int = 512,
-    rank_depth: int | None = None,
-    proposal: str = "dis",
-    sampler: str = "pps",
-    proposal_floor: float = 0.05,
-    proposal_decay: float = 0.95,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> ClassSampler:
-    """A sampler for C classes; the arguments are those of :class:`hf_dis.DISConfig`.
-
-    Raises:
-        ValueError: if an argument is out of its range; says which and what it may be.
-    """
-    require(num_classes >= 1, "num_classes", num_classes, "1 or more")
-    check_sampling_arguments(
-        num_sampled_classes=num_sampled_classes,
-        num_shared_classes=num_shared_classes,
-        rank_depth=rank_depth,
-        proposal=proposal,
-        sampler=sampler,
-        proposal_floor=proposal_floor,
-        proposal_decay=proposal_decay,
-    )
-    # With all classes drawn for each row there is nothing left to share; a truncation has no tail.
-    shared = 0 if proposal == "topk" or num_sampled_classes >= num_classes else num_shared_classes
-    depth = min(rank_depth or 2 * num_sampled_classes, num_classes)
-    if (shared or proposal == "topk") and depth < min(num_sampled_classes, num_classes):
-        raise ValueError(
-            f"rank_depth is {rank_depth}: the {num_sampled_classes} classes of a row (num_sampled_classes) come from "
-            "its best-ranked ones, so it has to be at least as many"
-        )
-    num_ranks = depth if shared and depth < num_classes else num_classes
-    layout = (num_classes, num_ranks, depth)
-    if proposal == "dis":
-        fitted = DISProposal(*layout, floor=proposal_floor, decay=proposal_decay, device=device)
-    elif proposal == "teacher":
-        fitted = TeacherProposal(*layout, floor=proposal_floor, decay=proposal_decay, device=device)
-    elif proposal == "uniform":
-        fitted = Proposal(*layout, device=device)
-    else:
-        fitted = TopKProposal(*layout, num_sampled=num_sampled_classes, device=device)
-    return ClassSampler(fitted, num_classes, num_sampled_classes, shared, depth, sampler, seed)
+        used = self.log_weights > -torch.inf
+        exact = self.log_probs.exp().masked_fill(~(self.certain & used), 0)
+        rest = (self.mass - exact.sum(1)).clamp_min(0)
+        score = (self.log_probs + self.log_weights).masked_fill(self.certain | ~used, -torch.inf)
+        return exact + score.softmax(1).nan_to_num(0) * rest[:, None]

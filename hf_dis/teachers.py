@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ class OnlineTeacher:
         temperature: τ > 0.
         depth: m, how many ranks to resolve.
         chunk_rows: rows a chunk; by default as many as keep a chunk's logits within 64 MiB.
+        context: entered around each forward; ``accelerator.autocast`` for mixed precision.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class OnlineTeacher:
         temperature: float,
         depth: int,
         chunk_rows: int | None = None,
+        context: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.model = model.eval().requires_grad_(False)
         self.num_classes, self.temperature, self.depth = num_classes, temperature, depth
+        self.context = context
         self.chunk_rows = chunk_rows or max(1, CHUNK_ELEMENTS // num_classes)
 
     def __call__(self, inputs: dict[str, Tensor], check_finite: bool = True) -> Iterator[TeacherTargets]:
@@ -93,7 +97,8 @@ class OnlineTeacher:
         """
         first_row = 0
         for chunk in split_rows(inputs, self.chunk_rows):
-            logits = self.model(**chunk).logits
+            with self.context():
+                logits = self.model(**chunk).logits
             if logits.shape[-1] != self.num_classes:
                 raise ValueError(
                     f"the teacher answers for {logits.shape[-1]} classes, the student for {self.num_classes}: "

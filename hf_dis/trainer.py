@@ -24,7 +24,7 @@ from .losses import (
     sampled_cross_entropy,
     sampled_distillation_loss,
 )
-from .sampling import make_sampler
+from .sampler import make_sampler
 from .teachers import OnlineTeacher, split_rows
 
 logger = logging.get_logger(__name__)
@@ -85,7 +85,11 @@ class DISDistillationTrainer(Trainer):
             device=self.args.device,
         )
         self.teacher = OnlineTeacher(
-            teacher.to(self.args.device), self.num_classes, args.temperature, self.sampler.rank_depth
+            teacher.to(self.args.device),
+            self.num_classes,
+            args.temperature,
+            self.sampler.rank_depth,
+            context=self.accelerator.autocast,
         )
         self._means = RunningMeans()
         self._eval_means = RunningMeans()
@@ -107,8 +111,7 @@ class DISDistillationTrainer(Trainer):
         if self.head_mode == "exact" or not model.training:
             return self._exact_loss(model, inputs, labels, return_outputs, num_items_in_batch)
         self._check_head_once(inputs)
-        with torch.no_grad(), self.accelerator.autocast():
-            draw = self.sampler.draw(self.teacher(inputs, self._checks_values()), labels)
+        draw = self.sampler.draw(self.teacher(inputs, self._checks_values()), labels)
         self.head.set(draw.row_ids, draw.shared_ids)  # until training_step is done with backward
         outputs = model(**inputs)
         kd, disagreement = sampled_distillation_loss(outputs.logits, draw, self.args.temperature)
@@ -132,8 +135,7 @@ class DISDistillationTrainer(Trainer):
 
     def _exact_rows(self, logits: Tensor, inputs: dict[str, Tensor], labels: Tensor | None):
         """Exact kd_loss and, with labels, ce_loss of each row from full logits ``[N, C]``; the teacher's logits."""
-        with self.accelerator.autocast():
-            teacher_logits = torch.cat(list(self.teacher.logits(inputs, self._checks_values())))
+        teacher_logits = torch.cat(list(self.teacher.logits(inputs, self._checks_values())))
         rows = {"kd_loss": exact_distillation_loss(logits, teacher_logits, self.args.temperature)}
         if labels is not None:
             rows["ce_loss"] = exact_cross_entropy(logits, labels)
@@ -252,8 +254,7 @@ class DISDistillationTrainer(Trainer):
 
     def _probe(self, draw, inputs) -> dict[str, Tensor]:
         features = self.head.features(self.model, inputs)
-        with self.accelerator.autocast():
-            teacher_logits = list(self.teacher.logits(inputs, check_finite=False))
+        teacher_logits = self.teacher.logits(inputs, check_finite=False)
         return probe(self.head.module, features, draw, teacher_logits, self.args.temperature)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -322,8 +323,7 @@ class DISDistillationTrainer(Trainer):
     def _check_head_once(self, inputs: dict[str, Tensor]) -> None:
         if not self._head_is_checked:
             narrowest = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision)
-            with self.accelerator.autocast():
-                check_head(self.model, self.head, next(split_rows(inputs, 2)), self.head_name, narrowest)
+            check_head(self.model, self.head, next(split_rows(inputs, 2)), self.head_name, narrowest)
             self._head_is_checked = True
 
 

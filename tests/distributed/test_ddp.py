@@ -1,0 +1,104 @@
+"""Two real processes (gloo) against one: the same gradient, one proposal, different draws, the same metrics."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import worker
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes saw of the trainings in worker.py."""
+    folder = tmp_path_factory.mktemp("two")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*torchrun, str(Path(worker.__file__)), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    results = [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert [result["world_size"] for result in results] == [2, 2]
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process saw of the same trainings, with two accumulation steps."""
+    folder = tmp_path_factory.mktemp("one")
+    worker.run(folder)
+    return torch.load(folder / "rank_0.pt", weights_only=False)
+
+
+def assert_near(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("run", ["exact", "fixed draw"])
+def test_two_processes_train_as_one_that_accumulates(ranks, alone, run):
+    untrained = worker.vit(40).state_dict()
+    assert not torch.allclose(alone[run]["student"]["classifier.weight"], untrained["classifier.weight"], atol=1e-3)
+    for rank in ranks:
+        assert_near(rank[run]["student"], alone[run]["student"], 1e-6)
+
+
+@pytest.mark.parametrize("run", ["exact", "fixed draw"])
+def test_logged_losses_are_means_over_processes(ranks, alone, run):
+    for mine, reference in zip(ranks[0][run]["logs"], alone[run]["logs"], strict=True):
+        names = [name for name in reference if name.startswith(("kd_", "ce_", "dis/"))]
+        assert {"kd_loss", "ce_loss"} <= set(names)
+        for name in names:
+            assert mine[name] == pytest.approx(reference[name], rel=1e-4), name
+
+
+def test_the_loss_itself_is_logged_on_the_scale_of_one_process(ranks, alone):
+    for mine, reference in zip(ranks[0]["exact"]["logs"], alone["exact"]["logs"], strict=True):
+        assert mine["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+
+
+def test_processes_share_the_proposal_and_draw_differently(ranks):
+    one, other = (rank["dis"] for rank in ranks)
+    assert_near(one["student"], other["student"], 0)
+    assert one["proposal"].keys() == other["proposal"].keys() and len(one["proposal"]) == 5
+    for name, value in one["proposal"].items():
+        assert torch.equal(value, other["proposal"][name]), name
+    assert len(one["ids"]) == len(other["ids"]) == 4
+
+    def ranked(ids):  # the label's column and the classes certain for every row say nothing
+        return [step[:, :-1].sort(1).values for step in ids]
+
+    assert not any(torch.equal(a, b) for a, b in zip(ranked(one["ids"]), ranked(other["ids"]), strict=True))
+
+
+def test_seeds_differ_by_process(ranks):
+    """The same rows would be given different classes: it is not only that the rows differ."""
+    assert not torch.equal(ranks[0]["saved"]["generator"], ranks[1]["saved"]["generator"])
+
+
+@pytest.mark.parametrize("run", ["exact", "fixed draw"])
+def test_evaluation_counts_every_row_once(ranks, alone, run):
+    """13 rows on two processes: the loader repeats some to fill the last batches."""
+    names = ["eval_loss", "eval_kd_loss", "eval_ce_loss", "eval_kl"]
+    expected = [alone[run]["metrics"][name] for name in names]
+    for rank in ranks:
+        assert [rank[run]["metrics"][name] for name in names] == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_process_writes_and_resumes_its_own_state(ranks):
+    for rank in ranks:
+        whole, resumed = rank["resume"]
+        assert whole.keys() == resumed.keys()
+        assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+        assert rank["saved"].keys() < whole.keys()
+
+
+def test_nothing_is_left_patched(ranks):
+    assert all(rank[run]["patched"] == [] for rank in ranks for run in worker.RUNS)

@@ -1,0 +1,93 @@
+"""What test_ddp runs in one process and, started by torchrun, in two: trainings whose results it compares."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from models import labelled_images, vit
+
+from hf_dis import DISConfig, DISDistillationTrainer
+
+WINDOW = 8  # rows of an optimizer step, over all processes and accumulation steps
+RUNS = {
+    "exact": {"head_mode": "exact"},
+    "fixed draw": {"proposal": "topk", "num_shared_classes": 0},
+    "dis": {},
+}
+
+
+def trainer(output_dir: Path, seed: int = 0, **keywords) -> DISDistillationTrainer:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    defaults = {
+        "per_device_train_batch_size": WINDOW // 2,
+        "gradient_accumulation_steps": 2 // processes,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "head_mode": "sampled",
+        "num_sampled_classes": 6,
+        "num_shared_classes": 8,
+        "rank_depth": 10,
+    }
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    return DISDistillationTrainer(
+        vit(40, seed),
+        vit(40, seed=1, spread=30),
+        DISConfig(**{"output_dir": str(output_dir), **quiet, **defaults, **keywords}),
+        train_dataset=labelled_images(2 * WINDOW, 40),
+        eval_dataset=labelled_images(13, 40, seed=3),  # not a multiple of anything
+    )
+
+
+def clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def run(output_dir: Path) -> None:
+    """Trains each of RUNS, evaluates, and resumes; every process writes what it saw to ``output_dir``."""
+    results = {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
+    for name, keywords in RUNS.items():
+        this = trainer(output_dir / name, **keywords)
+        assert this.accelerator.num_processes == results["world_size"]
+        drawn, draw = [], this.sampler.draw
+
+        def record(*args, draw=draw, drawn=drawn):
+            drawn.append(draw(*args))
+            return drawn[-1]
+
+        this.sampler.draw = record
+        this.train()
+        results[name] = {
+            "student": clone(this.model.state_dict()),
+            "proposal": clone(this.sampler.proposal.state_dict()),
+            "ids": [one.row_ids for one in drawn],
+            "logs": [log for log in this.state.log_history if "loss" in log],
+            "metrics": this.evaluate(),
+            "patched": [name for name, module in this.model.named_modules() if "forward" in vars(module)],
+        }
+
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer(output_dir / "resume", **saving)
+    whole.train()
+    resumed = trainer(output_dir / "resume", seed=5, **saving)
+    resumed.train(resume_from_checkpoint=str(output_dir / "resume" / "checkpoint-2"))
+    results["resume"] = [clone({**one.model.state_dict(), **one.sampler.state_dict()}) for one in (whole, resumed)]
+    rank = this.args.process_index
+    results["saved"] = load_file(output_dir / "resume" / "checkpoint-4" / f"dis_state_{rank}.safetensors")
+    torch.save(results, output_dir / f"rank_{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]))

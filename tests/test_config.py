@@ -1,0 +1,120 @@
+"""DISConfig: every value out of range is refused by name, and the command line sees all of it."""
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_dis import DISConfig, make_sampler
+
+
+def config(tmp_path, **values):
+    return DISConfig(output_dir=str(tmp_path), use_cpu=True, **values)
+
+
+def test_defaults_are_valid_and_training_arguments_stay(tmp_path):
+    args = config(tmp_path, learning_rate=0.5)
+    assert isinstance(args, TrainingArguments) and args.learning_rate == 0.5
+    assert (args.temperature, args.proposal, args.sampler, args.head_mode) == (2.0, "dis", "pps", "auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 0.0),
+        ("temperature", -2.0),
+        ("temperature", float("nan")),
+        ("hard_label_weight", -0.01),
+        ("hard_label_weight", 1.01),
+        ("num_sampled_classes", 0),
+        ("num_sampled_classes", -3),
+        ("num_shared_classes", -1),
+        ("rank_depth", 0),
+        ("proposal_floor", 0.0),
+        ("proposal_floor", 1.1),
+        ("proposal_decay", -0.1),
+        ("proposal_decay", 1.0),
+        ("probe_steps", -1),
+        ("head_learning_rate", -1e-3),
+        ("proposal", "laplace"),
+        ("sampler", "poisson"),
+        ("head_mode", "fast"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_name_value_and_range(tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is '?{value}'?: it has to be \w+"):
+        config(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 0.01),
+        ("hard_label_weight", 0.0),
+        ("hard_label_weight", 1.0),
+        ("num_sampled_classes", 1),
+        ("num_shared_classes", 0),
+        ("rank_depth", 1),
+        ("proposal_floor", 1.0),
+        ("proposal_decay", 0.0),
+        ("probe_steps", 0),
+        ("head_learning_rate", 0.0),
+        ("proposal", "topk"),
+        ("head_mode", "exact"),
+    ],
+)
+def test_the_ends_of_the_ranges_are_taken(tmp_path, name, value):
+    assert getattr(config(tmp_path, **{name: value}), name) == value
+
+
+def test_sampling_with_replacement_needs_the_per_row_layout(tmp_path):
+    with pytest.raises(ValueError, match=r"sampler is 'replacement'.*num_shared_classes=0"):
+        config(tmp_path, sampler="replacement")
+    assert config(tmp_path, sampler="replacement", num_shared_classes=0).sampler == "replacement"
+
+
+COMMAND_LINE = {
+    "temperature": 4.0,
+    "hard_label_weight": 0.3,
+    "num_sampled_classes": 32,
+    "num_shared_classes": 0,
+    "rank_depth": 64,
+    "proposal": "teacher",
+    "sampler": "replacement",
+    "proposal_floor": 0.1,
+    "proposal_decay": 0.5,
+    "head_mode": "sampled",
+    "head_name": "classifier.1",
+    "head_learning_rate": 0.02,
+    "probe_steps": 10,
+}
+
+
+def parse(tmp_path, *flags):
+    return HfArgumentParser(DISConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path), *flags])[0]
+
+
+def test_the_command_line_sets_every_field(tmp_path):
+    own = {name for name in DISConfig.__dataclass_fields__ if name not in TrainingArguments.__dataclass_fields__}
+    assert own == set(COMMAND_LINE), "a field is missing from this test"
+    flags = [text for name, value in COMMAND_LINE.items() for text in (f"--{name}", str(value))]
+    args = parse(tmp_path, *flags)
+    assert {name: getattr(args, name) for name in COMMAND_LINE} == COMMAND_LINE
+    assert parse(tmp_path).head_name is None and parse(tmp_path).head_learning_rate is None
+
+
+@pytest.mark.parametrize("field", ["proposal", "sampler", "head_mode"])
+def test_the_command_line_lists_the_choices(tmp_path, field, capsys):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, f"--{field}", "nonsense")
+    assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+def test_its_sampling_arguments_are_those_of_make_sampler(tmp_path):
+    given = {"num_sampled_classes": 6, "rank_depth": 9, "num_shared_classes": 0, "sampler": "replacement"}
+    sampler = make_sampler(1_000, **config(tmp_path, **given).sampling_arguments())
+    assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared) == (6, 9, 0)
+    assert sampler.sampler == "replacement"
+
+
+def test_every_field_has_a_help_text():
+    for name in COMMAND_LINE:
+        assert DISConfig.__dataclass_fields__[name].metadata["help"]

@@ -1,0 +1,86 @@
+"""The examples as a user starts them, on small data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from archives import write_cifar100_archive
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+ROOT = Path(__file__).parent.parent
+ONE_PROCESS = ["--num_processes", "1"]
+TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2"]
+
+
+def launch(script, *arguments, processes, cache, check=True):
+    """Runs an example under ``accelerate launch``, on CPU and offline."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *processes, "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "examples" / script)]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cifar")
+    return write_cifar100_archive(folder, train=96, test=40)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+COMMON = ["--no_verify_checksum", "--use_cpu", "--head_mode", "sampled", "--num_sampled_classes", "8"]
+COMMON += ["--per_device_train_batch_size", "8", "--max_steps", "3", "--logging_steps", "1", "--report_to", "none"]
+
+
+@pytest.mark.slow
+def test_cifar_trains_a_teacher_and_distils_it_in_one_and_two_processes(cifar, cache, tmp_path):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    data = ["--data_dir", str(cifar)]
+    first = ["--output_dir", str(once), "--teacher_num_train_epochs", "1", *data, *COMMON]
+    launch("run_cifar.py", *first, processes=ONE_PROCESS, cache=cache)
+    teacher = ["--teacher_model_name_or_path", str(once / "teacher")]
+    second = ["--output_dir", str(twice), "--bf16", *teacher, *data, *COMMON]
+    launch("run_cifar.py", *second, processes=TWO_PROCESSES, cache=cache)
+
+    assert (twice / "checkpoint-3" / "dis_state_1.safetensors").is_file()
+    for output in (once, twice):
+        student = AutoModelForImageClassification.from_pretrained(output)
+        assert student.config.num_labels == 100 and student.config.id2label[0] == "apple"
+        assert AutoImageProcessor.from_pretrained(output, backend="pil").size["height"] == 32
+        metrics = json.loads((output / "eval_results.json").read_text())
+        assert {"eval_top1", "eval_top5", "eval_kl", "eval_kd_loss", "eval_ce_loss"} <= set(metrics)
+
+
+def test_cifar_without_data_names_both_ways_out(cache, tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu"]
+    done = launch("run_cifar.py", *arguments, processes=ONE_PROCESS, cache=cache, check=False)
+    assert done.returncode != 0
+    assert "--data_dir" in done.stderr and "uoft-cs/cifar100" in done.stderr
+    assert "Traceback" not in done.stderr.split("error:")[1].split("\n")[0]
+
+
+@pytest.mark.slow
+def test_the_glyph_demo_writes_results_report_and_plots(cache, tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--teacher_epochs", "0.1", "--epochs", "0.1"]
+    launch("run_glyphs.py", *arguments, processes=ONE_PROCESS, cache=cache)
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert [record["method"] for record in records] == ["hard_labels", "exact", "dis", "ftis", "topk"]
+    for record in records:
+        assert set(record) == {"method", "classes", "sampled", "head_rate", "top1", "top5", "kl", "seconds"}
+        assert record["classes"] == 3375 and 0 <= record["top1"] <= record["top5"] <= 1
+    for name in ("report.md", "quality.png", "proposal.png", "confusions.png"):
+        assert (tmp_path / name).stat().st_size > 500

@@ -1,0 +1,114 @@
+"""The losses against their definitions, and DISLoss for loops of one's own."""
+
+import pytest
+import torch
+
+from hf_dis import DISLoss, make_sampler
+from hf_dis.losses import (
+    exact_cross_entropy,
+    exact_distillation_loss,
+    mix,
+    sampled_cross_entropy,
+    sampled_distillation_loss,
+)
+from hf_dis.teachers import TeacherTargets
+
+
+@pytest.fixture
+def batch():
+    """Features, head and teacher logits of 6 rows and 40 classes, float64; DISLoss takes them in this order."""
+    shapes = [(6, 5), (40, 5), (40,), (6, 40)]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 20.0])
+def test_exact_distillation_is_the_kl_divergence_times_squared_temperature(temperature, dense_kd):
+    logits, teacher = torch.randn(5, 9, dtype=torch.float64, requires_grad=True), torch.randn(5, 9).double()
+    found, expected = exact_distillation_loss(logits, teacher, temperature), dense_kd(logits, teacher, temperature)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    definition = temperature * ((logits / temperature).softmax(1) - (teacher / temperature).softmax(1))
+    torch.testing.assert_close(gradient, definition.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_exact_cross_entropy(dense_ce):
+    logits, labels = torch.randn(5, 9, dtype=torch.float64), torch.tensor([0, 8, 3, 3, 1])
+    torch.testing.assert_close(exact_cross_entropy(logits, labels), dense_ce(logits, labels))
+
+
+def test_sampled_losses_are_their_formulas():
+    """Written out column by column for a draw with weights, unused columns and a label."""
+    sampler = make_sampler(40, num_sampled_classes=6, num_shared_classes=8, rank_depth=10)
+    draw = sampler.draw([TeacherTargets(torch.randn(5, 40), 2.0, 10)], torch.arange(5))
+    logits = torch.randn(draw.log_weights.shape, dtype=torch.float64)
+    kd, disagreement = sampled_distillation_loss(logits, draw, 2.0)
+    ce = sampled_cross_entropy(logits, draw)
+    for row in range(5):
+        weights = draw.log_weights[row].double().exp()
+        normaliser = (weights * (logits[row] / 2).exp()).sum()
+        log_student = logits[row] / 2 - normaliser.log()
+        expected = 4 * (draw.target[row] * (draw.log_probs[row] - log_student)).sum()
+        torch.testing.assert_close(kd[row], expected, check_dtype=False)
+        student_minus_teacher = log_student.exp() - draw.log_probs[row].exp()
+        torch.testing.assert_close(disagreement[row], student_minus_teacher, check_dtype=False)
+        label = logits[row, draw.label_column]
+        torch.testing.assert_close(ce[row], (weights * logits[row].exp()).sum().log() - label)
+
+
+def test_half_precision_logits_are_computed_in_float32():
+    sampler = make_sampler(40, num_sampled_classes=6, num_shared_classes=0)
+    draw = sampler.draw([TeacherTargets(torch.randn(5, 40), 2.0, 40)], torch.arange(5))
+    narrow = torch.randn(5, 7).bfloat16()
+    wide = narrow.float()
+    assert torch.equal(sampled_distillation_loss(narrow, draw, 2.0)[0], sampled_distillation_loss(wide, draw, 2.0)[0])
+    assert torch.equal(sampled_cross_entropy(narrow, draw), sampled_cross_entropy(wide, draw))
+    assert torch.equal(exact_distillation_loss(narrow, narrow, 2.0), exact_distillation_loss(wide, wide, 2.0))
+    assert torch.equal(exact_cross_entropy(narrow, torch.arange(5)), exact_cross_entropy(wide, torch.arange(5)))
+
+
+def test_mix():
+    kd, ce = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
+    torch.testing.assert_close(mix(kd, ce, 0.25), torch.tensor([1.5, 3.0]))
+    assert torch.equal(mix(kd, None, 0.25), kd)
+
+
+def test_dis_loss_takes_teacher_logits_in_chunks(batch):
+    *head, teacher = batch
+    labels = torch.arange(6)
+    whole, chunked = (DISLoss(make_sampler(40, num_sampled_classes=8, seed=1)) for _ in range(2))
+    for _ in range(3):
+        expected = whole(*head, teacher, labels)
+        torch.testing.assert_close(chunked(*head, (chunk for chunk in teacher.split(4)), labels), expected)
+
+
+def test_dis_loss_learns_from_every_batch_and_leaves_the_teacher_without_gradient(batch):
+    features, weight, bias, teacher = (tensor.requires_grad_() for tensor in batch)
+    sampler = make_sampler(40, num_sampled_classes=8, num_shared_classes=4, rank_depth=10)
+    before = {name: value.clone() for name, value in sampler.proposal.state_dict().items()}
+    DISLoss(sampler)(features, weight, bias, teacher).backward()
+    assert all(not torch.equal(value, before[name]) for name, value in sampler.proposal.state_dict().items())
+    assert teacher.grad is None and features.grad is not None
+    assert all(not value.requires_grad for value in sampler.proposal.state_dict().values())
+
+
+def test_dis_loss_sums_statistics_over_processes(batch):
+    """Two processes that saw the same batch learn what one learns from it."""
+    alone, together = (make_sampler(40, num_sampled_classes=8, num_shared_classes=4, rank_depth=10) for _ in range(2))
+    DISLoss(alone)(*batch)
+    DISLoss(together, reduce=lambda statistics: {name: 2 * value for name, value in statistics.items()})(*batch)
+    for name, value in alone.proposal.state_dict().items():
+        torch.testing.assert_close(together.proposal.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", 0.0), ("temperature", -1.0), ("hard_label_weight", 1.5), ("hard_label_weight", -0.1)],
+)
+def test_dis_loss_refuses_arguments_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        DISLoss(make_sampler(40), **{name: value})
+
+
+def test_dis_loss_refuses_another_number_of_classes(batch):
+    with pytest.raises(ValueError, match=r"30.*40"):
+        DISLoss(make_sampler(30, num_sampled_classes=8))(*batch)

@@ -1,0 +1,182 @@
+"""Inclusion probabilities, drawing by them, ranks and classes, and the target of a stratum."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_dis.sampling import (
+    Stratum,
+    draw_ranks,
+    draw_shared,
+    inclusion_probabilities,
+    is_member,
+    ranks_to_classes,
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def capped_slowly(density, num_draws):
+    """π by definition: scale to K, fix whatever exceeds one at one, scale the rest again, until nothing does."""
+    capped = torch.zeros_like(density, dtype=torch.bool)
+    while True:
+        kappa = (num_draws - capped.sum()) / density[~capped].sum()
+        exceeding = ~capped & (kappa * density > 1)
+        if not exceeding.any():
+            return torch.where(capped, 1.0, kappa * density)
+        capped |= exceeding
+
+
+def frequencies(drawn, num_values):
+    return torch.bincount(drawn.flatten(), minlength=num_values).double() / len(drawn)
+
+
+def within_five_sigma(observed, expected, num_trials):
+    sigma = (expected * (1 - expected) / num_trials).clamp_min(0).sqrt()
+    return bool(((observed - expected).abs() <= 5 * sigma + 1e-12).all())
+
+
+# Inclusion probabilities
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    density=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=30),
+    last_size=st.integers(1, 20),
+    num_draws=st.integers(1, 60),
+)
+def test_inclusion_probabilities_are_those_of_iterated_capping(density, last_size, num_draws):
+    density = torch.tensor(density, dtype=torch.float64)
+    expanded = torch.cat([density[:-1], density[-1:].expand(last_size)])
+    found = inclusion_probabilities(density, num_draws, last_size)
+    found = torch.cat([found[:-1], found[-1:].expand(last_size)])
+    assert ((found >= 0) & (found <= 1)).all()
+    assert found.sum() == pytest.approx(min(num_draws, len(expanded)))
+    if num_draws >= len(expanded):
+        assert (found == 1).all()
+    else:
+        expected = capped_slowly(expanded, num_draws)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+        assert (found[expected == 1] == 1).all()
+
+
+def test_inclusion_probabilities_of_many_rows_and_of_a_truncation():
+    densities = torch.rand(5, 12, dtype=torch.float64) ** 4
+    rows = torch.stack([inclusion_probabilities(row, 4, 3) for row in densities])
+    assert torch.equal(inclusion_probabilities(densities, 4, 3), rows)
+    truncated = (torch.arange(10) < 3).double()
+    assert torch.equal(inclusion_probabilities(truncated, 3), truncated)
+
+
+# Samplers
+
+
+@pytest.mark.parametrize("depth", [12, 40], ids=["ranks below 12 unresolved", "all resolved"])
+@pytest.mark.parametrize("sampler", ["pps", "replacement"])
+def test_ranks_are_drawn_with_their_probability_and_weighted_by_its_inverse(sampler, depth):
+    """40 ranks, 6 draws, three different rows; an unresolved last entry stands for the mean of its ranks."""
+    num_rows, num_ranks, num_draws = 30_000, 40, 6
+    decay = torch.tensor([0.3, 0.05, 0.01], dtype=torch.float64)[:, None]
+    every_rank = (-decay * torch.arange(num_ranks)).exp() + 0.02
+    every_rank[:, depth - 1 :] = every_rank[:, depth - 1 :].mean(1, keepdim=True)
+    density = every_rank[:, :depth].repeat(num_rows // 3, 1)
+    ranks, log_weights, certain = draw_ranks(density, num_ranks, num_rows, num_draws, sampler, generator())
+    for row in range(3):
+        drawn, weights = ranks[row::3], log_weights[row::3].double().exp()
+        q = every_rank[row] / every_rank[row].sum()
+        expected = capped_slowly(q, num_draws) if sampler == "pps" else num_draws * q
+        torch.testing.assert_close(weights, 1 / expected[drawn], rtol=1e-6, atol=0)
+        # The count of a rank has at most binomial variance: drawn once or not at all, or in K independent draws.
+        trials, observed = len(drawn), frequencies(drawn, num_ranks)
+        if sampler == "replacement":
+            trials, observed, expected = trials * num_draws, observed / num_draws, q
+        assert within_five_sigma(observed, expected, trials)
+        assert torch.equal(certain[row::3], expected[drawn] == 1)
+    if sampler == "pps":
+        assert (ranks.sort(1).values.diff(dim=1) > 0).all(), "a rank was drawn twice in a row"
+        assert certain.any()
+
+
+def test_rows_draw_independently_of_each_other():
+    ranks, _, _ = draw_ranks(torch.ones(50), 50, 4_000, 5, "pps", generator())
+    alike = (ranks[0::2] == ranks[1::2]).all(1).double().mean()
+    assert alike == pytest.approx(1 / 10, abs=0.03)  # a systematic draw of 5 from 50 equal ranks has 10 outcomes
+
+
+def test_the_shared_tail_holds_classes_with_their_probability():
+    density = torch.tensor([9.0, 0.1, 0.5, 0.01, 3.0, 0.2, 0.2, 1.0, 0.4, 0.05], dtype=torch.float64)
+    expected, seeded, num_trials = capped_slowly(density, 4), generator(), 1_500
+    drawn = []
+    for _ in range(num_trials):
+        ids, probability = draw_shared(density, 4, seeded)
+        assert (ids.diff() > 0).all()
+        torch.testing.assert_close(probability, expected[ids])
+        drawn.append(ids)
+    assert within_five_sigma(frequencies(torch.stack(drawn), 10), expected, num_trials)
+
+
+def test_a_tail_as_large_as_all_classes_is_all_classes():
+    ids, probability = draw_shared(torch.rand(7), 9, generator())
+    assert ids.tolist() == list(range(7)) and (probability == 1).all()
+
+
+# Ranks, classes, membership
+
+
+@pytest.mark.parametrize("depth", [1, 5, 12])
+def test_ranks_stand_for_every_class_once(depth):
+    ranked = torch.rand(50, 12).argsort(1)[:, :depth]
+    classes = ranks_to_classes(torch.arange(12).expand(50, -1), ranked)
+    assert torch.equal(classes[:, :depth], ranked)
+    assert torch.equal(classes.sort(1).values, torch.arange(12).expand(50, -1))
+    shuffled = torch.rand(50, 12).argsort(1)
+    assert torch.equal(ranks_to_classes(shuffled, ranked), classes.gather(1, shuffled))
+
+
+def test_is_member_is_set_membership():
+    for num_shared in (0, 1, 7, 20):
+        ids, shared = torch.rand(30, 20).argsort(1)[:, :6], torch.randperm(20)[:num_shared].sort().values
+        expected = [[c in row for c in shared.tolist()] for row in ids.tolist()]
+        assert is_member(ids, shared).tolist() == expected
+
+
+# A stratum
+
+
+def stratum():
+    """Four classes of a stratum of mass 0.8: the first certain, the last not used."""
+    log_probs = torch.tensor([[0.4, 0.2, 0.1, 0.05]], dtype=torch.float64).log()
+    log_weights = torch.tensor([[1.0, 2.0, 4.0, 0.0]], dtype=torch.float64).log()
+    certain = torch.tensor([[True, False, False, False]])
+    return Stratum(torch.tensor([[7, 5, 3, 1]]), log_weights, certain, log_probs, torch.tensor([0.8]).double())
+
+
+def test_the_target_keeps_certain_classes_and_sums_to_the_mass():
+    torch.testing.assert_close(stratum().target(), torch.tensor([[0.4, 0.2, 0.2, 0.0]], dtype=torch.float64))
+
+
+def test_mass_that_nothing_drawn_could_carry_is_left_out():
+    certain = stratum()._replace(certain=torch.ones(1, 4, dtype=torch.bool))
+    torch.testing.assert_close(certain.target(), torch.tensor([[0.4, 0.2, 0.1, 0.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("label", "held", "expected"),
+    [
+        (7, True, [0.0, 0.2, 0.2, 0.0]),  # certain: its own mass goes
+        (5, True, [0.4, 0.0, 0.2, 0.0]),  # random: the other takes what is left
+        (9, True, [0.4, 0.1, 0.1, 0.0]),  # not drawn here, but of this stratum
+        (9, False, [0.4, 0.2, 0.2, 0.0]),  # of another stratum
+    ],
+)
+def test_a_stratum_gives_way_to_the_label(label, held, expected):
+    """0.4 for class 7, 0.2 for any other."""
+    mass = torch.tensor([0.4 if label == 7 else 0.2], dtype=torch.float64)
+    own = Stratum(
+        torch.tensor([[label]]), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), mass[:, None].log(), mass
+    )
+    found = stratum().without(own, torch.tensor([held])).target()
+    torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float64))

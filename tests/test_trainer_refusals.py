@@ -1,0 +1,182 @@
+"""What cannot be distilled is refused before training, with the value and the remedy."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+import transformers as hf
+from models import SMALL, labelled_images, patched_modules, vit
+from torch import nn
+
+from hf_dis import DISConfig, DISDistillationTrainer
+from hf_dis.trainer import load_teacher
+
+
+def test_no_teacher(tmp_path):
+    with pytest.raises(ValueError, match="no teacher: pass teacher_model"):
+        DISDistillationTrainer(vit(40), args=DISConfig(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_the_student_as_its_own_teacher(make_trainer):
+    student = vit(40)
+    with pytest.raises(ValueError, match="same module"):
+        make_trainer(student, student)
+
+
+def test_other_numbers_of_classes(make_trainer):
+    with pytest.raises(ValueError, match=r"teacher has 41 classes, the student 40.*set num_labels"):
+        make_trainer(teacher=vit(41))
+
+
+class WithoutConfig(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
+
+
+def test_a_teacher_without_config_is_taken_and_its_answers_checked(make_trainer):
+    make_trainer(teacher=WithoutConfig(vit(40)), max_steps=1).train()
+    with pytest.raises(ValueError, match="teacher answers for 41 classes, the student for 40"):
+        make_trainer(teacher=WithoutConfig(vit(41))).train()
+
+
+def test_a_student_without_config(make_trainer):
+    with pytest.raises(ValueError, match=r"WithoutConfig, has no config with num_labels.*DISLoss"):
+        make_trainer(WithoutConfig(vit(40)))
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_other_problem_types(make_trainer, problem_type):
+    with pytest.raises(ValueError, match=f"problem_type is '{problem_type}'.*single-label"):
+        make_trainer(vit(40, problem_type=problem_type))
+
+
+def test_a_single_output(make_trainer):
+    with pytest.raises(ValueError, match=r"num_labels=1.*two classes or more"):
+        make_trainer(vit(1), vit(1))
+
+
+def test_a_language_model_head(make_trainer):
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has a language-model head"):
+        make_trainer(model)
+
+
+def test_one_class_a_token(make_trainer):
+    model = hf.BertForTokenClassification(hf.BertConfig(vocab_size=50, num_labels=40, **SMALL))
+    rows = [{"input_ids": torch.arange(5), "labels": torch.arange(5)} for _ in range(8)]
+    with pytest.raises(ValueError, match=r"labels have shape \(8, 5\).*one class id a row"):
+        make_trainer(model, hf.BertForTokenClassification(model.config), train_dataset=rows).train()
+
+
+def test_compute_loss_func(make_trainer):
+    with pytest.raises(ValueError, match=r"compute_loss_func.*override compute_loss"):
+        make_trainer(compute_loss_func=lambda *args: 0)
+
+
+def test_label_smoothing(make_trainer):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1.*set it to 0"):
+        make_trainer(label_smoothing_factor=0.1)
+
+
+def test_liger_kernels(make_trainer):
+    with pytest.raises(ValueError, match=r"use_liger_kernel.*False"):
+        make_trainer(use_liger_kernel=True)
+
+
+def test_an_optimizer_of_ones_own_beside_head_learning_rate(make_trainer):
+    student = vit(40)
+    optimizers = (torch.optim.SGD(student.parameters(), 0.1), None)
+    with pytest.raises(ValueError, match=r"head_learning_rate.*parameter group"):
+        make_trainer(student, optimizers=optimizers, head_learning_rate=0.1)
+    make_trainer(student, optimizers=optimizers, max_steps=1).train()
+
+
+def test_plain_training_arguments(tmp_path):
+    args = hf.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match=r"TrainingArguments: .*needs a DISConfig"):
+        DISDistillationTrainer(vit(40), vit(40), args)
+
+
+def test_several_gpus_in_one_process(make_trainer, monkeypatch):
+    monkeypatch.setattr(DISConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"2 GPUs in one process.*accelerate launch"):
+        make_trainer()
+
+
+def test_an_unknown_head_name(make_trainer):
+    with pytest.raises(ValueError, match=r"head_name is 'fc'.*\['classifier'\]"):
+        make_trainer(head_name="fc")
+
+
+def test_a_model_that_changes_the_heads_output(make_trainer):
+    class Scaled(hf.ViTForImageClassification):
+        def forward(self, pixel_values):
+            outputs = super().forward(pixel_values)
+            outputs.logits = outputs.logits * torch.linspace(0.5, 1, outputs.logits.shape[1])
+            return outputs
+
+    trainer = make_trainer(Scaled(vit(40).config))
+    with pytest.raises(ValueError, match=r"Scaled does not return the output of 'classifier'.*head_mode='exact'"):
+        trainer.train()
+    assert patched_modules(trainer.model) == []
+
+
+@pytest.mark.parametrize("label", [40, -1, -100])
+@pytest.mark.parametrize("mode", ["sampled", "exact"])
+def test_labels_out_of_range(make_trainer, label, mode):
+    rows = labelled_images(8, 40)
+    rows[3]["labels"] = label
+    with pytest.raises(ValueError, match=rf"labels \[{label}\] are outside 0..39.*check num_labels"):
+        make_trainer(train_dataset=rows, head_mode=mode).train()
+
+
+@pytest.mark.parametrize("mode", ["sampled", "exact"])
+def test_a_teacher_that_answers_nan(make_trainer, mode):
+    teacher = vit(40, seed=1)
+    with torch.no_grad():
+        teacher.classifier.bias[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"rows \[0, 1, 2, 3, 4, 5, 6, 7\] of the batch"):
+        make_trainer(teacher=teacher, head_mode=mode).train()
+
+
+def warnings_of(make, caplog):
+    with caplog.at_level(logging.INFO):
+        caplog.clear()
+        trainer = make()
+        return trainer, [record.message for record in caplog.records if record.name.startswith("hf_dis")]
+
+
+@pytest.mark.parametrize("mode", ["auto", "sampled", "exact"])
+def test_more_classes_than_there_are_is_exact_with_one_warning(make_trainer, caplog, mode):
+    trainer, (warning,) = warnings_of(partial(make_trainer, num_sampled_classes=64, head_mode=mode), caplog)
+    assert trainer.head_mode == "exact"
+    assert "num_sampled_classes is 64 and there are 40 classes" in warning and "exact" in warning
+
+
+def test_all_classes_is_exact(make_trainer):
+    assert make_trainer(num_sampled_classes=40, head_mode="auto").head_mode == "exact"
+
+
+def test_auto_says_once_what_it_chose_and_why(make_trainer, caplog):
+    for classes, mode in ((40, "exact"), (3_000, "sampled")):
+        models = vit(classes), vit(classes)
+        trainer, (message,) = warnings_of(partial(make_trainer, *models, head_mode="auto"), caplog)
+        assert trainer.head_mode == mode and f"chose '{mode}'" in message and f"{classes:,}" in message
+
+
+def test_more_sampled_classes_than_ranks_to_draw_from(make_trainer):
+    with pytest.raises(ValueError, match="rank_depth is 10: the 20 classes"):
+        make_trainer(num_sampled_classes=20, num_shared_classes=8, rank_depth=10)
+
+
+def test_a_checkpoint_of_an_unknown_class(tmp_path):
+    config = vit(40).config
+    config.architectures = ["MyViT"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} names the architecture MyViT.*pass the model"):
+        load_teacher(str(tmp_path))
