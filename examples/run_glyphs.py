@@ -30,7 +30,7 @@ PER_ROW = {"num_sampled_classes": 128, "num_shared_classes": 0}
 METHODS = {
     "hard_labels": {"head_rate": 6, "head_mode": "exact", "hard_label_weight": 1.0},
     "exact": {"head_rate": 12, "head_mode": "exact"},
-    "dis": {"head_rate": 12, "rank_depth": 256, **PER_ROW},
+    "dis": {"head_rate": 12, **PER_ROW},
     # Fixed teacher importance sampling, drawn from the teacher's whole distribution with replacement.
     "ftis": {"head_rate": 5, "proposal": "teacher", "sampler": "replacement", "rank_depth": 3375, **PER_ROW},
     "topk": {"head_rate": 5, "proposal": "topk", **PER_ROW},
