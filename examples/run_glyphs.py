@@ -32,7 +32,7 @@ METHODS = {
     "exact": {"head_rate": 12, "head_mode": "exact"},
     "dis": {"head_rate": 12, **PER_ROW},
     # Fixed teacher importance sampling, drawn from the teacher's whole distribution with replacement.
-    "ftis": {"head_rate": 5, "proposal": "teacher", "sampler": "replacement", "rank_depth": 3375, **PER_ROW},
+    "ftis": {"head_rate": 8, "proposal": "teacher", "sampler": "replacement", "rank_depth": 3375, **PER_ROW},
     "topk": {"head_rate": 5, "proposal": "topk", **PER_ROW},
 }
 
