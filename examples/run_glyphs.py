@@ -28,12 +28,12 @@ LEARNING_RATE = 4e-3
 PER_ROW = {"num_sampled_classes": 128, "num_shared_classes": 0}
 # What sets the methods apart; "head_rate" is the head's learning rate as a multiple of LEARNING_RATE.
 METHODS = {
-    "hard_labels": {"head_rate": 6, "head_mode": "exact", "hard_label_weight": 1.0},
+    "hard_labels": {"head_rate": 12, "head_mode": "exact", "hard_label_weight": 1.0},
     "exact": {"head_rate": 12, "head_mode": "exact"},
     "dis": {"head_rate": 12, **PER_ROW},
     # Fixed teacher importance sampling, drawn from the teacher's whole distribution with replacement.
-    "ftis": {"head_rate": 8, "proposal": "teacher", "sampler": "replacement", "rank_depth": 3375, **PER_ROW},
-    "topk": {"head_rate": 5, "proposal": "topk", **PER_ROW},
+    "ftis": {"head_rate": 12, "proposal": "teacher", "sampler": "replacement", "rank_depth": 3375, **PER_ROW},
+    "topk": {"head_rate": 12, "proposal": "topk", **PER_ROW},
 }
 
 
