@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-slow test-all lint clean
@@ -8,7 +9,7 @@ TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist lo
 ## Distil a 3,375-class glyph recogniser by five methods, offline: table and plots in runs/glyphs/
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		examples/run_glyphs.py --output_dir runs/glyphs
+		--num_cpu_threads_per_process $(CORES) examples/run_glyphs.py --output_dir runs/glyphs
 
 test: $(VENV)/.installed
 	$(TEST) -m "not slow"
