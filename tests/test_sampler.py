@@ -88,6 +88,20 @@ def test_the_label_is_drawn_for_certain_and_counted_once(layout):
 
 
 @pytest.mark.parametrize("labelled", [False, True], ids=["no labels", "labels"])
+def test_head_and_tail_carry_the_teachers_exact_mass(labelled):
+    """Whichever of the two the label belongs to."""
+    logits, labels = 2 * torch.randn(60, 30), torch.arange(60) % 30
+    p, head = (logits / 2.0).softmax(1), logits.topk(10).indices
+    expected = p.gather(1, head).sum(1)
+    sampler = make_sampler(30, num_sampled_classes=6, num_shared_classes=12, rank_depth=10)
+    draw = sampler.draw([TeacherTargets(logits, 2.0, 10)], labels if labelled else None)
+    ids = torch.cat([draw.row_ids, draw.shared_ids.expand(60, -1)], 1)
+    in_head = (ids[:, :, None] == head[:, None]).any(2)
+    torch.testing.assert_close((draw.target * in_head).sum(1), expected)
+    torch.testing.assert_close((draw.target * ~in_head).sum(1), 1 - expected)
+
+
+@pytest.mark.parametrize("labelled", [False, True], ids=["no labels", "labels"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_chunks_join_to_the_draw_of_the_whole_batch(layout, labelled):
     logits, labels = torch.randn(10, 30), torch.arange(10) if labelled else None
