@@ -133,7 +133,9 @@ def test_a_corrupted_stream(tmp_path, load):
         load(path)
 
 
-@pytest.mark.parametrize("content", [b"<html>404</html>", gzip.compress(b"not a tar archive" * 100)])
+@pytest.mark.parametrize(
+    "content", [b"<html>404</html>", gzip.compress(b"not a tar archive" * 100)], ids=["page", "gzip"]
+)
 def test_not_an_archive_at_all(content, tmp_path, load):
     (tmp_path / ARCHIVE).write_bytes(content)
     with pytest.raises(DataError, match=f"{ARCHIVE} cannot be read as a .tar.gz archive"):
