@@ -1,6 +1,7 @@
 """Training through the real Trainer: it learns, it normalises, it logs, it leaves an ordinary model."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -77,6 +78,26 @@ def test_the_exact_step_is_that_of_the_definition(make_trainer, dense_kd, dense_
     )
     assert_near(trained(trainer), expected)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("proposal", ["dis", "teacher"])
+def test_the_proposal_learns_in_every_step(make_trainer, proposal):
+    trainer = make_trainer(proposal=proposal)
+    learnt = trainer.sampler.proposal.state_dict
+    states = [{name: value.clone() for name, value in learnt().items()}]
+    step = trainer.training_step
+
+    def remembered(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        states.append({name: value.clone() for name, value in learnt().items()})
+        return loss
+
+    trainer.training_step = remembered
+    trainer.train()
+    assert len(states) == 5
+    for before, after in pairwise(states):
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        assert changed == [name for name in before if not (proposal == "teacher" and "disagreement" in name)]
 
 
 def test_cross_entropy_alone_needs_no_distillation(make_trainer):
