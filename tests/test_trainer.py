@@ -96,8 +96,7 @@ def test_the_proposal_learns_in_every_step(make_trainer, proposal):
     trainer.train()
     assert len(states) == 5
     for before, after in pairwise(states):
-        changed = [name for name in before if not torch.equal(before[name], after[name])]
-        assert changed == [name for name in before if not (proposal == "teacher" and "disagreement" in name)]
+        assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
 def test_cross_entropy_alone_needs_no_distillation(make_trainer):
