@@ -109,6 +109,14 @@ def test_dis_loss_refuses_arguments_out_of_range(name, value):
         DISLoss(make_sampler(40), **{name: value})
 
 
-def test_dis_loss_refuses_another_number_of_classes(batch):
+def test_dis_loss_refuses_a_head_of_other_classes(batch):
     with pytest.raises(ValueError, match=r"30.*40"):
         DISLoss(make_sampler(30, num_sampled_classes=8))(*batch)
+
+
+@pytest.mark.xfail(strict=True, raises=(IndexError, RuntimeError), reason="the teacher's columns are not counted")
+@pytest.mark.parametrize("num_classes", [30, 50])
+def test_dis_loss_refuses_a_teacher_of_other_classes(batch, num_classes):
+    *head, _ = batch
+    with pytest.raises(ValueError, match=str(num_classes)):
+        DISLoss(make_sampler(40, num_sampled_classes=8))(*head, torch.randn(6, num_classes))
