@@ -77,7 +77,6 @@ class DISDistillationTrainer(Trainer):
         self.num_classes = common_num_classes(self.model, teacher)
         self.head_name = find_head(self.model, self.num_classes, args.head_name)
         self.head_mode = self._choose_head_mode()
-        self.teacher = OnlineTeacher(teacher.to(self.args.device), self.num_classes, args.temperature, args.rank_depth)
         self.sampler = make_sampler(
             self.num_classes,
             **args.sampling_arguments(),
