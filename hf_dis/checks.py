@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 PROPOSALS = ("dis", "teacher", "uniform", "topk")
 SAMPLERS = ("pps", "replacement")
@@ -44,6 +44,20 @@ def check_sampling_arguments(
         sampler,
         "'pps' when classes are shared by rows; set num_shared_classes=0 to draw with replacement",
     )
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Checks that class ids are within 0..C-1; on an accelerator this waits for the device.
+
+    Raises:
+        ValueError: names the ids that are not.
+    """
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        raise ValueError(
+            f"labels {labels[outside].unique().tolist()[:10]} are outside 0..{num_classes - 1}: the student has "
+            f"{num_classes} classes; check num_labels and the label column"
+        )
 
 
 def check_trainer_arguments(args: Any, teacher_model: Any, kwargs: dict[str, Any]) -> None:

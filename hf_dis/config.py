@@ -21,7 +21,7 @@ class DISConfig(TrainingArguments):
         hard_label_weight: λ in [0, 1]: loss = (1 - λ) KD + λ CE. Without labels in the batch there is no CE.
         num_sampled_classes: K >= 1, classes drawn for each row from the teacher's ranking.
         num_shared_classes: K_t >= 0, classes drawn once a step from the rest, for all rows of it. 0 is the
-            paper's layout: all K of a row from all C ranks.
+            paper's layout: all K of a row from all C ranks; the better student where classes are balanced.
         rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one, 2 K if None; where classes are shared
             the K classes of a row come from its m best-ranked ones, so m is K or more.
         proposal: ``"dis"`` (fitted during training), or a fixed one to compare with: ``"teacher"`` (FTIS),
@@ -46,10 +46,10 @@ class DISConfig(TrainingArguments):
         metadata={"help": "Share of cross-entropy in the loss, within [0, 1]; the rest is distillation."},
     )
     num_sampled_classes: int = field(
-        default=64, metadata={"help": "Classes drawn for each row from the teacher's ranking."}
+        default=128, metadata={"help": "Classes drawn for each row from the teacher's ranking."}
     )
     num_shared_classes: int = field(
-        default=512,
+        default=0,
         metadata={"help": "Classes drawn once a step for all rows; 0: the paper's layout, all drawn row by row."},
     )
     rank_depth: int | None = field(

@@ -6,17 +6,18 @@ of Hinton et al. (arXiv 1503.02531), so that the gradient's size does not depend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_labels
 from .heads import drawn_logits
 from .proposal import Statistics
 from .sampler import ClassSampler
 from .sampling import ClassDraw
-from .teachers import TeacherTargets, widen
+from .teachers import TeacherTargets, check_teacher_logits, widen
 
 
 def sampled_distillation_loss(logits: Tensor, draw: ClassDraw, temperature: float) -> tuple[Tensor, Tensor]:
@@ -106,6 +107,7 @@ class DISLoss:
             raise ValueError(f"hard_label_weight is {hard_label_weight}: it is a share and has to be within [0, 1]")
         self.sampler, self.temperature, self.hard_label_weight = sampler, temperature, hard_label_weight
         self.reduce = reduce
+        self._has_checked_values = False
 
     def __call__(
         self,
@@ -124,17 +126,31 @@ class DISLoss:
             labels: class ids ``[N]``.
 
         Raises:
-            ValueError: if sampler, head and teacher are not of the same number of classes.
+            ValueError: if sampler, head and teacher are not of the same number of classes, or labels are outside them.
+            FloatingPointError: if the teacher's logits hold NaN or Inf. Where looking at values waits for a device,
+                they and the labels are looked at in the first batch only.
         """
         num_classes = self.sampler.proposal.num_classes
         if len(weight) != num_classes:
             raise ValueError(f"the sampler is made for {num_classes} classes, the head has {len(weight)}")
+        check_values = features.device.type == "cpu" or not self._has_checked_values
+        self._has_checked_values = True
+        if labels is not None and check_values:
+            check_labels(labels, num_classes)
+
         chunks = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
-        depth = self.sampler.rank_depth
         with torch.no_grad():
-            draw = self.sampler.draw((TeacherTargets(c, self.temperature, depth) for c in chunks), labels)
+            draw = self.sampler.draw(self._ranked(chunks, check_values), labels)
         logits = drawn_logits(features, weight, bias, draw.row_ids, draw.shared_ids)
         kd, disagreement = sampled_distillation_loss(logits, draw, self.temperature)
         ce = None if labels is None else sampled_cross_entropy(logits, draw)
         self.sampler.learn(draw, disagreement, self.reduce)
         return mix(kd, ce, self.hard_label_weight).mean()
+
+    def _ranked(self, chunks: Iterable[Tensor], check_finite: bool) -> Iterator[TeacherTargets]:
+        first_row = 0
+        for logits in chunks:
+            check_teacher_logits(logits, self.sampler.proposal.num_classes, first_row, check_finite)
+            first_row += len(logits)
+            yield TeacherTargets(logits, self.temperature, self.sampler.rank_depth)
+            del logits  # the next chunk may be computed without this one in memory

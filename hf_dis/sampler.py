@@ -71,6 +71,7 @@ class ClassSampler:
             rows = slice(first_row, first_row + len(targets))
             draws.append(self._draw_chunk(targets, tail, None if labels is None else labels[rows]))
             first_row = rows.stop
+            del targets  # the next chunk is computed without this one in memory
         return ClassDraw.cat(draws)
 
     def _draw_chunk(self, targets: TeacherTargets, tail: tuple[Tensor, Tensor], labels: Tensor | None) -> ClassDraw:
@@ -151,8 +152,8 @@ class ClassSampler:
 def make_sampler(
     num_classes: int,
     *,
-    num_sampled_classes: int = 64,
-    num_shared_classes: int = 512,
+    num_sampled_classes: int = 128,
+    num_shared_classes: int = 0,
     rank_depth: int | None = None,
     proposal: str = "dis",
     sampler: str = "pps",

@@ -80,10 +80,12 @@ class OnlineTeacher:
 
     def __call__(self, inputs: dict[str, Tensor], check_finite: bool = True) -> Iterator[TeacherTargets]:
         """Yields the ranked targets of each chunk of rows, in order; see :meth:`logits`."""
-        for logits in self.logits(inputs, check_finite):
-            yield TeacherTargets(logits, self.temperature, self.depth)
+        # map holds no chunk back, as a loop's variable would while the next one is computed.
+        return map(self._rank, self.logits(inputs, check_finite))
 
-    @torch.no_grad()
+    def _rank(self, logits: Tensor) -> TeacherTargets:
+        return TeacherTargets(logits, self.temperature, self.depth)
+
     def logits(self, inputs: dict[str, Tensor], check_finite: bool = True) -> Iterator[Tensor]:
         """Yields the logits of each chunk of rows, ``[rows, C]``.
 
@@ -97,21 +99,38 @@ class OnlineTeacher:
         """
         first_row = 0
         for chunk in split_rows(inputs, self.chunk_rows):
-            with self.context():
+            with torch.no_grad(), self.context():
                 logits = self.model(**chunk).logits
-            if logits.shape[-1] != self.num_classes:
-                raise ValueError(
-                    f"the teacher answers for {logits.shape[-1]} classes, the student for {self.num_classes}: "
-                    "both need the same classes in the same order; use a teacher trained on the student's labels"
-                )
-            if check_finite and not logits.isfinite().all():
-                rows = (~logits.isfinite()).any(1).nonzero()[:, 0] + first_row
-                raise FloatingPointError(
-                    f"the teacher's logits hold NaN or Inf in rows {rows.tolist()[:20]} of the batch: check these "
-                    "inputs, and the teacher's precision (a float16 teacher overflows at 65,504; try bfloat16)"
-                )
-            yield logits
+            check_teacher_logits(logits, self.num_classes, first_row, check_finite)
             first_row += len(logits)
+            yield logits
+            del logits
+
+
+def check_teacher_logits(logits: Tensor, num_classes: int, first_row: int = 0, check_finite: bool = True) -> None:
+    """Checks what a teacher answered.
+
+    Args:
+        logits: of some rows, ``[n, C]``.
+        num_classes: C, as the student has it.
+        first_row: where the rows are in the batch.
+        check_finite: look for NaN and Inf; on an accelerator this waits for the device.
+
+    Raises:
+        ValueError: if the logits do not have C columns.
+        FloatingPointError: if they hold NaN or Inf; names the rows.
+    """
+    if logits.shape[-1] != num_classes:
+        raise ValueError(
+            f"the teacher answers for {logits.shape[-1]} classes, the student for {num_classes}: "
+            "both need the same classes in the same order; use a teacher trained on the student's labels"
+        )
+    if check_finite and not logits.isfinite().all():
+        rows = (~logits.isfinite()).any(1).nonzero()[:, 0] + first_row
+        raise FloatingPointError(
+            f"the teacher's logits hold NaN or Inf in rows {rows.tolist()[:20]} of the batch: check these "
+            "inputs, and the teacher's precision (a float16 teacher overflows at 65,504; try bfloat16)"
+        )
 
 
 def split_rows(inputs: dict[str, Tensor], chunk_rows: int) -> Iterator[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .checks import check_trainer_arguments, common_num_classes
+from .checks import check_labels, check_trainer_arguments, common_num_classes
 from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from .heads import SampledHead, check_head, find_head, sampling_pays
@@ -163,12 +163,8 @@ class DISDistillationTrainer(Trainer):
                     f"labels have shape {tuple(labels.shape)}: this version distils classifiers with one class id a "
                     "row, [N]"
                 )
-            if self._checks_values() and (labels.min() < 0 or labels.max() >= self.num_classes):
-                bad = labels[(labels < 0) | (labels >= self.num_classes)]
-                raise ValueError(
-                    f"labels {bad.unique().tolist()[:10]} are outside 0..{self.num_classes - 1}: the student has "
-                    f"{self.num_classes} classes; check num_labels and the label column"
-                )
+            if self._checks_values():
+                check_labels(labels, self.num_classes)
         return labels, inputs
 
     def _checks_values(self) -> bool:

@@ -1,6 +1,7 @@
 """Invariants of the package as a whole: what is imported, what is allocated, what waits for the device."""
 
 import ast
+import gc
 import sys
 import weakref
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import hf_dis
+from hf_dis.teachers import TeacherTargets
 
 PACKAGE = Path(hf_dis.__file__).parent
 CLASSES, ROWS, WIDTH, CHUNK_ROWS = 20_000, 64, 16, 4
@@ -86,21 +88,22 @@ def test_exact_distillation_does_exceed_it(make_trainer, monkeypatch):
 
 
 def test_one_chunk_of_the_teacher_lives_at_a_time(make_trainer):
-    """Its targets hold the chunk's logits: those of the chunk before are gone when the next is asked for."""
+    """Logits and ranked targets of the chunk before are gone when the next is asked for."""
     trainer = make_trainer(train_dataset=labelled_images(8, 40), max_steps=1)
     trainer.teacher.chunk_rows = 2
     logits, alive = [], []
     answer = trainer.teacher.model.forward
 
     def forward(*args, **kwargs):
-        alive.append(sum(reference() is not None for reference in logits))
+        ranked = sum(isinstance(thing, TeacherTargets) for thing in gc.get_objects())
+        alive.append(ranked + sum(reference() is not None for reference in logits))
         outputs = answer(*args, **kwargs)
         logits.append(weakref.ref(outputs.logits))
         return outputs
 
     trainer.teacher.model.forward = forward
     trainer.train()
-    assert len(alive) == 4 and max(alive) <= 1
+    assert alive == [0, 0, 0, 0]
 
 
 # Waiting for the device
