@@ -16,10 +16,15 @@ from glyph_task import NORMALISE, GlyphImages
 TITLES = {"hard_labels": "hard labels", "exact": "exact KD", "dis": "DIS", "ftis": "FTIS", "topk": "top-K"}
 
 
-def write_report(output: Path, records: list[dict], steps: dict[str, float]) -> None:
-    """Writes the table of methods, and the time of one head step at 100,000 classes."""
+def write_report(
+    output: Path, records: list[dict], steps: dict[str, float], millions: dict[str, float], minutes: float
+) -> None:
+    """Writes the table of methods, the models' parameters in millions, and what took how long."""
     lines = [
         f"# Five ways to distil {records[0]['classes']:,} characters",
+        "",
+        f"Teacher: {millions['teacher']:.2f} M parameters; students: {millions['student']:.2f} M. The whole run took "
+        f"{minutes:.0f} minutes.",
         "",
         "| method | student logits a row | head rate | top-1 | top-5 | KL to teacher | seconds |",
         "|---|---|---|---|---|---|---|",

@@ -24,16 +24,14 @@ from hf_dis import DISConfig, DISDistillationTrainer
 from hf_dis.metrics import TopKAccuracy
 
 LEARNING_RATE = 4e-3
-# K: student logits that each sampling method computes for a row, out of 3,375.
-PER_ROW = {"num_sampled_classes": 128, "num_shared_classes": 0}
 # What sets the methods apart; "head_rate" is the head's learning rate as a multiple of LEARNING_RATE.
 METHODS = {
-    "hard_labels": {"head_rate": 12, "head_mode": "exact", "hard_label_weight": 1.0},
-    "exact": {"head_rate": 12, "head_mode": "exact"},
-    "dis": {"head_rate": 12, **PER_ROW},
+    "hard_labels": {"head_rate": 16, "head_mode": "exact", "hard_label_weight": 1.0},
+    "exact": {"head_rate": 20, "head_mode": "exact"},
+    "dis": {"head_rate": 20, "rank_depth": 3375},
     # Fixed teacher importance sampling, drawn from the teacher's whole distribution with replacement.
-    "ftis": {"head_rate": 12, "proposal": "teacher", "sampler": "replacement", "rank_depth": 3375, **PER_ROW},
-    "topk": {"head_rate": 12, "proposal": "topk", **PER_ROW},
+    "ftis": {"head_rate": 20, "proposal": "teacher", "sampler": "replacement", "rank_depth": 3375},
+    "topk": {"head_rate": 12, "proposal": "topk"},
 }
 
 
@@ -50,6 +48,12 @@ class GlyphArguments:
     )
     teacher_epochs: float = field(default=8.0, metadata={"help": "Epochs that the teacher is trained for."})
     epochs: float = field(default=4.0, metadata={"help": "Epochs that each student is trained for."})
+    num_sampled_classes: int = field(
+        default=128, metadata={"help": "K: classes that each sampling method draws for a row, out of 3,375."}
+    )
+    num_shared_classes: int = field(
+        default=0, metadata={"help": "K_t: classes drawn for all rows of a batch; 0 as in the paper."}
+    )
     head_rates: list[float] = field(
         default_factory=list,
         metadata={"help": "Run every method at each of these multiples of the head learning rate (the sweep)."},
@@ -101,6 +105,8 @@ def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArgumen
         seed=arguments.seed,
         remove_unused_columns=False,
         report_to=arguments.report_to,
+        num_sampled_classes=arguments.num_sampled_classes,
+        num_shared_classes=arguments.num_shared_classes,
         **{"head_mode": "sampled", "hard_label_weight": 0.0, **settings},
     )
     recorder = ProposalRecorder()
@@ -144,6 +150,7 @@ def main() -> None:
     unknown = set(arguments.methods) - set(METHODS)
     if unknown:
         raise SystemExit(f"unknown methods {sorted(unknown)}: choose from {', '.join(METHODS)}")
+    started = time.perf_counter()
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -162,6 +169,9 @@ def main() -> None:
         teacher.save_pretrained(output / "teacher")
     teacher.to(memory_format=torch.channels_last)
 
+    millions = {"teacher": teacher.num_parameters() / 1e6, "student": build_student(len(names)).num_parameters() / 1e6}
+    print(f"Teacher: {millions['teacher']:.2f} M parameters; students: {millions['student']:.2f} M", flush=True)
+
     records, proposals = [], []
     for method in arguments.methods:
         for head_rate in arguments.head_rates or [METHODS[method]["head_rate"]]:
@@ -175,7 +185,8 @@ def main() -> None:
 
     print("Timing one head step at 100,000 classes ...", flush=True)
     steps = time_head_steps(num_classes=100_000)
-    glyph_plots.write_report(output, records, steps)
+    minutes = (time.perf_counter() - started) / 60
+    glyph_plots.write_report(output, records, steps, millions, minutes)
     glyph_plots.plot_quality(output / "quality.png", records)
     if proposals:
         glyph_plots.plot_proposal(output / "proposal.png", proposals)
