@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers import AutoConfig, PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -17,6 +17,7 @@ from .checks import check_trainer_arguments, common_num_classes
 from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from .heads import SampledHead, check_head, find_head, sampling_pays
+from .hub import HubMixin
 from .losses import (
     exact_cross_entropy,
     exact_distillation_loss,
@@ -32,7 +33,7 @@ logger = logging.get_logger(__name__)
 STATE_FILE = "dis_state_{rank}.safetensors"
 
 
-class DISDistillationTrainer(Trainer):
+class DISDistillationTrainer(HubMixin):
     """Distils a teacher into a student by dynamic importance sampling (arXiv 1812.00914).
 
     Everything that ``Trainer`` does stays as it is; only the loss changes. Evaluation uses the full output layer
