@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
 
 from .checks import check_trainer_arguments, common_num_classes
 from .config import DISConfig
@@ -343,7 +343,10 @@ def load_teacher(name_or_path: str) -> PreTrainedModel:
             f"the checkpoint {name_or_path} names the architecture {architectures[0]}, which transformers does not "
             "have: load the teacher yourself and pass the model"
         )
-    return teacher_class.from_pretrained(name_or_path)
+    teacher = teacher_class.from_pretrained(name_or_path)
+    # For the model card: from_pretrained itself does not keep the commit.
+    teacher.config._commit_hash = extract_commit_hash(cached_file(name_or_path, CONFIG_NAME), None)
+    return teacher
 
 
 def _load_as_from_pretrained(model: PreTrainedModel, checkpoint: str) -> None:
