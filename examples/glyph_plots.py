@@ -64,23 +64,6 @@ def plot_quality(path: Path, records: list[dict]) -> None:
     plt.close(figure)
 
 
-def plot_proposal(path: Path, snapshots: list[dict]) -> None:
-    """The fitted Laplace mixture against the measured disagreement, at a few steps of training."""
-    figure, axes = plt.subplots(1, len(snapshots), figsize=(3.4 * len(snapshots), 3.2), layout="constrained")
-    for axis, shot in zip([axes] if len(snapshots) == 1 else axes, snapshots, strict=True):
-        edges = torch.tensor(shot["edges"], dtype=torch.float64)
-        measured = torch.tensor(shot["measured"])
-        measured = measured / (measured * edges.diff()).sum()
-        axis.stairs(measured, edges + 1, label="measured disagreement")
-        fitted = shot["fitted"]
-        axis.plot(range(1, len(fitted) + 1), fitted, label="fitted proposal", color="tab:orange")
-        axis.set(xscale="log", yscale="log", title=f"step {shot['step']}", xlabel="rank of the class, teacher's order")
-    figure.axes[0].set_ylabel("density")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def plot_confusions(path: Path, student, test_dataset: GlyphImages, names: list[str], num_pairs: int = 24) -> None:
     """The pairs of characters that a student confuses most often: each image, and one of what it took it for."""
     student.eval()

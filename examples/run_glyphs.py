@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, ResNetForImageClassification, Trainer
 
 from hf_dis import DISConfig, DISDistillationTrainer
 from hf_dis.metrics import TopKAccuracy
+from hf_dis.plots import ProposalSnapshot, plot_proposal
 
 LEARNING_RATE = 4e-3
 # What sets the methods apart; "head_rate" is the head's learning rate as a multiple of LEARNING_RATE.
@@ -68,21 +69,12 @@ class ProposalRecorder(TrainerCallback):
     STEPS = (10, 100, 400)
 
     def __init__(self):
-        self.snapshots: list[dict] = []
+        self.snapshots: list[ProposalSnapshot] = []
         self.trainer: DISDistillationTrainer | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.STEPS:
-            ranks = self.trainer.sampler.proposal.ranks
-            density = ranks.density(ranks.num_ranks)
-            self.snapshots.append(
-                {
-                    "step": state.global_step,
-                    "edges": ranks.edges.tolist(),
-                    "measured": ranks.profile().tolist(),
-                    "fitted": density.tolist(),
-                }
-            )
+            self.snapshots.append(ProposalSnapshot.of(self.trainer.sampler.proposal.ranks, state.global_step))
 
 
 def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArguments) -> tuple[dict, ProposalRecorder]:
@@ -189,7 +181,7 @@ def main() -> None:
     glyph_plots.write_report(output, records, steps, millions, minutes)
     glyph_plots.plot_quality(output / "quality.png", records)
     if proposals:
-        glyph_plots.plot_proposal(output / "proposal.png", proposals)
+        plot_proposal(output / "proposal.png", proposals)
     if "dis" in arguments.methods:
         student = ResNetForImageClassification.from_pretrained(output / "dis")
         glyph_plots.plot_confusions(output / "confusions.png", student, test_dataset, names)

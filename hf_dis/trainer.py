@@ -9,14 +9,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers import AutoConfig, PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
 
 from .checks import check_labels, check_trainer_arguments, common_num_classes
 from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from .heads import SampledHead, check_head, find_head, sampling_pays
+from .hub import HubMixin
 from .losses import (
     exact_cross_entropy,
     exact_distillation_loss,
@@ -32,7 +33,7 @@ logger = logging.get_logger(__name__)
 STATE_FILE = "dis_state_{rank}.safetensors"
 
 
-class DISDistillationTrainer(Trainer):
+class DISDistillationTrainer(HubMixin):
     """Distils a teacher into a student by dynamic importance sampling (arXiv 1812.00914).
 
     Everything that ``Trainer`` does stays as it is; only the loss changes. Evaluation uses the full output layer
@@ -338,7 +339,10 @@ def load_teacher(name_or_path: str) -> PreTrainedModel:
             f"the checkpoint {name_or_path} names the architecture {architectures[0]}, which transformers does not "
             "have: load the teacher yourself and pass the model"
         )
-    return teacher_class.from_pretrained(name_or_path)
+    teacher = teacher_class.from_pretrained(name_or_path)
+    # For the model card: from_pretrained itself does not keep the commit.
+    teacher.config._commit_hash = extract_commit_hash(cached_file(name_or_path, CONFIG_NAME), None)
+    return teacher
 
 
 def _load_as_from_pretrained(model: PreTrainedModel, checkpoint: str) -> None:

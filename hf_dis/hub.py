@@ -1,0 +1,259 @@
+"""Publishing the student: its model card, and what to do where the Hub does not take it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.modelcard import TrainingSummary
+from transformers.utils import logging
+
+from .proposal import Proposal
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .trainer import DISDistillationTrainer
+
+logger = logging.get_logger(__name__)
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+UNKNOWN = "unknown"
+NOT_USED = "not used: every logit was computed"
+# What an evaluation logs that says nothing about the student.
+NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+class HubMixin(Trainer):
+    """What a distilling trainer does of its own when it publishes: the card, and errors that say what to do."""
+
+    def create_model_card(self, **summary: Any) -> None:
+        """Writes the model card to ``README.md`` in ``output_dir``; see :func:`model_card`.
+
+        Args:
+            **summary: as for ``Trainer``, by name: ``language``, ``license``, ``tags``, ``model_name``,
+                ``finetuned_from``, ``tasks``, ``dataset_tags``, ``dataset``, ``dataset_args``.
+        """
+        if self.is_world_process_zero():
+            model_card(self, **summary).save(Path(self.args.output_dir) / "README.md")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in ``Trainer``, but the student is saved before anything that needs the network.
+
+        Raises:
+            RuntimeError: if it could not be published; says why, what to do, and where the student is.
+        """
+        self.save_model(_internal_call=True)
+        with explained(f"The trained student is saved in {self.args.output_dir}; then call push_to_hub() again."):
+            return super().push_to_hub(*args, **kwargs)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As in ``Trainer``, which calls it when it is made with ``push_to_hub=True``.
+
+        Raises:
+            RuntimeError: if there is no repository to publish to; says why and what to do.
+        """
+        if not self.args.push_to_hub:  # called by push_to_hub, which explains
+            super().init_hf_repo(*args, **kwargs)
+            return
+        with explained("Training has not started; push_to_hub=False trains without publishing."):
+            super().init_hf_repo(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        """Waits as ``Trainer`` does; a checkpoint's upload that failed in the background is told, not swallowed."""
+        super()._finish_current_push()
+        if self.hub_model_id is None or self.push_in_progress is None:
+            return
+        for job in self.push_in_progress.jobs:
+            if job.exception() is not None:
+                logger.warning(
+                    f"a checkpoint was not published: {job.exception()}. {remedy(job.exception())} It is saved in "
+                    f"{self.args.output_dir}; push_to_hub() publishes the student."
+                )
+
+
+def model_card(trainer: DISDistillationTrainer, **summary: Any) -> ModelCard:
+    """The card of a trainer's student: teacher, data, every setting of the method, last probe and evaluation.
+
+    What is not known is stated as unknown. Of a teacher or student in a local directory only the directory's name is
+    given, as the card is public.
+
+    Args:
+        trainer: after training, or before.
+        **summary: what the user says of it, see :meth:`HubMixin.create_model_card`.
+
+    Raises:
+        ValueError: if what was given makes no valid card; says what is wrong.
+    """
+    try:
+        tags = list(dict.fromkeys([*_listed(summary.get("tags")), *trainer._tag_names]))
+        said = TrainingSummary.from_trainer(trainer, **summary | {"tags": tags})
+        return _rendered(trainer, said)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"no valid model card can be made with {summary} ({error}): give text, or lists of it, under the names "
+            "that Trainer.create_model_card has"
+        ) from error
+
+
+def _rendered(trainer: DISDistillationTrainer, said: TrainingSummary) -> ModelCard:
+    student_class = type(trainer.accelerator.unwrap_model(trainer.model))
+    tasks, dataset, dataset_tags = _listed(said.tasks), _listed(said.dataset), _listed(said.dataset_tags)
+    metrics, metrics_step = _last_evaluation(trainer.state.log_history)
+    measured = [
+        EvalResult(
+            task_type=task,
+            dataset_type=", ".join(dataset_tags) or UNKNOWN,
+            dataset_name=", ".join(dataset) or UNKNOWN,
+            dataset_config=", ".join(_listed(said.dataset_args)) or None,
+            metric_type=name,
+            metric_value=value,
+        )
+        for task in tasks or [UNKNOWN]
+        for name, value in metrics.items()
+        if math.isfinite(value)  # the table shows the others; the Hub's metadata takes numbers only
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        language=said.language,
+        license=said.license,
+        base_model=said.finetuned_from or None,
+        tags=said.tags,
+        datasets=dataset_tags or None,
+        pipeline_tag=tasks[0] if tasks else None,
+        model_name=said.model_name,
+        eval_results=measured or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        version=__version__,
+        model_name=said.model_name,
+        repo_id=trainer.hub_model_id or said.model_name,
+        student_class=student_class.__name__,
+        student_module="transformers" if hasattr(transformers, student_class.__name__) else student_class.__module__,
+        facts=_cells(
+            {
+                **_teacher(trainer.teacher.model),
+                "Data set": ", ".join(dataset) or UNKNOWN,
+                **_settings(trainer),
+            }
+        ),
+        probe=_last_probe(trainer.state.log_history),
+        no_probe=_why_no_probe(trainer),
+        metrics=_cells(metrics),
+        metrics_step=metrics_step,
+        hyperparameters=_cells(said.hyperparameters),
+    )
+
+
+def _teacher(teacher: nn.Module) -> dict[str, str]:
+    name, revision = "", None
+    if isinstance(teacher, PreTrainedModel):
+        name, revision = teacher.config._name_or_path, getattr(teacher.config, "_commit_hash", None)
+    if name and Path(name).is_dir():
+        name = f"{Path(name).resolve().name} (a local directory)"
+    return {"Teacher": name or f"{UNKNOWN} ({type(teacher).__name__})", "Teacher's revision": revision or UNKNOWN}
+
+
+def _settings(trainer: DISDistillationTrainer) -> dict[str, Any]:
+    args, sampler = trainer.args, trainer.sampler
+    kind = type(sampler.proposal)
+    drawn = {
+        "Classes drawn for each row (K)": sampler.num_sampled,
+        "Classes drawn once a step for all rows (K_t)": sampler.num_shared,
+        "Rank depth (m)": sampler.rank_depth,
+        "Proposal": args.proposal if kind.__module__ == Proposal.__module__ else kind.__name__,
+        "Sampler": sampler.sampler,
+    }
+    if trainer.head_mode == "exact":
+        drawn = dict.fromkeys(drawn, NOT_USED)
+    head_rate = args.learning_rate if args.head_learning_rate is None else args.head_learning_rate
+    return {
+        "Classes (C)": trainer.num_classes,
+        **drawn,
+        "Temperature": args.temperature,
+        "Weight of the hard labels": args.hard_label_weight,
+        "Head mode": trainer.head_mode,
+        "Head's learning rate": head_rate,
+    }
+
+
+def _last_probe(log_history: list[dict[str, float]]) -> dict[str, str] | None:
+    """The last log with ``probe/*`` values, which are means since the log before it."""
+    for log in reversed(log_history):
+        if "probe/exact_kd_loss" in log:
+            exact, sampled = log["probe/exact_kd_loss"], log["probe/sampled_kd_loss"]
+            values = {"exact": exact, "sampled": sampled, "gap": sampled - exact}
+            values |= {name: log[f"probe/{name}"] for name in ("cosine", "relative_error")}
+            return {"step": str(log["step"]), **_cells(values)}
+    return None
+
+
+def _why_no_probe(trainer: DISDistillationTrainer) -> str:
+    if trainer.head_mode == "exact":
+        return "Nothing was sampled: every logit was computed."
+    return f"{UNKNOWN.capitalize()}: they were not compared (`probe_steps={trainer.args.probe_steps}`)."
+
+
+def _last_evaluation(log_history: list[dict[str, float]]) -> tuple[dict[str, float], int | None]:
+    """The metrics of the last step with an evaluation, of all its evaluation sets, and that step."""
+    logs = [log for log in log_history if any(name.startswith("eval_") for name in log)]
+    metrics = {}
+    for log in logs:
+        if log["step"] == logs[-1]["step"]:
+            metrics |= {name.removeprefix("eval_"): value for name, value in log.items() if name.startswith("eval_")}
+    metrics = {name: value for name, value in metrics.items() if not name.endswith(NOT_METRICS)}
+    return metrics, logs[-1]["step"] if logs else None
+
+
+def _cells(values: dict[str, Any]) -> dict[str, str]:
+    """Values as text that fits into a cell of a table."""
+    texts = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return {name: " ".join(text.replace("|", "\\|").split()) for name, text in texts.items()}
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+@contextmanager
+def explained(state: str) -> Iterator[None]:
+    """Turns whatever fails inside into one error that says why nothing was published, what to do, and ``state``."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"the student was not published: {error}. {remedy(error)} {state}") from error
+
+
+def remedy(error: BaseException) -> str:
+    """What to do about an error of the Hub's client, which wraps some of the errors that it meets."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalTokenNotFoundError):
+            return _LOG_IN
+        if isinstance(cause, HfHubHTTPError):
+            return {401: _LOG_IN, 403: _NO_RIGHT}.get(
+                cause.response.status_code, f"The Hub answered {cause.response.status_code}: try again later."
+            )
+        if isinstance(cause, (ConnectionError, HTTPError)):
+            return "The Hub cannot be reached: check the network, and that HF_HUB_OFFLINE is not set."
+        cause = cause.__cause__
+    return "Correct this first."
+
+
+_LOG_IN = "You are not logged in: run `hf auth login`, or set HF_TOKEN or hub_token to a token with write access."
+_NO_RIGHT = "Your token may not write there: use one with write access, or another hub_model_id."
