@@ -2,8 +2,17 @@
 
 from .config import DISConfig
 from .losses import DISLoss
+from .optim import RowSparseAdamW
 from .sampler import ClassSampler, make_sampler
 from .trainer import DISDistillationTrainer
 from .version import __version__
 
-__all__ = ["ClassSampler", "DISConfig", "DISDistillationTrainer", "DISLoss", "__version__", "make_sampler"]
+__all__ = [
+    "ClassSampler",
+    "DISConfig",
+    "DISDistillationTrainer",
+    "DISLoss",
+    "RowSparseAdamW",
+    "__version__",
+    "make_sampler",
+]
