@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
+from .sparse import coalesced
+
 # Elements of the rows [n, d] that are stepped at a time on CPU: a chunk and its moments stay in the cache.
 CHUNK_ELEMENTS = 2**17
 
@@ -69,12 +71,12 @@ class RowSparseAdamW(torch.optim.AdamW):
         return super()._init_group({**group, "params": dense}, params_with_grad, *lists)
 
     def _step_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient = parameter.grad.coalesce()
-        if gradient.sparse_dim() != 1:
+        if parameter.grad.sparse_dim() != 1:
             raise RuntimeError(
-                f"a gradient of shape {tuple(gradient.shape)} is sparse in {gradient.sparse_dim()} dimensions: "
+                f"a gradient of shape {tuple(parameter.shape)} is sparse in {parameter.grad.sparse_dim()} dimensions: "
                 "RowSparseAdamW needs it sparse in the first alone, rows as a whole"
             )
+        gradient = coalesced(parameter.grad)
         decay = group["lr"] * group["weight_decay"]
         if decay >= 1:
             raise ValueError(
@@ -91,9 +93,12 @@ class RowSparseAdamW(torch.optim.AdamW):
             state["row_log_decay"] = torch.zeros(len(parameter), dtype=torch.float64, device=parameter.device)
         state["log_decay"] += math.log1p(-decay)
         ids, rows = gradient._indices()[0], gradient._values()
-        chunk_rows = max(1, CHUNK_ELEMENTS // max(1, rows[:1].numel())) if rows.device.type == "cpu" else len(ids)
-        for part in zip(ids.split(chunk_rows), rows.split(chunk_rows), strict=True):
-            _step_chunk(parameter, state, group, *part)
+        on_cpu = rows.device.type == "cpu"
+        chunk_rows = max(1, CHUNK_ELEMENTS // max(1, rows[:1].numel())) if on_cpu else max(1, len(ids))
+        columns = (1,) * (rows.dim() - 1)
+        factors = [factor.to(rows.dtype).view(-1, *columns) for factor in _row_factors(state, group, ids)]
+        for parts in zip(*(tensor.split(chunk_rows) for tensor in (ids, rows, *factors)), strict=True):
+            _step_chunk(parameter, state, group, *parts)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As in torch; the decay that rows have had stays in float64, whatever the parameter's type."""
@@ -106,24 +111,38 @@ class RowSparseAdamW(torch.optim.AdamW):
                 self.state[parameter]["row_log_decay"] = saved["row_log_decay"].to(parameter.device)
 
 
-def _step_chunk(parameter: Tensor, state: dict[str, Any], group: dict[str, Any], ids: Tensor, rows: Tensor) -> None:
+def _row_factors(state: dict[str, Any], group: dict[str, Any], ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts a step of each row, and its decay as done.
+
+    Returns:
+        for each row, in float64: what the decay that it missed leaves of it, what the root of the second moment is to
+        be multiplied by for both bias corrections, and what is to be added to that then.
+    """
     beta1, beta2 = group["betas"]
-    per_row = (-1, *[1] * (rows.dim() - 1))
     steps = state["step"][ids] + 1
+    kept = (state["log_decay"] - state["row_log_decay"][ids]).exp()
     state["step"][ids] = steps
+    state["row_log_decay"][ids] = state["log_decay"]
+    bias1, bias2 = 1 - beta1 ** steps.double(), 1 - beta2 ** steps.double()
+    return kept, bias1 / bias2.sqrt(), group["eps"] * bias1
+
+
+def _step_chunk(
+    parameter: Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    ids: Tensor,
+    rows: Tensor,
+    kept: Tensor,
+    scale: Tensor,
+    eps: Tensor,
+) -> None:
+    beta1, beta2 = group["betas"]
     mean = state["exp_avg"].index_select(0, ids).lerp_(rows, 1 - beta1)
-    square = state["exp_avg_sq"].index_select(0, ids).mul_(beta2).addcmul_(rows, rows, value=1 - beta2)
     state["exp_avg"].index_copy_(0, ids, mean)
+    square = state["exp_avg_sq"].index_select(0, ids).mul_(beta2).addcmul_(rows, rows, value=1 - beta2)
     state["exp_avg_sq"].index_copy_(0, ids, square)
-    weights = parameter.index_select(0, ids)
-    if state["log_decay"]:
-        missed = state["log_decay"] - state["row_log_decay"][ids]
-        state["row_log_decay"][ids] = state["log_decay"]
-        weights *= missed.exp().to(weights.dtype).view(per_row)
     # m / bias1 / (sqrt(v / bias2) + eps), as one division.
-    steps = steps.double()
-    bias1, bias2 = 1 - beta1**steps, 1 - beta2**steps
-    scale = (bias1 / bias2.sqrt()).to(weights.dtype).view(per_row)
-    eps = (group["eps"] * bias1).to(weights.dtype).view(per_row)
-    weights.addcdiv_(mean, torch.addcmul(eps, square.sqrt_(), scale), value=-group["lr"])
+    denominator = square.sqrt_().mul_(scale).add_(eps)
+    weights = parameter.index_select(0, ids).mul_(kept).addcdiv_(mean, denominator, value=-group["lr"])
     parameter.index_copy_(0, ids, weights)
