@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .checks import check_trainer_arguments, common_num_classes
+from .checks import check_row_sparse, check_trainer_arguments, common_num_classes
 from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
+from .distributed import average_rows, kept_from_ddp
 from .heads import SampledHead, check_head, find_head, sampling_pays
 from .losses import (
     exact_cross_entropy,
@@ -24,6 +26,7 @@ from .losses import (
     sampled_cross_entropy,
     sampled_distillation_loss,
 )
+from .optim import RowSparseAdamW
 from .sampler import make_sampler
 from .teachers import OnlineTeacher, split_rows
 
@@ -77,6 +80,7 @@ class DISDistillationTrainer(Trainer):
         self.num_classes = common_num_classes(self.model, teacher)
         self.head_name = find_head(self.model, self.num_classes, args.head_name)
         self.head_mode = self._choose_head_mode()
+        self._row_sparse = self._choose_row_sparse(kwargs)
         self.sampler = make_sampler(
             self.num_classes,
             **args.sampling_arguments(),
@@ -142,14 +146,17 @@ class DISDistillationTrainer(Trainer):
 
     def training_step(self, *args, **kwargs) -> Tensor:
         try:
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+            if self._row_sparse and self.accelerator.sync_gradients:
+                average_rows(self.head.module.parameters())
+            return loss
         finally:
             self.head.clear()
 
     @property
     def head(self) -> SampledHead:
         """The student's output head; looked up each time, since ``model_init`` makes a new student."""
-        return SampledHead(self.model.get_submodule(self.head_name))
+        return SampledHead(self.model.get_submodule(self.head_name), self._row_sparse)
 
     # Rows, labels, normalisation
 
@@ -210,6 +217,10 @@ class DISDistillationTrainer(Trainer):
                     group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
                     optimizer.add_param_group({**group, "params": in_head, "lr": self.args.head_learning_rate})
         return optimizer
+
+    def _prepare_for_training(self, *args, **kwargs):
+        with kept_from_ddp(self.model, self.head_name) if self._row_sparse else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
 
     # Evaluation
 
@@ -318,6 +329,17 @@ class DISDistillationTrainer(Trainer):
         pays, why = sampling_pays(num_classes, args.num_sampled_classes, args.num_shared_classes)
         logger.warning(f"head_mode='auto' chose {'sampled' if pays else 'exact'!r}: {why}")
         return "sampled" if pays else "exact"
+
+    def _choose_row_sparse(self, kwargs: dict[str, Any]) -> bool:
+        head = self.model.get_submodule(self.head_name)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        row_sparse = check_row_sparse(self.args, kwargs, self.model, head, self.head_mode, sharded)
+        if self.args.row_sparse_head and not row_sparse:
+            logger.warning("row_sparse_head has no effect: all classes are computed, and the head trains densely")
+        if row_sparse and self.optimizer_cls_and_kwargs is None:
+            _, arguments = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer_cls_and_kwargs = RowSparseAdamW, arguments
+        return row_sparse
 
     def _check_head_once(self, inputs: dict[str, Tensor]) -> None:
         if not self._head_is_checked:
