@@ -3,6 +3,7 @@
 from .callbacks import DISReportCallback
 from .config import DISConfig
 from .losses import DISLoss
+from .optim import RowSparseAdamW
 from .sampler import ClassSampler, make_sampler
 from .trainer import DISDistillationTrainer
 from .version import __version__
@@ -13,6 +14,7 @@ __all__ = [
     "DISDistillationTrainer",
     "DISLoss",
     "DISReportCallback",
+    "RowSparseAdamW",
     "__version__",
     "make_sampler",
 ]

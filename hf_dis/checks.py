@@ -6,8 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .optim import RowSparseAdamW
+
 PROPOSALS = ("dis", "teacher", "uniform", "topk")
 SAMPLERS = ("pps", "replacement")
+ROW_SPARSE_OPTIMS = ("adamw_torch", "adamw_torch_fused")
 
 
 def require(holds: bool, name: str, value: object, expected: str) -> None:
@@ -90,6 +93,54 @@ def check_trainer_arguments(args: Any, teacher_model: Any, kwargs: dict[str, Any
         raise ValueError(
             "head_learning_rate is set, but so is an optimizer of your own: give the head a parameter group there"
         )
+
+
+def check_row_sparse(
+    args: Any, kwargs: dict[str, Any], model: nn.Module, head: nn.Module, head_mode: str, is_sharded: bool
+) -> bool:
+    """Whether the head's gradients are to be row-sparse, after checking that they can be.
+
+    Args:
+        args: a DISConfig.
+        kwargs: what the trainer passes on to ``Trainer``.
+        model: the student.
+        head: its output head.
+        head_mode: as chosen, ``"sampled"`` or ``"exact"``.
+        is_sharded: by FSDP or DeepSpeed.
+
+    Raises:
+        ValueError: says what row_sparse_head cannot be combined with, and what to do instead.
+    """
+    if not args.row_sparse_head:
+        return False
+    if args.head_mode == "exact":
+        raise ValueError(
+            "row_sparse_head is set and head_mode is 'exact', which touches every row: set one of them back"
+        )
+    if is_sharded:
+        raise ValueError(
+            "row_sparse_head is set, but FSDP and DeepSpeed shard dense gradients only: set it to False, or use plain "
+            "data parallelism"
+        )
+    tied = [name for name, other in model.named_parameters(remove_duplicate=False) if other is head.weight]
+    if len(tied) > 1:
+        raise ValueError(
+            f"row_sparse_head is set, but the head's weight is tied ({', '.join(tied)}) and gets dense gradients from "
+            "its other use: set row_sparse_head=False, or untie it"
+        )
+    given = (kwargs.get("optimizers") or (None, None))[0]
+    kind = type(given) if given is not None else (kwargs.get("optimizer_cls_and_kwargs") or (None,))[0]
+    if kind is not None and not issubclass(kind, RowSparseAdamW):
+        raise ValueError(
+            f"row_sparse_head is set, but the optimizer is {kind.__name__}, which cannot step sparse gradients as "
+            "AdamW: use hf_dis.RowSparseAdamW, or set row_sparse_head=False"
+        )
+    if kind is None and args.optim not in ROW_SPARSE_OPTIMS:
+        raise ValueError(
+            f"row_sparse_head is set, but optim is {args.optim.value!r}: it has to be one of "
+            f"{', '.join(ROW_SPARSE_OPTIMS)}, of which RowSparseAdamW is the lazy form; or set row_sparse_head=False"
+        )
+    return head_mode == "sampled"
 
 
 def common_num_classes(student: nn.Module, teacher: nn.Module) -> int:

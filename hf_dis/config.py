@@ -34,6 +34,9 @@ class DISConfig(TrainingArguments):
         head_name: the output head among ``model.named_modules()``, where it is not found by itself.
         head_learning_rate: learning rate of the output head; ``learning_rate`` if None. A head that is drawn from
             wants one several times larger, and exact distillation gains from it too: see docs/how-it-works.md.
+        row_sparse_head: give the head's parameters gradients of the drawn rows only, and step only these, with
+            :class:`hf_dis.RowSparseAdamW`, so that a step costs the same however many classes there are. A lazy
+            AdamW, see docs/optimizer.md; ``optim`` has to be ``adamw_torch`` or ``adamw_torch_fused``.
         probe_steps: every so many steps, compare the sampled loss and gradient with the exact ones; 0 is never.
     """
 
@@ -76,6 +79,10 @@ class DISConfig(TrainingArguments):
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the output head; that of the rest if not given."}
+    )
+    row_sparse_head: bool = field(
+        default=False,
+        metadata={"help": "Gradients and optimizer steps for the head's drawn rows only (lazy AdamW)."},
     )
     probe_steps: int = field(
         default=0,

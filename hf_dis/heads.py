@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .sparse import TouchedRows
 
 # Elements of the gathered rows [n, K, d] that exist at a time: 16 MiB in float32.
 GATHER_ELEMENTS = 2**22
@@ -22,18 +25,18 @@ DRAW_COST, GATHER_COST = 2000, 50
 
 
 class _DrawnLinear(torch.autograd.Function):
-    """``h Wᵀ + b`` at drawn classes, forward and backward by chunks of rows, so that no ``[N, K, d]`` is held."""
+    """``h Wᵀ + b`` at drawn classes, forward by chunks of rows, so that no ``[N, K, d]`` is held."""
 
     @staticmethod
-    def forward(ctx, features, weight, bias, row_ids, shared_ids):
+    def forward(ctx, features, weight, bias, row_ids, shared_ids, row_sparse):
         ctx.save_for_backward(features, weight, row_ids, shared_ids)
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.row_sparse = bias is not None, row_sparse
         num_row = row_ids.shape[1]
         logits = features.new_empty(len(features), num_row + len(shared_ids))
         for rows in _chunks(row_ids, weight):
-            gathered = weight[row_ids[rows]].to(features.dtype)
+            gathered = F.embedding(row_ids[rows], weight).to(features.dtype)
             torch.matmul(gathered, features[rows, :, None], out=logits[rows, :num_row, None])
-        logits[:, num_row:] = features @ weight[shared_ids].to(features.dtype).T
+        logits[:, num_row:] = features @ F.embedding(shared_ids, weight).to(features.dtype).T
         if bias is not None:
             logits[:, :num_row] += bias[row_ids]
             logits[:, num_row:] += bias[shared_ids]
@@ -44,23 +47,20 @@ class _DrawnLinear(torch.autograd.Function):
         features, weight, row_ids, shared_ids = ctx.saved_tensors
         row_grad, shared_grad = grad.split([row_ids.shape[1], len(shared_ids)], dim=1)
         wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_features = shared_grad @ weight[shared_ids].to(grad.dtype) if wants_features else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
-        for rows in _chunks(row_ids, weight):
-            if wants_features:
-                gathered = weight[row_ids[rows]].to(grad.dtype)
-                grad_features[rows] += torch.matmul(row_grad[rows, None], gathered)[:, 0]
-            if wants_weight:
-                outer = row_grad[rows, :, None] * features[rows, None, :]
-                grad_weight.index_add_(0, row_ids[rows].flatten(), outer.flatten(0, 1).to(weight.dtype))
+        grad_features = grad_weight = grad_bias = None
+        if wants_features:
+            scales = row_grad.to(weight.dtype)
+            grad_features = F.embedding_bag(row_ids, weight, mode="sum", per_sample_weights=scales).to(grad.dtype)
+            grad_features += shared_grad @ weight[shared_ids].to(grad.dtype)
+        if wants_weight or wants_bias:
+            touched = TouchedRows(row_ids, shared_ids)
         if wants_weight:
-            grad_weight.index_add_(0, shared_ids, (shared_grad.T @ features).to(weight.dtype))
-        grad_bias = None
+            rows = touched.weight_rows(features, row_grad, shared_grad, weight.dtype)
+            grad_weight = touched.gradient(rows, weight.shape, ctx.row_sparse)
         if ctx.has_bias and wants_bias:
-            grad_bias = weight.new_zeros(len(weight))
-            grad_bias.index_add_(0, row_ids.flatten(), row_grad.flatten().to(weight.dtype))
-            grad_bias.index_add_(0, shared_ids, shared_grad.sum(0).to(weight.dtype))
-        return grad_features, grad_weight, grad_bias, None, None
+            rows = touched.bias_rows(row_grad, shared_grad, weight.dtype)
+            grad_bias = touched.gradient(rows, weight.shape[:1], ctx.row_sparse)
+        return grad_features, grad_weight, grad_bias, None, None, None
 
 
 def _chunks(row_ids: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -68,7 +68,14 @@ def _chunks(row_ids: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + chunk_rows) for start in range(0, len(row_ids), chunk_rows))
 
 
-def drawn_logits(features: Tensor, weight: Tensor, bias: Tensor | None, row_ids: Tensor, shared_ids: Tensor) -> Tensor:
+def drawn_logits(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_ids: Tensor,
+    shared_ids: Tensor,
+    row_sparse: bool = False,
+) -> Tensor:
     """The head's logits at drawn classes only: ``[N, R + K_t]``, in the autocast dtype where autocast is on.
 
     Args:
@@ -76,12 +83,16 @@ def drawn_logits(features: Tensor, weight: Tensor, bias: Tensor | None, row_ids:
         weight, bias: the head's, ``[C, d]`` and ``[C]`` or None.
         row_ids: classes of each row, ``[N, R]``.
         shared_ids: classes of all rows, ``[K_t]``.
+        row_sparse: give weight and bias sparse gradients, which hold the drawn rows only.
+
+    Raises:
+        IndexError: if a class id is not one of the head's; on CPU, an accelerator asserts it by itself.
     """
     device = features.device.type
     if torch.is_autocast_enabled(device):
         features = features.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _DrawnLinear.apply(features, weight, bias, row_ids, shared_ids)
+        return _DrawnLinear.apply(features, weight, bias, row_ids, shared_ids, row_sparse)
 
 
 def sampling_pays(num_classes: int, num_sampled: int, num_shared: int) -> tuple[bool, str]:
@@ -96,10 +107,11 @@ class SampledHead:
 
     Args:
         module: the student's output head, see :func:`find_head`.
+        row_sparse: while it is switched, give its parameters sparse gradients, which hold the drawn rows only.
     """
 
-    def __init__(self, module: nn.Linear):
-        self.module = module
+    def __init__(self, module: nn.Linear, row_sparse: bool = False):
+        self.module, self.row_sparse = module, row_sparse
 
     @contextmanager
     def only(self, row_ids: Tensor, shared_ids: Tensor) -> Iterator[None]:
@@ -115,9 +127,9 @@ class SampledHead:
 
     def set(self, row_ids: Tensor, shared_ids: Tensor) -> None:
         """Switches the head to the drawn classes, ``row_ids [N, R]`` and ``shared_ids [K_t]``."""
-        if "drawn_ids" not in self.module.__dict__:
+        if "drawn" not in self.module.__dict__:
             self.module.__dict__["undrawn_forward"] = self.module.__dict__.get("forward")
-        self.module.drawn_ids = (row_ids, shared_ids)
+        self.module.drawn = (row_ids, shared_ids, self.row_sparse)
         self.module.forward = types.MethodType(_drawn_forward, self.module)
 
     @torch.no_grad()
@@ -142,7 +154,7 @@ class SampledHead:
     def clear(self) -> None:
         """Gives the head its own forward back."""
         state = self.module.__dict__
-        if state.pop("drawn_ids", None) is not None:
+        if state.pop("drawn", None) is not None:
             del state["forward"]
             replaced = state.pop("undrawn_forward")  # an instance's own, as accelerate's hooks put it there
             if replaced is not None:
@@ -150,13 +162,13 @@ class SampledHead:
 
 
 def _drawn_forward(module: nn.Linear, features: Tensor) -> Tensor:
-    row_ids, shared_ids = module.drawn_ids
+    row_ids, shared_ids, row_sparse = module.drawn
     if features.shape[:-1] != row_ids.shape[:1]:
         raise ValueError(
             f"the head {type(module).__name__} got features of shape {tuple(features.shape)} for {len(row_ids)} rows "
             "of drawn classes: it has to see one feature vector a row, [N, d]"
         )
-    return drawn_logits(features, module.weight, module.bias, row_ids, shared_ids)
+    return drawn_logits(features, module.weight, module.bias, row_ids, shared_ids, row_sparse)
 
 
 def find_head(model: nn.Module, num_classes: int, head_name: str | None = None) -> str:

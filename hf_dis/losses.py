@@ -86,6 +86,8 @@ class DISLoss:
         temperature: τ > 0.
         hard_label_weight: λ in [0, 1], the share of cross-entropy; used only where labels are given.
         reduce: sums a dict of tensors over processes; ``partial(accelerator.reduce, reduction="sum")``, say.
+        row_sparse_head: give weight and bias sparse gradients, which hold the drawn rows only; for
+            :class:`hf_dis.RowSparseAdamW`. ``DistributedDataParallel`` cannot reduce them.
 
     Example::
 
@@ -100,13 +102,14 @@ class DISLoss:
         temperature: float = 2.0,
         hard_label_weight: float = 0.1,
         reduce: Callable[[Statistics], Statistics] | None = None,
+        row_sparse_head: bool = False,
     ):
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}: it divides the logits and has to be above 0")
         if not 0 <= hard_label_weight <= 1:
             raise ValueError(f"hard_label_weight is {hard_label_weight}: it is a share and has to be within [0, 1]")
         self.sampler, self.temperature, self.hard_label_weight = sampler, temperature, hard_label_weight
-        self.reduce = reduce
+        self.reduce, self.row_sparse_head = reduce, row_sparse_head
         self._has_checked_values = False
 
     def __call__(
@@ -141,7 +144,7 @@ class DISLoss:
         chunks = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
         with torch.no_grad():
             draw = self.sampler.draw(self._ranked(chunks, check_values), labels)
-        logits = drawn_logits(features, weight, bias, draw.row_ids, draw.shared_ids)
+        logits = drawn_logits(features, weight, bias, draw.row_ids, draw.shared_ids, self.row_sparse_head)
         kd, disagreement = sampled_distillation_loss(logits, draw, self.temperature)
         ce = None if labels is None else sampled_cross_entropy(logits, draw)
         self.sampler.learn(draw, disagreement, self.reduce)

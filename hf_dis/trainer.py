@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
 
-from .checks import check_labels, check_trainer_arguments, common_num_classes
+from .checkpoints import CheckpointMixin
+from .checks import check_labels, check_row_sparse, check_trainer_arguments, common_num_classes
 from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
+from .distributed import average_rows, kept_from_ddp
 from .heads import SampledHead, check_head, find_head, sampling_pays
 from .hub import HubMixin
 from .losses import (
@@ -25,15 +26,14 @@ from .losses import (
     sampled_cross_entropy,
     sampled_distillation_loss,
 )
+from .optim import RowSparseAdamW
 from .sampler import make_sampler
 from .teachers import OnlineTeacher, split_rows
 
 logger = logging.get_logger(__name__)
 
-STATE_FILE = "dis_state_{rank}.safetensors"
 
-
-class DISDistillationTrainer(HubMixin):
+class DISDistillationTrainer(CheckpointMixin, HubMixin):
     """Distils a teacher into a student by dynamic importance sampling (arXiv 1812.00914).
 
     Everything that ``Trainer`` does stays as it is; only the loss changes. Evaluation uses the full output layer
@@ -78,6 +78,7 @@ class DISDistillationTrainer(HubMixin):
         self.num_classes = common_num_classes(self.model, teacher)
         self.head_name = find_head(self.model, self.num_classes, args.head_name)
         self.head_mode = self._choose_head_mode()
+        self._row_sparse = self._choose_row_sparse(kwargs)
         self.sampler = make_sampler(
             self.num_classes,
             **args.sampling_arguments(),
@@ -143,14 +144,17 @@ class DISDistillationTrainer(HubMixin):
 
     def training_step(self, *args, **kwargs) -> Tensor:
         try:
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+            if self._row_sparse and self.accelerator.sync_gradients:
+                average_rows(self.head.module.parameters())
+            return loss
         finally:
             self.head.clear()
 
     @property
     def head(self) -> SampledHead:
         """The student's output head; looked up each time, since ``model_init`` makes a new student."""
-        return SampledHead(self.model.get_submodule(self.head_name))
+        return SampledHead(self.model.get_submodule(self.head_name), self._row_sparse)
 
     # Rows, labels, normalisation
 
@@ -208,6 +212,10 @@ class DISDistillationTrainer(HubMixin):
                     optimizer.add_param_group({**group, "params": in_head, "lr": self.args.head_learning_rate})
         return optimizer
 
+    def _prepare_for_training(self, *args, **kwargs):
+        with kept_from_ddp(self.model, self.head_name) if self._row_sparse else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
     # Evaluation
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -261,44 +269,6 @@ class DISDistillationTrainer(HubMixin):
                 logs |= self.sampler.proposal.scalars()
         super().log(logs, start_time)
 
-    # Checkpoints
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        os.makedirs(output_dir, exist_ok=True)
-        path = os.path.join(output_dir, STATE_FILE.format(rank=self.args.process_index))
-        save_file({name: value.contiguous() for name, value in self.sampler.state_dict().items()}, path)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = os.path.join(checkpoint, STATE_FILE.format(rank=self.args.process_index))
-        if os.path.isfile(path):
-            self.sampler.load_state_dict(load_file(path))
-        else:
-            logger.warning(
-                f"{path} is missing: the proposal and its random draws start anew, so this run will not repeat the "
-                "interrupted one. It was saved by another trainer, or by more processes."
-            )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        model = self.model if model is None else model
-        if self._saves_plain_weights(model):
-            _load_as_from_pretrained(model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self._saves_plain_weights(self.model):
-            _load_as_from_pretrained(self.model, self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _saves_plain_weights(self, model: nn.Module) -> bool:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return isinstance(model, PreTrainedModel) and not sharded
-
     # Set-up
 
     def _choose_head_mode(self) -> str:
@@ -315,6 +285,17 @@ class DISDistillationTrainer(HubMixin):
         pays, why = sampling_pays(num_classes, args.num_sampled_classes, args.num_shared_classes)
         logger.warning(f"head_mode='auto' chose {'sampled' if pays else 'exact'!r}: {why}")
         return "sampled" if pays else "exact"
+
+    def _choose_row_sparse(self, kwargs: dict[str, Any]) -> bool:
+        head = self.model.get_submodule(self.head_name)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        row_sparse = check_row_sparse(self.args, kwargs, self.model, head, self.head_mode, sharded)
+        if self.args.row_sparse_head and not row_sparse:
+            logger.warning("row_sparse_head has no effect: all classes are computed, and the head trains densely")
+        if row_sparse and self.optimizer_cls_and_kwargs is None:
+            _, arguments = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer_cls_and_kwargs = RowSparseAdamW, arguments
+        return row_sparse
 
     def _check_head_once(self, inputs: dict[str, Tensor]) -> None:
         if not self._head_is_checked:
@@ -343,16 +324,6 @@ def load_teacher(name_or_path: str) -> PreTrainedModel:
     # For the model card: from_pretrained itself does not keep the commit.
     teacher.config._commit_hash = extract_commit_hash(cached_file(name_or_path, CONFIG_NAME), None)
     return teacher
-
-
-def _load_as_from_pretrained(model: PreTrainedModel, checkpoint: str) -> None:
-    """Loads a checkpoint's weights under the names that the model gives them.
-
-    Trainer loads the file's names as they are, and where a model saves under other names than it has (ViT, Swin,
-    Dinov2, ...) goes on with a random encoder and only a warning.
-    """
-    saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
 
 
 def _num_rows(batch: dict[str, Tensor]) -> int:

@@ -51,6 +51,37 @@ def test_switched_head_equals_the_full_head_at_the_drawn_classes(family, shared_
     assert all((found[name] - expected[name]).norm() <= 1e-10 * whole for name in expected)
 
 
+@pytest.mark.parametrize("shared_ids", [SHARED_IDS, NO_IDS], ids=["two strata", "per row"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_sparse_head_has_the_gradient_of_the_full_one_in_the_drawn_rows(family, shared_ids):
+    """All gradients of the model, float64 to 1e-10; the head's are sparse, and of no other row."""
+    model, head, pixels = model_and_head(family)
+    model.eval()
+    full = model(pixel_values=pixels).logits
+    expected = gradients(model, torch.cat([full.gather(1, ROW_IDS), full[:, shared_ids]], 1))
+    with SampledHead(head.module, row_sparse=True).only(ROW_IDS, shared_ids):
+        found = gradients(model, model(pixel_values=pixels).logits)
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    names = {
+        name for name, parameter in model.named_parameters() if any(parameter is p for p in head_parameters(head))
+    }
+    assert found.keys() == expected.keys() > names and len(names) == 2
+    for name, gradient in found.items():
+        assert gradient.is_sparse == (name in names)
+        if gradient.is_sparse:
+            assert gradient._indices()[0].tolist() == drawn_classes(shared_ids)  # each once, in order
+            gradient = gradient.to_dense()
+        assert (gradient - expected[name]).norm() <= 1e-10 * whole
+
+
+def head_parameters(head):
+    return list(head.module.parameters())
+
+
+def drawn_classes(shared_ids):
+    return sorted({*ROW_IDS.flatten().tolist(), *shared_ids.tolist()})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_passes_its_check_and_is_left_as_it_was(family):
     model, head, pixels = model_and_head(family, torch.float32)
@@ -173,7 +204,57 @@ def test_no_gather_exceeds_the_chunk(monkeypatch):
     row_ids = torch.randint(20, (64, 16))
     with Largest() as largest:
         drawn_logits(features, weight, None, row_ids, SHARED_IDS).sum().backward()
-    assert largest.elements <= 64 * 32  # the features; all gathered rows are 64 * 16 * 32
+    assert (
+        largest.elements <= (64 + 3) * 32
+    )  # features and the shared classes' rows; all gathered rows are 64 * 16 * 32
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_row_sparse_gradients_add_up(bias):
+    """Two backward passes with other classes, as accumulation makes them, and under autocast."""
+    dense, sparse = drawn_inputs(bias=bias), drawn_inputs(bias=bias)
+    draws = [(ROW_IDS, SHARED_IDS), (ROW_IDS[:, :1] * 0 + 6, NO_IDS), (ROW_IDS, SHARED_IDS)]
+    for tensor, other in zip(sparse, dense, strict=True):
+        if tensor is not None:
+            tensor.data = other.data.clone()
+    for ids in draws:
+        for tensors, row_sparse in ((dense, False), (sparse, True)):
+            drawn_logits(*tensors, *ids, row_sparse).square().sum().backward()
+    for tensor, other in zip(sparse[1 : 2 + bias], dense[1:], strict=False):
+        assert tensor.grad.is_sparse and not other.grad.is_sparse
+        torch.testing.assert_close(tensor.grad.to_dense(), other.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_of_the_size_of_the_head_is_made_for_row_sparse_gradients():
+    class Shapes(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and not tensor.is_sparse and not tensor.requires_grad:
+                    self.elements = max(self.elements, tensor.numel())
+            return result
+
+    largest = {}
+    for row_sparse in (True, False):
+        features, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5000, 8, requires_grad=True)
+        bias = torch.zeros(5000, requires_grad=True)
+        with Shapes() as shapes:
+            drawn_logits(features, weight, bias, torch.randint(5000, (4, 6)), SHARED_IDS, row_sparse).sum().backward()
+            torch.nn.utils.clip_grad_norm_([weight, bias], 1.0)
+        largest[row_sparse] = shapes.elements
+    assert largest[True] <= 4 * 6 * 8 + 3 * 8 and largest[False] == 5000 * 8
+
+
+@pytest.mark.parametrize("row_sparse", [True, False])
+@pytest.mark.parametrize("bad", [-1, C])
+def test_classes_that_the_head_does_not_have_are_an_error_before_anything_is_computed(bad, row_sparse):
+    for ids in ((ROW_IDS.clone().fill_(bad), SHARED_IDS), (ROW_IDS, torch.tensor([bad]))):
+        with pytest.raises(IndexError, match="index out of range"):
+            drawn_logits(*drawn_inputs(), *ids, row_sparse)
 
 
 # Features

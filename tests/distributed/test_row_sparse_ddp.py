@@ -1,0 +1,60 @@
+"""Row-sparse gradients over two real processes (gloo): the same training as one that accumulates."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import row_sparse_worker as worker
+import torch
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*torchrun, str(Path(worker.__file__)), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    results = [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert [result["world_size"] for result in results] == [2, 2]
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    worker.run(folder)
+    return torch.load(folder / "rank_0.pt", weights_only=False)
+
+
+def test_two_processes_train_as_one_that_accumulates(ranks, alone):
+    untrained = alone["untrained"]["classifier.weight"]
+    assert not torch.allclose(alone["student"]["classifier.weight"], untrained, atol=1e-2)
+    for rank in ranks:
+        for name, expected in alone["student"].items():
+            torch.testing.assert_close(rank["student"][name], expected, rtol=0, atol=2e-6, msg=name)
+        assert rank["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+        assert rank["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+        assert torch.equal(rank["steps"], alone["steps"])
+
+
+def test_the_processes_agree_to_the_bit(ranks):
+    one, other = (rank["student"] for rank in ranks)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("case", worker.TOUCHED)
+def test_gradients_are_means_over_processes_and_padding_is_no_row(ranks, case):
+    touched = worker.TOUCHED[case]
+    expected = sum(worker.gradient(ids or [], rank).to_dense() for rank, ids in enumerate(touched)) / 2
+    for rank in ranks:
+        found = rank[case]
+        assert found.is_coalesced() and found.indices()[0].tolist() == sorted({*touched[0], *(touched[1] or [])})
+        torch.testing.assert_close(found.to_dense(), expected)

@@ -1,0 +1,41 @@
+"""Row-sparse gradients: counted right by clipping, whole again after it."""
+
+import torch
+
+from hf_dis.sparse import TouchedRows, coalesced
+
+
+def gradient(ids, size=9):
+    ids = torch.tensor(ids)
+    return torch.sparse_coo_tensor(ids[None], torch.randn(len(ids), 4), (size, 4))
+
+
+def test_clipping_counts_every_row_once():
+    """Also where accumulation left a row twice: the norm is that of the sum."""
+    for ids in ([1, 5, 8], [5, 1, 5]):
+        sparse, dense = torch.nn.Parameter(torch.zeros(9, 4)), torch.nn.Parameter(torch.zeros(9, 4))
+        sparse.grad = gradient(ids)
+        dense.grad = sparse.grad.to_dense()
+        norms = [torch.nn.utils.clip_grad_norm_(parameter, 0.5) for parameter in (sparse, dense)]
+        torch.testing.assert_close(*norms)
+        torch.testing.assert_close(sparse.grad.to_dense(), dense.grad)
+
+
+def test_coalesced_sums_what_is_there_twice_and_only_relabels_what_is_not():
+    twice, once = gradient([5, 1, 5]), gradient([1, 5, 8])
+    assert coalesced(once).is_coalesced() and coalesced(once)._values().data_ptr() == once._values().data_ptr()
+    found = coalesced(twice)
+    assert found.is_coalesced() and found.indices().tolist() == [[1, 5]]
+    torch.testing.assert_close(found.to_dense(), twice.to_dense())
+    assert torch.equal(coalesced(gradient([5, 1])).indices(), torch.tensor([[1, 5]]))
+    assert coalesced(gradient([])).is_coalesced()
+
+
+def test_touched_rows_without_ranked_or_without_shared_classes():
+    no_rows, shared = torch.empty(3, 0, dtype=torch.long), torch.tensor([2, 7])
+    features, row_grad, shared_grad = torch.randn(3, 4), torch.randn(3, 0), torch.randn(3, 2)
+    touched = TouchedRows(no_rows, shared)
+    assert touched.ids.tolist() == [2, 7]
+    rows = touched.weight_rows(features, row_grad, shared_grad, torch.float32)
+    torch.testing.assert_close(rows, shared_grad.T @ features)
+    torch.testing.assert_close(touched.bias_rows(row_grad, shared_grad, torch.float32), shared_grad.sum(0))
