@@ -67,7 +67,7 @@ def test_the_ends_of_the_ranges_are_taken(tmp_path, name, value):
 
 def test_sampling_with_replacement_needs_the_per_row_layout(tmp_path):
     with pytest.raises(ValueError, match=r"sampler is 'replacement'.*num_shared_classes=0"):
-        config(tmp_path, sampler="replacement")
+        config(tmp_path, sampler="replacement", num_shared_classes=8)
     assert config(tmp_path, sampler="replacement", num_shared_classes=0).sampler == "replacement"
 
 
@@ -76,6 +76,7 @@ COMMAND_LINE = {
     "hard_label_weight": 0.3,
     "num_sampled_classes": 32,
     "num_shared_classes": 0,
+    "row_sparse_head": True,
     "rank_depth": 64,
     "proposal": "teacher",
     "sampler": "replacement",

@@ -19,7 +19,20 @@ PACKAGE = Path(hf_dis.__file__).parent
 CLASSES, ROWS, WIDTH, CHUNK_ROWS = 20_000, 64, 16, 4
 
 
-MATHS = ["checks", "sampling", "sampler", "proposal", "losses", "heads", "sparse", "optim", "teachers", "diagnostics", "sparse", "optim"]
+MATHS = [
+    "checks",
+    "sampling",
+    "sampler",
+    "proposal",
+    "losses",
+    "heads",
+    "sparse",
+    "optim",
+    "teachers",
+    "diagnostics",
+    "sparse",
+    "optim",
+]
 
 
 @pytest.mark.parametrize("module", MATHS)

@@ -179,10 +179,10 @@ def test_the_seed_makes_the_stream():
 # Arguments
 
 
-@pytest.mark.parametrize("proposal", ["topk", "dis"])
-def test_k_beyond_the_ranks_that_are_drawn_from_is_refused(proposal):
+@pytest.mark.parametrize(("proposal", "shared"), [("topk", 0), ("dis", 4)])
+def test_k_beyond_the_ranks_that_are_drawn_from_is_refused(proposal, shared):
     with pytest.raises(ValueError, match="rank_depth is 5: the 8 classes of a row"):
-        make_sampler(50, num_sampled_classes=8, rank_depth=5, proposal=proposal)
+        make_sampler(50, num_sampled_classes=8, num_shared_classes=shared, rank_depth=5, proposal=proposal)
 
 
 def test_the_ranking_is_resolved_to_twice_k_if_not_told():
@@ -218,7 +218,7 @@ def test_columns_are_the_logits_of_a_row(num_classes, keywords, columns):
 )
 def test_arguments_out_of_range_are_refused_by_name_and_value(name, value):
     with pytest.raises(ValueError, match=rf"{name} is '?{value}'?: it has to be"):
-        make_sampler(100, **{name: value})
+        make_sampler(100, **{"num_shared_classes": 8, name: value})
 
 
 def test_no_classes_are_refused():
