@@ -52,6 +52,7 @@ class HubMixin(Trainer):
         """
         self.save_model(_internal_call=True)
         with explained(f"The trained student is saved in {self.args.output_dir}; then call push_to_hub() again."):
+            check_upload(Path(self.args.output_dir))
             return super().push_to_hub(*args, **kwargs)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
@@ -64,6 +65,7 @@ class HubMixin(Trainer):
             super().init_hf_repo(*args, **kwargs)
             return
         with explained("Training has not started; push_to_hub=False trains without publishing."):
+            check_upload(Path(self.args.output_dir))
             super().init_hf_repo(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -228,6 +230,23 @@ def _listed(value: str | list[str] | None) -> list[str]:
     if value is None:
         return []
     return [value] if isinstance(value, str) else list(value)
+
+
+def check_upload(folder: Path) -> None:
+    """Makes sure that no other model, the teacher above all, is published with the student.
+
+    Trainer uploads all of ``output_dir`` but what starts with ``_`` or ``checkpoint-``.
+
+    Raises:
+        ValueError: if a folder within holds weights.
+    """
+    inside = [file.relative_to(folder) for file in folder.glob("*/**/*.safetensors")]
+    others = sorted(str(file) for file in inside if not file.parts[0].startswith(("_", "checkpoint-")))
+    if others:
+        raise ValueError(
+            f"{folder} holds weights of other models, which would be published too: {', '.join(others)}; move them "
+            "elsewhere, or into a folder whose name starts with _"
+        )
 
 
 @contextmanager
