@@ -143,9 +143,9 @@ def test_offline_is_told_and_the_student_is_saved_first(make_trainer):
 def test_a_teacher_in_the_output_folder_is_not_published_with_the_student(make_trainer):
     trainer = make_trainer()
     trainer.teacher.model.save_pretrained(Path(trainer.args.output_dir) / "teacher")
-    with pytest.raises(RuntimeError, match="would be published too: teacher/model.safetensors; move them"):
+    with pytest.raises(RuntimeError, match=r"would be published too: teacher/model\.safetensors; move them"):
         trainer.push_to_hub()
-    with pytest.raises(RuntimeError, match="would be published too.*Training has not started"):
+    with pytest.raises(RuntimeError, match=r"would be published too.*Training has not started"):
         make_trainer(push_to_hub=True)
 
 
