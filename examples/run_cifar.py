@@ -101,7 +101,7 @@ def build_regnet(names: list[str], hidden_sizes: list[int], depths: list[int], l
 def train_teacher(arguments: CifarArguments, args: DISConfig, train_dataset, names) -> RegNetForImageClassification:
     """Trains a teacher on the labels, with the batch size, precision and device of the student's run."""
     teacher_args = TrainingArguments(
-        output_dir=str(Path(args.output_dir) / "teacher"),
+        output_dir=str(Path(args.output_dir) / "_teacher"),  # push_to_hub leaves out what starts with _
         num_train_epochs=arguments.teacher_num_train_epochs,
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

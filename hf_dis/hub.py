@@ -52,6 +52,7 @@ class HubMixin(Trainer):
         """
         self.save_model(_internal_call=True)
         with explained(f"The trained student is saved in {self.args.output_dir}; then call push_to_hub() again."):
+            check_upload(Path(self.args.output_dir))
             return super().push_to_hub(*args, **kwargs)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
@@ -64,6 +65,7 @@ class HubMixin(Trainer):
             super().init_hf_repo(*args, **kwargs)
             return
         with explained("Training has not started; push_to_hub=False trains without publishing."):
+            check_upload(Path(self.args.output_dir))
             super().init_hf_repo(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -122,7 +124,8 @@ def _rendered(trainer: DISDistillationTrainer, said: TrainingSummary) -> ModelCa
         )
         for task in tasks or [UNKNOWN]
         for name, value in metrics.items()
-        if math.isfinite(value)  # the table shows the others; the Hub's metadata takes numbers only
+        # The table shows the others; the Hub's metadata takes numbers only.
+        if isinstance(value, (int, float)) and math.isfinite(value)
     ]
     data = ModelCardData(
         library_name="transformers",
@@ -162,7 +165,7 @@ def _teacher(teacher: nn.Module) -> dict[str, str]:
     name, revision = "", None
     if isinstance(teacher, PreTrainedModel):
         name, revision = teacher.config._name_or_path, getattr(teacher.config, "_commit_hash", None)
-    if name and Path(name).is_dir():
+    if name and (Path(name).is_absolute() or Path(name).is_dir()):
         name = f"{Path(name).resolve().name} (a local directory)"
     return {"Teacher": name or f"{UNKNOWN} ({type(teacher).__name__})", "Teacher's revision": revision or UNKNOWN}
 
@@ -224,10 +227,26 @@ def _cells(values: dict[str, Any]) -> dict[str, str]:
     return {name: " ".join(text.replace("|", "\\|").split()) for name, text in texts.items()}
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
+def _listed(value: str | list[str | None] | None) -> list[str]:
+    """Without None, which stands for the name of a data set that was made in memory."""
+    return [one for one in ([value] if isinstance(value, str) else value or []) if one is not None]
+
+
+def check_upload(folder: Path) -> None:
+    """Makes sure that no other model, the teacher above all, is published with the student.
+
+    Trainer uploads all of ``output_dir`` but what starts with ``_`` or ``checkpoint-``.
+
+    Raises:
+        ValueError: if a folder within holds weights.
+    """
+    inside = [file.relative_to(folder) for file in folder.glob("*/**/*") if file.suffix in (".safetensors", ".bin")]
+    others = sorted(str(file) for file in inside if not file.parts[0].startswith(("_", "checkpoint-")))
+    if others:
+        raise ValueError(
+            f"{folder} holds weights of other models, which would be published too: {', '.join(others)}; move them "
+            "elsewhere, or into a folder whose name starts with _"
+        )
 
 
 @contextmanager
@@ -246,14 +265,16 @@ def remedy(error: BaseException) -> str:
         if isinstance(cause, LocalTokenNotFoundError):
             return _LOG_IN
         if isinstance(cause, HfHubHTTPError):
-            return {401: _LOG_IN, 403: _NO_RIGHT}.get(
-                cause.response.status_code, f"The Hub answered {cause.response.status_code}: try again later."
-            )
+            status = cause.response.status_code
+            later = f"The Hub answered {status}: try again later." if status >= 500 or status == 429 else _CORRECT
+            return {401: _LOG_IN, 403: _NO_RIGHT}.get(status, later)
         if isinstance(cause, (ConnectionError, HTTPError)):
             return "The Hub cannot be reached: check the network, and that HF_HUB_OFFLINE is not set."
         cause = cause.__cause__
-    return "Correct this first."
+    return _CORRECT
 
 
-_LOG_IN = "You are not logged in: run `hf auth login`, or set HF_TOKEN or hub_token to a token with write access."
+# Not hub_token: Trainer writes it into training_args.bin, which is published.
+_LOG_IN = "You are not logged in: run `hf auth login`, or set HF_TOKEN to a token with write access."
 _NO_RIGHT = "Your token may not write there: use one with write access, or another hub_model_id."
+_CORRECT = "Correct this first."

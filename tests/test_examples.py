@@ -52,7 +52,7 @@ def test_cifar_trains_a_teacher_and_distils_it_in_one_and_two_processes(cifar, c
     data = ["--data_dir", str(cifar)]
     first = ["--output_dir", str(once), "--teacher_num_train_epochs", "1", *data, *COMMON]
     launch("run_cifar.py", *first, processes=ONE_PROCESS, cache=cache)
-    teacher = ["--teacher_model_name_or_path", str(once / "teacher")]
+    teacher = ["--teacher_model_name_or_path", str(once / "_teacher")]
     second = ["--output_dir", str(twice), "--bf16", *teacher, *data, *COMMON]
     launch("run_cifar.py", *second, processes=TWO_PROCESSES, cache=cache)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from hub_server import TOKEN, LocalHub
 from huggingface_hub import ModelCard
 from models import labelled_images, vit
@@ -93,7 +94,7 @@ def test_a_failing_server_leaves_the_student_and_a_second_try(published, folder)
 
 def test_metadata_that_the_hub_refuses_is_told(published, folder):
     said = published[0]["metadata"]
-    assert "license must be one of" in said and str(folder / "student") in said
+    assert "license must be one of" in said and "Correct this first" in said and str(folder / "student") in said
 
 
 def test_the_published_card_names_the_loading_line_and_the_data(published, server):
@@ -138,6 +139,15 @@ def test_offline_is_told_and_the_student_is_saved_first(make_trainer):
     assert trainer.args.output_dir in str(told.value)
     saved = vit(40).from_pretrained(trainer.args.output_dir)
     assert torch.equal(saved.classifier.weight, trainer.model.classifier.weight)
+
+
+def test_a_teacher_in_the_output_folder_is_not_published_with_the_student(make_trainer):
+    trainer = make_trainer()
+    trainer.teacher.model.save_pretrained(Path(trainer.args.output_dir) / "teacher")
+    with pytest.raises(RuntimeError, match=r"would be published too: teacher/model\.safetensors; move them"):
+        trainer.push_to_hub()
+    with pytest.raises(RuntimeError, match=r"would be published too.*Training has not started"):
+        make_trainer(push_to_hub=True)
 
 
 # The card
@@ -187,6 +197,21 @@ def test_what_is_not_known_is_unknown_and_not_left_out(make_trainer):
     assert card.data.eval_results is None and card.data.license is None and card.data.datasets is None
 
 
+def test_a_data_set_made_in_memory_is_unknown_and_a_named_one_is_named(make_trainer):
+    data = Dataset.from_dict({"pixel_values": [torch.zeros(3, 8, 8).tolist()], "labels": [0]})
+    assert facts(card_of(make_trainer(train_dataset=data)))["Data set"] == "unknown"
+    data.info.builder_name = "glyphs"
+    card = card_of(make_trainer(train_dataset=data))
+    assert facts(card)["Data set"] == "glyphs" and card.data.datasets == ["glyphs"]
+
+
+def test_of_a_local_teacher_only_the_last_part_of_its_path_is_told(make_trainer, tmp_path):
+    teacher = vit(40, seed=1, spread=30)
+    teacher.config._name_or_path = str(tmp_path / "gone")
+    card = card_of(make_trainer(teacher=teacher))
+    assert facts(card)["Teacher"] == "gone (a local directory)" and str(tmp_path) not in card.content
+
+
 def test_exact_distillation_claims_no_draw(make_trainer):
     card = card_of(make_trainer(head_mode="exact"))
     found = facts(card)
@@ -233,9 +258,10 @@ def test_the_card_carries_the_last_probe_and_the_last_evaluation(make_trainer):
 
 def test_a_value_that_is_no_number_is_shown_but_kept_out_of_the_metadata(make_trainer):
     trainer = make_trainer()
-    trainer.state.log_history = [{"eval_kl": float("nan"), "eval_top1": 0.5, "step": 1}]
+    trainer.state.log_history = [{"eval_kl": float("nan"), "eval_worst": "a|b", "eval_top1": 0.5, "step": 1}]
     card = card_of(trainer)
-    assert facts(card)["kl"] == "nan" and [r.metric_type for r in card.data.eval_results] == ["top1"]
+    assert facts(card)["kl"] == "nan" and facts(card)["worst"] == r"a\|b"
+    assert [r.metric_type for r in card.data.eval_results] == ["top1"]
 
 
 def test_tags_and_citation(make_trainer):
