@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .sparse import TouchedRows
 
-# Elements of the gathered rows [n, K, d] that exist at a time: 16 MiB in float32.
-GATHER_ELEMENTS = 2**22
+# Elements of the gathered rows [n, K, d] that exist at a time: 4 MiB in float32.
+GATHER_ELEMENTS = 2**20
 
 # What ranking and drawing cost a row, and what a gathered class costs, in classes of a dense product over all of them.
 # From benchmarks/crossover.py on two CPU cores.
