@@ -67,6 +67,8 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
             raise TypeError(f"args is a {type(args).__name__}: DISDistillationTrainer needs a DISConfig")
         check_trainer_arguments(args, teacher_model, kwargs)
         super().__init__(model=model, args=args, **kwargs)
+        # A forward that takes no labels leaves this empty, and Trainer would drop the column without a word.
+        self.label_names = self.label_names or ["labels"]
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process would use nn.DataParallel, which copies the student past the "

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from models import images, labelled_images, patched_modules, resnet, vit
+from transformers import ViTForImageClassification
 
 from hf_dis import trainer as trainer_module
 
@@ -313,3 +314,15 @@ def test_without_one_the_groups_are_the_trainers(make_trainer):
     trainer = make_trainer()
     trainer.create_optimizer()
     assert len(trainer.optimizer.param_groups) == 2
+
+
+class ForwardWithoutLabels(ViTForImageClassification):
+    def forward(self, pixel_values):
+        return super().forward(pixel_values=pixel_values)
+
+
+def test_labels_reach_the_loss_of_a_student_whose_forward_takes_none(make_trainer):
+    """Trainer itself would drop the column, and cross-entropy with it."""
+    trainer = make_trainer(ForwardWithoutLabels(vit(40).config), max_steps=1, logging_steps=1)
+    trainer.train()
+    assert "ce_loss" in trainer.state.log_history[0]
