@@ -8,7 +8,7 @@ dense ones share one fused AdamW. Methods:
 
 exact           every logit, KL divergence by F.kl_div
 chunked_exact   the same by chunks of 32 rows, each with its backward at once, so that no [N, C] outlives a chunk
-liger           LigerFusedLinearJSDLoss with beta 0, if liger-kernel is installed; it also computes the teacher's logits
+liger           LigerFusedLinearJSDLoss with beta 0, if liger-kernel is installed, teacher head included
 partial_fc      a uniform tenth of the classes for all rows, softmax over these; sparse gradients, RowSparseAdamW
 dis_dense       DIS with a dense gradient
 dis_row_sparse  DIS with row_sparse_head and RowSparseAdamW

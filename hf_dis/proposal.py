@@ -285,11 +285,11 @@ class ClassMemory:
 
     def density(self, floor: float, disagreement_share: float = 0.5) -> Tensor:
         """Disagreement and marginal, each normalised, mixed; plus a uniform floor. Float64, ``[C]``."""
-        disagreement = self.squared_disagreement.double().sqrt()
-        marginal = self.marginal.double()
-        mixed = disagreement_share * disagreement / disagreement.sum().clamp_min(1e-30)
-        mixed += (1 - disagreement_share) * marginal / marginal.sum().clamp_min(1e-30)
-        return (1 - floor) * mixed + floor / len(mixed)
+        disagreement = self.squared_disagreement.sqrt()
+        share = (1 - floor) * disagreement_share / disagreement.sum(dtype=torch.float64).clamp_min(1e-30)
+        rest = (1 - floor) * (1 - disagreement_share) / self.marginal.sum(dtype=torch.float64).clamp_min(1e-30)
+        mixed = disagreement.mul_(share).addcmul_(self.marginal, rest.float())
+        return mixed.double().add_(floor / len(mixed))
 
     def statistics(self, draw: ClassDraw, disagreement: Tensor) -> Statistics:
         """Per class: Σ (s - p)² over the rows that met it outside their heads, those rows, the teacher's mass."""

@@ -95,8 +95,8 @@ def inclusion_probabilities(density: Tensor, num_draws: int, last_size: int = 1)
     kappa = (num_draws - capped_size) / (total - capped_mass).clamp_min(torch.finfo(torch.float64).tiny)
     num_capped = ((kappa * top <= 1) | (capped_size >= num_draws)).to(torch.uint8).argmax(-1, keepdim=True)
     capped = torch.arange(top.shape[-1], device=density.device) < num_capped
-    is_capped = torch.zeros_like(density, dtype=torch.bool).scatter_(-1, order, capped.expand_as(order))
-    return torch.where(is_capped, 1.0, kappa.gather(-1, num_capped) * density).clamp(0, 1)
+    expected = (kappa.gather(-1, num_capped) * density).clamp_(0, 1)
+    return expected.scatter_(-1, order, torch.where(capped, 1.0, expected.gather(-1, order)))
 
 
 def systematic_points(num_rows: int, num_draws: int, generator: torch.Generator) -> Tensor:
