@@ -84,6 +84,7 @@ COMMAND_LINE = {
     "head_mode": "sampled",
     "head_name": "classifier.1",
     "head_learning_rate": 0.02,
+    "row_sparse_head": True,
     "probe_steps": 10,
 }
 
