@@ -11,6 +11,9 @@ from torch import Tensor, nn
 # Elements of a chunk's [rows, C] logits: 64 MiB in float32.
 CHUNK_ELEMENTS = 2**24
 
+# Elements that passes over all classes take at a time, so that what they leave stays in a processor's cache.
+BLOCK_ELEMENTS = 2**20
+
 
 def widen(logits: Tensor) -> Tensor:
     """Logits in float32, or as they are if wider."""
@@ -33,7 +36,10 @@ class TeacherTargets:
     def __init__(self, logits: Tensor, temperature: float, depth: int):
         self.logits = widen(logits) / temperature
         top, self.ids = self.logits.topk(min(depth, logits.shape[1]), dim=1)
-        self.log_normaliser = self.logits.logsumexp(1, keepdim=True)
+        self.block_rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
+        self.log_normaliser = torch.cat(
+            [part.logsumexp(1, keepdim=True) for part in self.logits.split(self.block_rows)]
+        )
         self.log_probs = top - self.log_normaliser
 
     def __len__(self) -> int:
@@ -45,7 +51,8 @@ class TeacherTargets:
 
     def class_mass(self) -> Tensor:
         """The probability of each class outside the rows' ranked ones, summed over rows, ``[C]``."""
-        mass = (self.logits - self.log_normaliser).exp_().sum(0)
+        blocks = zip(self.logits.split(self.block_rows), self.log_normaliser.split(self.block_rows), strict=True)
+        mass = sum((logits - log_normaliser).exp_().sum(0) for logits, log_normaliser in blocks)
         ranked = self.log_probs.exp().flatten()
         return mass.index_add_(0, self.ids.flatten(), ranked, alpha=-1).clamp_min_(0)
 
@@ -125,7 +132,8 @@ def check_teacher_logits(logits: Tensor, num_classes: int, first_row: int = 0, c
             f"the teacher answers for {logits.shape[-1]} classes, the student for {num_classes}: "
             "both need the same classes in the same order; use a teacher trained on the student's labels"
         )
-    if check_finite and not logits.isfinite().all():
+    # The sum finds NaN and Inf in one pass, but may itself overflow: only then look at each.
+    if check_finite and not logits.sum(dtype=torch.float32).isfinite() and not logits.isfinite().all():
         rows = (~logits.isfinite()).any(1).nonzero()[:, 0] + first_row
         raise FloatingPointError(
             f"the teacher's logits hold NaN or Inf in rows {rows.tolist()[:20]} of the batch: check these "

@@ -76,7 +76,6 @@ COMMAND_LINE = {
     "hard_label_weight": 0.3,
     "num_sampled_classes": 32,
     "num_shared_classes": 0,
-    "row_sparse_head": True,
     "rank_depth": 64,
     "proposal": "teacher",
     "sampler": "replacement",
@@ -85,6 +84,7 @@ COMMAND_LINE = {
     "head_mode": "sampled",
     "head_name": "classifier.1",
     "head_learning_rate": 0.02,
+    "row_sparse_head": True,
     "probe_steps": 10,
 }
 

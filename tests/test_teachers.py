@@ -7,6 +7,7 @@ import torch
 from models import images, resnet
 from torch import nn
 
+from hf_dis import teachers
 from hf_dis.teachers import OnlineTeacher, TeacherTargets, split_rows
 
 
@@ -84,6 +85,28 @@ def test_the_teacher_is_in_evaluation_mode_and_frozen():
     logits = next(teacher.logits({"pixel_values": images(4, 32)}))
     assert not logits.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_finite_logits_whose_sum_is_not_are_taken():
+    logits = torch.full((3, 12), 3e38)
+    assert torch.equal(next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits})), logits)
+
+
+def test_infinities_that_cancel_are_found():
+    logits = torch.zeros(3, 12)
+    logits[1, 2], logits[1, 3] = torch.inf, -torch.inf
+    with pytest.raises(FloatingPointError, match=r"rows \[1\]"):
+        next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}))
+
+
+@pytest.mark.parametrize("block", [1, 24, 2**20], ids=["row by row", "two rows", "at once"])
+def test_blocks_of_rows_change_nothing(block, monkeypatch):
+    logits = torch.randn(5, 12, dtype=torch.float64)
+    monkeypatch.setattr(teachers, "BLOCK_ELEMENTS", block)
+    targets = TeacherTargets(logits, 2.0, 3)
+    probs = (logits / 2).softmax(1)
+    torch.testing.assert_close(targets.log_probs.exp(), probs.topk(3).values)
+    torch.testing.assert_close(targets.class_mass(), probs.scatter(1, targets.ids, 0.0).sum(0))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
