@@ -39,7 +39,7 @@ from torch import Tensor
 
 from hf_dis import RowSparseAdamW, make_sampler
 from hf_dis.distributed import average_rows
-from hf_dis.heads import drawn_logits
+from hf_dis.drawn import drawn_logits
 from hf_dis.losses import sampled_distillation_loss
 from hf_dis.teachers import TeacherTargets
 

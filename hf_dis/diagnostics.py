@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import drawn_logits
+from .drawn import drawn_logits
 from .losses import exact_distillation_loss, sampled_distillation_loss
 from .sampling import ClassDraw
 

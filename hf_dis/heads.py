@@ -11,88 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sparse import TouchedRows
-
-# Elements of the gathered rows [n, K, d] that exist at a time: 4 MiB in float32.
-GATHER_ELEMENTS = 2**20
+from .drawn import drawn_logits
 
 # What ranking and drawing cost a row, and what a gathered class costs, in classes of a dense product over all of them.
 # From benchmarks/crossover.py on two CPU cores.
 DRAW_COST, GATHER_COST = 2000, 50
-
-
-class _DrawnLinear(torch.autograd.Function):
-    """``h Wᵀ + b`` at drawn classes, forward by chunks of rows, so that no ``[N, K, d]`` is held."""
-
-    @staticmethod
-    def forward(ctx, features, weight, bias, row_ids, shared_ids, row_sparse):
-        ctx.save_for_backward(features, weight, row_ids, shared_ids)
-        ctx.has_bias, ctx.row_sparse = bias is not None, row_sparse
-        num_row = row_ids.shape[1]
-        logits = features.new_empty(len(features), num_row + len(shared_ids))
-        for rows in _chunks(row_ids, weight):
-            gathered = F.embedding(row_ids[rows], weight).to(features.dtype)
-            torch.matmul(gathered, features[rows, :, None], out=logits[rows, :num_row, None])
-        logits[:, num_row:] = features @ F.embedding(shared_ids, weight).to(features.dtype).T
-        if bias is not None:
-            logits[:, :num_row] += bias[row_ids]
-            logits[:, num_row:] += bias[shared_ids]
-        return logits
-
-    @staticmethod
-    def backward(ctx, grad):
-        features, weight, row_ids, shared_ids = ctx.saved_tensors
-        row_grad, shared_grad = grad.split([row_ids.shape[1], len(shared_ids)], dim=1)
-        wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_features = grad_weight = grad_bias = None
-        if wants_features:
-            scales = row_grad.to(weight.dtype)
-            grad_features = F.embedding_bag(row_ids, weight, mode="sum", per_sample_weights=scales).to(grad.dtype)
-            grad_features += shared_grad @ weight[shared_ids].to(grad.dtype)
-        if wants_weight or wants_bias:
-            touched = TouchedRows(row_ids, shared_ids)
-        if wants_weight:
-            rows = touched.weight_rows(features, row_grad, shared_grad, weight.dtype)
-            grad_weight = touched.gradient(rows, weight.shape, ctx.row_sparse)
-        if ctx.has_bias and wants_bias:
-            rows = touched.bias_rows(row_grad, shared_grad, weight.dtype)
-            grad_bias = touched.gradient(rows, weight.shape[:1], ctx.row_sparse)
-        return grad_features, grad_weight, grad_bias, None, None, None
-
-
-def _chunks(row_ids: Tensor, weight: Tensor) -> Iterator[slice]:
-    chunk_rows = max(1, GATHER_ELEMENTS // max(1, row_ids.shape[1] * weight.shape[1]))
-    return (slice(start, start + chunk_rows) for start in range(0, len(row_ids), chunk_rows))
-
-
-def drawn_logits(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_ids: Tensor,
-    shared_ids: Tensor,
-    row_sparse: bool = False,
-) -> Tensor:
-    """The head's logits at drawn classes only: ``[N, R + K_t]``, in the autocast dtype where autocast is on.
-
-    Args:
-        features: what the head is given, ``[N, d]``.
-        weight, bias: the head's, ``[C, d]`` and ``[C]`` or None.
-        row_ids: classes of each row, ``[N, R]``.
-        shared_ids: classes of all rows, ``[K_t]``.
-        row_sparse: give weight and bias sparse gradients, which hold the drawn rows only.
-
-    Raises:
-        IndexError: if a class id is not one of the head's; on CPU, an accelerator asserts it by itself.
-    """
-    device = features.device.type
-    if torch.is_autocast_enabled(device):
-        features = features.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        return _DrawnLinear.apply(features, weight, bias, row_ids, shared_ids, row_sparse)
 
 
 def sampling_pays(num_classes: int, num_sampled: int, num_shared: int) -> tuple[bool, str]:
@@ -114,42 +39,30 @@ class SampledHead:
         self.module, self.row_sparse = module, row_sparse
 
     @contextmanager
-    def only(self, row_ids: Tensor, shared_ids: Tensor) -> Iterator[None]:
+    def only(self, row_ids: Tensor, shared_ids: Tensor, positions: Tensor | None = None) -> Iterator[None]:
         """Within this context the head, and so the student, answers for the drawn classes only.
 
         Leave it after backward: activation checkpointing runs the head a second time there.
         """
-        self.set(row_ids, shared_ids)
+        self.set(row_ids, shared_ids, positions)
         try:
             yield
         finally:
             self.clear()
 
-    def set(self, row_ids: Tensor, shared_ids: Tensor) -> None:
-        """Switches the head to the drawn classes, ``row_ids [N, R]`` and ``shared_ids [K_t]``."""
-        if "drawn" not in self.module.__dict__:
-            self.module.__dict__["undrawn_forward"] = self.module.__dict__.get("forward")
-        self.module.drawn = (row_ids, shared_ids, self.row_sparse)
-        self.module.forward = types.MethodType(_drawn_forward, self.module)
-
-    @torch.no_grad()
-    def features(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """What the head is given for these inputs, ``[N, d]``, with the model in evaluation mode.
+    def set(self, row_ids: Tensor, shared_ids: Tensor, positions: Tensor | None = None) -> None:
+        """Switches the head to the drawn classes.
 
         Args:
-            model: the student that the head belongs to.
-            inputs: without labels.
+            row_ids: classes of each row, ``[N, R]``.
+            shared_ids: classes of all rows, ``[K_t]``.
+            positions: where the rows are among the flattened positions ``[B·S]`` that the head is given, ``[N]``; its
+                output is then ``[N, R + K_t]``. None: a row is an example.
         """
-        given = []
-        hook = self.module.register_forward_pre_hook(lambda module, args: given.append(args[0]))
-        was_training = model.training
-        model.eval()
-        try:
-            model(**inputs)
-        finally:
-            hook.remove()
-            model.train(was_training)
-        return given[0]
+        if "drawn" not in self.module.__dict__:
+            self.module.__dict__["undrawn_forward"] = self.module.__dict__.get("forward")
+        self.module.drawn = (row_ids, shared_ids, positions, self.row_sparse)
+        self.module.forward = types.MethodType(_drawn_forward, self.module)
 
     def clear(self) -> None:
         """Gives the head its own forward back."""
@@ -162,13 +75,55 @@ class SampledHead:
 
 
 def _drawn_forward(module: nn.Linear, features: Tensor) -> Tensor:
-    row_ids, shared_ids, row_sparse = module.drawn
-    if features.shape[:-1] != row_ids.shape[:1]:
+    row_ids, shared_ids, positions, row_sparse = module.drawn
+    leading, flat = features.shape[:-1], features.reshape(-1, features.shape[-1])
+    if positions is not None:
+        leading, flat = row_ids.shape[:1], flat[positions]
+    elif len(leading) == 2 and leading[0] == len(row_ids):
+        # The model picks one position of each example after the head: all of them answer for its classes.
+        row_ids = row_ids.repeat_interleave(leading[1], 0)
+    elif leading != row_ids.shape[:1]:
         raise ValueError(
             f"the head {type(module).__name__} got features of shape {tuple(features.shape)} for {len(row_ids)} rows "
-            "of drawn classes: it has to see one feature vector a row, [N, d]"
+            "of drawn classes: it has to see one feature vector a row, [N, d], or a sequence of them, [N, S, d]"
         )
-    return drawn_logits(features, module.weight, module.bias, row_ids, shared_ids, row_sparse)
+    logits = drawn_logits(flat, module.weight, module.bias, row_ids, shared_ids, row_sparse)
+    return logits.view(*leading, logits.shape[1])
+
+
+class _HeadReached(Exception):
+    """Ends a forward once the head has been given its features."""
+
+    def __init__(self, features: Tensor):
+        self.features = features
+
+
+@torch.no_grad()
+def head_features(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """What the head is given for these inputs, ``[N, d]`` or ``[B, S, d]``, with the model in evaluation mode.
+
+    Nothing after it is computed.
+
+    Args:
+        model: a model, not wrapped for several processes.
+        head: its output head.
+        inputs: without labels.
+    """
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _HeadReached(args[0])
+
+    hook = head.register_forward_pre_hook(stop)
+    was_training = model.training
+    model.eval()
+    try:
+        model(**inputs)
+    except _HeadReached as reached:
+        return reached.features
+    finally:
+        hook.remove()
+        model.train(was_training)
+    raise ValueError(f"{type(model).__name__} does not call its output head, a {type(head).__name__}")
 
 
 def find_head(model: nn.Module, num_classes: int, head_name: str | None = None) -> str:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_labels
-from .heads import drawn_logits
+from .drawn import drawn_logits
 from .proposal import Statistics
 from .sampler import ClassSampler
 from .sampling import ClassDraw

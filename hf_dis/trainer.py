@@ -17,7 +17,7 @@ from .checks import check_labels, check_row_sparse, check_trainer_arguments, com
 from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from .distributed import average_rows, kept_from_ddp
-from .heads import SampledHead, check_head, find_head, sampling_pays
+from .heads import SampledHead, check_head, find_head, head_features, sampling_pays
 from .hub import HubMixin
 from .losses import (
     exact_cross_entropy,
@@ -259,7 +259,7 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         self._means.add(values)
 
     def _probe(self, draw, inputs) -> dict[str, Tensor]:
-        features = self.head.features(self.model, inputs)
+        features = head_features(self.model, self.head.module, inputs)
         teacher_logits = self.teacher.logits(inputs, check_finite=False)
         return probe(self.head.module, features, draw, teacher_logits, self.args.temperature)
 

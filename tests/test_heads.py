@@ -7,8 +7,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_dis import heads
-from hf_dis.heads import SampledHead, check_head, drawn_logits, find_head, sampling_pays
+from hf_dis import drawn
+from hf_dis.drawn import drawn_logits
+from hf_dis.heads import SampledHead, check_head, find_head, head_features, sampling_pays
 
 C, N = 11, 3
 ROW_IDS = torch.tensor([[0, 4, 4, 10], [1, 2, 3, 0], [10, 9, 8, 7]])  # with a class twice in a row
@@ -161,7 +162,7 @@ def test_chunks_of_rows_change_nothing(elements, monkeypatch):
     chunked = [tensor.detach().requires_grad_() for tensor in whole]
     expected = drawn_logits(*whole, ROW_IDS, SHARED_IDS)
     expected.square().sum().backward()
-    monkeypatch.setattr(heads, "GATHER_ELEMENTS", elements)
+    monkeypatch.setattr(drawn, "GATHER_ELEMENTS", elements)
     found = drawn_logits(*chunked, ROW_IDS, SHARED_IDS)
     found.square().sum().backward()
     torch.testing.assert_close(found, expected)
@@ -171,7 +172,7 @@ def test_chunks_of_rows_change_nothing(elements, monkeypatch):
 
 @pytest.mark.parametrize("elements", [1, 2**22], ids=["chunked", "whole"])
 def test_under_autocast_the_head_computes_in_bfloat16_and_keeps_float32_gradients(elements, monkeypatch):
-    monkeypatch.setattr(heads, "GATHER_ELEMENTS", elements)
+    monkeypatch.setattr(drawn, "GATHER_ELEMENTS", elements)
     inputs = drawn_inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         full = nn.functional.linear(*inputs)
@@ -199,7 +200,7 @@ def test_no_gather_exceeds_the_chunk(monkeypatch):
                 self.elements = max(self.elements, result.numel())
             return result
 
-    monkeypatch.setattr(heads, "GATHER_ELEMENTS", 2 * 16 * 32)
+    monkeypatch.setattr(drawn, "GATHER_ELEMENTS", 2 * 16 * 32)
     features, weight = torch.randn(64, 32, requires_grad=True), torch.randn(20, 32, requires_grad=True)
     row_ids = torch.randint(20, (64, 16))
     with Largest() as largest:
@@ -263,7 +264,7 @@ def test_classes_that_the_head_does_not_have_are_an_error_before_anything_is_com
 def test_features_are_what_the_head_is_given():
     model, head, pixels = model_and_head("ResNet")
     model.train()
-    features = head.features(model, {"pixel_values": pixels})
+    features = head_features(model, head.module, {"pixel_values": pixels})
     assert model.training
     model.eval()
     torch.testing.assert_close(head.module(features), model(pixel_values=pixels).logits)
