@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_dis import drawn
+import hf_dis.drawn
 from hf_dis.drawn import drawn_logits
 from hf_dis.heads import SampledHead, check_head, find_head, head_features, sampling_pays
 
@@ -162,7 +162,7 @@ def test_chunks_of_rows_change_nothing(elements, monkeypatch):
     chunked = [tensor.detach().requires_grad_() for tensor in whole]
     expected = drawn_logits(*whole, ROW_IDS, SHARED_IDS)
     expected.square().sum().backward()
-    monkeypatch.setattr(drawn, "GATHER_ELEMENTS", elements)
+    monkeypatch.setattr(hf_dis.drawn, "GATHER_ELEMENTS", elements)
     found = drawn_logits(*chunked, ROW_IDS, SHARED_IDS)
     found.square().sum().backward()
     torch.testing.assert_close(found, expected)
@@ -172,7 +172,7 @@ def test_chunks_of_rows_change_nothing(elements, monkeypatch):
 
 @pytest.mark.parametrize("elements", [1, 2**22], ids=["chunked", "whole"])
 def test_under_autocast_the_head_computes_in_bfloat16_and_keeps_float32_gradients(elements, monkeypatch):
-    monkeypatch.setattr(drawn, "GATHER_ELEMENTS", elements)
+    monkeypatch.setattr(hf_dis.drawn, "GATHER_ELEMENTS", elements)
     inputs = drawn_inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         full = nn.functional.linear(*inputs)
@@ -200,7 +200,7 @@ def test_no_gather_exceeds_the_chunk(monkeypatch):
                 self.elements = max(self.elements, result.numel())
             return result
 
-    monkeypatch.setattr(drawn, "GATHER_ELEMENTS", 2 * 16 * 32)
+    monkeypatch.setattr(hf_dis.drawn, "GATHER_ELEMENTS", 2 * 16 * 32)
     features, weight = torch.randn(64, 32, requires_grad=True), torch.randn(20, 32, requires_grad=True)
     row_ids = torch.randint(20, (64, 16))
     with Largest() as largest:
