@@ -1,4 +1,4 @@
-"""Tiny models built from configurations, random images, and what the tests ask of them."""
+"""Tiny models built from configurations, random images and tokens, and what the tests ask of them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,99 @@ def _built(kind: type[nn.Module], config: hf.PreTrainedConfig, seed: int, spread
 
 def spread_out(model: nn.Module, spread: float) -> nn.Module:
     """Scales the output head, whose bias is zero at the start: an untrained model answers alike for all classes."""
-    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    named = getattr(model, "get_output_embeddings", lambda: None)()
+    head = linear[-1] if named is None else named
     with torch.no_grad():
         head.weight.mul_(spread)
-        if spread != 1:
+        if spread != 1 and head.bias is not None:
             head.bias.normal_(std=0.3)
+    return model
+
+
+# Text models: no dropout, token 0 is the padding. Where the head is tied, ``spread`` scales the embeddings too.
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GPT2_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def llama(vocab_size: int, seed: int = 0, spread: float = 1.0, **config) -> hf.LlamaForCausalLM:
+    """A causal language model, its head not tied."""
+    config = hf.LlamaConfig(vocab_size=vocab_size, pad_token_id=0, **{**SMALL, **config})
+    return _built(hf.LlamaForCausalLM, config, seed, spread)
+
+
+def gpt2(vocab_size: int, seed: int = 0, spread: float = 1.0, **config) -> hf.GPT2LMHeadModel:
+    """A causal language model, its head tied to the embeddings."""
+    config = hf.GPT2Config(vocab_size=vocab_size, n_positions=64, **{**GPT2, **GPT2_TOKENS, **config})
+    return _built(hf.GPT2LMHeadModel, config, seed, spread)
+
+
+def bert_mlm(vocab_size: int, seed: int = 0, spread: float = 1.0, **config) -> hf.BertForMaskedLM:
+    """A masked language model, its head tied and with a bias."""
+    return _built(hf.BertForMaskedLM, _bert(vocab_size=vocab_size, **config), seed, spread)
+
+
+def bert_tokens(num_labels: int, seed: int = 0, spread: float = 1.0, **config) -> hf.BertForTokenClassification:
+    """A token classifier with 50 tokens."""
+    config = {"vocab_size": 50, "num_labels": num_labels, **config}
+    return _built(hf.BertForTokenClassification, _bert(**config), seed, spread)
+
+
+def bert_sequences(num_labels: int, seed: int = 0, spread: float = 1.0, **config) -> hf.BertForSequenceClassification:
+    """A sequence classifier with 50 tokens, its head after the pooling."""
+    config = {"vocab_size": 50, "num_labels": num_labels, **config}
+    return _built(hf.BertForSequenceClassification, _bert(**config), seed, spread)
+
+
+def _bert(**config) -> hf.BertConfig:
+    return hf.BertConfig(max_position_embeddings=64, **{**SMALL, **NO_DROPOUT, **config})
+
+
+def llama_sequences(
+    num_labels: int, seed: int = 0, spread: float = 1.0, **config
+) -> hf.LlamaForSequenceClassification:
+    """A sequence classifier with 50 tokens, its head before the pooling."""
+    config = {"vocab_size": 50, "num_labels": num_labels, **SMALL, **config}
+    return _built(hf.LlamaForSequenceClassification, hf.LlamaConfig(pad_token_id=0, **config), seed, spread)
+
+
+def gpt2_sequences(num_labels: int, seed: int = 0, spread: float = 1.0, **config) -> hf.GPT2ForSequenceClassification:
+    """A sequence classifier with 50 tokens, its head before the pooling."""
+    config = {"vocab_size": 50, "num_labels": num_labels, **GPT2, **GPT2_TOKENS, **config}
+    return _built(hf.GPT2ForSequenceClassification, hf.GPT2Config(n_positions=64, **config), seed, spread)
+
+
+def t5(vocab_size: int, seed: int = 0, spread: float = 1.0, **config) -> hf.T5ForConditionalGeneration:
+    """An encoder-decoder, its head tied and scaled."""
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    small |= {"dropout_rate": 0.0, "initializer_factor": 0.2}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    config = hf.T5Config(vocab_size=vocab_size, **{**small, **tokens, **config})
+    return _built(hf.T5ForConditionalGeneration, config, seed, spread)
+
+
+BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0, "max_position_embeddings": 64}
+BART |= {
+    f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in [("attention_heads", 2), ("ffn_dim", 32)]
+}
+BART |= {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
+}
+
+
+def bart(vocab_size: int, seed: int = 0, spread: float = 1.0, **config) -> hf.BartForConditionalGeneration:
+    """An encoder-decoder, its head tied and followed by a buffer, ``final_logits_bias``, which ``spread`` fills."""
+    model = _built(
+        hf.BartForConditionalGeneration, hf.BartConfig(vocab_size=vocab_size, **BART, **config), seed, spread
+    )
+    if spread != 1:
+        model.final_logits_bias.copy_(torch.linspace(-1, 1, vocab_size))
     return model
 
 
@@ -118,6 +206,21 @@ def labelled_images(num_rows: int, num_labels: int, seed: int = 0) -> list[dict]
         {"pixel_values": image, "labels": (3 * row) % num_labels}
         for row, image in enumerate(images(num_rows, seed=seed))
     ]
+
+
+def tokens(num_rows: int, vocab_size: int, length: int = 6, seed: int = 0) -> dict[str, Tensor]:
+    """A batch of token ids, none of them among the first three, with the last of odd rows padded."""
+    ids = torch.randint(3, vocab_size, (num_rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[1::2, -1] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def labelled_tokens(num_rows: int, vocab_size: int, length: int = 6, seed: int = 0) -> list[dict]:
+    """A data set of token ids, each its own label (as a causal language model takes them), -100 at the padding."""
+    batch = tokens(num_rows, vocab_size, length, seed)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return [{name: value[row] for name, value in batch.items()} for row in range(num_rows)]
 
 
 def patched_modules(model: nn.Module) -> list[str]:

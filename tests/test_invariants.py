@@ -30,8 +30,7 @@ MATHS = [
     "optim",
     "teachers",
     "diagnostics",
-    "sparse",
-    "optim",
+    "drawn",
 ]
 
 

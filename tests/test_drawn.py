@@ -1,0 +1,143 @@
+"""The product at drawn classes: equal to the full one, in chunks, dense or row-sparse, under autocast."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_dis import drawn
+from hf_dis.drawn import drawn_logits
+
+C, N = 11, 3
+ROW_IDS = torch.tensor([[0, 4, 4, 10], [1, 2, 3, 0], [10, 9, 8, 7]])  # with a class twice in a row
+SHARED_IDS = torch.tensor([0, 5, 9])
+NO_IDS = torch.empty(0, dtype=torch.long)
+
+
+def drawn_inputs(dtype=torch.float64, bias=True):
+    tensors = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in [(N, 5), (C, 5), (C,)]]
+    return tensors if bias else [*tensors[:2], None]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("ids", [(ROW_IDS, SHARED_IDS), (ROW_IDS, NO_IDS)], ids=["two strata", "per row"])
+def test_drawn_logits_gradcheck(ids, bias):
+    inputs = drawn_inputs(bias=bias)
+    features, weight, bias = inputs
+    torch.testing.assert_close(
+        drawn_logits(*inputs, *ids)[:, :4], nn.functional.linear(features, weight, bias).gather(1, ROW_IDS)
+    )
+    assert torch.autograd.gradcheck(lambda *tensors: drawn_logits(*tensors, *ids), inputs)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_only_the_wanted_gradients_are_computed(wanted):
+    """A frozen head, or frozen features."""
+    reference = drawn_inputs()
+    frozen = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(reference)]
+    for tensors in (reference, frozen):
+        drawn_logits(*tensors, ROW_IDS, SHARED_IDS).square().sum().backward()
+    for i, (tensor, expected) in enumerate(zip(frozen, reference, strict=True)):
+        assert torch.equal(tensor.grad, expected.grad) if i in wanted else tensor.grad is None
+
+
+@pytest.mark.parametrize("elements", [1, 4 * 5 * 2])
+def test_chunks_of_rows_change_nothing(elements, monkeypatch):
+    whole = drawn_inputs()
+    chunked = [tensor.detach().requires_grad_() for tensor in whole]
+    expected = drawn_logits(*whole, ROW_IDS, SHARED_IDS)
+    expected.square().sum().backward()
+    monkeypatch.setattr(drawn, "GATHER_ELEMENTS", elements)
+    found = drawn_logits(*chunked, ROW_IDS, SHARED_IDS)
+    found.square().sum().backward()
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("elements", [1, 2**22], ids=["chunked", "whole"])
+def test_under_autocast_the_head_computes_in_bfloat16_and_keeps_float32_gradients(elements, monkeypatch):
+    monkeypatch.setattr(drawn, "GATHER_ELEMENTS", elements)
+    inputs = drawn_inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        full = nn.functional.linear(*inputs)
+        found = drawn_logits(*inputs, ROW_IDS, SHARED_IDS)
+    assert found.dtype == torch.bfloat16
+    expected = torch.cat([full.gather(1, ROW_IDS), full[:, SHARED_IDS]], 1)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    found.float().square().sum().backward()
+    gradients = [tensor.grad.clone() for tensor in inputs]
+    for tensor in inputs:
+        tensor.grad = None
+    expected.float().square().sum().backward()
+    for tensor, gradient in zip(inputs, gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, tensor.grad, rtol=2e-2, atol=2e-2 * float(tensor.grad.abs().max()))
+
+
+def test_no_gather_exceeds_the_chunk(monkeypatch):
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    monkeypatch.setattr(drawn, "GATHER_ELEMENTS", 2 * 16 * 32)
+    features, weight = torch.randn(64, 32, requires_grad=True), torch.randn(20, 32, requires_grad=True)
+    row_ids = torch.randint(20, (64, 16))
+    with Largest() as largest:
+        drawn_logits(features, weight, None, row_ids, SHARED_IDS).sum().backward()
+    assert (
+        largest.elements <= (64 + 3) * 32
+    )  # features and the shared classes' rows; all gathered rows are 64 * 16 * 32
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_row_sparse_gradients_add_up(bias):
+    """Two backward passes with other classes, as accumulation makes them, and under autocast."""
+    dense, sparse = drawn_inputs(bias=bias), drawn_inputs(bias=bias)
+    draws = [(ROW_IDS, SHARED_IDS), (ROW_IDS[:, :1] * 0 + 6, NO_IDS), (ROW_IDS, SHARED_IDS)]
+    for tensor, other in zip(sparse, dense, strict=True):
+        if tensor is not None:
+            tensor.data = other.data.clone()
+    for ids in draws:
+        for tensors, row_sparse in ((dense, False), (sparse, True)):
+            drawn_logits(*tensors, *ids, row_sparse).square().sum().backward()
+    for tensor, other in zip(sparse[1 : 2 + bias], dense[1:], strict=False):
+        assert tensor.grad.is_sparse and not other.grad.is_sparse
+        torch.testing.assert_close(tensor.grad.to_dense(), other.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_of_the_size_of_the_head_is_made_for_row_sparse_gradients():
+    class Shapes(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and not tensor.is_sparse and not tensor.requires_grad:
+                    self.elements = max(self.elements, tensor.numel())
+            return result
+
+    largest = {}
+    for row_sparse in (True, False):
+        features, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5000, 8, requires_grad=True)
+        bias = torch.zeros(5000, requires_grad=True)
+        with Shapes() as shapes:
+            drawn_logits(features, weight, bias, torch.randint(5000, (4, 6)), SHARED_IDS, row_sparse).sum().backward()
+            torch.nn.utils.clip_grad_norm_([weight, bias], 1.0)
+        largest[row_sparse] = shapes.elements
+    assert largest[True] <= 4 * 6 * 8 + 3 * 8 and largest[False] == 5000 * 8
+
+
+@pytest.mark.parametrize("row_sparse", [True, False])
+@pytest.mark.parametrize("bad", [-1, C])
+def test_classes_that_the_head_does_not_have_are_an_error_before_anything_is_computed(bad, row_sparse):
+    for ids in ((ROW_IDS.clone().fill_(bad), SHARED_IDS), (ROW_IDS, torch.tensor([bad]))):
+        with pytest.raises(IndexError, match="index out of range"):
+            drawn_logits(*drawn_inputs(), *ids, row_sparse)
