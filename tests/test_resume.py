@@ -5,13 +5,12 @@ import random
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import kill_worker
 import pytest
 from models import vit
 from safetensors.torch import load_file, save_file
-from test_trainer_checkpoints import EVERY_OTHER, checkpoint_of, differing, state
+from test_trainer_checkpoints import EVERY_OTHER, differing, state
 
 from hf_dis.manifest import LAST_FILE, MANIFEST, read_manifest
 
