@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +91,16 @@ class OnlineTeacher:
         """Yields the ranked targets of each chunk of rows, in order; see :meth:`logits`."""
         # map holds no chunk back, as a loop's variable would while the next one is computed.
         return map(self._rank, self.logits(inputs, check_finite))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the teacher's weights, from at most 128 values of each: another teacher has another one."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            values = tensor.flatten()[:: max(1, tensor.numel() // 64)]
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(values.to("cpu", torch.float64).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _rank(self, logits: Tensor) -> TeacherTargets:
         return TeacherTargets(logits, self.temperature, self.depth)
