@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -96,7 +97,12 @@ def check_trainer_arguments(args: Any, teacher_model: Any, kwargs: dict[str, Any
 
 
 def check_row_sparse(
-    args: Any, kwargs: dict[str, Any], model: nn.Module, head: nn.Module, head_mode: str, is_sharded: bool
+    args: Any,
+    kwargs: dict[str, Any],
+    model: nn.Module,
+    head_parameters: Sequence[nn.Parameter],
+    head_mode: str,
+    is_sharded: bool,
 ) -> bool:
     """Whether the head's gradients are to be row-sparse, after checking that they can be.
 
@@ -104,7 +110,7 @@ def check_row_sparse(
         args: a DISConfig.
         kwargs: what the trainer passes on to ``Trainer``.
         model: the student.
-        head: its output head.
+        head_parameters: those of its output head.
         head_mode: as chosen, ``"sampled"`` or ``"exact"``.
         is_sharded: by FSDP or DeepSpeed.
 
@@ -122,8 +128,10 @@ def check_row_sparse(
             "row_sparse_head is set, but FSDP and DeepSpeed shard dense gradients only: set it to False, or use plain "
             "data parallelism"
         )
-    tied = [name for name, other in model.named_parameters(remove_duplicate=False) if other is head.weight]
-    if len(tied) > 1:
+    for parameter in head_parameters:
+        tied = [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
+        if len(tied) == 1 or not parameter.requires_grad:
+            continue
         raise ValueError(
             f"row_sparse_head is set, but the head's weight is tied ({', '.join(tied)}) and gets dense gradients from "
             "its other use: set row_sparse_head=False, or untie it"

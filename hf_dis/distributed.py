@@ -14,21 +14,25 @@ from .sparse import coalesced
 
 
 @contextmanager
-def kept_from_ddp(model: nn.Module, module_name: str) -> Iterator[None]:
-    """A model that is wrapped in ``DistributedDataParallel`` within this context keeps a module out of its reduction.
+def kept_from_ddp(model: nn.Module, module_names: Iterable[str]) -> Iterator[None]:
+    """A model that is wrapped in ``DistributedDataParallel`` within this context keeps modules out of its reduction.
 
     Its parameters are first made those of the first process, as that wrapper does with all others.
 
     Args:
         model: what is wrapped.
-        module_name: among ``model.named_modules()``; :func:`average_rows` is to reduce its gradients.
+        module_names: among ``model.named_modules()``; :func:`average_rows` is to reduce their gradients.
     """
-    parameters = dict(model.get_submodule(module_name).named_parameters())
+    parameters = {
+        f"{module_name}.{name}": parameter
+        for module_name in module_names
+        for name, parameter in model.get_submodule(module_name).named_parameters()
+    }
     if PartialState().num_processes > 1:
         for parameter in parameters.values():
             broadcast(parameter.data)
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", None)
-    model._ddp_params_and_buffers_to_ignore = [*(ignored or []), *(f"{module_name}.{name}" for name in parameters)]
+    model._ddp_params_and_buffers_to_ignore = [*(ignored or []), *parameters]
     try:
         yield
     finally:

@@ -7,8 +7,9 @@ names, ties, wrappers, autocast and checkpoints see an ordinary model, and with 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from .drawn import drawn_logits
 # From benchmarks/crossover.py on two CPU cores.
 DRAW_COST, GATHER_COST = 2000, 50
 
+# The buffer, [1, C], that Bart, Marian, Pegasus and others add to all logits.
+LOGITS_BIAS = "final_logits_bias"
+
 
 def sampling_pays(num_classes: int, num_sampled: int, num_shared: int) -> tuple[bool, str]:
     """Whether drawn classes are computed faster than all of them, and why."""
@@ -27,16 +31,46 @@ def sampling_pays(num_classes: int, num_sampled: int, num_shared: int) -> tuple[
     return cost < num_classes, f"{why}; there are {num_classes:,}"
 
 
+class Drawn(NamedTuple):
+    """What a switched layer computes; see :meth:`SampledHead.set`."""
+
+    row_ids: Tensor
+    shared_ids: Tensor
+    positions: Tensor | None
+    row_sparse: bool
+    bias: Tensor | None
+
+
 class SampledHead:
     """A linear output head that can be told to compute drawn classes only.
 
     Args:
-        module: the student's output head, see :func:`find_head`.
+        model: the student.
+        names: the linear layers of its output head among ``model.named_modules()``, as
+            :func:`hf_dis.head_search.find_head_layers` finds them. Where there are several, because of adapters or a
+            second head, the logits have to be linear in the output of each.
         row_sparse: while it is switched, give its parameters sparse gradients, which hold the drawn rows only.
     """
 
-    def __init__(self, module: nn.Linear, row_sparse: bool = False):
-        self.module, self.row_sparse = module, row_sparse
+    def __init__(self, model: nn.Module, names: Sequence[str], row_sparse: bool = False):
+        self.layers = {name: model.get_submodule(name) for name in names}
+        self.row_sparse = row_sparse
+        self._adds_bias = _adds_logits_bias(model, names[0])
+
+    @property
+    def module(self) -> nn.Linear:
+        """The head where it is one layer.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if len(self.layers) > 1:
+            raise ValueError(f"the output head is made of several layers: {', '.join(self.layers)}")
+        return next(iter(self.layers.values()))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of all its layers."""
+        return [parameter for layer in self.layers.values() for parameter in layer.parameters()]
 
     @contextmanager
     def only(self, row_ids: Tensor, shared_ids: Tensor, positions: Tensor | None = None) -> Iterator[None]:
@@ -59,36 +93,69 @@ class SampledHead:
             positions: where the rows are among the flattened positions ``[B·S]`` that the head is given, ``[N]``; its
                 output is then ``[N, R + K_t]``. None: a row is an example.
         """
-        if "drawn" not in self.module.__dict__:
-            self.module.__dict__["undrawn_forward"] = self.module.__dict__.get("forward")
-        self.module.drawn = (row_ids, shared_ids, positions, self.row_sparse)
-        self.module.forward = types.MethodType(_drawn_forward, self.module)
+        bias = None
+        if self._adds_bias is not None:
+            # What the model adds to the logits of all classes is added to those of the drawn ones here. Until then
+            # the model finds a zero in its place: an instance's attribute hides the buffer, which stays as it is.
+            bias = self._adds_bias._buffers[LOGITS_BIAS][0]
+            self._adds_bias.__dict__[LOGITS_BIAS] = bias.new_zeros(1, 1)
+        for layer in self.layers.values():
+            if "drawn" not in layer.__dict__:
+                layer.__dict__["undrawn_forward"] = layer.__dict__.get("forward")
+            layer.drawn = Drawn(row_ids, shared_ids, positions, self.row_sparse, bias)
+            layer.forward = types.MethodType(_drawn_forward, layer)
+            bias = None
 
     def clear(self) -> None:
         """Gives the head its own forward back."""
-        state = self.module.__dict__
-        if state.pop("drawn", None) is not None:
-            del state["forward"]
-            replaced = state.pop("undrawn_forward")  # an instance's own, as accelerate's hooks put it there
-            if replaced is not None:
-                state["forward"] = replaced
+        if self._adds_bias is not None:
+            self._adds_bias.__dict__.pop(LOGITS_BIAS, None)
+        for layer in self.layers.values():
+            state = layer.__dict__
+            if state.pop("drawn", None) is not None:
+                del state["forward"]
+                replaced = state.pop("undrawn_forward")  # an instance's own, as accelerate's hooks put it there
+                if replaced is not None:
+                    state["forward"] = replaced
 
 
-def _drawn_forward(module: nn.Linear, features: Tensor) -> Tensor:
-    row_ids, shared_ids, positions, row_sparse = module.drawn
-    leading, flat = features.shape[:-1], features.reshape(-1, features.shape[-1])
-    if positions is not None:
-        leading, flat = row_ids.shape[:1], flat[positions]
+def _adds_logits_bias(model: nn.Module, head_name: str) -> nn.Module | None:
+    """The module around the head that adds a bias to its output, if there is one (Bart and its descendants)."""
+    parents = head_name.split(".")[:-1]
+    around = (model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents), -1, -1))
+    return next((module for module in around if LOGITS_BIAS in module._buffers), None)
+
+
+def _drawn_forward(layer: nn.Linear, features: Tensor) -> Tensor:
+    drawn = layer.drawn
+    row_ids, leading, flat = drawn.row_ids, features.shape[:-1], features.reshape(-1, features.shape[-1])
+    if drawn.positions is not None:
+        leading, flat = row_ids.shape[:1], flat[drawn.positions]
     elif len(leading) == 2 and leading[0] == len(row_ids):
         # The model picks one position of each example after the head: all of them answer for its classes.
         row_ids = row_ids.repeat_interleave(leading[1], 0)
     elif leading != row_ids.shape[:1]:
         raise ValueError(
-            f"the head {type(module).__name__} got features of shape {tuple(features.shape)} for {len(row_ids)} rows "
+            f"the head {type(layer).__name__} got features of shape {tuple(features.shape)} for {len(row_ids)} rows "
             "of drawn classes: it has to see one feature vector a row, [N, d], or a sequence of them, [N, S, d]"
         )
-    logits = drawn_logits(flat, module.weight, module.bias, row_ids, shared_ids, row_sparse)
+    bias = layer.bias
+    if drawn.bias is not None:
+        bias = drawn.bias if bias is None else bias + drawn.bias
+    logits = drawn_logits(flat, layer.weight, bias, row_ids, drawn.shared_ids, drawn.row_sparse)
     return logits.view(*leading, logits.shape[1])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in evaluation mode; then each module is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class _HeadReached(Exception):
@@ -114,96 +181,49 @@ def head_features(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor]) 
         raise _HeadReached(args[0])
 
     hook = head.register_forward_pre_hook(stop)
-    was_training = model.training
-    model.eval()
     try:
-        model(**inputs)
+        with _evaluating(model):
+            model(**inputs)
     except _HeadReached as reached:
         return reached.features
     finally:
         hook.remove()
-        model.train(was_training)
     raise ValueError(f"{type(model).__name__} does not call its output head, a {type(head).__name__}")
-
-
-def find_head(model: nn.Module, num_classes: int, head_name: str | None = None) -> str:
-    """Finds the student's output head.
-
-    A language model names it itself (``get_output_embeddings``); for a classifier it is the only ``nn.Linear`` with
-    C outputs.
-
-    Args:
-        model: the student.
-        num_classes: C.
-        head_name: the head's name among ``model.named_modules()``, if the rule does not find it.
-
-    Returns:
-        the name of the module.
-
-    Raises:
-        ValueError: if there is no head, or more than one candidate; lists them.
-    """
-    modules = dict(model.named_modules())
-    candidates = [
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear) and module.out_features == num_classes
-    ]
-    if head_name is not None:
-        if head_name not in modules:
-            raise ValueError(
-                f"head_name is {head_name!r}, but {type(model).__name__} has no such module; "
-                f"linear layers with {num_classes} outputs: {candidates or 'none'}"
-            )
-        if not isinstance(modules[head_name], nn.Linear) or modules[head_name].out_features != num_classes:
-            raise ValueError(
-                f"head_name is {head_name!r}, a {type(modules[head_name]).__name__}: the head has to be an nn.Linear "
-                f"with {num_classes} outputs; candidates: {candidates or 'none'}"
-            )
-        return head_name
-    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    named = [name for name in candidates if modules[name] is output_embeddings]
-    if len(named or candidates) != 1:
-        raise ValueError(
-            f"cannot tell which layer of {type(model).__name__} is the output head with {num_classes} classes: "
-            f"candidates are {candidates or 'none'}; name it with head_name, or use head_mode='exact'"
-        )
-    return (named or candidates)[0]
 
 
 @torch.no_grad()
 def check_head(
-    model: nn.Module,
-    head: SampledHead,
-    inputs: dict[str, Tensor],
-    head_name: str,
-    precision: torch.dtype | None = None,
+    model: nn.Module, head: SampledHead, inputs: dict[str, Tensor], precision: torch.dtype | None = None
 ) -> None:
     """Compares the switched head with the full one on a few rows; run once, at the first step.
 
     Args:
-        model: the student.
+        model: the student; it is left as it was, and so is the random state.
         head: its head.
-        inputs: some rows, without labels.
-        head_name: for the message.
+        inputs: a few examples, without labels. Where logits are ``[B, S, C]`` the rows are some of their tokens.
         precision: the narrowest type that the model computes in, if narrower than its logits: they agree to that.
 
     Raises:
         ValueError: if the student's logits are not those of the head at the same classes: something in the model
             comes after the head, or the wrong layer was taken for it.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    layers = " and ".join(map(repr, head.layers))
+    remedy = "another layer comes after it. Name the right head with head_name, or use head_mode='exact'"
+    with _evaluating(model), _random_state_kept(next(model.parameters()).device):
         full = model(**inputs).logits
-        num_classes = full.shape[-1]
-        columns = torch.arange(min(4, num_classes), device=full.device)
-        row_ids = (columns * 7 + torch.arange(len(full), device=full.device)[:, None]) % num_classes
-        shared_ids = (columns * 3 + 1) % num_classes
-        with head.only(row_ids, shared_ids):
-            drawn = model(**inputs).logits
-    finally:
-        model.train(was_training)
+        positions = None
+        if full.dim() == 3:
+            full = full.flatten(0, 1)
+            positions = torch.arange(0, len(full), 1 + len(full) // 8, device=full.device)
+            full = full[positions]
+        row_ids, shared_ids = _classes_to_compare(*full.shape, full.device)
+        try:
+            with head.only(row_ids, shared_ids, positions):
+                drawn = model(**inputs).logits
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot go on from the output of {layers} at drawn classes ({error}): {remedy}"
+            ) from error
     expected = torch.cat([full.gather(1, row_ids), full[:, shared_ids]], 1)
     tolerance = 8 * torch.finfo(precision or full.dtype).eps * float(full.abs().max().clamp_min(1))
     if drawn.shape != expected.shape or not torch.allclose(drawn, expected, rtol=0, atol=tolerance):
@@ -211,6 +231,19 @@ def check_head(
             "shapes differ" if drawn.shape != expected.shape else f"off by up to {(drawn - expected).abs().max():.3g}"
         )
         raise ValueError(
-            f"{type(model).__name__} does not return the output of {head_name!r} as its logits ({gap}): another layer "
-            "comes after it. Name the right head with head_name, or use head_mode='exact'"
+            f"{type(model).__name__} does not return the output of {layers} as its logits ({gap}): {remedy}"
         )
+
+
+def _classes_to_compare(num_rows: int, num_classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Some classes of each row and some of all, not as many as there are: a bias of all would pass unseen."""
+    columns = torch.arange(min(4, num_classes), device=device)
+    row_ids = (columns * 7 + torch.arange(num_rows, device=device)[:, None]) % num_classes
+    shared_ids = (columns * 3 + 1) % num_classes
+    return row_ids, shared_ids if 2 * len(columns) != num_classes else shared_ids[1:]
+
+
+def _random_state_kept(device: torch.device) -> AbstractContextManager:
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)

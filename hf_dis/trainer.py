@@ -17,7 +17,8 @@ from .checks import check_labels, check_row_sparse, check_trainer_arguments, com
 from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from .distributed import average_rows, kept_from_ddp
-from .heads import SampledHead, check_head, find_head, head_features, sampling_pays
+from .head_search import find_head_layers
+from .heads import SampledHead, check_head, head_features, sampling_pays
 from .hub import HubMixin
 from .losses import (
     exact_cross_entropy,
@@ -78,7 +79,7 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         if teacher is self.model:
             raise ValueError("teacher_model and model are the same module: the teacher has to be a model of its own")
         self.num_classes = common_num_classes(self.model, teacher)
-        self.head_name = find_head(self.model, self.num_classes, args.head_name)
+        self.head_layers = find_head_layers(self.model, self.num_classes, args.head_name)
         self.head_mode = self._choose_head_mode()
         self._row_sparse = self._choose_row_sparse(kwargs)
         self.sampler = make_sampler(
@@ -148,7 +149,7 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         try:
             loss = super().training_step(*args, **kwargs)
             if self._row_sparse and self.accelerator.sync_gradients:
-                average_rows(self.head.module.parameters())
+                average_rows(self.head.parameters())
             return loss
         finally:
             self.head.clear()
@@ -156,7 +157,7 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
     @property
     def head(self) -> SampledHead:
         """The student's output head; looked up each time, since ``model_init`` makes a new student."""
-        return SampledHead(self.model.get_submodule(self.head_name), self._row_sparse)
+        return SampledHead(self.model, self.head_layers, self._row_sparse)
 
     # Rows, labels, normalisation
 
@@ -206,7 +207,7 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         mine = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if mine and self.args.head_learning_rate is not None:
-            head = {id(parameter) for parameter in self.head.module.parameters()}
+            head = {id(parameter) for parameter in self.head.parameters()}
             for group in list(optimizer.param_groups):
                 in_head = [parameter for parameter in group["params"] if id(parameter) in head]
                 if in_head:
@@ -215,7 +216,7 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         return optimizer
 
     def _prepare_for_training(self, *args, **kwargs):
-        with kept_from_ddp(self.model, self.head_name) if self._row_sparse else nullcontext():
+        with kept_from_ddp(self.model, self.head_layers) if self._row_sparse else nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
 
     # Evaluation
@@ -289,9 +290,9 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         return "sampled" if pays else "exact"
 
     def _choose_row_sparse(self, kwargs: dict[str, Any]) -> bool:
-        head = self.model.get_submodule(self.head_name)
+        head = SampledHead(self.model, self.head_layers)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        row_sparse = check_row_sparse(self.args, kwargs, self.model, head, self.head_mode, sharded)
+        row_sparse = check_row_sparse(self.args, kwargs, self.model, head.parameters(), self.head_mode, sharded)
         if self.args.row_sparse_head and not row_sparse:
             logger.warning("row_sparse_head has no effect: all classes are computed, and the head trains densely")
         if row_sparse and self.optimizer_cls_and_kwargs is None:
@@ -302,7 +303,7 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
     def _check_head_once(self, inputs: dict[str, Tensor]) -> None:
         if not self._head_is_checked:
             narrowest = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision)
-            check_head(self.model, self.head, next(split_rows(inputs, 2)), self.head_name, narrowest)
+            check_head(self.model, self.head, next(split_rows(inputs, 2)), narrowest)
             self._head_is_checked = True
 
 

@@ -6,7 +6,8 @@ from models import FAMILIES, images, patched_modules, resnet, spread_out, vit
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_dis.heads import SampledHead, check_head, find_head, head_features, sampling_pays
+from hf_dis.head_search import find_head, find_head_layers
+from hf_dis.heads import SampledHead, check_head, head_features, sampling_pays
 
 C, N = 11, 3
 ROW_IDS = torch.tensor([[0, 4, 4, 10], [1, 2, 3, 0], [10, 9, 8, 7]])  # with a class twice in a row
@@ -18,7 +19,7 @@ def model_and_head(family, dtype=torch.float64):
     build, size = FAMILIES[family]
     torch.manual_seed(0)
     model = spread_out(build(C), 10).to(dtype)
-    return model, SampledHead(model.get_submodule(find_head(model, C))), images(N, size, dtype=dtype)
+    return model, SampledHead(model, find_head_layers(model, C)), images(N, size, dtype=dtype)
 
 
 def gradients(model, logits):
@@ -57,12 +58,10 @@ def test_a_row_sparse_head_has_the_gradient_of_the_full_one_in_the_drawn_rows(fa
     model.eval()
     full = model(pixel_values=pixels).logits
     expected = gradients(model, torch.cat([full.gather(1, ROW_IDS), full[:, shared_ids]], 1))
-    with SampledHead(head.module, row_sparse=True).only(ROW_IDS, shared_ids):
+    with SampledHead(model, list(head.layers), row_sparse=True).only(ROW_IDS, shared_ids):
         found = gradients(model, model(pixel_values=pixels).logits)
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    names = {
-        name for name, parameter in model.named_parameters() if any(parameter is p for p in head_parameters(head))
-    }
+    names = {name for name, parameter in model.named_parameters() if any(parameter is p for p in head.parameters())}
     assert found.keys() == expected.keys() > names and len(names) == 2
     for name, gradient in found.items():
         assert gradient.is_sparse == (name in names)
@@ -70,10 +69,6 @@ def test_a_row_sparse_head_has_the_gradient_of_the_full_one_in_the_drawn_rows(fa
             assert gradient._indices()[0].tolist() == drawn_classes(shared_ids)  # each once, in order
             gradient = gradient.to_dense()
         assert (gradient - expected[name]).norm() <= 1e-10 * whole
-
-
-def head_parameters(head):
-    return list(head.module.parameters())
 
 
 def drawn_classes(shared_ids):
@@ -85,7 +80,7 @@ def test_every_family_passes_its_check_and_is_left_as_it_was(family):
     model, head, pixels = model_and_head(family, torch.float32)
     keys = list(model.state_dict())
     model.train()
-    check_head(model, head, {"pixel_values": pixels[:2]}, "head")
+    check_head(model, head, {"pixel_values": pixels[:2]})
     assert model.training and patched_modules(model) == [] and list(model.state_dict()) == keys
     with head.only(ROW_IDS, SHARED_IDS):
         assert list(model.state_dict()) == keys and isinstance(head.module, nn.Linear)
@@ -115,9 +110,10 @@ def test_clearing_twice_or_unset_does_nothing():
 
 def test_a_forward_that_others_put_on_the_head_comes_back():
     """accelerate's hooks and quantisers replace the instance's forward too."""
-    linear = nn.Linear(5, C)
+    model = nn.Sequential(nn.Linear(5, C))
+    linear = model[0]
     linear.forward = original = lambda features: nn.functional.linear(features, linear.weight, linear.bias)
-    head = SampledHead(linear)
+    head = SampledHead(model, ["0"])
     with head.only(ROW_IDS, SHARED_IDS):
         linear(torch.randn(N, 5))
     assert vars(linear).get("forward") is original
@@ -204,9 +200,9 @@ class Rescaled(nn.Module):
 )
 def test_a_model_that_changes_the_heads_output_is_refused(change, gap):
     model = resnet(C, spread=10)
-    head = SampledHead(model.get_submodule("classifier.1"))
+    head = SampledHead(model, ["classifier.1"])
     with pytest.raises(ValueError, match=rf"Rescaled does not return the output of 'classifier.1'.*{gap}"):
-        check_head(Rescaled(model, change), head, {"pixel_values": images(2, 32)}, "classifier.1")
+        check_head(Rescaled(model, change), head, {"pixel_values": images(2, 32)})
     assert patched_modules(model) == []
 
 
@@ -214,7 +210,7 @@ def test_the_wrong_layer_is_refused():
     model = vit(16, spread=10)
     name = next(name for name in dict(model.named_modules()) if name.endswith(("query", "q_proj")))
     with pytest.raises(ValueError, match=r"does not return the output|one feature vector a row"):
-        check_head(model, SampledHead(model.get_submodule(name)), {"pixel_values": images(2)}, name)
+        check_head(model, SampledHead(model, [name]), {"pixel_values": images(2)})
     assert patched_modules(model) == []
 
 
@@ -236,10 +232,10 @@ class Narrow(nn.Module):
 def test_under_autocast_the_heads_agree_to_its_precision(seed):
     """The bias is added before or after rounding: float32's tolerance would refuse an honest head."""
     model, inputs = vit(200, seed, spread=30), {"pixel_values": images(2, seed=seed)}
-    head = SampledHead(model.classifier)
-    check_head(Narrow(model), head, inputs, "classifier", torch.bfloat16)
+    head = SampledHead(model, ["classifier"])
+    check_head(Narrow(model), head, inputs, torch.bfloat16)
     with pytest.raises(ValueError, match="off by up to"):
-        check_head(Rescaled(Narrow(model), lambda z: z.log_softmax(1)), head, inputs, "classifier", torch.bfloat16)
+        check_head(Rescaled(Narrow(model), lambda z: z.log_softmax(1)), head, inputs, torch.bfloat16)
 
 
 @pytest.mark.parametrize("width", [64, 2048])
@@ -258,7 +254,7 @@ def test_float32_rounding_passes(width):
     model = Model()
     for seed in range(5):
         features = torch.rand(2, width, generator=torch.Generator().manual_seed(seed)) * 3
-        check_head(model, SampledHead(model.head), {"features": features}, "head")
+        check_head(model, SampledHead(model, ["head"]), {"features": features})
 
 
 # When drawing pays

@@ -302,7 +302,7 @@ def test_the_head_has_a_learning_rate_of_its_own(make_trainer, build):
     assert all(value == (5e-2 if key in in_head else 1e-3) for key, value in rate.items())
     assert decay[id(head["weight"])] == 0.1 and decay[id(head["bias"])] == 0
     before = trained(make_trainer(build(40), head_learning_rate=0.0))
-    name = f"{trainer.head_name}.weight"
+    name = f"{trainer.head_layers[0]}.weight"
     assert torch.equal(before[name], build(40).state_dict()[name])
 
 

@@ -176,7 +176,7 @@ def test_a_tied_head_is_refused(make_trainer):
 
 def test_sharded_training_is_refused(make_trainer):
     trainer = make_trainer(row_sparse_head=True)
-    head = trainer.head.module
+    head = trainer.head.parameters()
     with pytest.raises(ValueError, match="FSDP and DeepSpeed shard dense gradients only"):
         check_row_sparse(trainer.args, {}, trainer.model, head, "sampled", is_sharded=True)
 
@@ -195,6 +195,6 @@ def test_one_process_only_coalesces():
 def test_what_ddp_was_told_to_ignore_before_it_ignores_after():
     model = vit(40)
     model._ddp_params_and_buffers_to_ignore = ["mine"]
-    with kept_from_ddp(model, "classifier"):
+    with kept_from_ddp(model, ["classifier"]):
         assert model._ddp_params_and_buffers_to_ignore == ["mine", "classifier.weight", "classifier.bias"]
     assert model._ddp_params_and_buffers_to_ignore == ["mine"]
