@@ -31,7 +31,8 @@ class DISConfig(TrainingArguments):
         proposal_floor: share of the proposals that is uniform, in (0, 1]; keeps every weight bounded.
         proposal_decay: of the running means that the proposals are fitted to, in [0, 1).
         head_mode: ``"sampled"``, ``"exact"`` (every logit), or ``"auto"``: sampled where that is faster.
-        head_name: the output head among ``model.named_modules()``, where it is not found by itself.
+        head_name: the output head among ``model.named_modules()``, where it is not found by itself; two with a comma
+            between them where the logits are their mean.
         head_learning_rate: learning rate of the output head; ``learning_rate`` if None. A head that is drawn from
             wants one several times larger, and exact distillation gains from it too: see docs/how-it-works.md.
         row_sparse_head: give the head's parameters gradients of the drawn rows only, and step only these, with

@@ -18,57 +18,24 @@ else:
     PeftModel = LoraLinear = ModulesToSaveWrapper = ()  # nothing is an instance of these
 
 
-def find_head(model: nn.Module, num_classes: int, head_name: str | None = None) -> str:
-    """Finds the one module whose output a model's logits are, before bias, scale or soft-cap.
+def find_heads(model: nn.Module, num_classes: int, head_name: str | None = None) -> tuple[str, ...]:
+    """Finds the modules whose output a model's logits are, before bias, scale or soft-cap.
 
-    A language model names it itself (``get_output_embeddings``); for a classifier it is the only layer with C
-    outputs.
+    A language model names its head itself (``get_output_embeddings``); for a classifier it is the only layer with C
+    outputs, or two of which one is for distillation, as in DeiT, LeViT and SwiftFormer: the logits are their mean.
 
     Args:
         model: teacher or student, in a PEFT model or not.
-        num_classes: C, the head's width.
-        head_name: the head's name among the model's modules, if the rule does not find it.
-
-    Returns:
-        the name of the module among ``model.named_modules()``.
-
-    Raises:
-        ValueError: if there is no head, or more than one candidate; lists them.
-    """
-    names = _find_heads(model, num_classes, head_name)
-    if len(names) > 1:
-        raise ValueError(f"{type(model).__name__} has two output heads, {' and '.join(names)}")
-    return names[0]
-
-
-def find_head_layers(model: nn.Module, num_classes: int, head_name: str | None = None) -> tuple[str, ...]:
-    """Finds the linear layers of a student's output head: what :class:`hf_dis.heads.SampledHead` switches.
-
-    That is the head itself; both heads where the logits are the mean of two (``...WithTeacher``); and where an
-    adapter was added to the head, the layer below it and the adapter's second one.
-
-    Args:
-        model: the student, in a PEFT model or not.
         num_classes: C, the head's width.
         head_name: the head's name among the model's modules, if the rule does not find it; two with a comma between
             them, if the logits are their mean.
 
     Returns:
-        the names of ``nn.Linear`` modules among ``model.named_modules()``.
+        the names of the modules among ``model.named_modules()``.
 
     Raises:
-        ValueError: if there is no head or more than one candidate, or if it cannot be switched; says what to do.
+        ValueError: if there is no head, or more than one candidate; lists them.
     """
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"the student learns by {model.active_peft_config.peft_type.value}: prompt learning puts virtual tokens "
-            "among those of the text, which the teacher does not see; use LoRA, or train the whole student"
-        )
-    heads = _find_heads(model, num_classes, head_name)
-    return tuple(layer for name in heads for layer in _linear_layers(name, model.get_submodule(name)))
-
-
-def _find_heads(model: nn.Module, num_classes: int, head_name: str | None) -> tuple[str, ...]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
     modules = dict(base.named_modules())
@@ -89,6 +56,46 @@ def _find_heads(model: nn.Module, num_classes: int, head_name: str | None) -> tu
     return tuple(prefix + name for name in names)
 
 
+def find_head(model: nn.Module, num_classes: int, head_name: str | None = None) -> str:
+    """The output head of a model that has one; otherwise as :func:`find_heads`.
+
+    Returns:
+        the name of the module among ``model.named_modules()``.
+
+    Raises:
+        ValueError: if there is no head, or more than one; lists them.
+    """
+    names = find_heads(model, num_classes, head_name)
+    if len(names) > 1:
+        raise ValueError(f"{type(model).__name__} has two output heads, {' and '.join(names)}")
+    return names[0]
+
+
+def find_head_layers(model: nn.Module, num_classes: int, head_name: str | None = None) -> tuple[str, ...]:
+    """Finds the linear layers of a student's output head: what :class:`hf_dis.heads.SampledHead` switches.
+
+    That is the head itself; both heads where the logits are the mean of two (``...WithTeacher``); and where an
+    adapter was added to the head, the layer below it and the adapter's second one.
+
+    Args:
+        model: the student, in a PEFT model or not.
+        num_classes, head_name: as for :func:`find_heads`.
+
+    Returns:
+        the names of ``nn.Linear`` modules among ``model.named_modules()``.
+
+    Raises:
+        ValueError: if there is no head or more than one candidate, or if it cannot be switched; says what to do.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"the student learns by {model.active_peft_config.peft_type.value}: prompt learning puts virtual tokens "
+            "among those of the text, which the teacher does not see; use LoRA, or train the whole student"
+        )
+    heads = find_heads(model, num_classes, head_name)
+    return tuple(layer for name in heads for layer in _linear_layers(name, model.get_submodule(name)))
+
+
 def _layers_of_width(modules: dict[str, nn.Module], num_classes: int) -> list[str]:
     """Names of the layers with so many outputs; what is around such a layer and has its width stands for it."""
     found: list[str] = []
@@ -100,8 +107,8 @@ def _layers_of_width(modules: dict[str, nn.Module], num_classes: int) -> list[st
 
 
 def _are_a_pair(names: tuple[str, ...]) -> bool:
-    """Whether these are a head and one for distillation, as in DeiT, LeViT and SwiftFormer."""
-    return len(names) == 2 and sum("dist" in name for name in names) == 1
+    """Whether these are a head and one for distillation, beside it."""
+    return len(names) == 2 and names[0].count(".") == names[1].count(".") and sum("dist" in n for n in names) == 1
 
 
 def _check_named(
@@ -142,15 +149,19 @@ def _linear_layers(name: str, module: nn.Module) -> list[str]:
         return [*below, *(f"{name}.lora_B.{adapter}" for adapter in adapters)]
     if not isinstance(module, nn.Linear):
         raise ValueError(
-            f"the output head {name!r} is a {type(module).__name__}, of which single classes cannot be computed: it "
+            f"the output head {name!r} is a {_full_name(module)}, of which single classes cannot be computed: it "
             "has to be an nn.Linear, not quantised, with or without a LoRA adapter, and trained whole if at all; "
             f"leave it out of quantisation, of other adapters and of trainable_token_indices, {exact}"
         )
     weight = module.weight
-    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or not weight.is_floating_point():
+    if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
         raise ValueError(
-            f"the weight of the output head {name!r} is a {type(weight.data).__name__} of {weight.dtype}: single rows "
-            "of a quantised or tensor-parallel head cannot be computed; load the student with the head left as it is "
+            f"the weight of the output head {name!r} is a {type(weight).__name__} of {weight.dtype}: single rows of a "
+            "quantised or tensor-parallel head cannot be computed; load the student with the head left as it is "
             f"(llm_int8_skip_modules, modules_to_not_convert; no tp_plan), {exact}"
         )
     return [name]
+
+
+def _full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

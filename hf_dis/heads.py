@@ -55,7 +55,7 @@ class SampledHead:
     def __init__(self, model: nn.Module, names: Sequence[str], row_sparse: bool = False):
         self.layers = {name: model.get_submodule(name) for name in names}
         self.row_sparse = row_sparse
-        self._adds_bias = _adds_logits_bias(model, names[0])
+        self._adds_bias = next((found for name in names if (found := _adds_logits_bias(model, name))), None)
 
     @property
     def module(self) -> nn.Linear:

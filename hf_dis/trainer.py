@@ -17,7 +17,7 @@ from .checks import check_labels, check_row_sparse, check_trainer_arguments, com
 from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from .distributed import average_rows, kept_from_ddp
-from .head_search import find_head_layers
+from .head_search import find_head_layers, find_heads
 from .heads import SampledHead, check_head, head_features, sampling_pays
 from .hub import HubMixin
 from .losses import (
@@ -79,8 +79,8 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         if teacher is self.model:
             raise ValueError("teacher_model and model are the same module: the teacher has to be a model of its own")
         self.num_classes = common_num_classes(self.model, teacher)
-        self.head_layers = find_head_layers(self.model, self.num_classes, args.head_name)
         self.head_mode = self._choose_head_mode()
+        self.head_layers = self._find_head()
         self._row_sparse = self._choose_row_sparse(kwargs)
         self.sampler = make_sampler(
             self.num_classes,
@@ -152,7 +152,8 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
                 average_rows(self.head.parameters())
             return loss
         finally:
-            self.head.clear()
+            if self.head_mode == "sampled":
+                self.head.clear()
 
     @property
     def head(self) -> SampledHead:
@@ -289,10 +290,24 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         logger.warning(f"head_mode='auto' chose {'sampled' if pays else 'exact'!r}: {why}")
         return "sampled" if pays else "exact"
 
+    def _find_head(self) -> tuple[str, ...]:
+        """The layers to switch; where none is switched, the head, if an argument is about it."""
+        if self.head_mode == "sampled":
+            layers = find_head_layers(self.model, self.num_classes, self.args.head_name)
+            if self.args.probe_steps and len(layers) > 1:
+                raise ValueError(
+                    f"probe_steps is {self.args.probe_steps}, but the output head is made of {' and '.join(layers)}: "
+                    "the probe takes the exact gradient of one layer; set probe_steps to 0"
+                )
+            return layers
+        if self.args.head_name is not None or self.args.head_learning_rate is not None:
+            return find_heads(self.model, self.num_classes, self.args.head_name)
+        return ()
+
     def _choose_row_sparse(self, kwargs: dict[str, Any]) -> bool:
-        head = SampledHead(self.model, self.head_layers)
+        parameters = SampledHead(self.model, self.head_layers).parameters()
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        row_sparse = check_row_sparse(self.args, kwargs, self.model, head.parameters(), self.head_mode, sharded)
+        row_sparse = check_row_sparse(self.args, kwargs, self.model, parameters, self.head_mode, sharded)
         if self.args.row_sparse_head and not row_sparse:
             logger.warning("row_sparse_head has no effect: all classes are computed, and the head trains densely")
         if row_sparse and self.optimizer_cls_and_kwargs is None:

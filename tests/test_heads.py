@@ -4,9 +4,8 @@ import pytest
 import torch
 from models import FAMILIES, images, patched_modules, resnet, spread_out, vit
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
 
-from hf_dis.head_search import find_head, find_head_layers
+from hf_dis.head_search import find_head_layers
 from hf_dis.heads import SampledHead, check_head, head_features, sampling_pays
 
 C, N = 11, 3
@@ -132,47 +131,7 @@ def test_features_are_what_the_head_is_given():
     assert not head.module._forward_pre_hooks
 
 
-# Finding and checking
-
-
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [("ViT", "classifier"), ("ResNet", "classifier.1"), ("RegNet", "classifier.1"), ("Swin", "classifier")],
-)
-def test_the_head_is_the_only_linear_layer_with_c_outputs(family, name):
-    build, _ = FAMILIES[family]
-    assert find_head(build(C), C) == name
-
-
-def test_a_model_that_names_its_head_is_believed():
-    """A vocabulary as large as a hidden layer leaves several candidates."""
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = BertForMaskedLM(BertConfig(vocab_size=64, **size))
-    assert find_head(model, 64) == "cls.predictions.decoder"
-
-
-def test_several_candidates_are_listed_and_head_name_decides():
-    model = vit(16)  # as many classes as hidden units
-    with pytest.raises(ValueError, match=r"candidates are \[.*'classifier'\].*head_name.*head_mode='exact'"):
-        find_head(model, 16)
-    assert find_head(model, 16, "classifier") == "classifier"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("clasifier", r"'clasifier', but ViTForImageClassification has no such module.*\['classifier'\]"),
-        ("vit", r"'vit', a ViTModel: .*nn.Linear with 11 outputs; candidates: \['classifier'\]"),
-    ],
-)
-def test_a_wrong_head_name_is_refused_with_the_candidates(name, message):
-    with pytest.raises(ValueError, match=message):
-        find_head(vit(C), C, name)
-
-
-def test_no_candidate_is_refused():
-    with pytest.raises(ValueError, match="candidates are none"):
-        find_head(vit(C), 12)
+# Checking
 
 
 class Rescaled(nn.Module):

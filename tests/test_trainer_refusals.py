@@ -108,6 +108,27 @@ def test_several_gpus_in_one_process(make_trainer, monkeypatch):
         make_trainer()
 
 
+def deit():
+    config = hf.DeiTConfig(image_size=8, patch_size=4, num_labels=40, **SMALL)
+    return hf.DeiTForImageClassificationWithTeacher(config)
+
+
+def test_a_probe_of_two_heads(make_trainer):
+    with pytest.raises(ValueError, match=r"probe_steps is 2, but .* cls_classifier and distillation_classifier"):
+        make_trainer(deit(), probe_steps=2)
+    make_trainer(deit(), max_steps=1).train()
+
+
+def test_a_head_that_is_not_found_is_no_matter_where_all_classes_are_computed(make_trainer):
+    student = vit(16)  # as many classes as hidden units
+    given = {"teacher": vit(16), "num_sampled_classes": 2, "train_dataset": labelled_images(8, 16), "max_steps": 1}
+    with pytest.raises(ValueError, match="cannot tell which layer"):
+        make_trainer(student, **given)
+    make_trainer(student, head_mode="exact", **given).train()
+    with pytest.raises(ValueError, match="cannot tell which layer"):
+        make_trainer(student, head_mode="exact", head_learning_rate=0.1, **given)
+
+
 def test_an_unknown_head_name(make_trainer):
     with pytest.raises(ValueError, match=r"head_name is 'fc'.*\['classifier'\]"):
         make_trainer(head_name="fc")
