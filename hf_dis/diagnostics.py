@@ -47,6 +47,7 @@ def certain_share(draw: ClassDraw) -> Tensor:
 
 def probe(
     head: nn.Linear,
+    after_head: Callable[[Tensor], Tensor],
     features: Tensor,
     draw: ClassDraw,
     teacher_logits: Iterable[Tensor],
@@ -56,6 +57,7 @@ def probe(
 
     Args:
         head: the student's output head.
+        after_head: what the student does to the head's logits, element by element.
         features: what it is given, ``[N, d]``.
         draw: the classes drawn for these rows.
         teacher_logits: ``[n, C]`` for consecutive chunks of the rows; the exact loss is computed chunk by chunk.
@@ -68,14 +70,15 @@ def probe(
     with torch.enable_grad():
         features = features.detach().to(head.weight.dtype).requires_grad_()
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        logits = drawn_logits(features, weight, bias, draw.row_ids, draw.shared_ids)
+        logits = after_head(drawn_logits(features, weight, bias, draw.row_ids, draw.shared_ids))
         sampled = sampled_distillation_loss(logits, draw, temperature)[0].mean()
         (sampled_gradient,) = torch.autograd.grad(sampled, features)
         exact, exact_gradient, first_row = 0.0, torch.zeros_like(features), 0
         for chunk in teacher_logits:
             rows = slice(first_row, first_row + len(chunk))
             part = features[rows].detach().requires_grad_()
-            loss = exact_distillation_loss(F.linear(part, weight, bias), chunk, temperature).sum() / len(features)
+            logits = after_head(F.linear(part, weight, bias))[:, : chunk.shape[1]]
+            loss = exact_distillation_loss(logits, chunk, temperature).sum() / len(features)
             (exact_gradient[rows],) = torch.autograd.grad(loss, part)
             exact = exact + loss.detach()
             first_row = rows.stop
@@ -94,11 +97,12 @@ class RunningMeans:
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Takes in values of any shape: each element counts as one."""
+    def add(self, values: dict[str, Tensor], counts: Tensor | None = None) -> None:
+        """Takes in values of any shape: each element counts as one, or, where it is a sum, as many as ``counts`` says."""
         for name, value in values.items():
             value = value.detach().double()
-            step = torch.stack([value.sum(), value.new_full((), value.numel())])
+            count = value.new_full((), value.numel()) if counts is None else counts.double().sum()
+            step = torch.stack([value.sum(), count])
             self._sums[name] = self._sums[name] + step if name in self._sums else step
 
     def pop(self, reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> dict[str, float]:

@@ -9,7 +9,7 @@ from torch import nn
 from hf_dis import make_sampler
 from hf_dis.diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from hf_dis.losses import sampled_distillation_loss
-from hf_dis.teachers import TeacherTargets
+from hf_dis.targets import TeacherTargets
 
 N, C, TEMPERATURE = 6, 30, 2.0
 LAYOUTS = [

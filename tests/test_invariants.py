@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import hf_dis
-from hf_dis.teachers import TeacherTargets
+from hf_dis.targets import TeacherTargets
 
 PACKAGE = Path(hf_dis.__file__).parent
 CLASSES, ROWS, WIDTH, CHUNK_ROWS = 20_000, 64, 16, 4
