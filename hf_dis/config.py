@@ -24,9 +24,9 @@ class DISConfig(TrainingArguments):
         num_shared_classes: K_t >= 0, classes drawn once a step from the rest, for all rows of it. 0 is the
             paper's layout: all K of a row from all C ranks; the better student where classes are balanced. None: 0,
             and 1,024 for language models, whose classes are not.
-        rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one; where classes are shared the K classes
-            of a row come from its m best-ranked ones, so m is K or more. None: 2 K, and K for language models with
-            shared classes, so that the best-ranked ones are drawn for certain.
+        rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one; where classes are shared the K
+            classes of a row come from its m best-ranked ones, so m is K or more. None: 2 K, and K for language
+            models with shared classes, so that the best-ranked ones are drawn for certain.
         proposal: ``"dis"`` (fitted during training), or a fixed one to compare with: ``"teacher"`` (FTIS),
             ``"uniform"``, ``"topk"`` (truncation: biased).
         sampler: ``"pps"``: distinct classes, the likeliest drawn for certain. ``"replacement"``: independent
@@ -59,8 +59,8 @@ class DISConfig(TrainingArguments):
     num_shared_classes: int | None = field(
         default=None,
         metadata={
-            "help": "Classes drawn once a step for all rows; 0: the paper's layout, all drawn row by row. 0, 1,024 for "
-            "language models, if not given."
+            "help": "Classes drawn once a step for all rows; 0: the paper's layout, all drawn row by row. If not "
+            "given, 0, and 1,024 for language models."
         },
     )
     rank_depth: int | None = field(

@@ -98,7 +98,7 @@ class RunningMeans:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, values: dict[str, Tensor], counts: Tensor | None = None) -> None:
-        """Takes in values of any shape: each element counts as one, or, where it is a sum, as many as ``counts`` says."""
+        """Takes in values of any shape: each element counts as one, or, being a sum, as ``counts`` says."""
         for name, value in values.items():
             value = value.detach().double()
             count = value.new_full((), value.numel()) if counts is None else counts.double().sum()

@@ -85,6 +85,6 @@ class NoRowsCheck(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if not self.trainer.num_rows_seen:
             raise ValueError(
-                "no token of the training data is supervised: all labels are -100 (the first token's does not count in "
-                "a causal language model); look at the data collator and at what masks the labels"
+                "no token of the training data is supervised: all labels are -100 (that of the first token does not "
+                "count in a causal language model); look at the data collator and at what masks the labels"
             )

@@ -131,7 +131,9 @@ class LogitStream:
                 return
             split = self._after_head(self._head(features))
         eps = max(torch.finfo(whole.dtype).eps, torch.finfo(features.dtype).eps)
-        if not torch.allclose(whole, split.to(whole.dtype), rtol=0, atol=16 * eps * float(whole.abs().max().clamp_min(1))):
+        if not torch.allclose(
+            whole, split.to(whole.dtype), rtol=0, atol=16 * eps * float(whole.abs().max().clamp_min(1))
+        ):
             self._run_whole("its logits are not those of its output layer")
 
     def _run_whole(self, why: str) -> None:
@@ -143,7 +145,7 @@ class LogitStream:
 
 
 def split_examples(inputs: dict[str, Tensor], num_examples: int, chunk_examples: int) -> Iterator[dict[str, Tensor]]:
-    """Splits a batch of model inputs into chunks of examples; what does not have one entry for each is passed whole."""
+    """Splits model inputs into chunks of examples; what does not have one entry for each is passed whole."""
     for start in range(0, num_examples, chunk_examples):
         yield {
             name: value[start : start + chunk_examples]

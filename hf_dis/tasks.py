@@ -29,10 +29,11 @@ class Task(Enum):
         return self is not Task.CLASSIFICATION
 
 
+# In this order: transformers lists Bart and T5 as masked language models too.
 CLASSES = {
+    Task.SEQ2SEQ_LM: (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,),
     Task.CAUSAL_LM: (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,),
     Task.MASKED_LM: (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,),
-    Task.SEQ2SEQ_LM: (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,),
     Task.TOKEN_CLASSIFICATION: (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,),
     Task.CLASSIFICATION: (
         auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -51,7 +52,7 @@ def base_model(model: nn.Module) -> nn.Module:
 def find_task(model: nn.Module) -> Task:
     """The task of a model, by its class or the first of its base classes that transformers knows.
 
-    A class that transformers does not know is a classifier if its config has ``num_labels`` and it has no output
+    A class that is not from transformers is a classifier if its config has ``num_labels`` and it has no output
     embeddings.
 
     Raises:
@@ -62,7 +63,8 @@ def find_task(model: nn.Module) -> Task:
         for task, mappings in CLASSES.items():
             if any(kind.__name__ in _flat(mapping.values()) for mapping in mappings):
                 return task
-    if hasattr(getattr(model, "config", None), "num_labels") and not _output_embeddings(model):
+    is_own = not type(model).__module__.startswith("transformers.")
+    if is_own and hasattr(getattr(model, "config", None), "num_labels") and not _output_embeddings(model):
         return Task.CLASSIFICATION
     raise ValueError(
         f"the task of {type(model).__name__} is not known: it has to be a transformers model, or derive from one, for "
@@ -130,8 +132,8 @@ def shared_classes(
     if not task.is_lm:
         if teacher_width != width:
             raise ValueError(
-                f"the teacher has {teacher_width} classes, the student {width}: both need the same classes in the same "
-                "order; set num_labels of the student, or use a teacher trained on these labels"
+                f"the teacher has {teacher_width} classes, the student {width}: both need the same classes in the "
+                "same order; set num_labels of the student, or use a teacher trained on these labels"
             )
         return width
     if tokenizer is not None and teacher_tokenizer is not None:
