@@ -47,21 +47,21 @@ def certain_share(draw: ClassDraw) -> Tensor:
 
 def probe(
     head: nn.Linear,
-    after_head: Callable[[Tensor], Tensor],
     features: Tensor,
     draw: ClassDraw,
     teacher_logits: Iterable[Tensor],
     temperature: float,
+    after_head: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Compares the sampled distillation loss of a batch, and its gradient on the features, with the exact ones.
 
     Args:
         head: the student's output head.
-        after_head: what the student does to the head's logits, element by element.
         features: what it is given, ``[N, d]``.
         draw: the classes drawn for these rows.
         teacher_logits: ``[n, C]`` for consecutive chunks of the rows; the exact loss is computed chunk by chunk.
         temperature: τ.
+        after_head: what the student does to the head's logits, element by element.
 
     Returns:
         scalars ``exact_kd_loss``, ``sampled_kd_loss`` (means over rows), ``cosine`` and ``relative_error``

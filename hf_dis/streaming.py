@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .heads import find_head, head_features
+from .head_search import find_head
+from .heads import head_features
 from .rows import Rows
 from .tasks import base_model
 
@@ -131,9 +132,9 @@ class LogitStream:
                 return
             split = self._after_head(self._head(features))
         eps = max(torch.finfo(whole.dtype).eps, torch.finfo(features.dtype).eps)
-        if not torch.allclose(
-            whole, split.to(whole.dtype), rtol=0, atol=16 * eps * float(whole.abs().max().clamp_min(1))
-        ):
+        largest = whole.abs().nan_to_num(0, 0, 0).max().clamp_min(1)
+        tolerance = 16 * eps * float(largest)
+        if not torch.allclose(whole, split.to(whole.dtype), rtol=0, atol=tolerance, equal_nan=True):
             self._run_whole("its logits are not those of its output layer")
 
     def _run_whole(self, why: str) -> None:

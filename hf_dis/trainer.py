@@ -212,7 +212,7 @@ class DISDistillationTrainer(EvaluationMixin, CheckpointMixin, HubMixin):
         if num_items_in_batch is None or not self.model.training:
             return loss.sum() / max(1, len(loss))
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss.sum() / max(num_items_in_batch, torch.ones_like(num_items_in_batch)) * processes
+        return loss.sum() / torch.as_tensor(num_items_in_batch).clamp_min(1) * processes
 
     def _sum_over_processes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.accelerator.reduce(tensors, reduction="sum")
@@ -255,7 +255,7 @@ class DISDistillationTrainer(EvaluationMixin, CheckpointMixin, HubMixin):
         features = rows.of(head_features(self.model, self.head.module, inputs))
         teacher_logits = self.teacher.logits(inputs, rows, check_finite=False)
         after_head = AfterHead.of(base_model(self.model))
-        return probe(self.head.module, after_head, features, draw, teacher_logits, self.args.temperature)
+        return probe(self.head.module, features, draw, teacher_logits, self.args.temperature, after_head)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: kd_loss, ce_loss, dis/*, probe/*, and the proposal's weights."""

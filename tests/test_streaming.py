@@ -95,7 +95,9 @@ def test_a_model_that_goes_on_after_its_output_layer_runs_whole(caplog):
     assert "Rescaled cannot be split" in caplog.text and "chunks of examples" in caplog.text
 
 
-@pytest.mark.parametrize(("model", "why"), [(lambda: llama_sequences(V), "picks tokens after"), (None, "candidates")])
+@pytest.mark.parametrize(
+    ("model", "why"), [(lambda: llama_sequences(V), "picks tokens after"), (None, "two output heads")]
+)
 def test_models_that_cannot_be_split(model, why, caplog):
     if model is None:
         shape = {"image_size": 8, "patch_size": 4, "num_labels": V, **SMALL}

@@ -53,10 +53,7 @@ def parameters(trainer):
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="the switched head does not know of final_logits_bias")
-
-
-@pytest.mark.parametrize("name", [*list(TOKEN_MODELS)[:-1], pytest.param("bart", marks=NOT_YET)])
+@pytest.mark.parametrize("name", TOKEN_MODELS)
 def test_drawing_all_classes_is_exact_distillation(make_trainer, name):
     trained = []
     for settings in (ALL, {"head_mode": "exact"}):
