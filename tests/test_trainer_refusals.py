@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import transformers as hf
-from models import bert_mlm, gpt2, labelled_images, labelled_tokens, patched_modules, vit
+from models import SMALL, bert_mlm, gpt2, labelled_images, labelled_tokens, patched_modules, vit
 from torch import nn
 
 from hf_dis import DISConfig, DISDistillationTrainer
