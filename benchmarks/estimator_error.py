@@ -30,7 +30,7 @@ from hf_dis import ClassSampler, make_sampler
 from hf_dis.losses import exact_distillation_loss, sampled_distillation_loss
 from hf_dis.proposal import Proposal
 from hf_dis.sampling import ClassDraw
-from hf_dis.teachers import TeacherTargets
+from hf_dis.targets import TeacherTargets
 
 TEMPERATURE = 2.0
 STEPS = (0, 100, 480)

@@ -41,7 +41,7 @@ from hf_dis import RowSparseAdamW, make_sampler
 from hf_dis.distributed import average_rows
 from hf_dis.drawn import drawn_logits
 from hf_dis.losses import sampled_distillation_loss
-from hf_dis.teachers import TeacherTargets
+from hf_dis.targets import TeacherTargets
 
 TEMPERATURE, ROWS, FEATURES, CHUNK_ROWS, PARTIAL_FC_SHARE = 2.0, 128, 256, 32, 0.1
 LAYOUTS = {

@@ -59,8 +59,8 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         raise ValueError(
-            f"labels {labels[outside].unique().tolist()[:10]} are outside 0..{num_classes - 1}: the student has "
-            f"{num_classes} classes; check num_labels and the label column"
+            f"labels {labels[outside].unique().tolist()[:10]} are outside 0..{num_classes - 1}: teacher and student "
+            f"share {num_classes} classes; check num_labels, or the tokenizer, and the label column"
         )
 
 
@@ -149,33 +149,3 @@ def check_row_sparse(
             f"{', '.join(ROW_SPARSE_OPTIMS)}, of which RowSparseAdamW is the lazy form; or set row_sparse_head=False"
         )
     return head_mode == "sampled"
-
-
-def common_num_classes(student: nn.Module, teacher: nn.Module) -> int:
-    """C, after checking that student and teacher are classifiers of the same classes.
-
-    Raises:
-        ValueError: if they are not.
-    """
-    config = getattr(student, "config", None)
-    if not hasattr(config, "num_labels"):
-        raise ValueError(
-            f"the student, a {type(student).__name__}, has no config with num_labels: make it a PreTrainedModel, or "
-            "use DISLoss in a loop of your own"
-        )
-    if getattr(student, "get_output_embeddings", lambda: None)() is not None:
-        raise ValueError(
-            f"{type(student).__name__} has a language-model head: this version distils classifiers (one class a row)"
-        )
-    if config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1:
-        raise ValueError(
-            f"the student's problem_type is {config.problem_type!r} with num_labels={config.num_labels}: distillation "
-            "by sampled classes needs single-label classification with two classes or more"
-        )
-    teacher_labels = getattr(getattr(teacher, "config", None), "num_labels", config.num_labels)
-    if teacher_labels != config.num_labels:
-        raise ValueError(
-            f"the teacher has {teacher_labels} classes, the student {config.num_labels}: both need the same classes "
-            "in the same order; set num_labels of the student, or use a teacher trained on these labels"
-        )
-    return config.num_labels

@@ -19,11 +19,14 @@ class DISConfig(TrainingArguments):
     Args:
         temperature: τ > 0, divides teacher's and student's logits; the loss carries τ² (arXiv 1503.02531).
         hard_label_weight: λ in [0, 1]: loss = (1 - λ) KD + λ CE. Without labels in the batch there is no CE.
-        num_sampled_classes: K >= 1, classes drawn for each row from the teacher's ranking.
+        num_sampled_classes: K >= 1, classes drawn for each row from the teacher's ranking. None: 128, and 16 for
+            language models.
         num_shared_classes: K_t >= 0, classes drawn once a step from the rest, for all rows of it. 0 is the
-            paper's layout: all K of a row from all C ranks; the better student where classes are balanced.
-        rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one, 2 K if None; where classes are shared
-            the K classes of a row come from its m best-ranked ones, so m is K or more.
+            paper's layout: all K of a row from all C ranks; the better student where classes are balanced. None: 0,
+            and 1,024 for language models, whose classes are not.
+        rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one; where classes are shared the K
+            classes of a row come from its m best-ranked ones, so m is K or more. None: 2 K, and K for language
+            models with shared classes, so that the best-ranked ones are drawn for certain.
         proposal: ``"dis"`` (fitted during training), or a fixed one to compare with: ``"teacher"`` (FTIS),
             ``"uniform"``, ``"topk"`` (truncation: biased).
         sampler: ``"pps"``: distinct classes, the likeliest drawn for certain. ``"replacement"``: independent
@@ -49,15 +52,22 @@ class DISConfig(TrainingArguments):
         default=0.1,
         metadata={"help": "Share of cross-entropy in the loss, within [0, 1]; the rest is distillation."},
     )
-    num_sampled_classes: int = field(
-        default=128, metadata={"help": "Classes drawn for each row from the teacher's ranking."}
+    num_sampled_classes: int | None = field(
+        default=None,
+        metadata={"help": "Classes drawn for each row from the teacher's ranking; 128, 16 for language models."},
     )
-    num_shared_classes: int = field(
-        default=0,
-        metadata={"help": "Classes drawn once a step for all rows; 0: the paper's layout, all drawn row by row."},
+    num_shared_classes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Classes drawn once a step for all rows; 0: the paper's layout, all drawn row by row. If not "
+            "given, 0, and 1,024 for language models."
+        },
     )
     rank_depth: int | None = field(
-        default=None, metadata={"help": "Ranks that the teacher's ranking resolves one by one; 2 K if not given."}
+        default=None,
+        metadata={
+            "help": "Ranks that the teacher's ranking resolves one by one; 2 K, K for language models, if not given."
+        },
     )
     proposal: Literal["dis", "teacher", "uniform", "topk"] = field(
         default="dis",
@@ -104,12 +114,24 @@ class DISConfig(TrainingArguments):
         )
         check_sampling_arguments(**self.sampling_arguments())
 
-    def sampling_arguments(self) -> dict[str, int | float | str | None]:
-        """The arguments for :func:`hf_dis.make_sampler`."""
+    def sampling_arguments(self, is_lm: bool = False) -> dict[str, int | float | str | None]:
+        """The arguments for :func:`hf_dis.make_sampler`.
+
+        Args:
+            is_lm: whether the layout, where it is not given, is that of a language model.
+        """
+        num_sampled, num_shared = (16, 1024) if is_lm else (128, 0)
+        if self.num_sampled_classes is not None:
+            num_sampled = self.num_sampled_classes
+        if self.num_shared_classes is not None:
+            num_shared = self.num_shared_classes
+        elif self.proposal == "topk":
+            num_shared = 0
+        depth = num_sampled if self.rank_depth is None and is_lm and num_shared else self.rank_depth
         return {
-            "num_sampled_classes": self.num_sampled_classes,
-            "num_shared_classes": self.num_shared_classes,
-            "rank_depth": self.rank_depth,
+            "num_sampled_classes": num_sampled,
+            "num_shared_classes": num_shared,
+            "rank_depth": depth,
             "proposal": self.proposal,
             "sampler": self.sampler,
             "proposal_floor": self.proposal_floor,

@@ -51,6 +51,7 @@ def probe(
     draw: ClassDraw,
     teacher_logits: Iterable[Tensor],
     temperature: float,
+    after_head: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Compares the sampled distillation loss of a batch, and its gradient on the features, with the exact ones.
 
@@ -60,6 +61,7 @@ def probe(
         draw: the classes drawn for these rows.
         teacher_logits: ``[n, C]`` for consecutive chunks of the rows; the exact loss is computed chunk by chunk.
         temperature: τ.
+        after_head: what the student does to the head's logits, element by element.
 
     Returns:
         scalars ``exact_kd_loss``, ``sampled_kd_loss`` (means over rows), ``cosine`` and ``relative_error``
@@ -68,14 +70,15 @@ def probe(
     with torch.enable_grad():
         features = features.detach().to(head.weight.dtype).requires_grad_()
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        logits = drawn_logits(features, weight, bias, draw.row_ids, draw.shared_ids)
+        logits = after_head(drawn_logits(features, weight, bias, draw.row_ids, draw.shared_ids))
         sampled = sampled_distillation_loss(logits, draw, temperature)[0].mean()
         (sampled_gradient,) = torch.autograd.grad(sampled, features)
         exact, exact_gradient, first_row = 0.0, torch.zeros_like(features), 0
         for chunk in teacher_logits:
             rows = slice(first_row, first_row + len(chunk))
             part = features[rows].detach().requires_grad_()
-            loss = exact_distillation_loss(F.linear(part, weight, bias), chunk, temperature).sum() / len(features)
+            logits = after_head(F.linear(part, weight, bias))[:, : chunk.shape[1]]
+            loss = exact_distillation_loss(logits, chunk, temperature).sum() / len(features)
             (exact_gradient[rows],) = torch.autograd.grad(loss, part)
             exact = exact + loss.detach()
             first_row = rows.stop
@@ -94,11 +97,12 @@ class RunningMeans:
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Takes in values of any shape: each element counts as one."""
+    def add(self, values: dict[str, Tensor], counts: Tensor | None = None) -> None:
+        """Takes in values of any shape: each element counts as one, or, being a sum, as ``counts`` says."""
         for name, value in values.items():
             value = value.detach().double()
-            step = torch.stack([value.sum(), value.new_full((), value.numel())])
+            count = value.new_full((), value.numel()) if counts is None else counts.double().sum()
+            step = torch.stack([value.sum(), count])
             self._sums[name] = self._sums[name] + step if name in self._sums else step
 
     def pop(self, reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> dict[str, float]:

@@ -17,7 +17,7 @@ from .drawn import drawn_logits
 from .proposal import Statistics
 from .sampler import ClassSampler
 from .sampling import ClassDraw
-from .teachers import TeacherTargets, check_teacher_logits, widen
+from .targets import TeacherTargets, check_teacher_logits, widen
 
 
 def sampled_distillation_loss(logits: Tensor, draw: ClassDraw, temperature: float) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .sampling import ClassDraw
-    from .teachers import TeacherTargets
+    from .targets import TeacherTargets
 
 Statistics = dict[str, Tensor]
 
@@ -231,9 +231,10 @@ class RankProposal:
 
     def update(self, statistics: Statistics) -> None:
         """Takes the statistics of a step (summed over processes) into the running mean; one EM step on w."""
-        step = statistics["rank_squared"] / (statistics["rows"] * self.bin_sizes)
-        self.squared_disagreement.lerp_(step, 1 - self.decay)
-        self.observed.lerp_(torch.ones_like(self.observed), 1 - self.decay)
+        rows = statistics["rows"]
+        renewal = (1 - self.decay) * (rows > 0)  # a step may have no row: a batch without a supervised token
+        self.squared_disagreement.lerp_(statistics["rank_squared"] / (rows.clamp_min(1) * self.bin_sizes), renewal)
+        self.observed.lerp_(torch.ones_like(self.observed), renewal)
         wanted = self.bin_sizes * self.profile()
         joint = (1 - self.floor) * self.weights[:, None] * self.component_mass
         proposed = joint.sum(0) + self.floor * self.bin_sizes / self.num_ranks
@@ -311,8 +312,9 @@ class ClassMemory:
         rows = statistics["tail_rows"]
         met = statistics["tail_squared"] / rows.clamp_min(1)
         self.squared_disagreement.lerp_(met, self.RENEWAL * (rows > 0))
-        marginal = (statistics["class_mass"] / statistics["rows"]).float()
-        self.marginal.lerp_(marginal, 1 - self.decay)
+        rows = statistics["rows"]
+        marginal = (statistics["class_mass"] / rows.clamp_min(1)).float()
+        self.marginal.lerp_(marginal, (1 - self.decay) * (rows > 0))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"class_squared_disagreement": self.squared_disagreement, "class_marginal": self.marginal}

@@ -13,7 +13,7 @@ from .proposal import DISProposal, Proposal, Statistics, TeacherProposal, TopKPr
 from .sampling import ClassDraw, Stratum, draw_ranks, draw_shared, is_member, ranks_to_classes
 
 if TYPE_CHECKING:
-    from .teachers import TeacherTargets
+    from .targets import TeacherTargets
 
 
 class ClassSampler:

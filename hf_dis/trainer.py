@@ -6,35 +6,31 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .checkpoints import CheckpointMixin
-from .checks import check_labels, check_row_sparse, check_trainer_arguments, common_num_classes
+from .checks import check_labels, check_row_sparse, check_trainer_arguments
 from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from .distributed import average_rows, kept_from_ddp
+from .evaluation import EvaluationMixin, NoRowsCheck
 from .head_search import find_head_layers, find_heads
 from .heads import SampledHead, check_head, head_features, sampling_pays
 from .hub import HubMixin
-from .losses import (
-    exact_cross_entropy,
-    exact_distillation_loss,
-    mix,
-    sampled_cross_entropy,
-    sampled_distillation_loss,
-)
+from .losses import exact_cross_entropy, mix, sampled_cross_entropy, sampled_distillation_loss
 from .optim import RowSparseAdamW
+from .rows import Rows, token_rows
 from .sampler import make_sampler
-from .teachers import OnlineTeacher, split_rows
+from .streaming import AfterHead, split_examples
+from .tasks import Task, base_model, find_task, num_outputs, shared_classes
+from .teachers import OnlineTeacher, load_teacher, load_tokenizer, placed
 
 logger = logging.get_logger(__name__)
 
 
-class DISDistillationTrainer(CheckpointMixin, HubMixin):
+class DISDistillationTrainer(EvaluationMixin, CheckpointMixin, HubMixin):
     """Distils a teacher into a student by dynamic importance sampling (arXiv 1812.00914).
 
     Everything that ``Trainer`` does stays as it is; only the loss changes. Evaluation uses the full output layer
@@ -46,6 +42,8 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         teacher_model: a module that returns ``.logits``, or the name or path of a transformers checkpoint. It is put
             on the training device, frozen, and never saved.
         args: the configuration.
+        teacher_processing_class: the teacher's tokenizer, where the vocabularies are not of one width; compared
+            with ``processing_class``, the student's. Looked for beside the checkpoint if the teacher is given by name.
         **kwargs: as for ``Trainer``.
 
     Raises:
@@ -61,6 +59,7 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         model: PreTrainedModel | nn.Module | None = None,
         teacher_model: PreTrainedModel | nn.Module | str | None = None,
         args: DISConfig | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
         args = DISConfig(output_dir="tmp_trainer") if args is None else args
@@ -75,29 +74,33 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
                 f"{self.args.n_gpu} GPUs in one process would use nn.DataParallel, which copies the student past the "
                 "switched head: start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
-        teacher = load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        teacher = teacher_model
+        if isinstance(teacher_model, str):
+            teacher = load_teacher(teacher_model)
+            teacher_processing_class = teacher_processing_class or load_tokenizer(teacher_model)
         if teacher is self.model:
             raise ValueError("teacher_model and model are the same module: the teacher has to be a model of its own")
-        self.num_classes = common_num_classes(self.model, teacher)
-        self.head_mode = self._choose_head_mode()
+        self.task = find_task(self.model)
+        tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
+        self.num_classes = shared_classes(self.model, teacher, tokenizer, teacher_processing_class)
+        layout = args.sampling_arguments(is_lm=self.task.is_lm)
+        self.head_mode = self._choose_head_mode(layout)
         self.head_layers = self._find_head()
         self._row_sparse = self._choose_row_sparse(kwargs)
         self.sampler = make_sampler(
-            self.num_classes,
-            **args.sampling_arguments(),
-            seed=args.seed + args.process_index,
-            device=self.args.device,
+            self.num_classes, **layout, seed=args.seed + args.process_index, device=self.args.device
         )
         self.teacher = OnlineTeacher(
-            teacher.to(self.args.device),
+            placed(teacher, self.args.device),
             self.num_classes,
             args.temperature,
             self.sampler.rank_depth,
             context=self.accelerator.autocast,
         )
+        self.add_callback(NoRowsCheck(self))
         self._means = RunningMeans()
-        self._eval_means = RunningMeans()
         self._head_is_checked = False
+        self.num_rows_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         if isinstance(self.model, PreTrainedModel):
             self.model.add_model_tags(list(self._tag_names))
 
@@ -111,39 +114,39 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The distillation loss of a batch; in training, on drawn classes. See docs/how-it-works.md."""
-        labels, inputs = self._split_labels(inputs)
+        rows, inputs = self._rows(inputs)
         if self.head_mode == "exact" or not model.training:
-            return self._exact_loss(model, inputs, labels, return_outputs, num_items_in_batch)
-        self._check_head_once(inputs)
-        draw = self.sampler.draw(self.teacher(inputs, self._checks_values()), labels)
-        self.head.set(draw.row_ids, draw.shared_ids)  # until training_step is done with backward
+            return self._exact_loss(model, inputs, rows, return_outputs, num_items_in_batch)
+        self._check_head_once(inputs, rows)
+        draw = self.sampler.draw(self.teacher(inputs, rows, self._checks_values()), rows.labels)
+        self.head.set(draw.row_ids, draw.shared_ids, rows.positions)  # until training_step is done with backward
         outputs = model(**inputs)
-        kd, disagreement = sampled_distillation_loss(outputs.logits, draw, self.args.temperature)
-        ce = None if labels is None else sampled_cross_entropy(outputs.logits, draw)
+        logits = outputs.logits[: len(draw)]
+        kd, disagreement = sampled_distillation_loss(logits, draw, self.args.temperature)
+        ce = None if rows.labels is None else sampled_cross_entropy(logits, draw)
         self.sampler.learn(draw, disagreement, self._sum_over_processes)
-        self._record(kd, ce, draw, disagreement, inputs)
-        loss = self._normalise(mix(kd, ce, self.args.hard_label_weight), num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def _exact_loss(self, model, inputs, labels, return_outputs, num_items_in_batch):
-        outputs = model(**inputs)
-        if self.args.hard_label_weight == 1 and labels is not None:
-            rows = {"ce_loss": exact_cross_entropy(outputs.logits, labels)}
-            loss = rows["ce_loss"]
-        else:
-            rows, _ = self._exact_rows(outputs.logits, inputs, labels)
-            loss = mix(rows["kd_loss"], rows.get("ce_loss"), self.args.hard_label_weight)
-        self._means.add(rows)
+        self._record(kd, ce, draw, disagreement, inputs, rows)
+        loss = mix(kd, ce, self.args.hard_label_weight) + self._router_loss(outputs)
         loss = self._normalise(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _exact_rows(self, logits: Tensor, inputs: dict[str, Tensor], labels: Tensor | None):
-        """Exact kd_loss and, with labels, ce_loss of each row from full logits ``[N, C]``; the teacher's logits."""
-        teacher_logits = torch.cat(list(self.teacher.logits(inputs, self._checks_values())))
-        rows = {"kd_loss": exact_distillation_loss(logits, teacher_logits, self.args.temperature)}
-        if labels is not None:
-            rows["ce_loss"] = exact_cross_entropy(logits, labels)
-        return rows, teacher_logits
+    def _exact_loss(self, model, inputs, rows, return_outputs, num_items_in_batch):
+        outputs = model(**inputs)
+        logits = rows.of(outputs.logits)[:, : self.num_classes]
+        if self.args.hard_label_weight == 1 and rows.labels is not None:
+            losses = {"ce_loss": exact_cross_entropy(logits, rows.labels)}
+            loss = losses["ce_loss"]
+        else:
+            losses = self._exact_losses(logits, inputs, rows)
+            loss = mix(losses["kd_loss"], losses.get("ce_loss"), self.args.hard_label_weight)
+        self._means.add(losses)
+        loss = self._normalise(loss + self._router_loss(outputs), num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _router_loss(self, outputs: Any) -> Tensor | float:
+        """The load-balancing loss of a mixture of experts, which its forward adds only where it computes its loss."""
+        balance = getattr(outputs, "aux_loss", None)
+        return 0.0 if balance is None else base_model(self.model).config.router_aux_loss_coef * balance
 
     def training_step(self, *args, **kwargs) -> Tensor:
         try:
@@ -162,19 +165,30 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
 
     # Rows, labels, normalisation
 
-    def _split_labels(self, inputs: dict[str, Tensor]) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Takes the labels out, so that the student computes no loss of its own, and checks their range."""
+    def _rows(self, inputs: dict[str, Tensor]) -> tuple[Rows, dict[str, Tensor]]:
+        """The batch's rows, with checked labels, and its inputs without them: the student computes no loss itself."""
         labels = inputs.get("labels")
         inputs = {name: value for name, value in inputs.items() if name not in self.label_names}
-        if labels is not None:
-            if labels.dim() != 1:
+        if self.task is Task.SEQ2SEQ_LM and labels is not None and "decoder_input_ids" not in inputs:
+            # The model would make them from its labels.
+            inputs["decoder_input_ids"] = base_model(self.model).prepare_decoder_input_ids_from_labels(labels=labels)
+        rows = self._find_rows(inputs, labels)
+        if rows.labels is not None and self._checks_values():
+            check_labels(rows.labels, self.num_classes)
+        return rows, inputs
+
+    def _find_rows(self, inputs: dict[str, Tensor], labels: Tensor | None) -> Rows:
+        if not self.task.has_token_rows:
+            if labels is not None and labels.dim() != 1:
                 raise ValueError(
-                    f"labels have shape {tuple(labels.shape)}: this version distils classifiers with one class id a "
-                    "row, [N]"
+                    f"labels have shape {tuple(labels.shape)}: a {self.task.value} model has one class id an example, "
+                    "[B]"
                 )
-            if self._checks_values():
-                check_labels(labels, self.num_classes)
-        return labels, inputs
+            return Rows(len(next(iter(inputs.values())) if labels is None else labels), labels)
+        side = "decoder_" if self.task is Task.SEQ2SEQ_LM else ""
+        tokens = inputs.get(f"{side}input_ids", inputs.get(f"{side}inputs_embeds", labels))
+        mask = inputs.get(f"{side}attention_mask")
+        return token_rows(labels, mask, tokens.shape[:2], shifts_labels=self.task is Task.CAUSAL_LM)
 
     def _checks_values(self) -> bool:
         """Whether this step looks into tensors: always on CPU; elsewhere, where it waits for the device, at the first
@@ -186,17 +200,19 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
-        num_rows = torch.tensor(sum(_num_rows(batch) for batch in batch_samples), device=device)
+        found = (self._find_rows(batch, batch.get("labels")) for batch in batch_samples)
+        num_rows = torch.tensor(sum(map(len, found)), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             num_rows = self.accelerator.gather(num_rows).sum()
+        self.num_rows_seen += num_rows
         return num_rows
 
     def _normalise(self, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Σ loss / rows of the window, times the processes that the gradient is averaged over."""
         if num_items_in_batch is None or not self.model.training:
-            return loss.mean()
+            return loss.sum() / max(1, len(loss))
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss.sum() / num_items_in_batch * processes
+        return loss.sum() / torch.as_tensor(num_items_in_batch).clamp_min(1) * processes
 
     def _sum_over_processes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.accelerator.reduce(tensors, reduction="sum")
@@ -220,34 +236,9 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         with kept_from_ddp(self.model, self.head_layers) if self._row_sparse else nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
 
-    # Evaluation
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """One evaluation batch on the full head; the losses of its rows are kept for :meth:`evaluation_loop`."""
-        inputs = self._prepare_inputs(inputs)
-        labels, inputs = self._split_labels(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-            rows, teacher_logits = self._exact_rows(outputs.logits, inputs, labels)
-            rows["kl"] = exact_distillation_loss(outputs.logits, teacher_logits, 1.0)
-        rows["loss"] = loss = mix(rows["kd_loss"], rows.get("ce_loss"), self.args.hard_label_weight)
-        self._eval_means.add(self.accelerator.gather_for_metrics(rows))
-        if prediction_loss_only:
-            return loss.mean(), None, None
-        ignored = ["loss", *(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", []))]
-        kept = tuple(value.detach() for name, value in outputs.items() if name not in ignored)
-        return loss.mean(), kept[0] if len(kept) == 1 else kept, labels
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        self._eval_means.pop()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._eval_means.pop()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
-
     # Logs
 
-    def _record(self, kd, ce, draw, disagreement, inputs) -> None:
+    def _record(self, kd, ce, draw, disagreement, inputs, rows) -> None:
         values = {
             "kd_loss": kd,
             "dis/ess": effective_sample_size(draw, disagreement),
@@ -257,13 +248,14 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
         if ce is not None:
             values["ce_loss"] = ce
         if self.args.probe_steps and self.state.global_step % self.args.probe_steps == 0:
-            values |= {f"probe/{name}": value for name, value in self._probe(draw, inputs).items()}
+            values |= {f"probe/{name}": value for name, value in self._probe(draw, inputs, rows).items()}
         self._means.add(values)
 
-    def _probe(self, draw, inputs) -> dict[str, Tensor]:
-        features = head_features(self.model, self.head.module, inputs)
-        teacher_logits = self.teacher.logits(inputs, check_finite=False)
-        return probe(self.head.module, features, draw, teacher_logits, self.args.temperature)
+    def _probe(self, draw, inputs, rows) -> dict[str, Tensor]:
+        features = rows.of(head_features(self.model, self.head.module, inputs))
+        teacher_logits = self.teacher.logits(inputs, rows, check_finite=False)
+        after_head = AfterHead.of(base_model(self.model))
+        return probe(self.head.module, features, draw, teacher_logits, self.args.temperature, after_head)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: kd_loss, ce_loss, dis/*, probe/*, and the proposal's weights."""
@@ -275,25 +267,26 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
 
     # Set-up
 
-    def _choose_head_mode(self) -> str:
-        args, num_classes = self.args, self.num_classes
-        if args.num_sampled_classes >= num_classes:
-            if args.num_sampled_classes > num_classes or args.head_mode == "sampled":
+    def _choose_head_mode(self, layout: dict[str, Any]) -> str:
+        args, num_classes, num_sampled = self.args, self.num_classes, layout["num_sampled_classes"]
+        if num_sampled >= num_classes:
+            if num_sampled > num_classes or args.head_mode == "sampled":
                 logger.warning(
-                    f"num_sampled_classes is {args.num_sampled_classes} and there are {num_classes} classes: all of "
+                    f"num_sampled_classes is {num_sampled} and there are {num_classes} classes: all of "
                     "them are computed, which is exact distillation"
                 )
             return "exact"
         if args.head_mode != "auto":
             return args.head_mode
-        pays, why = sampling_pays(num_classes, args.num_sampled_classes, args.num_shared_classes)
+        pays, why = sampling_pays(num_classes, num_sampled, layout["num_shared_classes"])
         logger.warning(f"head_mode='auto' chose {'sampled' if pays else 'exact'!r}: {why}")
         return "sampled" if pays else "exact"
 
     def _find_head(self) -> tuple[str, ...]:
         """The layers to switch; where none is switched, the head, if an argument is about it."""
+        width = num_outputs(self.model, self.task)
         if self.head_mode == "sampled":
-            layers = find_head_layers(self.model, self.num_classes, self.args.head_name)
+            layers = find_head_layers(self.model, width, self.args.head_name)
             if self.args.probe_steps and len(layers) > 1:
                 raise ValueError(
                     f"probe_steps is {self.args.probe_steps}, but the output head is made of {' and '.join(layers)}: "
@@ -301,7 +294,7 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
                 )
             return layers
         if self.args.head_name is not None or self.args.head_learning_rate is not None:
-            return find_heads(self.model, self.num_classes, self.args.head_name)
+            return find_heads(self.model, width, self.args.head_name)
         return ()
 
     def _choose_row_sparse(self, kwargs: dict[str, Any]) -> bool:
@@ -315,34 +308,9 @@ class DISDistillationTrainer(CheckpointMixin, HubMixin):
             self.optimizer_cls_and_kwargs = RowSparseAdamW, arguments
         return row_sparse
 
-    def _check_head_once(self, inputs: dict[str, Tensor]) -> None:
+    def _check_head_once(self, inputs: dict[str, Tensor], rows: Rows) -> None:
         if not self._head_is_checked:
             narrowest = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision)
-            check_head(self.model, self.head, next(split_rows(inputs, 2)), narrowest)
+            examples = next(split_examples(inputs, rows.num_examples, 2))
+            check_head(self.model, self.head, examples, narrowest)
             self._head_is_checked = True
-
-
-def load_teacher(name_or_path: str) -> PreTrainedModel:
-    """Loads a teacher as the class that its checkpoint names.
-
-    Args:
-        name_or_path: of a transformers checkpoint.
-
-    Raises:
-        ValueError: if the checkpoint does not name a class of transformers.
-    """
-    architectures = AutoConfig.from_pretrained(name_or_path).architectures or ["none"]
-    teacher_class = getattr(transformers, architectures[0], None)
-    if teacher_class is None:
-        raise ValueError(
-            f"the checkpoint {name_or_path} names the architecture {architectures[0]}, which transformers does not "
-            "have: load the teacher yourself and pass the model"
-        )
-    teacher = teacher_class.from_pretrained(name_or_path)
-    # For the model card: from_pretrained itself does not keep the commit.
-    teacher.config._commit_hash = extract_commit_hash(cached_file(name_or_path, CONFIG_NAME), None)
-    return teacher
-
-
-def _num_rows(batch: dict[str, Tensor]) -> int:
-    return len(batch["labels"] if "labels" in batch else next(iter(batch.values())))

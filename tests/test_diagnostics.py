@@ -9,7 +9,8 @@ from torch import nn
 from hf_dis import make_sampler
 from hf_dis.diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from hf_dis.losses import sampled_distillation_loss
-from hf_dis.teachers import TeacherTargets
+from hf_dis.streaming import AfterHead
+from hf_dis.targets import TeacherTargets
 
 N, C, TEMPERATURE = 6, 30, 2.0
 LAYOUTS = [
@@ -81,7 +82,7 @@ def test_probe_compares_with_dense_distillation(layout, bias, dense_kd):
     head = nn.Linear(5, C, bias=bias).double()
     features, teacher = torch.randn(N, 5, dtype=torch.float64), 2 * torch.randn(N, C, dtype=torch.float64)
     draw = draw_from(teacher, torch.arange(N), **layout)
-    figures = probe(head, features, draw, teacher.split(5), TEMPERATURE)
+    figures = probe(head, features, draw, teacher.split(5), TEMPERATURE, AfterHead())
 
     given = features.clone().requires_grad_()
     logits = head(given)
@@ -106,7 +107,7 @@ def test_probe_compares_with_dense_distillation(layout, bias, dense_kd):
 def test_probe_of_a_complete_draw_finds_no_error():
     head, features, teacher = nn.Linear(5, C).double(), torch.randn(N, 5).double(), torch.randn(N, C).double()
     draw = draw_from(teacher, num_sampled_classes=C, num_shared_classes=0)
-    figures = probe(head, features, draw, [teacher], TEMPERATURE)
+    figures = probe(head, features, draw, [teacher], TEMPERATURE, AfterHead())
     assert figures["relative_error"] < 1e-10 and figures["cosine"] == pytest.approx(1)
 
 

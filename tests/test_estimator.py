@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hf_dis import DISLoss, make_sampler
 from hf_dis.losses import sampled_cross_entropy, sampled_distillation_loss
-from hf_dis.teachers import TeacherTargets
+from hf_dis.targets import TeacherTargets
 
 C, TEMPERATURE = 40, 2.0
 ALL_DRAWN = {

@@ -11,7 +11,7 @@ from hf_dis.losses import (
     sampled_cross_entropy,
     sampled_distillation_loss,
 )
-from hf_dis.teachers import TeacherTargets
+from hf_dis.targets import TeacherTargets
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from hf_dis import make_sampler
 from hf_dis.losses import sampled_distillation_loss
 from hf_dis.proposal import ClassMemory, DISProposal, Proposal, RankProposal, TeacherProposal, TopKProposal
-from hf_dis.teachers import TeacherTargets
+from hf_dis.targets import TeacherTargets
 
 
 def laplace_mixture(weights, num_ranks, floor):

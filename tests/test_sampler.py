@@ -8,7 +8,7 @@ import torch
 from hf_dis import make_sampler
 from hf_dis.losses import sampled_distillation_loss
 from hf_dis.sampling import ClassDraw
-from hf_dis.teachers import TeacherTargets
+from hf_dis.targets import TeacherTargets
 
 LAYOUTS = {
     "per row": {"num_shared_classes": 0, "sampler": "pps"},

@@ -7,8 +7,9 @@ import torch
 from models import images, resnet
 from torch import nn
 
-from hf_dis import teachers
-from hf_dis.teachers import OnlineTeacher, TeacherTargets, split_rows
+from hf_dis.rows import Rows
+from hf_dis.targets import TeacherTargets
+from hf_dis.teachers import OnlineTeacher
 
 
 class Echo(nn.Module):
@@ -25,38 +26,11 @@ class Echo(nn.Module):
         return SimpleNamespace(logits=self.dropout(logits * self.scale))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-@pytest.mark.parametrize("depth", [1, 5, 12, 99])
-def test_targets_are_the_ranked_softmax(depth, temperature):
-    logits = 2 * torch.randn(7, 12)
-    p = (logits.double() / temperature).softmax(1)
-    targets = TeacherTargets(logits, temperature, depth)
-    order = p.argsort(1, descending=True)[:, :depth]
-    assert len(targets) == 7 and torch.equal(targets.ids, order)
-    torch.testing.assert_close(targets.log_probs.double(), p.gather(1, order).log(), rtol=1e-5, atol=1e-5)
-    ids = torch.randint(12, (7, 9))
-    torch.testing.assert_close(targets.log_prob(ids).double(), p.gather(1, ids).log(), rtol=1e-5, atol=1e-5)
-    outside = p.scatter(1, order, 0).sum(0)
-    torch.testing.assert_close(targets.class_mass().double(), outside, rtol=0, atol=1e-5)
-    assert targets.class_mass().min() >= 0
-
-
-@pytest.mark.parametrize(
-    ("dtype", "computed"),
-    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
-)
-def test_targets_are_computed_in_float32_or_wider(dtype, computed):
-    logits = torch.randn(3, 9).to(dtype)
-    targets = TeacherTargets(logits, 2.0, 4)
-    assert targets.log_probs.dtype == targets.log_prob(targets.ids).dtype == computed
-    assert torch.equal(targets.log_probs, TeacherTargets(logits.to(computed), 2.0, 4).log_probs)
-
-
 @pytest.mark.parametrize("chunk_rows", [1, 3, 10, 99])
 def test_chunks_join_to_the_targets_of_the_whole_batch(chunk_rows):
     logits, model = torch.randn(10, 12), Echo()
-    teacher = OnlineTeacher(model, 12, 2.0, 5, chunk_rows)
-    chunks = list(teacher({"logits": logits}))
+    teacher = OnlineTeacher(model, 12, 2.0, 5, chunk_rows=chunk_rows)
+    chunks = list(teacher({"logits": logits}, Rows(len(logits))))
     whole = TeacherTargets(logits, 2.0, 5)
     assert max(model.chunks) <= chunk_rows and sum(model.chunks) == 10
     assert torch.equal(torch.cat([chunk.ids for chunk in chunks]), whole.ids)
@@ -65,15 +39,15 @@ def test_chunks_join_to_the_targets_of_the_whole_batch(chunk_rows):
 
 def test_a_chunk_is_asked_for_only_when_it_is_needed():
     model = Echo()
-    answers = OnlineTeacher(model, 12, 2.0, 5, 2)({"logits": torch.randn(10, 12)})
+    answers = OnlineTeacher(model, 12, 2.0, 5, chunk_rows=2)({"logits": torch.randn(10, 12)}, Rows(10))
     next(answers)
     assert model.chunks == [2]
 
 
 def test_chunks_fit_the_budget_of_elements(monkeypatch):
-    monkeypatch.setattr("hf_dis.teachers.CHUNK_ELEMENTS", 100)
-    assert OnlineTeacher(Echo(), 12, 2.0, 5).chunk_rows == 8
-    assert OnlineTeacher(Echo(), 1_000, 2.0, 5).chunk_rows == 1
+    monkeypatch.setattr("hf_dis.streaming.CHUNK_ELEMENTS", 100)
+    assert OnlineTeacher(Echo(), 12, 2.0, 5).stream.chunk_rows == 8
+    assert OnlineTeacher(Echo(), 1_000, 2.0, 5).stream.chunk_rows == 1
 
 
 def test_the_teacher_is_in_evaluation_mode_and_frozen():
@@ -82,31 +56,21 @@ def test_the_teacher_is_in_evaluation_mode_and_frozen():
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    logits = next(teacher.logits({"pixel_values": images(4, 32)}))
+    logits = next(teacher.logits({"pixel_values": images(4, 32)}, Rows(4)))
     assert not logits.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_finite_logits_whose_sum_is_not_are_taken():
     logits = torch.full((3, 12), 3e38)
-    assert torch.equal(next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits})), logits)
+    assert torch.equal(next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Rows(len(logits)))), logits)
 
 
 def test_infinities_that_cancel_are_found():
     logits = torch.zeros(3, 12)
     logits[1, 2], logits[1, 3] = torch.inf, -torch.inf
     with pytest.raises(FloatingPointError, match=r"rows \[1\]"):
-        next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}))
-
-
-@pytest.mark.parametrize("block", [1, 24, 2**20], ids=["row by row", "two rows", "at once"])
-def test_blocks_of_rows_change_nothing(block, monkeypatch):
-    logits = torch.randn(5, 12, dtype=torch.float64)
-    monkeypatch.setattr(teachers, "BLOCK_ELEMENTS", block)
-    targets = TeacherTargets(logits, 2.0, 3)
-    probs = (logits / 2).softmax(1)
-    torch.testing.assert_close(targets.log_probs.exp(), probs.topk(3).values)
-    torch.testing.assert_close(targets.class_mass(), probs.scatter(1, targets.ids, 0.0).sum(0))
+        next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Rows(len(logits))))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -115,25 +79,16 @@ def test_rows_with_nan_or_inf_are_named(bad):
     logits = torch.randn(10, 12)
     logits[6, 3] = logits[9, 0] = bad
     teacher = OnlineTeacher(Echo(), 12, 2.0, 5, chunk_rows=4)
-    answers = teacher({"logits": logits})
+    answers = teacher({"logits": logits}, Rows(10))
     next(answers)
     with pytest.raises(FloatingPointError, match=r"NaN or Inf in rows \[6\] of the batch.*bfloat16"):
         next(answers)
     whole = OnlineTeacher(Echo(), 12, 2.0, 5)
     with pytest.raises(FloatingPointError, match=r"rows \[6, 9\]"):
-        list(whole({"logits": logits}))
-    assert len(list(teacher({"logits": logits}, check_finite=False))) == 3
+        list(whole({"logits": logits}, Rows(10)))
+    assert len(list(teacher({"logits": logits}, Rows(10), check_finite=False))) == 3
 
 
 def test_another_number_of_classes_is_refused():
     with pytest.raises(ValueError, match=r"answers for 12 classes, the student for 13.*teacher trained on"):
-        list(OnlineTeacher(Echo(), 13, 2.0, 5)({"logits": torch.randn(4, 12)}))
-
-
-def test_split_rows():
-    rows, table, scalar = torch.arange(5), torch.arange(3), torch.tensor(2.0)
-    chunks = list(split_rows({"x": rows, "table": table, "scale": scalar, "flag": True, "none": None}, 2))
-    assert [chunk["x"].tolist() for chunk in chunks] == [[0, 1], [2, 3], [4]]
-    for chunk in chunks:
-        assert chunk["table"] is table and chunk["scale"] is scalar
-        assert chunk["flag"] is True and chunk["none"] is None
+        list(OnlineTeacher(Echo(), 13, 2.0, 5)({"logits": torch.randn(4, 12)}, Rows(4)))

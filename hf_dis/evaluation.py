@@ -1,0 +1,90 @@
+"""Evaluation on the full head: exact losses and the divergence from the teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from .diagnostics import RunningMeans
+from .losses import exact_cross_entropy, exact_distillation_loss, mix
+from .rows import Rows
+
+if TYPE_CHECKING:
+    from .teachers import OnlineTeacher
+    from .trainer import DISDistillationTrainer
+
+
+class EvaluationMixin(Trainer):
+    """How a distilling trainer evaluates, whatever the task."""
+
+    teacher: OnlineTeacher
+    num_classes: int
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """One evaluation batch on the full head; the losses of its rows are kept for :meth:`evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.get("labels")
+        rows, inputs = self._rows(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+            logits = rows.of(outputs.logits)[:, : self.num_classes]
+            losses = self._exact_losses(logits, inputs, rows, with_kl=True)
+        losses["loss"] = mix(losses["kd_loss"], losses.get("ce_loss"), self.args.hard_label_weight)
+        self._keep(losses, rows)
+        loss = losses["loss"].sum() / max(1, len(rows))
+        if prediction_loss_only:
+            return loss, None, None
+        ignored = ["loss", *(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", []))]
+        kept = tuple(value.detach() for name, value in outputs.items() if name not in ignored)
+        return loss, kept[0] if len(kept) == 1 else kept, labels
+
+    def _keep(self, losses: dict[str, Tensor], rows: Rows) -> None:
+        # By example, of which all processes have as many: so that those that fill up the last batch are left out.
+        sums = {name: rows.sums_by_example(value.double()) for name, value in losses.items()}
+        sums["rows"] = rows.sums_by_example(torch.ones_like(losses["loss"], dtype=torch.double))
+        sums = self.accelerator.gather_for_metrics(sums)
+        self._eval_means.add(sums, counts=sums.pop("rows"))
+
+    def _exact_losses(
+        self, logits: Tensor, inputs: dict[str, Tensor], rows: Rows, with_kl: bool = False
+    ) -> dict[str, Tensor]:
+        """Losses of each row, ``[N]``, from full logits ``[N, C]``: kd_loss, ce_loss if there are labels, and the KL
+        divergence from the teacher at temperature 1 if it is asked for. The teacher's logits exist chunk by chunk."""
+        temperatures = {"kd_loss": self.args.temperature} | ({"kl": 1.0} if with_kl else {})
+        losses: dict[str, list[Tensor]] = {name: [] for name in temperatures}
+        first_row = 0
+        for teacher_logits in self.teacher.logits(inputs, rows, self._checks_values()):
+            part = logits[first_row : first_row + len(teacher_logits)]
+            for name, temperature in temperatures.items():
+                losses[name].append(exact_distillation_loss(part, teacher_logits, temperature))
+            first_row += len(teacher_logits)
+            del teacher_logits
+        joined = {name: torch.cat(parts) for name, parts in losses.items()}
+        if rows.labels is not None:
+            joined["ce_loss"] = exact_cross_entropy(logits, rows.labels)
+        return joined
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        self._eval_means = RunningMeans()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._eval_means.pop()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+
+class NoRowsCheck(TrainerCallback):
+    """Stops a training that has nothing to learn from."""
+
+    def __init__(self, trainer: DISDistillationTrainer):
+        self.trainer = trainer
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if not self.trainer.num_rows_seen:
+            raise ValueError(
+                "no token of the training data is supervised: all labels are -100 (that of the first token does not "
+                "count in a causal language model); look at the data collator and at what masks the labels"
+            )

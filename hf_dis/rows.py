@@ -1,0 +1,74 @@
+"""The rows of a batch: its examples, or those of its tokens that are supervised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is distilled of a batch of B examples; ``N`` rows.
+
+    Attributes:
+        num_examples: B.
+        labels: the class of each row, ``[N]``, or None.
+        positions: where the rows are among the ``B·S`` tokens, ascending, ``[N]``; None where each example is a row.
+        length: S, tokens an example; 1 where each example is a row.
+    """
+
+    num_examples: int
+    labels: Tensor | None = None
+    positions: Tensor | None = None
+    length: int = 1
+
+    def __len__(self) -> int:
+        return self.num_examples if self.positions is None else len(self.positions)
+
+    def of(self, values: Tensor) -> Tensor:
+        """The rows' values, ``[N, ...]``, of values ``[B, ...]`` or, with positions, ``[B, S, ...]``."""
+        return values if self.positions is None else values.flatten(0, 1)[self.positions]
+
+    def sums_by_example(self, values: Tensor) -> Tensor:
+        """Sums of a value a row, ``[N]``, over each example: ``[B]``."""
+        if self.positions is None:
+            return values
+        return values.new_zeros(self.num_examples).index_add_(0, self.positions // self.length, values)
+
+
+def token_rows(labels: Tensor | None, mask: Tensor | None, shape: torch.Size, shifts_labels: bool) -> Rows:
+    """The supervised tokens of a batch of sequences.
+
+    Args:
+        labels: class ids ``[B, S]``, -100 where there is none; or None.
+        mask: ``[B, S]``, 0 at padding; looked at where there are no labels. None: there is no padding.
+        shape: (B, S).
+        shifts_labels: whether the model's answer at a token is about the next one, as a causal language model's is.
+
+    Raises:
+        ValueError: if labels are not ``[B, S]``, or a sequence is too short to have a next token.
+    """
+    num_examples, length = shape
+    if labels is not None and labels.shape != shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} for tokens of shape {tuple(shape)}: there has to be one class "
+            f"id a token, {IGNORED} where there is none"
+        )
+    if labels is None:
+        supervised = torch.ones(shape, dtype=torch.bool) if mask is None else mask != 0
+    else:
+        if shifts_labels:
+            if length < 2:
+                raise ValueError(
+                    "the sequences have length 1: a causal language model learns to tell the next token, so they have "
+                    "to be of two tokens or more"
+                )
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        supervised = labels != IGNORED
+    positions = supervised.flatten().nonzero()[:, 0]
+    return Rows(num_examples, None if labels is None else labels.flatten()[positions], positions, length)

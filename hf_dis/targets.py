@@ -1,0 +1,78 @@
+"""The teacher's answers, ranked: what the draw and the losses see of a teacher, wherever it comes from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Elements that passes over all classes take at a time, so that what they leave stays in a processor's cache.
+BLOCK_ELEMENTS = 2**20
+
+
+def widen(logits: Tensor) -> Tensor:
+    """Logits in float32, or as they are if wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class TeacherTargets:
+    """The teacher's view of some rows, ranked to a depth, at a temperature.
+
+    Args:
+        logits: the teacher's, ``[n, C]``.
+        temperature: τ > 0.
+        depth: m, how many ranks to resolve.
+
+    Attributes:
+        ids: the m best-ranked classes, best first, ``[n, m]``.
+        log_probs: their log-probabilities at τ, ``[n, m]``, float32 or wider.
+    """
+
+    def __init__(self, logits: Tensor, temperature: float, depth: int):
+        self.logits = widen(logits) / temperature
+        top, self.ids = self.logits.topk(min(depth, logits.shape[1]), dim=1)
+        self.block_rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
+        self.log_normaliser = torch.cat(
+            [part.logsumexp(1, keepdim=True) for part in self.logits.split(self.block_rows)]
+        )
+        self.log_probs = top - self.log_normaliser
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def log_prob(self, ids: Tensor) -> Tensor:
+        """Log-probability of any classes of each row, ``[n, K]`` for ids ``[n, K]``."""
+        return self.logits.gather(1, ids) - self.log_normaliser
+
+    def class_mass(self) -> Tensor:
+        """The probability of each class outside the rows' ranked ones, summed over rows, ``[C]``."""
+        blocks = zip(self.logits.split(self.block_rows), self.log_normaliser.split(self.block_rows), strict=True)
+        mass = sum((logits - log_normaliser).exp_().sum(0) for logits, log_normaliser in blocks)
+        ranked = self.log_probs.exp().flatten()
+        return mass.index_add_(0, self.ids.flatten(), ranked, alpha=-1).clamp_min_(0)
+
+
+def check_teacher_logits(logits: Tensor, num_classes: int, first_row: int = 0, check_finite: bool = True) -> None:
+    """Checks what a teacher answered.
+
+    Args:
+        logits: of some rows, ``[n, C]``.
+        num_classes: C, as the student has it.
+        first_row: where the rows are in the batch.
+        check_finite: look for NaN and Inf; on an accelerator this waits for the device.
+
+    Raises:
+        ValueError: if the logits do not have C columns.
+        FloatingPointError: if they hold NaN or Inf; names the rows.
+    """
+    if logits.shape[-1] != num_classes:
+        raise ValueError(
+            f"the teacher answers for {logits.shape[-1]} classes, the student for {num_classes}: "
+            "both need the same classes in the same order; use a teacher trained on the student's labels"
+        )
+    # The sum finds NaN and Inf in one pass, but may itself overflow: only then look at each.
+    if check_finite and not logits.sum(dtype=torch.float32).isfinite() and not logits.isfinite().all():
+        rows = (~logits.isfinite()).any(1).nonzero()[:, 0] + first_row
+        raise FloatingPointError(
+            f"the teacher's logits hold NaN or Inf in rows {rows.tolist()[:20]} of the batch: check these "
+            "inputs, and the teacher's precision (a float16 teacher overflows at 65,504; try bfloat16)"
+        )

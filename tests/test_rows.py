@@ -1,0 +1,59 @@
+"""Which rows of a batch are distilled."""
+
+import pytest
+import torch
+
+from hf_dis.rows import Rows, token_rows
+
+LABELS = torch.tensor([[5, -100, 7, 8], [-100, 2, 3, -100]])
+SHAPE = LABELS.shape
+
+
+def test_supervised_tokens_have_a_label():
+    rows = token_rows(LABELS, None, SHAPE, shifts_labels=False)
+    assert len(rows) == 5 and rows.num_examples == 2 and rows.length == 4
+    assert rows.positions.tolist() == [0, 2, 3, 5, 6]
+    assert rows.labels.tolist() == [5, 7, 8, 2, 3]
+
+
+def test_a_causal_model_answers_for_the_next_token():
+    rows = token_rows(LABELS, None, SHAPE, shifts_labels=True)
+    assert rows.positions.tolist() == [1, 2, 4, 5]
+    assert rows.labels.tolist() == [7, 8, 2, 3]
+
+
+@pytest.mark.parametrize("shifts_labels", [False, True])
+def test_without_labels_every_token_but_padding_is_a_row(shifts_labels):
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    rows = token_rows(None, mask, SHAPE, shifts_labels)
+    assert rows.labels is None and rows.positions.tolist() == [0, 1, 2, 5, 6, 7]
+    assert len(token_rows(None, None, SHAPE, shifts_labels)) == 8
+
+
+def test_no_supervised_token():
+    rows = token_rows(torch.full(SHAPE, -100), None, SHAPE, shifts_labels=True)
+    assert len(rows) == 0 and len(rows.labels) == 0 and rows.of(torch.randn(2, 4, 3)).shape == (0, 3)
+    assert rows.sums_by_example(torch.empty(0)).tolist() == [0, 0]
+
+
+def test_values_of_rows():
+    values = torch.arange(8).view(2, 4, 1)
+    assert token_rows(LABELS, None, SHAPE, False).of(values)[:, 0].tolist() == [0, 2, 3, 5, 6]
+    assert torch.equal(Rows(2).of(values), values) and len(Rows(2)) == 2
+
+
+def test_sums_by_example():
+    rows = token_rows(LABELS, None, SHAPE, shifts_labels=False)
+    assert rows.sums_by_example(torch.tensor([1.0, 2, 3, 10, 20])).tolist() == [6, 30]
+    assert Rows(2).sums_by_example(torch.tensor([1.0, 2])).tolist() == [1, 2]
+
+
+def test_labels_of_another_shape():
+    with pytest.raises(ValueError, match=r"labels have shape \(2,\) for tokens of shape \(2, 4\).*-100"):
+        token_rows(torch.tensor([1, 2]), None, SHAPE, shifts_labels=False)
+
+
+def test_sequences_of_length_one():
+    with pytest.raises(ValueError, match=r"length 1.*two tokens or more"):
+        token_rows(LABELS[:, :1], None, LABELS[:, :1].shape, shifts_labels=True)
+    assert len(token_rows(LABELS[:, :1], None, LABELS[:, :1].shape, shifts_labels=False)) == 1

@@ -1,0 +1,44 @@
+"""The teacher's ranked answers to some rows."""
+
+import pytest
+import torch
+
+import hf_dis.targets
+from hf_dis.targets import TeacherTargets
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("depth", [1, 5, 12, 99])
+def test_targets_are_the_ranked_softmax(depth, temperature):
+    logits = 2 * torch.randn(7, 12)
+    p = (logits.double() / temperature).softmax(1)
+    targets = TeacherTargets(logits, temperature, depth)
+    order = p.argsort(1, descending=True)[:, :depth]
+    assert len(targets) == 7 and torch.equal(targets.ids, order)
+    torch.testing.assert_close(targets.log_probs.double(), p.gather(1, order).log(), rtol=1e-5, atol=1e-5)
+    ids = torch.randint(12, (7, 9))
+    torch.testing.assert_close(targets.log_prob(ids).double(), p.gather(1, ids).log(), rtol=1e-5, atol=1e-5)
+    outside = p.scatter(1, order, 0).sum(0)
+    torch.testing.assert_close(targets.class_mass().double(), outside, rtol=0, atol=1e-5)
+    assert targets.class_mass().min() >= 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_targets_are_computed_in_float32_or_wider(dtype, computed):
+    logits = torch.randn(3, 9).to(dtype)
+    targets = TeacherTargets(logits, 2.0, 4)
+    assert targets.log_probs.dtype == targets.log_prob(targets.ids).dtype == computed
+    assert torch.equal(targets.log_probs, TeacherTargets(logits.to(computed), 2.0, 4).log_probs)
+
+
+@pytest.mark.parametrize("block", [1, 24, 2**20], ids=["row by row", "two rows", "at once"])
+def test_blocks_of_rows_change_nothing(block, monkeypatch):
+    logits = torch.randn(5, 12, dtype=torch.float64)
+    monkeypatch.setattr(hf_dis.targets, "BLOCK_ELEMENTS", block)
+    targets = TeacherTargets(logits, 2.0, 3)
+    probs = (logits / 2).softmax(1)
+    torch.testing.assert_close(targets.log_probs.exp(), probs.topk(3).values)
+    torch.testing.assert_close(targets.class_mass(), probs.scatter(1, targets.ids, 0.0).sum(0))
