@@ -283,7 +283,7 @@ class DISDistillationTrainer(EvaluationMixin, CheckpointMixin, HubMixin):
         return "sampled" if pays else "exact"
 
     def _find_head(self) -> tuple[str, ...]:
-        """The layers to switch; where none is switched, the head, if an argument is about it."""
+        """The layers to switch; where none is switched, the head as it is."""
         width = num_outputs(self.model, self.task)
         if self.head_mode == "sampled":
             layers = find_head_layers(self.model, width, self.args.head_name)
@@ -293,9 +293,12 @@ class DISDistillationTrainer(EvaluationMixin, CheckpointMixin, HubMixin):
                     "the probe takes the exact gradient of one layer; set probe_steps to 0"
                 )
             return layers
-        if self.args.head_name is not None or self.args.head_learning_rate is not None:
+        try:
             return find_heads(self.model, width, self.args.head_name)
-        return ()
+        except ValueError:
+            if self.args.head_name is not None or self.args.head_learning_rate is not None:
+                raise
+            return ()  # all classes are computed, by whatever layers
 
     def _choose_row_sparse(self, kwargs: dict[str, Any]) -> bool:
         parameters = SampledHead(self.model, self.head_layers).parameters()
