@@ -62,8 +62,8 @@ def check_teacher_logits(logits: Tensor, num_classes: int, first_row: int = 0, c
 
     Raises:
         ValueError: if the logits do not have C columns.
-        FloatingPointError: if they hold NaN or Inf, or a row is -inf throughout; names the rows. Masked classes, with a
-            logit of -inf, are fine.
+        FloatingPointError: if they hold NaN or Inf, or a row is -inf throughout; names the rows. Some classes may be
+            masked, their logits -inf.
     """
     if logits.shape[-1] != num_classes:
         raise ValueError(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import interrupt_worker
 import pytest
@@ -149,7 +150,7 @@ class Watches(TrainerCallback):
             things = gc.get_objects()
             self.tensors.append(sum(isinstance(thing, torch.Tensor) for thing in things))
             self.objects.append(len(things))
-            pages = int(open("/proc/self/statm").read().split()[1])
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
             self.resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
