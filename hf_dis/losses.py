@@ -34,9 +34,9 @@ def sampled_distillation_loss(logits: Tensor, draw: ClassDraw, temperature: floa
     Returns:
         the loss ``[N]``, and the disagreement ``s - p`` at every column ``[N, R + K_t]``, without gradient.
     """
-    scaled = widen(logits) / temperature
+    scaled = _above_minus_inf(widen(logits) / temperature)
     log_normaliser = (scaled + draw.log_weights).logsumexp(1, keepdim=True)
-    log_ratio = draw.log_probs - scaled + log_normaliser
+    log_ratio = _above_minus_inf(draw.log_probs) - scaled + log_normaliser
     loss = temperature**2 * (draw.target * log_ratio).sum(1)
     with torch.no_grad():
         disagreement = (scaled - log_normaliser).exp() - draw.log_probs.exp()
@@ -59,9 +59,14 @@ def sampled_cross_entropy(logits: Tensor, draw: ClassDraw) -> Tensor:
 
 def exact_distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """τ² KL(p ‖ s) over all classes: ``[N]`` for student and teacher logits ``[N, C]``."""
-    student = (widen(logits) / temperature).log_softmax(1)
-    teacher = (widen(teacher_logits) / temperature).log_softmax(1)
+    student = _above_minus_inf((widen(logits) / temperature).log_softmax(1))
+    teacher = _above_minus_inf((widen(teacher_logits) / temperature).log_softmax(1))
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
+def _above_minus_inf(values: Tensor) -> Tensor:
+    """Masked classes have logits of -inf: a number in its place, so that 0 · log 0 is 0 and not NaN."""
+    return values.clamp_min(torch.finfo(values.dtype).min)
 
 
 def exact_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

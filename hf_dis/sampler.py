@@ -116,7 +116,8 @@ class ClassSampler:
             log_weights=torch.cat([stratum.log_weights for stratum in strata], 1),
             certain=torch.cat([stratum.certain for stratum in strata], 1),
             log_probs=torch.cat([stratum.log_probs for stratum in strata], 1),
-            target=target / target.sum(1, keepdim=True),
+            # All zero where only classes that the teacher gives nothing were drawn: the row then says nothing.
+            target=target / target.sum(1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny),
             ranks=ranks,
             rank_weights=log_weights.exp(),
             outside_head=outside_head,

@@ -62,17 +62,21 @@ def check_teacher_logits(logits: Tensor, num_classes: int, first_row: int = 0, c
 
     Raises:
         ValueError: if the logits do not have C columns.
-        FloatingPointError: if they hold NaN or Inf; names the rows.
+        FloatingPointError: if they hold NaN or Inf, or a row is -inf throughout; names the rows. Some classes may be
+            masked, their logits -inf.
     """
     if logits.shape[-1] != num_classes:
         raise ValueError(
             f"the teacher answers for {logits.shape[-1]} classes, the student for {num_classes}: "
             "both need the same classes in the same order; use a teacher trained on the student's labels"
         )
-    # The sum finds NaN and Inf in one pass, but may itself overflow: only then look at each.
-    if check_finite and not logits.sum(dtype=torch.float32).isfinite() and not logits.isfinite().all():
-        rows = (~logits.isfinite()).any(1).nonzero()[:, 0] + first_row
-        raise FloatingPointError(
-            f"the teacher's logits hold NaN or Inf in rows {rows.tolist()[:20]} of the batch: check these "
-            "inputs, and the teacher's precision (a float16 teacher overflows at 65,504; try bfloat16)"
-        )
+    # The sum is the fastest pass, but also overflows and meets masked classes (-inf), which are fine. A row's largest
+    # logit is NaN or Inf where one of them is, and -inf where all classes are masked.
+    if check_finite and not logits.sum(dtype=torch.float32).isfinite():
+        bad = ~logits.amax(1).isfinite()
+        if bad.any():
+            raise FloatingPointError(
+                f"the teacher's logits hold NaN or Inf in rows {(bad.nonzero()[:, 0] + first_row).tolist()[:20]} of "
+                "the batch, or are -inf for all classes: check these inputs, and the teacher's precision (a float16 "
+                "teacher overflows at 65,504; try bfloat16)"
+            )

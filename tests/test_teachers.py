@@ -73,7 +73,16 @@ def test_infinities_that_cancel_are_found():
         next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Rows(len(logits))))
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_masked_classes_are_taken_and_a_row_without_any_class_is_not():
+    logits = torch.randn(3, 12)
+    logits[:, 4:] = -torch.inf
+    assert torch.equal(next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Rows(3))), logits)
+    logits[2] = -torch.inf
+    with pytest.raises(FloatingPointError, match=r"rows \[2\] of the batch, or are -inf for all classes"):
+        next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Rows(3)))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_rows_with_nan_or_inf_are_named(bad):
     """Rows 6 and 9 of a batch in chunks of 4: they are in the second and the third."""
     logits = torch.randn(10, 12)

@@ -1,0 +1,125 @@
+"""The maths at its limits: any numbers of classes, any temperature, huge logits, ties, masked and certain classes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_dis import DISLoss, make_sampler
+from hf_dis.losses import exact_distillation_loss, sampled_distillation_loss
+from hf_dis.targets import TeacherTargets
+
+ROWS, WIDTH = 3, 4
+EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
+
+SHAPES = {
+    "normal": lambda x: x,
+    "huge": lambda x: 1e4 * x.clamp(-1, 1),
+    "tied": lambda x: torch.zeros_like(x),
+    "one-hot": lambda x: torch.full_like(x, -1e4).scatter(1, x.argmax(1, keepdim=True), 1e4),
+    "duplicated": lambda x: x[:, torch.arange(x.shape[1]) // 2],
+    "masked": lambda x: x.masked_fill(x < x.median(1, keepdim=True).values, -torch.inf),
+    "all but one masked": lambda x: x.masked_fill(x < x.amax(1, keepdim=True), -torch.inf),
+}
+
+
+@st.composite
+def cases(draw, layouts=("per row", "strata"), samplers=("pps", "replacement")):
+    """Settings of a sampler, a temperature, a teacher's logits, and a student."""
+    num_classes = draw(st.one_of(st.integers(1, 6), st.integers(1, 80)))
+    layout, sampler = draw(st.sampled_from(layouts)), draw(st.sampled_from(samplers))
+    num_sampled = draw(st.integers(1, 90))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    logits = torch.randn(ROWS, num_classes, generator=generator)
+    student_scale = draw(st.sampled_from([0.0, 1.0, 1e4 / WIDTH]))
+    return {
+        "sampler": {
+            "num_sampled_classes": num_sampled,
+            "num_shared_classes": draw(st.integers(1, 40)) if layout == "strata" and sampler == "pps" else 0,
+            "rank_depth": num_sampled + draw(st.integers(0, 20)),
+            "proposal": draw(st.sampled_from(["dis", "teacher", "uniform", "topk"])),
+            "sampler": sampler,
+            "proposal_floor": draw(st.sampled_from([1e-3, 0.05, 1.0])),
+        },
+        "temperature": draw(st.floats(0.05, 100)),
+        "teacher_logits": SHAPES[draw(st.sampled_from(sorted(SHAPES)))](logits),
+        "features": torch.randn(ROWS, WIDTH, generator=generator).clamp(-1, 1),
+        "weight": student_scale * torch.randn(num_classes, WIDTH, generator=generator).clamp(-1, 1),
+        "labels": torch.randint(num_classes, (ROWS,), generator=generator) if draw(st.booleans()) else None,
+    }
+
+
+@EXAMPLES
+@given(cases())
+def test_loss_and_gradients_are_finite_through_steps_of_learning(case):
+    num_classes = case["teacher_logits"].shape[1]
+    dis_loss = DISLoss(make_sampler(num_classes, **case["sampler"]), case["temperature"])
+    leaves = [tensor.clone().requires_grad_() for tensor in (case["features"], case["weight"])]
+    for _ in range(3):
+        loss = dis_loss(*leaves, None, case["teacher_logits"], case["labels"])
+        gradients = torch.autograd.grad(loss, leaves)
+        assert loss.isfinite()
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert all(value.double().isfinite().all() for value in dis_loss.sampler.state_dict().values())
+
+
+@EXAMPLES
+@given(cases())
+def test_mass_is_conserved_and_ids_are_distinct(case):
+    logits = case["teacher_logits"]
+    num_classes = logits.shape[1]
+    sampler = make_sampler(num_classes, **case["sampler"])
+    targets = TeacherTargets(logits, case["temperature"], sampler.rank_depth)
+    draw = sampler.draw([targets], case["labels"])
+    used = draw.log_weights > -torch.inf
+    ids = torch.cat([draw.row_ids, draw.shared_ids.expand(ROWS, -1)], 1)
+    probs = (logits.double() / case["temperature"]).softmax(1).gather(1, ids)
+    assert ((ids >= 0) & (ids < num_classes)).all()
+    assert (draw.target >= 0).all() and not draw.target.isnan().any()
+    assert (draw.target[~used] == 0).all() and (draw.target[probs == 0] == 0).all()
+    could = (used & (probs > 1e-30)).any(1)
+    torch.testing.assert_close(draw.target.sum(1)[could], torch.ones(int(could.sum())), rtol=0, atol=1e-4)
+    if case["sampler"]["sampler"] == "pps":
+        for row in range(ROWS):
+            assert len(ids[row, used[row]].unique()) == int(used[row].sum())
+        ranked = draw.row_ids[:, : sampler.num_sampled].sort(1).values
+        assert ranked.shape[1] == min(case["sampler"]["num_sampled_classes"], sampler.num_ranks)
+        assert (ranked.diff() > 0).all()
+
+
+@EXAMPLES
+@given(cases(layouts=["per row"], samplers=["pps"]))
+def test_with_all_classes_drawn_it_is_the_exact_loss_of_float64(case):
+    """Masked classes have no part in it: p log p is 0 at p = 0."""
+    logits, temperature = case["teacher_logits"].double(), case["temperature"]
+    num_classes = logits.shape[1]
+    sampler = make_sampler(num_classes, **case["sampler"] | {"num_sampled_classes": num_classes, "rank_depth": None})
+    draw = sampler.draw([TeacherTargets(logits, temperature, sampler.rank_depth)])
+    student = (case["features"] @ case["weight"].T).double()
+    student.requires_grad_()
+    loss, _ = sampled_distillation_loss(student.gather(1, draw.row_ids), draw, temperature)
+    exact = exact_distillation_loss(student, logits, temperature)
+    teacher, log_student = (logits / temperature).softmax(1), (student / temperature).log_softmax(1)
+    expected = temperature**2 * (torch.special.xlogy(teacher, teacher) - teacher * log_student).sum(1)
+    for found in (loss, exact):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * temperature**2)
+        gradient = torch.autograd.grad(found.sum(), student, retain_graph=True)[0]
+        reference = temperature * (log_student.exp() - teacher)
+        torch.testing.assert_close(gradient, reference.detach(), rtol=1e-9, atol=1e-9 * temperature)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_student_that_masks_what_the_teacher_masks(sampled):
+    teacher, student = torch.randn(2, ROWS, 6).double()
+    teacher[:, :2] = student[:, :2] = -torch.inf
+    student.requires_grad_()
+    if sampled:
+        sampler = make_sampler(6, num_sampled_classes=6)
+        draw = sampler.draw([TeacherTargets(teacher, 2.0, 6)])
+        loss, disagreement = sampled_distillation_loss(student.gather(1, draw.row_ids), draw, 2.0)
+        assert disagreement.isfinite().all()
+    else:
+        loss = exact_distillation_loss(student, teacher, 2.0)
+    torch.testing.assert_close(loss, exact_distillation_loss(student[:, 2:], teacher[:, 2:], 2.0))
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert gradient.isfinite().all() and (gradient[:, :2] == 0).all() and (gradient[:, 2:] != 0).all()
