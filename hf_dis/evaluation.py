@@ -31,8 +31,7 @@ class EvaluationMixin(Trainer):
         rows, inputs = self._rows(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
-            logits = rows.of(outputs.logits)[:, : self.num_classes]
-            losses = self._exact_losses(logits, inputs, rows, with_kl=True)
+            losses = self._exact_losses(outputs.logits, inputs, rows, with_kl=True)
         losses["loss"] = mix(losses["kd_loss"], losses.get("ce_loss"), self.args.hard_label_weight)
         self._keep(losses, rows)
         loss = losses["loss"].sum() / max(1, len(rows))
@@ -52,21 +51,24 @@ class EvaluationMixin(Trainer):
     def _exact_losses(
         self, logits: Tensor, inputs: dict[str, Tensor], rows: Rows, with_kl: bool = False
     ) -> dict[str, Tensor]:
-        """Losses of each row, ``[N]``, from full logits ``[N, C]``: kd_loss, ce_loss if there are labels, and the KL
-        divergence from the teacher at temperature 1 if it is asked for. The teacher's logits exist chunk by chunk."""
-        temperatures = {"kd_loss": self.args.temperature} | ({"kl": 1.0} if with_kl else {})
-        losses: dict[str, list[Tensor]] = {name: [] for name in temperatures}
+        """Losses of each row, ``[N]``, from the student's full logits ``[B, C]`` or ``[B, S, C]``: kd_loss, ce_loss if
+        there are labels, and the KL divergence from the teacher at temperature 1 if it is asked for. The teacher's
+        logits, and copies of the student's, exist chunk by chunk."""
+        losses: dict[str, list[Tensor]] = {"kd_loss": []}
+        losses |= {"kl": []} if with_kl else {}
+        losses |= {} if rows.labels is None else {"ce_loss": []}
         first_row = 0
         for teacher_logits in self.teacher.logits(inputs, rows, self._checks_values()):
-            part = logits[first_row : first_row + len(teacher_logits)]
-            for name, temperature in temperatures.items():
-                losses[name].append(exact_distillation_loss(part, teacher_logits, temperature))
-            first_row += len(teacher_logits)
+            chunk = slice(first_row, first_row + len(teacher_logits))
+            part = rows.of(logits, chunk)[:, : self.num_classes]
+            losses["kd_loss"].append(exact_distillation_loss(part, teacher_logits, self.args.temperature))
+            if with_kl:
+                losses["kl"].append(exact_distillation_loss(part, teacher_logits, 1.0))
+            if rows.labels is not None:
+                losses["ce_loss"].append(exact_cross_entropy(part, rows.labels[chunk]))
+            first_row = chunk.stop
             del teacher_logits
-        joined = {name: torch.cat(parts) for name, parts in losses.items()}
-        if rows.labels is not None:
-            joined["ce_loss"] = exact_cross_entropy(logits, rows.labels)
-        return joined
+        return {name: torch.cat(parts) for name, parts in losses.items()}
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._eval_means = RunningMeans()

@@ -30,9 +30,9 @@ class Rows:
     def __len__(self) -> int:
         return self.num_examples if self.positions is None else len(self.positions)
 
-    def of(self, values: Tensor) -> Tensor:
-        """The rows' values, ``[N, ...]``, of values ``[B, ...]`` or, with positions, ``[B, S, ...]``."""
-        return values if self.positions is None else values.flatten(0, 1)[self.positions]
+    def of(self, values: Tensor, chunk: slice = slice(None)) -> Tensor:
+        """The values of all rows, or of some: ``[N, ...]`` of ``[B, ...]`` or, with positions, ``[B, S, ...]``."""
+        return values[chunk] if self.positions is None else values.flatten(0, 1)[self.positions[chunk]]
 
     def sums_by_example(self, values: Tensor) -> Tensor:
         """Sums of a value a row, ``[N]``, over each example: ``[B]``."""

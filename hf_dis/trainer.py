@@ -132,12 +132,11 @@ class DISDistillationTrainer(EvaluationMixin, CheckpointMixin, HubMixin):
 
     def _exact_loss(self, model, inputs, rows, return_outputs, num_items_in_batch):
         outputs = model(**inputs)
-        logits = rows.of(outputs.logits)[:, : self.num_classes]
         if self.args.hard_label_weight == 1 and rows.labels is not None:
-            losses = {"ce_loss": exact_cross_entropy(logits, rows.labels)}
+            losses = {"ce_loss": exact_cross_entropy(rows.of(outputs.logits)[:, : self.num_classes], rows.labels)}
             loss = losses["ce_loss"]
         else:
-            losses = self._exact_losses(logits, inputs, rows)
+            losses = self._exact_losses(outputs.logits, inputs, rows)
             loss = mix(losses["kd_loss"], losses.get("ce_loss"), self.args.hard_label_weight)
         self._means.add(losses)
         loss = self._normalise(loss + self._router_loss(outputs), num_items_in_batch)
