@@ -149,7 +149,7 @@ def summary(records: list[dict]) -> list[dict]:
         if "top1" in record:
             runs.setdefault((record["method"], record["head_rate"]), []).append(record)
     entries = []
-    for (method, head_rate), group in runs.items():
+    for group in runs.values():
         values = [record["top1"] for record in group]
         entries.append(
             {
@@ -157,7 +157,7 @@ def summary(records: list[dict]) -> list[dict]:
                 **{key: statistics.mean(record[key] for record in group) for key in ("top1", "top5", "kl")},
                 "seeds": len(group),
                 "spread": max(values) - min(values),
-                "student_ms": times.get(method),
+                "student_ms": times.get(group[0]["method"]),
             }
         )
     return entries
@@ -166,7 +166,7 @@ def summary(records: list[dict]) -> list[dict]:
 def table(entries: list[dict]) -> str:
     """Markdown."""
     lines = [
-        "| method | logits a row | rows of W at most | head rate | seeds | top-1 | spread | top-5 | KL | student ms a step |",
+        "| method | logits a row | rows of W | head rate | seeds | top-1 | spread | top-5 | KL | student ms a step |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in entries:
