@@ -41,6 +41,7 @@ from hf_dis import RowSparseAdamW, make_sampler
 from hf_dis.distributed import average_rows
 from hf_dis.drawn import drawn_logits
 from hf_dis.losses import sampled_distillation_loss
+from hf_dis.sparse import clip_grad_norm_
 from hf_dis.targets import TeacherTargets
 
 TEMPERATURE, ROWS, FEATURES, CHUNK_ROWS, PARTIAL_FC_SHARE = 2.0, 128, 256, 32, 0.1
@@ -63,7 +64,6 @@ class GivenTargets(TeacherTargets):
 
     def __init__(self, log_probs: Tensor, depth: int):
         super().__init__(log_probs, 1.0, depth)
-        self.logits = log_probs  # of which the base made a copy
         self.mass = super().class_mass()
 
     def class_mass(self) -> Tensor:
@@ -90,7 +90,7 @@ class Steps:
         if self.weight.grad.is_sparse:
             average_rows([self.weight])  # over one process: as the trainer does it, each row once
             optimizer = self.sparse
-        torch.nn.utils.clip_grad_norm_([self.weight], 1.0)
+        clip_grad_norm_([self.weight], 1.0)
         optimizer.step()
         self.weight.grad = self.features.grad = None
 

@@ -8,8 +8,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
+from hf_dis import DISConfig, DISDistillationTrainer
 from hf_dis.data import load_glyphs
+from hf_dis.metrics import TopKAccuracy
 
+LEARNING_RATE = 4e-3
 AFFINE = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.85, 1.1), shear=10)
 NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.15], [0.3])])
 NOISE = v2.GaussianNoise(sigma=0.1, clip=False)
@@ -95,3 +98,44 @@ def train_teacher(model, train_dataset: GlyphImages, epochs: float, output_dir: 
         report_to="none",
     )
     Trainer(model=model, args=args, train_dataset=train_dataset, data_collator=whole_batch).train()
+
+
+def student_trainer(teacher, task, head_rate: float, **settings) -> DISDistillationTrainer:
+    """The trainer of one student, on the schedule that all methods share.
+
+    Args:
+        teacher: as :func:`build_teacher` makes it, trained.
+        task: what :func:`load_task` returns.
+        head_rate: the head's learning rate as a multiple of ``LEARNING_RATE``.
+        **settings: of DISConfig; ``output_dir`` is needed.
+    """
+    train_dataset, test_dataset, names = task
+    common = {
+        "num_train_epochs": 4,
+        "per_device_train_batch_size": 256,
+        "per_device_eval_batch_size": 512,
+        "dataloader_drop_last": True,
+        "learning_rate": LEARNING_RATE,
+        "head_learning_rate": LEARNING_RATE * head_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.2,
+        "weight_decay": 0.02,
+        "logging_steps": 50,
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "head_mode": "sampled",
+        "hard_label_weight": 0.0,
+    }
+    return DISDistillationTrainer(
+        model=build_student(len(names)),
+        teacher_model=teacher,
+        args=DISConfig(**{**common, **settings}),
+        train_dataset=train_dataset,
+        eval_dataset=test_dataset,
+        data_collator=whole_batch,
+        compute_metrics=lambda predicted: TopKAccuracy().compute(
+            predictions=predicted.predictions, references=predicted.label_ids
+        ),
+        preprocess_logits_for_metrics=lambda logits, labels: logits.topk(5).indices,
+    )

@@ -16,16 +16,14 @@ from pathlib import Path
 
 import glyph_plots
 import torch
-from glyph_task import build_student, build_teacher, load_task, train_teacher, whole_batch
+from glyph_task import build_student, build_teacher, load_task, student_trainer, train_teacher
 from head_step import time_head_steps
 from transformers import HfArgumentParser, ResNetForImageClassification, TrainerCallback, set_seed
 
-from hf_dis import DISConfig, DISDistillationTrainer
-from hf_dis.metrics import TopKAccuracy
+from hf_dis import DISDistillationTrainer
 from hf_dis.plots import ProposalSnapshot, plot_proposal
 
-LEARNING_RATE = 4e-3
-# What sets the methods apart; "head_rate" is the head's learning rate as a multiple of LEARNING_RATE.
+# What sets the methods apart; "head_rate" is the head's learning rate as a multiple of the body's.
 METHODS = {
     "hard_labels": {"head_rate": 16, "head_mode": "exact", "hard_label_weight": 1.0},
     "exact": {"head_rate": 20, "head_mode": "exact"},
@@ -79,41 +77,18 @@ class ProposalRecorder(TrainerCallback):
 
 def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArguments) -> tuple[dict, ProposalRecorder]:
     """Trains one student; returns its record for results.json, and what its proposal looked like."""
-    train_dataset, test_dataset, names = task
-    settings = {name: value for name, value in METHODS[method].items() if name != "head_rate"}
-    args = DISConfig(
+    trainer = student_trainer(
+        teacher,
+        task,
         output_dir=str(Path(arguments.output_dir) / method),
         num_train_epochs=arguments.epochs,
-        per_device_train_batch_size=256,
-        per_device_eval_batch_size=512,
-        dataloader_drop_last=True,
-        learning_rate=LEARNING_RATE,
-        head_learning_rate=LEARNING_RATE * head_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.2,
-        weight_decay=0.02,
-        logging_steps=50,
-        save_strategy="no",
         seed=arguments.seed,
-        remove_unused_columns=False,
         report_to=arguments.report_to,
         num_sampled_classes=arguments.num_sampled_classes,
         num_shared_classes=arguments.num_shared_classes,
-        **{"head_mode": "sampled", "hard_label_weight": 0.0, **settings},
+        **{**METHODS[method], "head_rate": head_rate},
     )
     recorder = ProposalRecorder()
-    trainer = DISDistillationTrainer(
-        model=build_student(len(names)),
-        teacher_model=teacher,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=test_dataset,
-        data_collator=whole_batch,
-        compute_metrics=lambda predicted: TopKAccuracy().compute(
-            predictions=predicted.predictions, references=predicted.label_ids
-        ),
-        preprocess_logits_for_metrics=lambda logits, labels: logits.topk(5).indices,
-    )
     recorder.trainer = trainer
     if method == "dis":
         trainer.add_callback(recorder)
@@ -125,8 +100,8 @@ def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArgumen
     trainer.save_model()
     record = {
         "method": method,
-        "classes": len(names),
-        "sampled": len(names) if trainer.head_mode == "exact" else trainer.sampler.columns,
+        "classes": trainer.num_classes,
+        "sampled": trainer.num_classes if trainer.head_mode == "exact" else trainer.sampler.columns,
         "head_rate": head_rate,
         "top1": round(metrics["eval_top1"], 4),
         "top5": round(metrics["eval_top5"], 4),

@@ -1,4 +1,5 @@
-"""Row-sparse gradients over processes, averaged here: DistributedDataParallel cannot reduce them."""
+"""Sums over processes of what is sparse in its rows: gradients, which DistributedDataParallel cannot reduce, and
+statistics of drawn classes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, gather, pad_across_processes
+from accelerate.utils import broadcast, gather, pad_across_processes, reduce
 from torch import Tensor, nn
 
 from .sparse import coalesced
@@ -59,13 +60,29 @@ def average_rows(parameters: Iterable[nn.Parameter]) -> None:
             )
         gradient = coalesced(parameter.grad)
         if processes > 1:
-            ids, rows = gradient._indices()[0], gradient._values() / processes
-            ids = gather(pad_across_processes(ids, pad_index=-1))
-            rows = gather(pad_across_processes(rows))
-            # The padding is no row: a row with a gradient of zero would still be moved by its momentum.
-            gradient = _sparse(ids[ids >= 0], rows[ids >= 0], parameter).coalesce()
+            gradient = _sum_rows(gradient)
+            gradient._values().div_(processes)
         parameter.grad = gradient
 
 
-def _sparse(ids: Tensor, rows: Tensor, parameter: nn.Parameter) -> Tensor:
-    return torch.sparse_coo_tensor(ids[None], rows, parameter.shape, check_invariants=False)
+def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of tensors over processes, the same on each; of sparse ones, which are sparse in their rows, only these are
+    sent. Run it on all processes."""
+    return {
+        name: _sum_rows(tensor.coalesce()) if tensor.is_sparse else reduce(tensor, reduction="sum")
+        for name, tensor in tensors.items()
+    }
+
+
+def _sum_rows(tensor: Tensor) -> Tensor:
+    """The sum over processes of coalesced tensors that are sparse in their rows."""
+    if PartialState().num_processes == 1:
+        return tensor
+    ids = gather(pad_across_processes(tensor._indices()[0], pad_index=-1))
+    rows = gather(pad_across_processes(tensor._values()))
+    # The padding is no row: in a gradient, a row of zeros would still be moved by its momentum.
+    return _sparse(ids[ids >= 0], rows[ids >= 0], tensor).coalesce()
+
+
+def _sparse(ids: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(ids[None], rows, like.shape, check_invariants=False)

@@ -90,7 +90,8 @@ class DISLoss:
             its proposal learns from, as ``reduce`` does.
         temperature: τ > 0.
         hard_label_weight: λ in [0, 1], the share of cross-entropy; used only where labels are given.
-        reduce: sums a dict of tensors over processes; ``partial(accelerator.reduce, reduction="sum")``, say.
+        reduce: sums a dict of tensors, some of them sparse, over processes, as
+            :func:`hf_dis.distributed.sum_over_processes` does with accelerate.
         row_sparse_head: give weight and bias sparse gradients, which hold the drawn rows only; for
             :class:`hf_dis.RowSparseAdamW`. ``DistributedDataParallel`` cannot reduce them.
 

@@ -45,7 +45,7 @@ class Proposal:
         return torch.ones(self.num_classes, dtype=torch.float64, device=self.device)
 
     def statistics(self, draw: ClassDraw, disagreement: Tensor) -> Statistics:
-        """What the proposal learns from a step, as tensors to be summed over processes.
+        """What the proposal learns from a step, as tensors, dense or sparse, to be summed over processes.
 
         Args:
             draw: the classes drawn.
@@ -164,7 +164,7 @@ class DISProposal(Proposal):
 
     def update(self, statistics: Statistics) -> None:
         self.ranks.update(statistics)
-        if "tail_rows" in statistics:
+        if "tail" in statistics:
             self.memory.update(statistics)
 
     def scalars(self) -> dict[str, float]:
@@ -293,28 +293,29 @@ class ClassMemory:
         return mixed.double().add_(floor / len(mixed))
 
     def statistics(self, draw: ClassDraw, disagreement: Tensor) -> Statistics:
-        """Per class: Σ (s - p)² over the rows that met it outside their heads, those rows, the teacher's mass."""
-        num_classes = len(self.marginal)
+        """Of each drawn class, Σ (s - p)² over the rows that met it outside their heads and how many did, a sparse
+        ``[C, 2]``; the teacher's mass of every class; the rows."""
         tail = disagreement[:, disagreement.shape[1] - len(draw.shared_ids) :]
-        squared = tail.square().masked_fill(~draw.outside_head, 0).sum(0).float()
-        rows = draw.outside_head.sum(0).float()
-        per_class = squared.new_zeros(2, num_classes)
-        per_class.index_copy_(1, draw.shared_ids, torch.stack([squared, rows]))
+        squared = tail.square().masked_fill(~draw.outside_head, 0).sum(0)
+        met = torch.stack([squared, draw.outside_head.sum(0)], 1).float()
+        shape = (len(self.marginal), 2)
         return {
-            "tail_squared": per_class[0],
-            "tail_rows": per_class[1],
+            "tail": torch.sparse_coo_tensor(draw.shared_ids[None], met, shape, check_invariants=False),
             "class_mass": draw.class_mass,
-            "rows": squared.new_full((), len(draw)),
+            "rows": met.new_full((), len(draw)),
         }
 
     def update(self, statistics: Statistics) -> None:
         """Takes the statistics of a step (summed over processes) into the running means."""
-        rows = statistics["tail_rows"]
-        met = statistics["tail_squared"] / rows.clamp_min(1)
-        self.squared_disagreement.lerp_(met, self.RENEWAL * (rows > 0))
-        rows = statistics["rows"]
-        marginal = (statistics["class_mass"] / rows.clamp_min(1)).float()
-        self.marginal.lerp_(marginal, (1 - self.decay) * (rows > 0))
+        tail = statistics["tail"].coalesce()
+        ids, (squared, rows) = tail._indices()[0], tail._values().unbind(1)
+        known = self.squared_disagreement[ids]
+        mean = torch.where(rows > 0, squared / rows.clamp_min(1), known)
+        self.squared_disagreement.index_copy_(0, ids, known.lerp(mean, self.RENEWAL))
+        # A process without a row, and so all of them in such a step, has seen nothing.
+        num_rows = statistics["rows"]
+        marginal = (statistics["class_mass"] / num_rows.clamp_min(1)).float()
+        self.marginal.lerp_(marginal, (1 - self.decay) * (num_rows > 0))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"class_squared_disagreement": self.squared_disagreement, "class_marginal": self.marginal}

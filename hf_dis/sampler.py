@@ -133,7 +133,8 @@ class ClassSampler:
         Args:
             draw: the classes drawn.
             disagreement: s - p at every column, as :func:`hf_dis.losses.sampled_distillation_loss` returns it.
-            reduce: sums the statistics over processes; not needed with one.
+            reduce: sums the statistics over processes, see :func:`hf_dis.distributed.sum_over_processes`; not needed
+                with one.
         """
         with torch.no_grad():
             statistics = self.proposal.statistics(draw, disagreement)

@@ -162,11 +162,19 @@ def draw_shared(density: Tensor, num_draws: int, generator: torch.Generator) -> 
     Returns:
         class ids ``[min(K_t, C)]``, ascending, and their π (float64).
     """
-    num_draws = min(num_draws, len(density))
-    expected = inclusion_probabilities(density, num_draws)
-    points = systematic_points(1, num_draws, generator)[0].to(density.device, non_blocking=True)
-    ids = torch.searchsorted(expected.cumsum(0), points, right=True).clamp(max=len(density) - 1)
-    return ids, expected[ids]
+    num_classes = len(density)
+    if num_draws >= num_classes:
+        return torch.arange(num_classes, device=density.device), torch.ones_like(density, dtype=torch.float64)
+    density = density.double()
+    # At most K_t classes can be capped, and they are the largest; all others are one entry of their mean size.
+    largest = density.topk(num_draws).values
+    num_others = num_classes - num_draws
+    others = (density.sum() - largest.sum()) / num_others
+    scale = inclusion_probabilities(torch.cat([largest, others[None]]), num_draws, num_others)[-1] / others
+    # In units of the density: the classes' shares end to end, and the points on them.
+    points = systematic_points(1, num_draws, generator)[0].to(density.device, non_blocking=True) / scale
+    ids = torch.searchsorted(density.clamp_max(1 / scale).cumsum(0), points, right=True).clamp(max=num_classes - 1)
+    return ids, (scale * density[ids]).clamp_(max=1)
 
 
 def ranks_to_classes(ranks: Tensor, ranked_ids: Tensor) -> Tensor:

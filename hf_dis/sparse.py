@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def coalesced(gradient: Tensor) -> Tensor:
@@ -18,6 +20,24 @@ def coalesced(gradient: Tensor) -> Tensor:
             ids, gradient._values(), gradient.shape, check_invariants=False, is_coalesced=True
         )
     return gradient.coalesce()
+
+
+def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` that scales row-sparse gradients in place, where torch makes a copy.
+
+    Args:
+        parameters: their sparse gradients have to be coalesced.
+        max_norm: of all gradients together.
+
+    Returns:
+        their norm before.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    holders = [nn.Parameter(gradient, requires_grad=False) for gradient in dense]
+    for holder, gradient in zip(holders, dense, strict=True):
+        holder.grad = gradient
+    return torch.nn.utils.clip_grad_norm_(holders, max_norm)
 
 
 class TouchedRows:

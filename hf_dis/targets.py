@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements that passes over all classes take at a time, so that what they leave stays in a processor's cache.
-BLOCK_ELEMENTS = 2**20
+# Elements that the pass over all classes takes at a time on CPU, so that what it leaves stays in the cache.
+BLOCK_ELEMENTS = 2**18
 
 
 def widen(logits: Tensor) -> Tensor:
@@ -28,12 +28,19 @@ class TeacherTargets:
     """
 
     def __init__(self, logits: Tensor, temperature: float, depth: int):
-        self.logits = widen(logits) / temperature
-        top, self.ids = self.logits.topk(min(depth, logits.shape[1]), dim=1)
-        self.block_rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
-        self.log_normaliser = torch.cat(
-            [part.logsumexp(1, keepdim=True) for part in self.logits.split(self.block_rows)]
-        )
+        self.logits, self.temperature = logits, temperature
+        top, self.ids = logits.topk(min(depth, logits.shape[1]), dim=1)
+        top = widen(top) / temperature
+        # The one pass of exponentials over all classes gives the normaliser and the classes' probabilities.
+        on_cpu = logits.device.type == "cpu"
+        block_rows = max(1, BLOCK_ELEMENTS // logits.shape[1] if on_cpu else len(logits))
+        self._probability = top.new_zeros(logits.shape[1])
+        totals = []
+        for part, peak in zip(logits.split(block_rows), top[:, :1].split(block_rows), strict=True):
+            exponentials = (widen(part) / temperature).sub_(peak).exp_()
+            totals.append(exponentials.sum(1))
+            self._probability.addmv_(exponentials.T, totals[-1].reciprocal())
+        self.log_normaliser = top[:, :1] + torch.cat(totals)[:, None].log_()
         self.log_probs = top - self.log_normaliser
 
     def __len__(self) -> int:
@@ -41,14 +48,12 @@ class TeacherTargets:
 
     def log_prob(self, ids: Tensor) -> Tensor:
         """Log-probability of any classes of each row, ``[n, K]`` for ids ``[n, K]``."""
-        return self.logits.gather(1, ids) - self.log_normaliser
+        return widen(self.logits.gather(1, ids)) / self.temperature - self.log_normaliser
 
     def class_mass(self) -> Tensor:
         """The probability of each class outside the rows' ranked ones, summed over rows, ``[C]``."""
-        blocks = zip(self.logits.split(self.block_rows), self.log_normaliser.split(self.block_rows), strict=True)
-        mass = sum((logits - log_normaliser).exp_().sum(0) for logits, log_normaliser in blocks)
         ranked = self.log_probs.exp().flatten()
-        return mass.index_add_(0, self.ids.flatten(), ranked, alpha=-1).clamp_min_(0)
+        return self._probability.index_add(0, self.ids.flatten(), ranked, alpha=-1).clamp_min_(0)
 
 
 def check_teacher_logits(logits: Tensor, num_classes: int, first_row: int = 0, check_finite: bool = True) -> None:

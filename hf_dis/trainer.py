@@ -14,7 +14,7 @@ from .checkpoints import CheckpointMixin
 from .checks import check_labels, check_row_sparse, check_trainer_arguments
 from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
-from .distributed import average_rows, kept_from_ddp
+from .distributed import average_rows, kept_from_ddp, sum_over_processes
 from .evaluation import EvaluationMixin, NoRowsCheck
 from .head_search import find_head_layers, find_heads
 from .heads import SampledHead, check_head, head_features, sampling_pays
@@ -23,6 +23,7 @@ from .losses import exact_cross_entropy, mix, sampled_cross_entropy, sampled_dis
 from .optim import RowSparseAdamW
 from .rows import Rows, token_rows
 from .sampler import make_sampler
+from .sparse import clip_grad_norm_
 from .streaming import AfterHead, split_examples
 from .tasks import Task, base_model, find_task, num_outputs, shared_classes
 from .teachers import OnlineTeacher, load_teacher, load_tokenizer, placed
@@ -124,7 +125,7 @@ class DISDistillationTrainer(EvaluationMixin, CheckpointMixin, HubMixin):
         logits = outputs.logits[: len(draw)]
         kd, disagreement = sampled_distillation_loss(logits, draw, self.args.temperature)
         ce = None if rows.labels is None else sampled_cross_entropy(logits, draw)
-        self.sampler.learn(draw, disagreement, self._sum_over_processes)
+        self.sampler.learn(draw, disagreement, sum_over_processes)
         self._record(kd, ce, draw, disagreement, inputs, rows)
         loss = mix(kd, ce, self.args.hard_label_weight) + self._router_loss(outputs)
         loss = self._normalise(loss, num_items_in_batch)
@@ -213,10 +214,13 @@ class DISDistillationTrainer(EvaluationMixin, CheckpointMixin, HubMixin):
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return loss.sum() / torch.as_tensor(num_items_in_batch).clamp_min(1) * processes
 
-    def _sum_over_processes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.accelerator.reduce(tensors, reduction="sum")
-
     # Optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        if not self._row_sparse:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in ``Trainer``; with ``head_learning_rate`` the head's parameters form groups of their own."""
@@ -259,7 +263,7 @@ class DISDistillationTrainer(EvaluationMixin, CheckpointMixin, HubMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: kd_loss, ce_loss, dis/*, probe/*, and the proposal's weights."""
         if "loss" in logs and self.model.training:
-            logs = {**logs, **self._means.pop(self._sum_over_processes)}
+            logs = {**logs, **self._means.pop(sum_over_processes)}
             if self.head_mode == "sampled":
                 logs |= self.sampler.proposal.scalars()
         super().log(logs, start_time)

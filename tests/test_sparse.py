@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_dis.sparse import TouchedRows, coalesced
+from hf_dis.sparse import TouchedRows, clip_grad_norm_, coalesced
 
 
 def gradient(ids, size=9):
@@ -19,6 +19,21 @@ def test_clipping_counts_every_row_once():
         norms = [torch.nn.utils.clip_grad_norm_(parameter, 0.5) for parameter in (sparse, dense)]
         torch.testing.assert_close(*norms)
         torch.testing.assert_close(sparse.grad.to_dense(), dense.grad)
+
+
+def test_clipping_in_place_is_clipping():
+    """Several parameters, one of them sparse and one without a gradient: norm and gradients are those of torch."""
+    parameters = [torch.nn.Parameter(torch.zeros(9, 4)) for _ in range(3)]
+    dense = [torch.nn.Parameter(torch.zeros(9, 4)) for _ in range(2)]
+    parameters[0].grad, parameters[1].grad = gradient([1, 5, 8]).coalesce(), torch.randn(9, 4)
+    dense[0].grad, dense[1].grad = parameters[0].grad.to_dense(), parameters[1].grad.clone()
+    values = parameters[0].grad._values()
+    norm = clip_grad_norm_(iter(parameters), 0.5)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(dense, 0.5))
+    for found, expected in zip(parameters[:2], dense, strict=True):
+        torch.testing.assert_close(found.grad.to_dense(), expected.grad)
+    assert parameters[0].grad.is_coalesced() and parameters[0].grad._values().data_ptr() == values.data_ptr()
+    assert parameters[2].grad is None
 
 
 def test_coalesced_sums_what_is_there_twice_and_only_relabels_what_is_not():

@@ -58,3 +58,11 @@ def test_gradients_are_means_over_processes_and_padding_is_no_row(ranks, case):
         found = rank[case]
         assert found.is_coalesced() and found.indices()[0].tolist() == sorted({*touched[0], *(touched[1] or [])})
         torch.testing.assert_close(found.to_dense(), expected)
+
+
+def test_statistics_are_sums_over_processes_dense_and_sparse(ranks):
+    expected = sum(worker.gradient(ids, rank).to_dense() for rank, ids in enumerate(worker.TOUCHED["some"]))
+    for rank in ranks:
+        assert rank["sums"]["dense"].tolist() == [3, 3, 3]
+        assert rank["sums"]["rows"].is_coalesced() and rank["sums"]["rows"]._nnz() == 3
+        torch.testing.assert_close(rank["sums"]["rows"].to_dense(), expected)

@@ -1,0 +1,255 @@
+"""How good a student each method makes, against the logits it computes and the time it takes: the glyph task.
+
+    python benchmarks/quality_vs_k.py --teacher runs/glyphs/teacher --json quality_vs_k.jsonl --seeds 0 1 2
+    python benchmarks/quality_vs_k.py --teacher runs/glyphs/teacher --json quality_vs_k.jsonl --time
+    python benchmarks/quality_vs_k.py --json quality_vs_k.jsonl --plot docs/images/quality_vs_k.png
+
+The demo's task and schedule (4 epochs, batches of 256), no hard labels. The first command trains one student for each
+method and seed, each method at its best head learning rate, and writes a line for each; what the file has already is
+not run again. The second times the student's side of a training step, methods in turn: all of the step but the
+teacher's forward and the images. Every call prints the table of what the file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import ResNetForImageClassification, TrainerCallback, set_seed
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from glyph_task import load_task, student_trainer
+
+CLASSES = 3375
+
+
+def per_row(num_sampled: int, head_rate: float = 20, **settings) -> dict:
+    """Classes drawn row by row, with every rank resolved."""
+    return {"num_sampled_classes": num_sampled, "rank_depth": CLASSES, "head_rate": head_rate, **settings}
+
+
+def two_strata(num_sampled: int, num_shared: int, head_rate: float = 20, **settings) -> dict:
+    """Classes drawn from each row's 2 K best, and a tail for all rows."""
+    return {
+        "num_sampled_classes": num_sampled,
+        "num_shared_classes": num_shared,
+        "head_rate": head_rate,
+        **settings,
+    }
+
+
+# The arguments of each training; head rates as multiples of the body's, each the best of those tried.
+METHODS = {
+    "exact": {"head_mode": "exact", "head_rate": 20},
+    "dis 32": per_row(32),
+    "dis 64": per_row(64),
+    "dis 128": per_row(128),
+    "dis 256": per_row(256),
+    "dis 337": per_row(337),
+    "dis 128 row-sparse": per_row(128, row_sparse_head=True),
+    "two strata 32+256": two_strata(32, 256),
+    "two strata 64+512": two_strata(64, 512),
+    "two strata 64+512 row-sparse": two_strata(64, 512, row_sparse_head=True),
+    "two strata 128+208": two_strata(128, 208),
+    "ftis 128": per_row(128, proposal="teacher", sampler="replacement"),
+    "ftis 337": per_row(337, proposal="teacher", sampler="replacement"),
+    "uniform 128": per_row(128, proposal="uniform"),
+    "uniform 337": per_row(337, proposal="uniform"),
+    "top-k 128": {"num_sampled_classes": 128, "proposal": "topk", "head_rate": 12},
+    "top-k 337": {"num_sampled_classes": 337, "proposal": "topk", "head_rate": 12},
+}
+
+
+def sizes(settings: dict, rows: int = 256) -> dict[str, int]:
+    """Student logits computed for each row, and the rows of W that a batch touches at most."""
+    if settings.get("head_mode") == "exact":
+        return {"logits": CLASSES, "rows_touched": CLASSES}
+    sampled, shared = settings["num_sampled_classes"], settings.get("num_shared_classes", 0)
+    return {"logits": sampled + shared, "rows_touched": rows * sampled + shared}
+
+
+def train(name: str, seed: int, settings: dict, teacher, task) -> dict:
+    """Trains and evaluates one student."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = student_trainer(teacher, task, output_dir=folder, seed=seed, disable_tqdm=True, **settings)
+        set_seed(seed)
+        trainer.train()
+        metrics = trainer.evaluate()
+    return {
+        "method": name,
+        "seed": seed,
+        "head_rate": settings["head_rate"],
+        **sizes(settings),
+        **{key: metrics[f"eval_{key}"] for key in ("top1", "top5", "kl")},
+    }
+
+
+class StudentTime(TrainerCallback):
+    """Time of each optimizer step, from its batch to the cleared gradient, less the teacher's forward."""
+
+    def __init__(self, teacher: torch.nn.Module):
+        self.milliseconds: list[float] = []
+        self.hooks = [
+            teacher.register_forward_pre_hook(lambda *_: self._add(time.perf_counter())),
+            teacher.register_forward_hook(lambda *_: self._add(-time.perf_counter())),
+        ]
+
+    def _add(self, seconds: float) -> None:
+        self.seconds += seconds
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.seconds = -time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._add(time.perf_counter())
+        self.milliseconds.append(1000 * self.seconds)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def student_milliseconds(settings: dict, teacher, task, num_steps: int) -> list[float]:
+    """The student's side of a few steps, after two that are not counted."""
+    times = StudentTime(teacher)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = student_trainer(
+            teacher, task, output_dir=folder, max_steps=num_steps + 2, disable_tqdm=True, **settings
+        )
+        trainer.add_callback(times)
+        trainer.train()
+    return times.milliseconds[2:]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, record: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    print(record, flush=True)
+
+
+def summary(records: list[dict]) -> list[dict]:
+    """One entry for each method and head rate: means over seeds, and the latest time of a step."""
+    times = {record["method"]: record["student_ms"] for record in records if "student_ms" in record}
+    runs: dict[tuple[str, float], list[dict]] = {}
+    for record in records:
+        if "top1" in record:
+            runs.setdefault((record["method"], record["head_rate"]), []).append(record)
+    entries = []
+    for group in runs.values():
+        values = [record["top1"] for record in group]
+        entries.append(
+            {
+                **{key: group[0][key] for key in ("method", "head_rate", "logits", "rows_touched")},
+                **{key: statistics.mean(record[key] for record in group) for key in ("top1", "top5", "kl")},
+                "seeds": len(group),
+                "spread": max(values) - min(values),
+                "student_ms": times.get(group[0]["method"]),
+            }
+        )
+    return entries
+
+
+def table(entries: list[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| method | logits a row | rows of W | head rate | seeds | top-1 | spread | top-5 | KL | student ms a step |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        ms = "" if entry["student_ms"] is None else f"{entry['student_ms']:.0f}"
+        lines.append(
+            f"| {entry['method']} | {entry['logits']:,} ({entry['logits'] / CLASSES:.1%}) | {entry['rows_touched']:,} "
+            f"| x{entry['head_rate']:g} | {entry['seeds']} | {entry['top1']:.1%} | {entry['spread']:.1%} "
+            f"| {entry['top5']:.1%} | {entry['kl']:.3f} | {ms} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(entries: list[dict], path: Path) -> None:
+    """Top-1 against logits and against the student's time, each method at its best head rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    best: dict[str, dict] = {}
+    for entry in entries:
+        if entry["top1"] > best.get(entry["method"], {"top1": -1})["top1"]:
+            best[entry["method"]] = entry
+    families: dict[str, list[dict]] = {}
+    for method, entry in best.items():
+        family = method.rstrip("0123456789+ ") if "row-sparse" not in method else "row-sparse"
+        families.setdefault(family, []).append(entry)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for axis, key, label in zip(
+        axes, ("logits", "student_ms"), ("student logits a row", "student ms a step"), strict=True
+    ):
+        for family, members in families.items():
+            members = sorted((entry for entry in members if entry[key]), key=lambda entry: entry[key])
+            axis.plot([e[key] for e in members], [e["top1"] for e in members], "o-", label=family)
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_xscale("log")
+    axes[0].set_ylabel("top-1 on unseen typefaces")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, help="a teacher saved by examples/run_glyphs.py")
+    parser.add_argument("--json", type=Path, required=True, help="JSON lines: read, and added to")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--head_rates", type=float, nargs="+", help="instead of each method's own")
+    parser.add_argument("--time", action="store_true", help="time steps instead of training students")
+    parser.add_argument("--rounds", type=int, default=3, help="of timing, eight steps each")
+    parser.add_argument("--plot", type=Path, help="draw what the file holds; trains nothing")
+    arguments = parser.parse_args()
+    versions = (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    )
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}", flush=True)
+    if arguments.plot is None:
+        if arguments.teacher is None:
+            raise SystemExit("--teacher is needed: train one with examples/run_glyphs.py")
+        task = load_task()
+        teacher = ResNetForImageClassification.from_pretrained(arguments.teacher).to(memory_format=torch.channels_last)
+        chosen = {name: METHODS[name] for name in arguments.methods}
+        if arguments.time:
+            times: dict[str, list[float]] = {name: [] for name in chosen}
+            for _ in range(arguments.rounds):
+                for name, settings in chosen.items():
+                    times[name] += student_milliseconds(settings, teacher, task, num_steps=8)
+            for name, values in times.items():
+                append(arguments.json, {"method": name, "student_ms": statistics.median(values)})
+        else:
+            done = {(r["method"], r["head_rate"], r["seed"]) for r in read(arguments.json) if "seed" in r}
+            for seed in arguments.seeds:
+                for name, settings in chosen.items():
+                    for head_rate in arguments.head_rates or [settings["head_rate"]]:
+                        if (name, head_rate, seed) not in done:
+                            run = train(name, seed, {**settings, "head_rate": head_rate}, teacher, task)
+                            append(arguments.json, run)
+    entries = summary(read(arguments.json))
+    print(table(entries))
+    if arguments.plot is not None:
+        plot(entries, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
