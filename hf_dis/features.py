@@ -15,6 +15,7 @@ class FeaturesMixin(Trainer):
     """What a distilling trainer offers besides logits."""
 
     head: SampledHead
+    head_layers: tuple[str, ...]
 
     def extract_features(self, dataset: Any) -> Tensor:
         """What the student's output head is given for each row: nothing after it is computed, the head neither.
@@ -29,8 +30,10 @@ class FeaturesMixin(Trainer):
             ``[n, d]`` in the order of ``dataset``, on CPU and on every process, float32 or wider.
 
         Raises:
-            ValueError: if the head is not given one vector a row.
+            ValueError: if there is no output head that is one layer, or it is not given one vector a row.
         """
+        if not self.head_layers:
+            raise ValueError("the output head was not found: name it with head_name")
         features = []
         for inputs in self.get_test_dataloader(dataset):
             inputs = self._prepare_inputs(inputs)

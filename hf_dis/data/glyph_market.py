@@ -21,16 +21,14 @@ CAMERAS = [
     "DejaVuSerif",
     "DejaVuSerif-BoldItalic",
 ]
-BOXES = 2  # images of an identity under a camera
-
 
 def write_glyph_market(
     folder: str | Path, *, train_identities: int = 1000, test_identities: int = 200, size: int = 32, seed: int = 0
 ) -> Path:
     """Writes a folder in the format of Market-1501 in which a character is an identity and a typeface a camera.
 
-    An identity has two images under each of six cameras, moved, turned and scaled a little. No character is in both
-    training and test. Of a test identity, one image under each camera is a query; the others are in the gallery, with
+    Six cameras see every identity, each image moved, turned and scaled a little. No character is in both training and
+    test. Of a test identity there are two images under each camera, one of them a query and one in the gallery, with
     distractors, which are other characters, and junk, which shows a character in part. Identities and distractors are
     drawn from the characters that all six typefaces have, by ``seed``.
 
@@ -67,7 +65,7 @@ def write_glyph_market(
         writer = _Writer(Path(scratch) / folder.name, rng)
         for pid, faces in enumerate(characters[:wanted], start=1):
             if pid <= train_identities:
-                folders = [SPLITS["train"]] * BOXES
+                folders = [SPLITS["train"]]
             elif pid <= train_identities + test_identities:
                 folders = [SPLITS["query"], SPLITS["gallery"]]
             else:
