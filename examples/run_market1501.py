@@ -92,10 +92,10 @@ def load_splits(arguments: MarketArguments, args: TrainingArguments, size: list[
         if arguments.glyph_dir and not Path(arguments.glyph_dir).exists():
             write_glyph_market(arguments.glyph_dir)
         splits = load_market1501(arguments.data_dir or arguments.glyph_dir)
-    resize, erase = v2.Resize(size), v2.RandomErasing(0.5)
-    # A character in the mirror is another one, a person is not.
-    flip = v2.RandomHorizontalFlip(0.0 if arguments.glyph_dir else 0.5)
-    augment = v2.Compose([resize, flip, v2.RandomCrop(size, padding=size[1] // 12)])
+    # A character in the mirror, or without a part, is another one; a person is not.
+    often = 0.0 if arguments.glyph_dir else 0.5
+    resize, erase = v2.Resize(size), v2.RandomErasing(often)
+    augment = v2.Compose([resize, v2.RandomHorizontalFlip(often), v2.RandomCrop(size, padding=size[1] // 12)])
     normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
     def stacked(images):

@@ -22,6 +22,7 @@ CAMERAS = [
     "DejaVuSerif-BoldItalic",
 ]
 
+
 def write_glyph_market(
     folder: str | Path, *, train_identities: int = 1000, test_identities: int = 200, size: int = 32, seed: int = 0
 ) -> Path:

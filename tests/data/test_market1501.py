@@ -1,5 +1,6 @@
 """Market-1501 from an archive or a folder: what the splits hold, and what is refused."""
 
+import io
 import logging
 import random
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from markets import jpeg, market_files, write_market_archive, write_market_folder
+from PIL import Image
 
 from hf_dis.data import DataError, Market1501, load_market1501
 from hf_dis.data import market1501 as module
@@ -192,6 +194,14 @@ def test_unreadable_images_are_named_all_of_them(write, tmp_path, load):
     with pytest.raises(DataError, match="4 images cannot be read") as told:
         load(write(tmp_path, {**market_files(), **broken}))
     assert all(name in str(told.value) for name in broken)
+
+
+def test_an_image_of_another_format_is_not_decoded(tmp_path, load):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 16)).save(buffer, "PNG")
+    name = "query/0001_c1s1_001051_00.jpg"
+    with pytest.raises(DataError, match=f"1 images cannot be read: {name}"):
+        load(write_market_folder(tmp_path, {**market_files(), name: buffer.getvalue()}))
 
 
 def test_an_image_that_claims_to_be_huge_is_not_decoded(tmp_path, load, monkeypatch):
