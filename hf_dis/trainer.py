@@ -16,6 +16,7 @@ from .config import DISConfig
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from .distributed import average_rows, kept_from_ddp, sum_over_processes
 from .evaluation import EvaluationMixin, NoRowsCheck
+from .features import FeaturesMixin
 from .head_search import find_head_layers, find_heads
 from .heads import SampledHead, check_head, head_features, sampling_pays
 from .hub import HubMixin
@@ -31,7 +32,7 @@ from .teachers import OnlineTeacher, load_teacher, load_tokenizer, placed
 logger = logging.get_logger(__name__)
 
 
-class DISDistillationTrainer(EvaluationMixin, CheckpointMixin, HubMixin):
+class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, HubMixin):
     """Distils a teacher into a student by dynamic importance sampling (arXiv 1812.00914).
 
     Everything that ``Trainer`` does stays as it is; only the loss changes. Evaluation uses the full output layer

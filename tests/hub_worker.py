@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
 import torch
+from archives import write_cifar100_archive
 from models import images, labelled_images, vit
 
 from hf_dis import DISConfig, DISDistillationTrainer
@@ -66,7 +68,7 @@ def publish(folder: Path) -> dict:
     logits = trainer.model.eval()(images(4)).logits.detach()
     saved = type(trainer.model).from_pretrained(folder / "student").eval()
     report["intact"] = torch.equal(saved(images(4)).logits, logits)
-    torch.save(logits, folder / "logits.pt")
+    torch.save({"pixel_values": images(4), "logits": logits}, folder / "published.pt")
     report["commit url"] = trainer.push_to_hub(dataset="Glyphs", license="apache-2.0").commit_url
 
     every_save = {"save_strategy": "steps", "save_steps": 2, "push_to_hub": True}
@@ -91,6 +93,27 @@ def refused(folder: Path) -> dict:
     return report
 
 
+def cifar(folder: Path) -> dict:
+    """Runs the example as it is; what the student that it trained answers is kept when it publishes it."""
+    push = DISDistillationTrainer.push_to_hub
+
+    def push_and_keep(trainer: DISDistillationTrainer, **commit) -> None:
+        pixel_values = torch.randn(4, 3, 32, 32)
+        logits = trainer.model.eval()(pixel_values).logits.detach()
+        torch.save({"pixel_values": pixel_values, "logits": logits}, folder / "cifar.pt")
+        push(trainer, **commit)
+
+    DISDistillationTrainer.push_to_hub = push_and_keep
+    script = Path(__file__).parents[1] / "examples" / "run_cifar.py"
+    data = ["--data_dir", str(write_cifar100_archive(folder, train=96, test=40)), "--no_verify_checksum"]
+    method = ["--head_mode", "sampled", "--num_sampled_classes", "8", "--probe_steps", "2"]
+    length = ["--teacher_num_train_epochs", "1", "--max_steps", "3", "--logging_steps", "1", "--save_steps", "2"]
+    hub = ["--push_to_hub", "true", "--hub_model_id", "tester/cifar"]
+    sys.argv = [str(script), "--output_dir", str(folder / "cifar"), "--use_cpu", *data, *method, *length, *hub]
+    runpy.run_path(str(script), run_name="__main__")
+    return {"left": sorted(path.name for path in (folder / "cifar").iterdir())}
+
+
 if __name__ == "__main__":
-    mode, folder = {"publish": publish, "refused": refused}[sys.argv[1]], Path(sys.argv[2])
+    mode, folder = {"publish": publish, "refused": refused, "cifar": cifar}[sys.argv[1]], Path(sys.argv[2])
     (folder / f"{sys.argv[1]}.json").write_text(json.dumps(mode(folder)))

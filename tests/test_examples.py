@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from archives import write_cifar100_archive
+from models import vit
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_dis.data import write_glyph_market
 
 ROOT = Path(__file__).parent.parent
 ONE_PROCESS = ["--num_processes", "1"]
@@ -42,14 +45,14 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-COMMON = ["--no_verify_checksum", "--use_cpu", "--head_mode", "sampled", "--num_sampled_classes", "8"]
+COMMON = ["--use_cpu", "--head_mode", "sampled", "--num_sampled_classes", "8"]
 COMMON += ["--per_device_train_batch_size", "8", "--max_steps", "3", "--logging_steps", "1", "--report_to", "none"]
 
 
 @pytest.mark.slow
 def test_cifar_trains_a_teacher_and_distils_it_in_one_and_two_processes(cifar, cache, tmp_path):
     once, twice = tmp_path / "once", tmp_path / "twice"
-    data = ["--data_dir", str(cifar)]
+    data = ["--data_dir", str(cifar), "--no_verify_checksum"]
     first = ["--output_dir", str(once), "--teacher_num_train_epochs", "1", *data, *COMMON]
     launch("run_cifar.py", *first, processes=ONE_PROCESS, cache=cache)
     teacher = ["--teacher_model_name_or_path", str(once / "_teacher")]
@@ -70,6 +73,56 @@ def test_cifar_without_data_names_both_ways_out(cache, tmp_path):
     done = launch("run_cifar.py", *arguments, processes=ONE_PROCESS, cache=cache, check=False)
     assert done.returncode != 0
     assert "--data_dir" in done.stderr and "uoft-cs/cifar100" in done.stderr
+    assert "Traceback" not in done.stderr.split("error:")[1].split("\n")[0]
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory):
+    return write_glyph_market(tmp_path_factory.mktemp("market") / "data", train_identities=20, test_identities=6)
+
+
+def results(output):
+    return json.loads((output / "eval_results.json").read_text())
+
+
+@pytest.mark.slow
+def test_market_trains_a_teacher_and_distils_it_in_one_and_two_processes(market, cache, tmp_path):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    data = ["--data_dir", str(market), "--image_size", "32", "32", "--eval_strategy", "steps", "--eval_steps", "3"]
+    first = ["--output_dir", str(once), "--teacher_num_train_epochs", "1", *data, *COMMON]
+    launch("run_market1501.py", *first, processes=ONE_PROCESS, cache=cache)
+    teacher = ["--teacher_model_name_or_path", str(once / "_teacher")]
+    second = ["--output_dir", str(twice), "--per_device_eval_batch_size", "7", *teacher, *data, *COMMON]
+    launch("run_market1501.py", *second, processes=TWO_PROCESSES, cache=cache)
+
+    for output in (once, twice):
+        student = AutoModelForImageClassification.from_pretrained(output)
+        assert student.config.num_labels == 20 and student.config.id2label[0] == "0001"
+        assert AutoImageProcessor.from_pretrained(output, backend="pil").size["width"] == 32
+        assert results(output)["eval_queries"] == 36 and results(output)["eval_queries_without_match"] == 0
+        assert 0 < results(output)["eval_mAP"] <= results(output)["eval_rank10"] <= 1
+        evaluated = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+        assert [log["eval_mAP"] for log in evaluated if "eval_mAP" in log] == [results(output)["eval_mAP"]]
+
+
+@pytest.mark.slow
+def test_market_takes_any_backbone_by_name(market, cache, tmp_path):
+    vit(5).save_pretrained(tmp_path / "backbone")
+    backbone = ["--model_name_or_path", str(tmp_path / "backbone"), "--teacher_backbone", str(tmp_path / "backbone")]
+    data = ["--glyph_dir", str(market), "--image_size", "8", "8", "--teacher_num_train_epochs", "1"]
+    arguments = ["--output_dir", str(tmp_path / "out"), *backbone, *data, *COMMON]
+    launch("run_market1501.py", *arguments, processes=ONE_PROCESS, cache=cache)
+    for folder in (tmp_path / "out", tmp_path / "out" / "_teacher"):
+        config = AutoModelForImageClassification.from_pretrained(folder).config
+        assert config.model_type == "vit" and config.num_labels == 20
+
+
+@pytest.mark.parametrize("given", [[], ["--data_dir", "a", "--glyph_dir", "b"]], ids=["neither", "both"])
+def test_market_without_data_offers_the_glyphs(given, cache, tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", *given]
+    done = launch("run_market1501.py", *arguments, processes=ONE_PROCESS, cache=cache, check=False)
+    assert done.returncode != 0
+    assert "--data_dir" in done.stderr and "--glyph_dir runs/glyph-market/data" in done.stderr
     assert "Traceback" not in done.stderr.split("error:")[1].split("\n")[0]
 
 

@@ -25,17 +25,23 @@ LOADER = """
 import sys
 sys.modules["hf_dis"] = None
 import torch
-from models import images
 from transformers import AutoModelForImageClassification
-student = AutoModelForImageClassification.from_pretrained("tester/student").eval()
-assert torch.equal(student(images(4)).logits, torch.load(sys.argv[1]))
+student = AutoModelForImageClassification.from_pretrained(sys.argv[1]).eval()
+kept = torch.load(sys.argv[2])
+assert torch.equal(student(kept["pixel_values"]).logits, kept["logits"])
+try:
+    import hf_dis
+except ImportError:
+    print("loaded without hf_dis")
 """
 
 
 def run(code, *arguments, endpoint, home, token=TOKEN):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | ({"HF_TOKEN": token} if token else {})
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'data'}"} | (
+        {"HF_TOKEN": token} if token else {}
+    )
     done = subprocess.run([sys.executable, *code, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -66,6 +72,11 @@ def published(folder, server):
     return worked("publish", folder, server)
 
 
+def loaded(repo, kept, folder, server):
+    done = run(["-c", LOADER, repo, str(kept)], endpoint=server.endpoint, home=folder / "other-home")
+    return done.stdout
+
+
 # The end to end of it
 
 
@@ -81,7 +92,18 @@ def test_the_student_and_nothing_else_is_published(published, folder, server):
 
 
 def test_a_process_without_the_package_loads_the_same_student(published, folder, server):
-    run(["-c", LOADER], str(folder / "logits.pt"), endpoint=server.endpoint, home=folder / "other-home")
+    assert "loaded without" in loaded("tester/student", folder / "published.pt", folder, server)
+
+
+@pytest.mark.slow
+def test_the_student_of_run_cifar_is_the_same_without_the_package(folder, server):
+    report, _ = worked("cifar", folder, server)
+    assert {"_teacher", "checkpoint-3", "model.safetensors"} <= set(report["left"])
+    published = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin"}
+    assert set(server.files["tester/cifar"]) == published | {"all_results.json", "eval_results.json"}
+    assert "loaded without" in loaded("tester/cifar", folder / "cifar.pt", folder, server)
+    card = ModelCard(server.files["tester/cifar"]["README.md"].decode())
+    assert facts(card)["Data set"] == "cifar100" and "gap (sampled - exact)" in facts(card)
 
 
 def test_a_failing_server_leaves_the_student_and_a_second_try(published, folder):

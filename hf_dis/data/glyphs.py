@@ -98,7 +98,7 @@ class GlyphsConfig(datasets.BuilderConfig):
         for name in ("font_files", "test_faces"):
             if isinstance(getattr(self, name), str):
                 raise DataError(f"{name} should be a list, got the string {getattr(self, name)!r}: put it in a list.")
-        self.font_files = _matplotlib_fonts() if self.font_files is None else [Path(path) for path in self.font_files]
+        self.font_files = matplotlib_fonts() if self.font_files is None else [Path(path) for path in self.font_files]
         self.test_faces = list(TEST_FACES if self.test_faces is None else self.test_faces)
         self._check_faces()
         self.digest = self._content_digest()
@@ -190,7 +190,7 @@ class Glyphs(datasets.GeneratorBasedBuilder):
                     yield f"{face.name} {code_point}", {"image": image, "label": label, "face": face.name}
 
 
-def _matplotlib_fonts() -> list[Path]:
+def matplotlib_fonts() -> list[Path]:
     try:
         import matplotlib
     except ImportError as error:

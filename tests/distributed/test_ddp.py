@@ -92,6 +92,14 @@ def test_evaluation_counts_every_row_once(ranks, alone, run):
         assert [rank[run]["metrics"][name] for name in names] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("run", ["exact", "fixed draw"])
+def test_every_process_has_the_features_of_all_rows_in_their_order(ranks, alone, run):
+    expected = alone[run]["features"]
+    assert expected.shape == (13, 16) and len(expected.unique(dim=0)) == 13
+    for rank in ranks:
+        torch.testing.assert_close(rank[run]["features"], expected, rtol=0, atol=1e-4)
+
+
 def test_every_process_writes_and_resumes_its_own_state(ranks):
     for rank in ranks:
         whole, resumed = rank["resume"]

@@ -74,6 +74,7 @@ def run(output_dir: Path) -> None:
             "ids": [one.row_ids for one in drawn],
             "logs": [log for log in this.state.log_history if "loss" in log],
             "metrics": this.evaluate(),
+            "features": this.extract_features(this.eval_dataset),
             "patched": [name for name, module in this.model.named_modules() if "forward" in vars(module)],
         }
 

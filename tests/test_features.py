@@ -1,0 +1,79 @@
+"""Features: what the head is given, row by row, whatever the batches; trainer and student stay as they were."""
+
+import pytest
+import torch
+from models import labelled_images, resnet
+from torch.utils.data import Dataset
+
+
+@pytest.fixture(params=["vit", "resnet"])
+def trainer(request, make_trainer):
+    return make_trainer(**({} if request.param == "vit" else {"student": resnet(40)}))
+
+
+@pytest.mark.parametrize("when", ["before training", "after training"])
+def test_they_are_what_the_head_is_given(trainer, when):
+    if when == "after training":
+        trainer.train()
+    rows = labelled_images(19, 40, seed=3)
+    features = trainer.extract_features(rows)
+    student = trainer.model.eval()
+    with torch.no_grad():
+        logits = student(torch.stack([row["pixel_values"] for row in rows])).logits
+    assert features.shape == (19, 16) and features.dtype == torch.float32
+    torch.testing.assert_close(trainer.head.module(features), logits, rtol=0, atol=1e-5)
+
+
+def test_the_head_is_not_computed(trainer, monkeypatch):
+    monkeypatch.setattr(trainer.head.module, "forward", lambda *args: pytest.fail("the head was called"))
+    trainer.extract_features(labelled_images(4, 40))
+
+
+def test_labels_are_not_looked_at(trainer):
+    rows = labelled_images(5, 40)
+    without = [{"pixel_values": row["pixel_values"]} for row in rows]
+    unlabelled = [{**row, "labels": -1} for row in rows]
+    features = [trainer.extract_features(one) for one in (rows, without, unlabelled)]
+    assert torch.equal(features[0], features[1]) and torch.equal(features[0], features[2])
+
+
+def test_the_mode_and_the_forwards_are_left_as_they_were(trainer):
+    trainer.model.train()
+    before = {name: set(vars(module)) for name, module in trainer.model.named_modules()}
+    trainer.extract_features(labelled_images(4, 40))
+    assert trainer.model.training
+    assert {name: set(vars(module)) for name, module in trainer.model.named_modules()} == before
+
+
+def test_in_half_precision_they_are_widened(make_trainer):
+    rows = labelled_images(4, 40)
+    wide, narrow = (make_trainer(bf16=bf16).extract_features(rows) for bf16 in (False, True))
+    assert narrow.dtype == torch.float32 and not torch.equal(narrow, wide)
+    torch.testing.assert_close(narrow, wide, rtol=0, atol=0.1)
+
+
+def test_a_sequence_of_vectors_is_refused(make_trainer):
+    trainer = make_trainer()
+    # As a model would that has its head at every position.
+    trainer.model.vit.layernorm.register_forward_hook(
+        lambda module, args, output: output[:, None].expand(-1, 2, -1, -1)
+    )
+    with pytest.raises(
+        ValueError, match=r"ViTForImageClassification is given features of shape \(4, .*one vector a row"
+    ):
+        trainer.extract_features(labelled_images(4, 40))
+
+
+def test_rows_are_read_once(trainer):
+    class Counting(Dataset):
+        rows, read = labelled_images(11, 40), []
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return self.rows[index]
+
+    trainer.extract_features(Counting())
+    assert Counting.read == list(range(11))
