@@ -126,6 +126,7 @@ def _adds_logits_bias(model: nn.Module, head_name: str) -> nn.Module | None:
     return next((module for module in around if LOGITS_BIAS in module._buffers), None)
 
 
+@torch.compiler.disable(reason="the rows and the classes of a step are data")
 def _drawn_forward(layer: nn.Linear, features: Tensor) -> Tensor:
     drawn = layer.drawn
     row_ids, leading, flat = drawn.row_ids, features.shape[:-1], features.reshape(-1, features.shape[-1])
