@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .drawn import drawn_logits
 from .losses import exact_distillation_loss, sampled_distillation_loss
@@ -46,7 +46,8 @@ def certain_share(draw: ClassDraw) -> Tensor:
 
 
 def probe(
-    head: nn.Linear,
+    weight: Tensor,
+    bias: Tensor | None,
     features: Tensor,
     draw: ClassDraw,
     teacher_logits: Iterable[Tensor],
@@ -56,7 +57,7 @@ def probe(
     """Compares the sampled distillation loss of a batch, and its gradient on the features, with the exact ones.
 
     Args:
-        head: the student's output head.
+        weight, bias: of the student's output head, ``[C, d]`` and ``[C]`` or None.
         features: what it is given, ``[N, d]``.
         draw: the classes drawn for these rows.
         teacher_logits: ``[n, C]`` for consecutive chunks of the rows; the exact loss is computed chunk by chunk.
@@ -68,8 +69,8 @@ def probe(
         (‖ĝ - g‖ / ‖g‖) between the gradients.
     """
     with torch.enable_grad():
-        features = features.detach().to(head.weight.dtype).requires_grad_()
-        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        features = features.detach().to(weight.dtype).requires_grad_()
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
         logits = after_head(drawn_logits(features, weight, bias, draw.row_ids, draw.shared_ids))
         sampled = sampled_distillation_loss(logits, draw, temperature)[0].mean()
         (sampled_gradient,) = torch.autograd.grad(sampled, features)

@@ -68,6 +68,14 @@ class SampledHead:
             raise ValueError(f"the output head is made of several layers: {', '.join(self.layers)}")
         return next(iter(self.layers.values()))
 
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Of the head where it is one layer: ``[C, d]``, and ``[C]`` or None, with what the model adds to all logits.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        return self.module.weight, _with_bias(self.module, self._logits_bias())
+
     def parameters(self) -> list[nn.Parameter]:
         """Those of all its layers."""
         return [parameter for layer in self.layers.values() for parameter in layer.parameters()]
@@ -93,11 +101,10 @@ class SampledHead:
             positions: where the rows are among the flattened positions ``[B·S]`` that the head is given, ``[N]``; its
                 output is then ``[N, R + K_t]``. None: a row is an example.
         """
-        bias = None
-        if self._adds_bias is not None:
+        bias = self._logits_bias()
+        if bias is not None:
             # What the model adds to the logits of all classes is added to those of the drawn ones here. Until then
             # the model finds a zero in its place: an instance's attribute hides the buffer, which stays as it is.
-            bias = self._adds_bias._buffers[LOGITS_BIAS][0]
             self._adds_bias.__dict__[LOGITS_BIAS] = bias.new_zeros(1, 1)
         for layer in self.layers.values():
             if "drawn" not in layer.__dict__:
@@ -105,6 +112,9 @@ class SampledHead:
             layer.drawn = Drawn(row_ids, shared_ids, positions, self.row_sparse, bias)
             layer.forward = types.MethodType(_drawn_forward, layer)
             bias = None
+
+    def _logits_bias(self) -> Tensor | None:
+        return None if self._adds_bias is None else self._adds_bias._buffers[LOGITS_BIAS][0]
 
     def clear(self) -> None:
         """Gives the head its own forward back."""
@@ -126,6 +136,13 @@ def _adds_logits_bias(model: nn.Module, head_name: str) -> nn.Module | None:
     return next((module for module in around if LOGITS_BIAS in module._buffers), None)
 
 
+def _with_bias(layer: nn.Linear, added: Tensor | None) -> Tensor | None:
+    if layer.bias is None or added is None:
+        return layer.bias if added is None else added
+    return layer.bias + added
+
+
+@torch.compiler.disable(reason="the rows and the classes of a step are data")
 def _drawn_forward(layer: nn.Linear, features: Tensor) -> Tensor:
     drawn = layer.drawn
     row_ids, leading, flat = drawn.row_ids, features.shape[:-1], features.reshape(-1, features.shape[-1])
@@ -139,10 +156,9 @@ def _drawn_forward(layer: nn.Linear, features: Tensor) -> Tensor:
             f"the head {type(layer).__name__} got features of shape {tuple(features.shape)} for {len(row_ids)} rows "
             "of drawn classes: it has to see one feature vector a row, [N, d], or a sequence of them, [N, S, d]"
         )
-    bias = layer.bias
-    if drawn.bias is not None:
-        bias = drawn.bias if bias is None else bias + drawn.bias
-    logits = drawn_logits(flat, layer.weight, bias, row_ids, drawn.shared_ids, drawn.row_sparse)
+    logits = drawn_logits(
+        flat, layer.weight, _with_bias(layer, drawn.bias), row_ids, drawn.shared_ids, drawn.row_sparse
+    )
     return logits.view(*leading, logits.shape[1])
 
 

@@ -31,8 +31,19 @@ class Rows:
         return self.num_examples if self.positions is None else len(self.positions)
 
     def of(self, values: Tensor, chunk: slice = slice(None)) -> Tensor:
-        """The values of all rows, or of some: ``[N, ...]`` of ``[B, ...]`` or, with positions, ``[B, S, ...]``."""
-        return values[chunk] if self.positions is None else values.flatten(0, 1)[self.positions[chunk]]
+        """The values of all rows, or of some: ``[N, ...]`` of ``[B, ...]`` or, with positions, ``[B, S, ...]``.
+
+        Raises:
+            ValueError: if a model answers for more or fewer tokens than it was given.
+        """
+        if self.positions is None:
+            return values[chunk]
+        if values.shape[:2] != (self.num_examples, self.length):
+            raise ValueError(
+                f"a model answers for {tuple(values.shape[:2])} tokens of {(self.num_examples, self.length)} that it "
+                "was given: which answer is about which token cannot be told. Prompt learning adds tokens: use LoRA"
+            )
+        return values.flatten(0, 1)[self.positions[chunk]]
 
     def sums_by_example(self, values: Tensor) -> Tensor:
         """Sums of a value a row, ``[N]``, over each example: ``[B]``."""

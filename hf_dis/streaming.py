@@ -113,10 +113,11 @@ class LogitStream:
             with torch.no_grad(), self.context():
                 logits = self.model(**chunk).logits
             if rows.positions is not None:
-                logits = logits.flatten(0, 1)
+                num_examples = len(logits)
                 here = rows.positions - first_position
-                first_position += len(logits)
-                logits = logits[here[(here >= 0) & (here < len(logits))]]
+                here = here[(here >= 0) & (here < num_examples * rows.length)]
+                logits = Rows(num_examples, positions=here, length=rows.length).of(logits)
+                first_position += num_examples * rows.length
             yield logits
             del logits
 

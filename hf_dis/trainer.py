@@ -123,9 +123,8 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
         draw = self.sampler.draw(self.teacher(inputs, rows, self._checks_values()), rows.labels)
         self.head.set(draw.row_ids, draw.shared_ids, rows.positions)  # until training_step is done with backward
         outputs = model(**inputs)
-        logits = outputs.logits[: len(draw)]
-        kd, disagreement = sampled_distillation_loss(logits, draw, self.args.temperature)
-        ce = None if rows.labels is None else sampled_cross_entropy(logits, draw)
+        kd, disagreement = sampled_distillation_loss(outputs.logits, draw, self.args.temperature)
+        ce = None if rows.labels is None else sampled_cross_entropy(outputs.logits, draw)
         self.sampler.learn(draw, disagreement, sum_over_processes)
         self._record(kd, ce, draw, disagreement, inputs, rows)
         loss = mix(kd, ce, self.args.hard_label_weight) + self._router_loss(outputs)
@@ -257,9 +256,15 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
 
     def _probe(self, draw, inputs, rows) -> dict[str, Tensor]:
         features = rows.of(head_features(self.model, self.head.module, inputs))
+        if features.dim() == 3:
+            raise ValueError(
+                f"probe_steps is {self.args.probe_steps}, but {type(self.model).__name__} picks a token after its "
+                "output head: the probe needs the one vector that an example's classes follow from; set it to 0"
+            )
         teacher_logits = self.teacher.logits(inputs, rows, check_finite=False)
-        after_head = AfterHead.of(base_model(self.model))
-        return probe(self.head.module, features, draw, teacher_logits, self.args.temperature, after_head)
+        after_head = AfterHead.of(base_model(self.model))._replace(bias=None)  # it is the head's own here
+        weight, bias = self.head.weight_and_bias()
+        return probe(weight, bias, features, draw, teacher_logits, self.args.temperature, after_head)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: kd_loss, ce_loss, dis/*, probe/*, and the proposal's weights."""

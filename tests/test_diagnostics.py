@@ -82,7 +82,7 @@ def test_probe_compares_with_dense_distillation(layout, bias, dense_kd):
     head = nn.Linear(5, C, bias=bias).double()
     features, teacher = torch.randn(N, 5, dtype=torch.float64), 2 * torch.randn(N, C, dtype=torch.float64)
     draw = draw_from(teacher, torch.arange(N), **layout)
-    figures = probe(head, features, draw, teacher.split(5), TEMPERATURE, AfterHead())
+    figures = probe(head.weight, head.bias, features, draw, teacher.split(5), TEMPERATURE, AfterHead())
 
     given = features.clone().requires_grad_()
     logits = head(given)
@@ -107,7 +107,7 @@ def test_probe_compares_with_dense_distillation(layout, bias, dense_kd):
 def test_probe_of_a_complete_draw_finds_no_error():
     head, features, teacher = nn.Linear(5, C).double(), torch.randn(N, 5).double(), torch.randn(N, C).double()
     draw = draw_from(teacher, num_sampled_classes=C, num_shared_classes=0)
-    figures = probe(head, features, draw, [teacher], TEMPERATURE, AfterHead())
+    figures = probe(head.weight, head.bias, features, draw, [teacher], TEMPERATURE, AfterHead())
     assert figures["relative_error"] < 1e-10 and figures["cosine"] == pytest.approx(1)
 
 

@@ -42,6 +42,13 @@ def test_values_of_rows():
     assert torch.equal(Rows(2).of(values), values) and len(Rows(2)) == 2
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 3), (2, 3, 3), (8, 3)], ids=["more", "fewer", "flat"])
+def test_values_of_other_tokens_are_refused(shape):
+    rows = token_rows(LABELS, None, SHAPE, shifts_labels=False)
+    with pytest.raises(ValueError, match=rf"answers for \({shape[0]}, {shape[1]}\) tokens of \(2, 4\).*LoRA"):
+        rows.of(torch.zeros(shape))
+
+
 def test_sums_by_example():
     rows = token_rows(LABELS, None, SHAPE, shifts_labels=False)
     assert rows.sums_by_example(torch.tensor([1.0, 2, 3, 10, 20])).tolist() == [6, 30]

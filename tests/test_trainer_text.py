@@ -268,3 +268,22 @@ def test_resume_repeats_the_uninterrupted_run(make_trainer, tmp_path):
     resumed = make_trainer(*pair(gpt2), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert torch.equal(parameters(whole), parameters(resumed))
+
+
+@pytest.mark.parametrize("name", TOKEN_MODELS)
+def test_a_probe_finds_the_sampled_gradient_exact_where_all_classes_are_drawn(make_trainer, name):
+    student, teacher = (TOKEN_MODELS[name](V, seed=seed, spread=5) for seed in range(2))  # with biases
+    trainer = make_trainer(
+        student, teacher, train_dataset=data(), probe_steps=1, logging_steps=1, max_steps=1, **SGD, **ALL
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["probe/relative_error"] < 1e-4
+    assert log["probe/exact_kd_loss"] == pytest.approx(log["kd_loss"], rel=1e-4)
+
+
+def test_a_probe_of_a_head_before_the_pooling_is_refused(make_trainer):
+    rows = [{**row, "labels": index % V} for index, row in enumerate(labelled_tokens(8, V))]
+    trainer = make_trainer(*pair(gpt2_sequences), train_dataset=rows, probe_steps=1, **ALL)
+    with pytest.raises(ValueError, match="probe_steps is 1, but GPT2ForSequenceClassification picks a token after"):
+        trainer.train()
