@@ -145,7 +145,7 @@ def run(output_dir: Path) -> None:
     results = {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
     for (name, keywords), accumulation in product(cases(), ACCUMULATION):
         if name[1] != "dis" or accumulation == 1:
-            results[*name, accumulation] = train(output_dir, name[0], accumulation, data(name[0]), **keywords)
+            results[(*name, accumulation)] = train(output_dir, name[0], accumulation, data(name[0]), **keywords)
     # Each process for itself: the mean over processes of means over its rows.
     apart = {"average_tokens_across_devices": False, "max_steps": 1, **LAYOUTS["exact"]}
     results["apart"] = train(output_dir, "causal LM", 1, data("causal LM")[WINDOW:], **apart)

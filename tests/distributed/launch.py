@@ -12,7 +12,7 @@ import torch
 
 
 def two_processes(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Runs ``script FOLDER ARGUMENTS`` by torchrun; what each process saved as ``rank_<n>.pt``, with its world size."""
+    """Runs ``script FOLDER ARGUMENTS`` by torchrun; what each process saved there as ``rank_<n>.pt``."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = subprocess.run(
         [*torchrun, script, str(folder), *arguments],

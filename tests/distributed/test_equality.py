@@ -41,9 +41,9 @@ def distance(found, expected):
     ("name", "processes", "accumulation"), SPLITS, ids=[f"{' '.join(n)} {p}x{a}" for n, p, a in SPLITS]
 )
 def test_gradient_and_student_do_not_depend_on_the_split(ranks, alone, name, processes, accumulation):
-    reference, untrained = alone[*name, 1], worker.TASKS[name[0]](worker.CLASSES).state_dict()
+    reference, untrained = alone[(*name, 1)], worker.TASKS[name[0]](worker.CLASSES).state_dict()
     for results in ranks if processes == 2 else [alone]:
-        found = results[*name, accumulation]
+        found = results[(*name, accumulation)]
         for step in (0, 2) if name[2] == "fp32" else (0,):  # the third window has fewer examples
             size = max(float(gradient.abs().max()) for gradient in reference["gradients"][step].values())
             assert size > 1e-3
@@ -58,7 +58,7 @@ def test_both_processes_have_the_same_student_to_the_bit(ranks):
     one, other = ranks
     for name in CASES:
         for accumulation in worker.ACCUMULATION if name[1] != "dis" else (1,):
-            assert distance(one[*name, accumulation]["student"], other[*name, accumulation]["student"]) == 0, name
+            assert distance(one[(*name, accumulation)]["student"], other[(*name, accumulation)]["student"]) == 0, name
 
 
 def test_without_average_tokens_each_process_counts_its_own_rows(ranks, tmp_path):
