@@ -1,30 +1,14 @@
 """Row-sparse gradients over two real processes (gloo): the same training as one that accumulates."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import row_sparse_worker as worker
 import torch
+from launch import two_processes
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*torchrun, str(Path(worker.__file__)), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    results = [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
-    assert [result["world_size"] for result in results] == [2, 2]
-    return results
+    return two_processes(worker.__file__, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,159 @@
+"""What test_equality runs in one process and, started by torchrun, in two: the same rows, split differently."""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from models import bert_mlm, bert_tokens, labelled_images, labelled_tokens, llama, vit
+from transformers import TrainerCallback
+
+from hf_dis import ClassSampler, DISConfig, DISDistillationTrainer
+
+WINDOW, EXAMPLES, STEPS = 16, 44, 5  # examples of an optimizer step; an epoch is 16, 16 and 12; its end is crossed
+CLASSES, LENGTH = 40, 6
+ACCUMULATION = (1, 4)
+
+TASKS = {"image": vit, "causal LM": llama, "masked LM": bert_mlm, "token classification": bert_tokens}
+# Proposals that do not learn between the micro-batches of a window; "dis" does, so it is compared without them.
+LAYOUTS = {
+    "exact": {"head_mode": "exact"},
+    "per row": {"proposal": "teacher", "num_shared_classes": 0},
+    "strata": {"proposal": "uniform", "num_shared_classes": 8},
+    "dis": {"proposal": "dis", "num_shared_classes": 8},
+}
+PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}}
+ROW_SPARSE = {"row_sparse_head": True, "optim": "adamw_torch", "learning_rate": 0.02, "adam_epsilon": 1e-3}
+
+
+def data(task: str) -> list[dict]:
+    """Examples with different numbers of supervised tokens. The second half of the first window has none: that is one
+    of two processes, or some of the micro-batches."""
+    if task == "image":
+        return labelled_images(EXAMPLES, CLASSES)
+    rows = labelled_tokens(EXAMPLES, CLASSES, LENGTH)
+    generator = torch.Generator().manual_seed(5)
+    for number, row in enumerate(rows):
+        share = 0 if WINDOW // 2 <= number < WINDOW else (number % 5 + 1) / 5
+        row["labels"] = row["labels"].masked_fill(torch.rand(LENGTH, generator=generator) >= share, -100)
+    return rows
+
+
+class DrawsByLabel(ClassSampler):
+    """Draws that depend on a row and not on the rows around it, so that they are the same however rows are split."""
+
+    def draw(self, teacher, labels=None):
+        self.first_row = 0
+        with mock.patch("hf_dis.sampling.systematic_points", self._points):
+            return super().draw(teacher, labels)
+
+    def _draw_chunk(self, targets, tail, labels):
+        self.labels = labels
+        return super()._draw_chunk(targets, tail, labels)
+
+    def _points(self, num_rows, num_draws, generator):
+        start = torch.full((num_rows, 1), 0.3, dtype=torch.float64)  # of the tail, the same in every micro-batch
+        if num_draws == self.num_sampled:
+            start = (self.labels.double() * 0.618)[:, None] % 1
+        return start + torch.arange(num_draws, dtype=torch.float64)
+
+
+class Keeps(TrainerCallback):
+    """The gradient of each step, and the proposal after it."""
+
+    def __init__(self):
+        self.gradients, self.proposals = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append(
+            {
+                name: p.grad.to_dense().clone() if p.grad is not None else torch.zeros_like(p)
+                for name, p in model.named_parameters()
+            }
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        proposal = self.trainer.sampler.proposal.state_dict()
+        self.proposals.append({name: value.clone() for name, value in proposal.items()})
+
+
+def train(output_dir: Path, task: str, accumulation: int, rows: list[dict], draws_by_label: bool = True, **keywords):
+    """Trains for some steps; returns gradients, proposals, classes drawn and the student."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    defaults = {
+        "per_device_train_batch_size": WINDOW // processes // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "accelerator_config": {"even_batches": False},  # or the last batches would be filled up with other examples
+        "train_sampling_strategy": "sequential",
+        "max_steps": STEPS,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "head_mode": "sampled",
+        "num_sampled_classes": 6,
+        "rank_depth": 10,
+        "hard_label_weight": 0.3,
+    }
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "output_dir": str(output_dir)}
+    build, keeps = TASKS[task], Keeps()
+    trainer = DISDistillationTrainer(
+        build(CLASSES),
+        build(CLASSES, seed=1, spread=30),
+        DISConfig(**{**quiet, **defaults, **keywords}),
+        train_dataset=rows,
+        callbacks=[keeps],
+    )
+    assert trainer.accelerator.num_processes == processes
+    keeps.trainer, drawn = trainer, []
+    if draws_by_label:
+        trainer.sampler.__class__ = DrawsByLabel
+    draw = trainer.sampler.draw
+
+    def recorded(*args):
+        drawn.append(draw(*args))
+        return drawn[-1]
+
+    trainer.sampler.draw = recorded
+    trainer.train()
+    return {
+        "student": {name: value.clone() for name, value in trainer.model.state_dict().items()},
+        "gradients": keeps.gradients,
+        "proposals": keeps.proposals,
+        "ids": [(one.row_ids, one.shared_ids) for one in drawn],
+        "generator": trainer.sampler.generator.get_state(),
+    }
+
+
+def cases():
+    """Name and settings of every run but for how it is split."""
+    for task, layout, precision in product(TASKS, LAYOUTS, PRECISIONS):
+        if precision == "fp32" or layout in ("exact", "per row"):
+            yield (task, layout, precision), {**LAYOUTS[layout], **PRECISIONS[precision]}
+    for task in ("image", "causal LM", "token classification"):
+        yield (task, "per row", "row-sparse"), {**LAYOUTS["per row"], **ROW_SPARSE}
+
+
+def run(output_dir: Path) -> None:
+    results = {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
+    for (name, keywords), accumulation in product(cases(), ACCUMULATION):
+        if name[1] != "dis" or accumulation == 1:
+            results[(*name, accumulation)] = train(output_dir, name[0], accumulation, data(name[0]), **keywords)
+    # Each process for itself: the mean over processes of means over its rows.
+    apart = {"average_tokens_across_devices": False, "max_steps": 1, **LAYOUTS["exact"]}
+    results["apart"] = train(output_dir, "causal LM", 1, data("causal LM")[WINDOW:], **apart)
+    # Its own draws, as a user has them.
+    results["own draws"] = train(output_dir, "causal LM", 4, data("causal LM"), False, **LAYOUTS["dis"])
+    torch.save(results, output_dir / f"rank_{os.environ.get('RANK', 0)}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]))

@@ -1,0 +1,27 @@
+"""Starts a worker script in two real processes (gloo) and collects what each saved."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def two_processes(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Runs ``script FOLDER ARGUMENTS`` by torchrun; what each process saved there as ``rank_<n>.pt``."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*torchrun, script, str(folder), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=560,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    results = [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert [result["world_size"] for result in results] == [2, 2]
+    return results
