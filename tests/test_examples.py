@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from archives import write_cifar100_archive
 from models import vit
+from pages import commands
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_dis.data import write_glyph_market
@@ -18,7 +19,7 @@ ONE_PROCESS = ["--num_processes", "1"]
 TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2"]
 
 
-def launch(script, *arguments, processes, cache, check=True):
+def launch(script, *arguments, processes, cache, check=True, cwd=None):
     """Runs an example under ``accelerate launch``, on CPU and offline."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *processes, "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "examples" / script)]
@@ -29,9 +30,13 @@ def launch(script, *arguments, processes, cache, check=True):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, cwd=cwd)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def results(output):
+    return json.loads((output / "eval_results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +69,7 @@ def test_cifar_trains_a_teacher_and_distils_it_in_one_and_two_processes(cifar, c
         student = AutoModelForImageClassification.from_pretrained(output)
         assert student.config.num_labels == 100 and student.config.id2label[0] == "apple"
         assert AutoImageProcessor.from_pretrained(output, backend="pil").size["height"] == 32
-        metrics = json.loads((output / "eval_results.json").read_text())
-        assert {"eval_top1", "eval_top5", "eval_kl", "eval_kd_loss", "eval_ce_loss"} <= set(metrics)
+        assert {"eval_top1", "eval_top5", "eval_kl", "eval_kd_loss", "eval_ce_loss"} <= set(results(output))
 
 
 def test_cifar_without_data_names_both_ways_out(cache, tmp_path):
@@ -79,10 +83,6 @@ def test_cifar_without_data_names_both_ways_out(cache, tmp_path):
 @pytest.fixture(scope="module")
 def market(tmp_path_factory):
     return write_glyph_market(tmp_path_factory.mktemp("market") / "data", train_identities=20, test_identities=6)
-
-
-def results(output):
-    return json.loads((output / "eval_results.json").read_text())
 
 
 @pytest.mark.slow
@@ -115,6 +115,19 @@ def test_market_takes_any_backbone_by_name(market, cache, tmp_path):
     for folder in (tmp_path / "out", tmp_path / "out" / "_teacher"):
         config = AutoModelForImageClassification.from_pretrained(folder).config
         assert config.model_type == "vit" and config.num_labels == 20
+
+
+@pytest.mark.slow
+def test_the_recipe_for_glyphs_distils_as_well_as_exact_distillation(cache, tmp_path):
+    """The page's commands as they are written; each method at its best head learning rate."""
+    recipe = [command for command in commands(ROOT / "docs" / "recipes.md") if "--glyph_dir" in command]
+    assert len(recipe) == 3
+    for command in recipe:
+        arguments = command[command.index("examples/run_market1501.py") + 1 :]
+        launch("run_market1501.py", *arguments, processes=ONE_PROCESS, cache=cache, cwd=tmp_path)
+    folder = tmp_path / "runs" / "glyph-market"
+    hard, exact, dis = (results(folder / name)["eval_mAP"] for name in ("hard_labels", "exact", "dis"))
+    assert dis > hard and abs(dis - exact) < 0.02, (hard, exact, dis)
 
 
 @pytest.mark.parametrize("given", [[], ["--data_dir", "a", "--glyph_dir", "b"]], ids=["neither", "both"])
