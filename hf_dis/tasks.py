@@ -90,7 +90,9 @@ def num_outputs(model: nn.Module, task: Task) -> int:
     model = base_model(model)
     if task.is_lm:
         embeddings = _output_embeddings(model)
-        return model.config.get_text_config().vocab_size if embeddings is None else embeddings.out_features
+        if isinstance(embeddings, nn.Embedding):
+            return embeddings.num_embeddings
+        return getattr(embeddings, "out_features", model.config.get_text_config().vocab_size)
     config = model.config
     if config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1:
         raise ValueError(

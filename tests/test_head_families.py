@@ -21,6 +21,7 @@ from models import (
     gpt2,
     gpt2_sequences,
     images,
+    labelled_tokens,
     llama,
     llama_sequences,
     patched_modules,
@@ -378,6 +379,43 @@ def test_what_cannot_be_sampled_is_refused_with_what_to_do(case, one_process):
     with pytest.raises(ValueError, match=message):
         check_head(model, SampledHead(model, find_head_layers(model, C)), tokens(2, C))
     assert patched_modules(model) == []
+
+
+EXACT_TAKES = [
+    "ESM",
+    "FSMT",
+    "DoRA on the head",
+    "another adapter on the head",
+    "trainable_token_indices, a tied head",
+]
+
+
+@pytest.mark.parametrize("case", EXACT_TAKES)
+def test_computing_every_class_takes_what_cannot_be_sampled(case, make_trainer):
+    """As the messages say; sampled, each is refused before or at the first step."""
+    build, message = REFUSED[case]
+    given = {"teacher": build(), "train_dataset": labelled_tokens(8, C), "max_steps": 1}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(build(), **given).train()
+    make_trainer(build(), head_mode="exact", **given).train()
+
+
+def test_prompt_learning_is_refused_by_every_mode(make_trainer):
+    build, _ = REFUSED["prompt learning"]
+    given = {"teacher": llama(C), "train_dataset": labelled_tokens(8, C), "max_steps": 1}
+    with pytest.raises(ValueError, match=r"answers for \(8, 8\) tokens of \(8, 6\).*use LoRA"):
+        make_trainer(build(), head_mode="exact", **given).train()
+
+
+@pytest.mark.parametrize("case", [name for name, case in SAMPLED.items() if case.has_token_rows])
+def test_a_batch_without_a_supervised_token_has_a_gradient_of_zero_everywhere(case):
+    model, head, inputs, _ = SAMPLED[case].prepared()
+    with head.only(drawn_ids(0), SHARED_IDS, POSITIONS[:0]):
+        logits = model(**inputs).logits
+        logits.sum().backward()
+    assert logits.shape == (0, 9)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None if not parameter.requires_grad else not parameter.grad.any(), name
 
 
 def test_trainable_token_indices_leave_an_untied_head_alone():
