@@ -2,15 +2,20 @@
 
     python benchmarks/crossover.py --json crossover.json
 
-Loss forward and backward on random features and teacher logits, 128 rows; medians of interleaved steps. What
-``head_mode="auto"`` decides by, ``hf_dis.heads.sampling_pays``, is printed beside the measured ratio.
+Loss forward and backward, down to the head's dense gradient, on random features and teacher logits; medians of
+interleaved steps. One of d (features), N (rows) and the layout (K drawn for each row, K_t for all) is changed at a
+time. Beside the measured times: what ``head_mode="auto"`` estimates for each at set-up, and decides. The second table
+is the number of classes at which the two take equally long, interpolated between those measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -20,52 +25,79 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from head_step import time_head_steps
 
-from hf_dis.heads import sampling_pays
+from hf_dis.cost import ROWS, measure_costs
 
-LAYOUTS = {"two strata": (64, 512, 128), "per row": (128, 0, 256)}
+BASE = {"features": 256, "rows": 128, "sampled": 128, "shared": 0}
+SETTINGS = [
+    BASE,
+    *({**BASE, "features": features} for features in (64, 1024)),
+    *({**BASE, "rows": rows} for rows in (32, 512)),
+    *({**BASE, "sampled": sampled} for sampled in (32, 256)),
+    {**BASE, "sampled": 64, "shared": 512},
+]
+
+
+def measure(num_classes: int, setting: dict[str, int], repeats: int) -> dict:
+    """The times of both steps at one size, and what is estimated for them."""
+    layout = {"num_sampled_classes": setting["sampled"], "num_shared_classes": setting["shared"]}
+    times = time_head_steps(num_classes, setting["rows"], setting["features"], repeats, **layout)
+    costs = measure_costs(num_classes, setting["features"], **layout)
+    scale = setting["rows"] / ROWS
+    return {
+        "classes": num_classes,
+        **setting,
+        "exact_ms": times["exact"],
+        "dis_ms": times["dis"],
+        "ratio": times["exact"] / times["dis"],
+        "estimated_exact_ms": costs.exact * scale,
+        "estimated_dis_ms": costs.sampled * scale,
+        "auto": "sampled" if costs.sampling_pays else "exact",
+    }
+
+
+def crossover(records: list[dict]) -> float | None:
+    """Classes at which both take equally long, from records in the order of their classes; None if outside them."""
+    for below, above in itertools.pairwise(records):
+        if below["ratio"] < 1 <= above["ratio"]:
+            low, high = math.log(below["ratio"]), math.log(above["ratio"])
+            share = -low / (high - low)
+            return math.exp((1 - share) * math.log(below["classes"]) + share * math.log(above["classes"]))
+    return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=int, nargs="+", default=[1000, 3000, 5000, 10_000, 30_000, 100_000])
-    parser.add_argument("--features", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--classes", type=int, nargs="+", default=[1000, 3000, 10_000, 30_000])
+    parser.add_argument("--base_classes", type=int, nargs="+", default=[100_000], help="more, for the first setting")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the records")
     arguments = parser.parse_args()
-    records = []
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| C | d | layout | K | K_t | exact ms | DIS ms | exact / DIS | auto |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for num_classes in arguments.classes:
-        for num_features in arguments.features:
-            for layout, (sampled, shared, depth) in LAYOUTS.items():
-                times = time_head_steps(
-                    num_classes,
-                    num_features=num_features,
-                    num_sampled_classes=sampled,
-                    num_shared_classes=shared,
-                    rank_depth=depth,
-                )
-                pays, _ = sampling_pays(num_classes, sampled, shared)
-                ratio = times["exact"] / times["dis"]
-                chosen = "sampled" if pays else "exact"
-                print(
-                    f"| {num_classes:,} | {num_features} | {layout} | {sampled} | {shared} | {times['exact']:.0f} "
-                    f"| {times['dis']:.0f} | {ratio:.1f} | {chosen} |",
-                    flush=True,
-                )
-                records.append(
-                    {
-                        "classes": num_classes,
-                        "features": num_features,
-                        "layout": layout,
-                        "sampled": sampled,
-                        "shared": shared,
-                        "exact_ms": times["exact"],
-                        "dis_ms": times["dis"],
-                        "ratio": ratio,
-                        "auto": chosen,
-                    }
-                )
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    print(f"{threads}, torch {torch.__version__}, Python {platform.python_version()}\n")
+    print("| C | d | N | K | K_t | exact ms | DIS ms | exact / DIS | estimated | auto |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    records: list[dict] = []
+    crossovers: list[tuple[dict, float | None]] = []
+    for setting in SETTINGS:
+        classes = sorted([*arguments.classes, *(arguments.base_classes if setting is BASE else [])])
+        measured = []
+        for num_classes in classes:
+            record = measure(num_classes, setting, arguments.repeats)
+            measured.append(record)
+            print(
+                f"| {num_classes:,} | {record['features']:,} | {record['rows']} | {record['sampled']} "
+                f"| {record['shared']} | {record['exact_ms']:.0f} | {record['dis_ms']:.0f} | {record['ratio']:.1f} "
+                f"| {record['estimated_exact_ms']:.0f} / {record['estimated_dis_ms']:.0f} | {record['auto']} |",
+                flush=True,
+            )
+        records += measured
+        crossovers.append((setting, crossover(measured)))
+    print("\n| d | N | K | K_t | equal at C of about |\n|---|---|---|---|---|")
+    for setting, equal in crossovers:
+        where = f"outside {classes[0]:,}..{classes[-1]:,}" if equal is None else f"{equal:,.0f}"
+        print(
+            f"| {setting['features']:,} | {setting['rows']} | {setting['sampled']} | {setting['shared']} | {where} |"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=1) + "\n")
 

@@ -33,7 +33,8 @@ class DISConfig(TrainingArguments):
             draws, the paper's; needs ``num_shared_classes=0``.
         proposal_floor: share of the proposals that is uniform, in (0, 1]; keeps every weight bounded.
         proposal_decay: of the running means that the proposals are fitted to, in [0, 1).
-        head_mode: ``"sampled"``, ``"exact"`` (every logit), or ``"auto"``: sampled where that is faster.
+        head_mode: ``"sampled"``, ``"exact"`` (every logit), or ``"auto"``: both are timed for a moment at set-up, and
+            sampled is taken where that is clearly faster (:mod:`hf_dis.cost`); name one to have no clock decide.
         head_name: the output head among ``model.named_modules()``, where it is not found by itself; two with a comma
             between them where the logits are their mean.
         head_learning_rate: learning rate of the output head; ``learning_rate`` if None. A head that is drawn from

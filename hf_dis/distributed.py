@@ -3,12 +3,13 @@ statistics of drawn classes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, gather, pad_across_processes, reduce
+from accelerate.utils import broadcast, broadcast_object_list, gather, pad_across_processes, reduce
 from torch import Tensor, nn
 
 from .sparse import coalesced
@@ -63,6 +64,12 @@ def average_rows(parameters: Iterable[nn.Parameter]) -> None:
             gradient = _sum_rows(gradient)
             gradient._values().div_(processes)
         parameter.grad = gradient
+
+
+def of_first_process(compute: Callable[[], Any]) -> Any:
+    """What the first process computes, on every process."""
+    values = [compute() if PartialState().is_main_process else None]
+    return broadcast_object_list(values)[0]
 
 
 def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

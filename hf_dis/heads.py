@@ -16,19 +16,8 @@ from torch import Tensor, nn
 
 from .drawn import drawn_logits
 
-# What ranking and drawing cost a row, and what a gathered class costs, in classes of a dense product over all of them.
-# From benchmarks/crossover.py on two CPU cores.
-DRAW_COST, GATHER_COST = 2000, 50
-
 # The buffer, [1, C], that Bart, Marian, Pegasus and others add to all logits.
 LOGITS_BIAS = "final_logits_bias"
-
-
-def sampling_pays(num_classes: int, num_sampled: int, num_shared: int) -> tuple[bool, str]:
-    """Whether drawn classes are computed faster than all of them, and why."""
-    cost = DRAW_COST + GATHER_COST * num_sampled + num_shared
-    why = f"drawing {num_sampled} classes a row and {num_shared} for all costs about as much as computing {cost:,}"
-    return cost < num_classes, f"{why}; there are {num_classes:,}"
 
 
 class Drawn(NamedTuple):

@@ -13,12 +13,13 @@ from transformers.utils import logging
 from .checkpoints import CheckpointMixin
 from .checks import check_labels, check_row_sparse, check_trainer_arguments
 from .config import DISConfig
+from .cost import measure_costs
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
-from .distributed import average_rows, kept_from_ddp, sum_over_processes
+from .distributed import average_rows, kept_from_ddp, of_first_process, sum_over_processes
 from .evaluation import EvaluationMixin, NoRowsCheck
 from .features import FeaturesMixin
 from .head_search import find_head_layers, find_heads
-from .heads import SampledHead, check_head, head_features, sampling_pays
+from .heads import SampledHead, check_head, head_features
 from .hub import HubMixin
 from .losses import exact_cross_entropy, mix, sampled_cross_entropy, sampled_distillation_loss
 from .optim import RowSparseAdamW
@@ -287,9 +288,19 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
             return "exact"
         if args.head_mode != "auto":
             return args.head_mode
-        pays, why = sampling_pays(num_classes, num_sampled, layout["num_shared_classes"])
-        logger.warning(f"head_mode='auto' chose {'sampled' if pays else 'exact'!r}: {why}")
-        return "sampled" if pays else "exact"
+        try:
+            layers = find_head_layers(self.model, num_outputs(self.model, self.task), args.head_name)
+        except ValueError as error:
+            if args.head_name is not None:
+                raise
+            logger.warning(f"head_mode='auto' chose 'exact': {error}")
+            return "exact"
+        num_features = self.model.get_submodule(layers[0]).in_features
+        measured = {"row_sparse": args.row_sparse_head, "device": args.device, "context": self.accelerator.autocast}
+        costs = of_first_process(lambda: measure_costs(num_classes, num_features, **measured, **layout))
+        mode = "sampled" if costs.sampling_pays else "exact"
+        logger.warning(f"head_mode='auto' chose {mode!r} for {num_classes:,} classes: {costs}")
+        return mode
 
     def _find_head(self) -> tuple[str, ...]:
         """The layers to switch; where none is switched, the head as it is."""

@@ -6,7 +6,7 @@ from models import FAMILIES, images, patched_modules, resnet, spread_out, vit
 from torch import nn
 
 from hf_dis.head_search import find_head_layers
-from hf_dis.heads import SampledHead, check_head, head_features, sampling_pays
+from hf_dis.heads import SampledHead, check_head, head_features
 
 C, N = 11, 3
 ROW_IDS = torch.tensor([[0, 4, 4, 10], [1, 2, 3, 0], [10, 9, 8, 7]])  # with a class twice in a row
@@ -214,12 +214,3 @@ def test_float32_rounding_passes(width):
     for seed in range(5):
         features = torch.rand(2, width, generator=torch.Generator().manual_seed(seed)) * 3
         check_head(model, SampledHead(model, ["head"]), {"features": features})
-
-
-# When drawing pays
-
-
-def test_sampling_pays_only_where_there_are_many_classes():
-    assert not sampling_pays(100, 64, 512)[0]
-    pays, why = sampling_pays(100_000, 64, 512)
-    assert pays and "64" in why and "512" in why and "100,000" in why

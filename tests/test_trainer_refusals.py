@@ -10,6 +10,7 @@ from models import SMALL, bert_mlm, gpt2, labelled_images, labelled_tokens, patc
 from torch import nn
 
 from hf_dis import DISConfig, DISDistillationTrainer
+from hf_dis.cost import HeadCosts
 from hf_dis.teachers import load_teacher
 
 
@@ -181,11 +182,21 @@ def test_all_classes_is_exact(make_trainer):
     assert make_trainer(num_sampled_classes=40, head_mode="auto").head_mode == "exact"
 
 
-def test_auto_says_once_what_it_chose_and_why(make_trainer, caplog):
-    for classes, mode in ((40, "exact"), (3_000, "sampled")):
-        models = vit(classes), vit(classes)
-        trainer, (message,) = warnings_of(partial(make_trainer, *models, head_mode="auto"), caplog)
-        assert trainer.head_mode == mode and f"chose '{mode}'" in message and f"{classes:,}" in message
+@pytest.mark.parametrize(("costs", "mode"), [((3.0, 2.0), "sampled"), ((2.2, 2.0), "exact"), ((1.0, 2.0), "exact")])
+def test_auto_says_once_what_it_chose_and_why(make_trainer, caplog, monkeypatch, costs, mode):
+    monkeypatch.setattr("hf_dis.trainer.measure_costs", lambda *args, **layout: HeadCosts(*costs))
+    trainer, (message,) = warnings_of(partial(make_trainer, head_mode="auto"), caplog)
+    assert trainer.head_mode == mode and f"chose '{mode}' for 40 classes" in message
+    assert all(f"{cost:g} ms" in message for cost in costs)
+
+
+def test_auto_is_exact_where_the_head_cannot_be_told(make_trainer, caplog):
+    student = vit(40)
+    student.other = torch.nn.Linear(3, 40)
+    trainer, (message,) = warnings_of(partial(make_trainer, student, head_mode="auto"), caplog)
+    assert trainer.head_mode == "exact" and "classifier" in message and "other" in message
+    with pytest.raises(ValueError, match="head_name is 'missing'"):
+        make_trainer(student, head_mode="auto", head_name="missing")
 
 
 def test_more_sampled_classes_than_ranks_to_draw_from(make_trainer):

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import vit
 from worker import trainer
 
-from hf_dis.distributed import average_rows, sum_over_processes
+from hf_dis.distributed import average_rows, of_first_process, sum_over_processes
 
 SETTINGS = {
     "row_sparse_head": True,
@@ -60,6 +60,7 @@ def run(output_dir: Path) -> None:
             average_rows([parameter])
             results[name] = parameter.grad
         statistics = {"rows": gradient(TOUCHED["some"][rank], rank), "dense": torch.full((3,), rank + 1.0)}
+        results["first"] = of_first_process(lambda: f"from {rank}")
         results["sums"] = sum_over_processes(statistics)
     torch.save(results, output_dir / f"rank_{rank}.pt")
 

@@ -50,3 +50,7 @@ def test_statistics_are_sums_over_processes_dense_and_sparse(ranks):
         assert rank["sums"]["dense"].tolist() == [3, 3, 3]
         assert rank["sums"]["rows"].is_coalesced() and rank["sums"]["rows"]._nnz() == 3
         torch.testing.assert_close(rank["sums"]["rows"].to_dense(), expected)
+
+
+def test_the_first_process_decides_for_all(ranks):
+    assert [rank["first"] for rank in ranks] == ["from 0", "from 0"]

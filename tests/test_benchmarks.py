@@ -1,0 +1,58 @@
+"""The benchmarks: what they make of their records, and that each runs (at sizes that say nothing)."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import crossover
+import head_scaling
+import plots
+import quality_vs_k
+
+
+def test_the_crossover_lies_between_the_sizes_around_it():
+    records = [{"classes": classes, "ratio": classes / 4_000} for classes in (1_000, 3_000, 10_000)]
+    assert crossover.crossover(records) == pytest.approx(4_000)
+    assert crossover.crossover(records[:2]) is None
+
+
+def test_exact_is_extrapolated_from_the_most_classes_it_ran_with():
+    runs = [(1_000, 5.0, False), (10_000, 40.0, False), (100_000, 1.0, True)]
+    records = [{"method": "exact", "classes": c, "ms": ms, "extrapolated": guess} for c, ms, guess in runs]
+    assert head_scaling.extrapolated(records, 1_000_000) == pytest.approx(4_000)
+
+
+def test_quality_is_the_mean_over_seeds_and_time_the_latest():
+    run = {"method": "dis", "head_rate": 20, "logits": 128, "rows_touched": 99, "top5": 0.9, "kl": 0.2}
+    records = [
+        {**run, "seed": 0, "top1": 0.60},
+        {**run, "seed": 1, "top1": 0.62},
+        {**run, "seed": 0, "head_rate": 5, "top1": 0.5},
+        {"method": "dis", "student_ms": 9.0},
+        {"method": "dis", "student_ms": 7.0},
+    ]
+    best, other = quality_vs_k.summary(records)
+    assert (best["seeds"], best["top1"], best["spread"]) == (2, pytest.approx(0.61), pytest.approx(0.02))
+    assert (other["head_rate"], other["seeds"], other["student_ms"]) == (5, 1, 7.0)
+    assert "| dis | 128 (3.8%) | 99 | x20 | 2 | 61.0% |" in quality_vs_k.table([best, other])
+
+
+def main(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def test_the_timings_run_and_are_drawn(tmp_path, monkeypatch, capsys):
+    scaling, crossing = tmp_path / "scaling.json", tmp_path / "crossing.json"
+    few = ["--classes", 300, 900, "--repeats", 1]
+    main(head_scaling, monkeypatch, *few, "--dense_up_to", 300, "--no_peaks", "--json", scaling)
+    main(crossover, monkeypatch, *few, "--base_classes", 1200, "--json", crossing)
+    assert "extrapolated" in capsys.readouterr().out
+    methods = {record["method"] for record in json.loads(scaling.read_text())}
+    assert {"exact", "chunked_exact", "partial_fc", "dis_dense", "dis_row_sparse"} <= methods
+    main(plots, monkeypatch, "--head_scaling", scaling, "--crossover", crossing, "--output_dir", tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"head_scaling.png", "crossover.png"}
