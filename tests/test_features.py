@@ -30,11 +30,14 @@ def test_the_head_is_not_computed(trainer, monkeypatch):
 
 
 def test_labels_are_not_looked_at(trainer):
+    given = []
+    trainer.model.register_forward_pre_hook(lambda module, args, named: given.append(set(named)), with_kwargs=True)
     rows = labelled_images(5, 40)
     without = [{"pixel_values": row["pixel_values"]} for row in rows]
     unlabelled = [{**row, "labels": -1} for row in rows]
     features = [trainer.extract_features(one) for one in (rows, without, unlabelled)]
     assert torch.equal(features[0], features[1]) and torch.equal(features[0], features[2])
+    assert given == [{"pixel_values"}] * 3
 
 
 def test_the_mode_and_the_forwards_are_left_as_they_were(trainer):
@@ -77,3 +80,10 @@ def test_rows_are_read_once(trainer):
 
     trainer.extract_features(Counting())
     assert Counting.read == list(range(11))
+
+
+def test_without_a_head_it_says_how_to_name_it(make_trainer):
+    trainer = make_trainer(head_mode="exact")
+    trainer.head_layers = ()  # as where no layer was found, which exact distillation does without
+    with pytest.raises(ValueError, match="name it with head_name"):
+        trainer.extract_features(labelled_images(4, 40))
