@@ -114,6 +114,13 @@ def test_only_active_adapters_count():
     assert find_head_layers(model, C)[1:] == ("base_model.model.lm_head.lora_B.other",)
 
 
+def test_an_active_adapter_that_is_not_on_the_head_does_not_count():
+    model = with_adapter(llama(C), target_modules=["lm_head"])
+    model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    assert find_head_layers(model, C)[1:] == ("base_model.model.lm_head.lora_B.default",)
+
+
 def test_an_adapter_without_a_peft_model_around_it_counts_too():
     model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["lm_head"]), llama(C))
     assert find_head_layers(model, C) == ("lm_head.base_layer", "lm_head.lora_B.default")

@@ -165,6 +165,23 @@ def test_a_model_that_changes_the_heads_output_is_refused(change, gap):
     assert patched_modules(model) == []
 
 
+@pytest.mark.parametrize("num_classes", [8, 40])
+def test_a_bias_that_is_still_zero_is_refused_too(num_classes):
+    """Eight: as many classes as are looked at."""
+    model = Rescaled(vit(num_classes, spread=10), lambda logits: logits + torch.zeros(num_classes))
+    head = SampledHead(model, ["model.classifier"])
+    with pytest.raises(ValueError, match=r"Rescaled cannot go on from .*'model.classifier'.*head_mode='exact'"):
+        check_head(model, head, {"pixel_values": images(2)})
+    assert patched_modules(model) == []
+
+
+def test_a_model_that_draws_random_numbers_finds_them_as_they_were():
+    model = Rescaled(vit(C, spread=10), lambda logits: logits + 0 * torch.rand(1))
+    state = torch.get_rng_state()
+    check_head(model, SampledHead(model, ["model.classifier"]), {"pixel_values": images(2)})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_wrong_layer_is_refused():
     model = vit(16, spread=10)
     name = next(name for name in dict(model.named_modules()) if name.endswith(("query", "q_proj")))

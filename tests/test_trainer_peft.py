@@ -140,6 +140,12 @@ def test_a_row_sparse_head_is_trained_as_a_dense_one_where_all_classes_are_drawn
     assert_near(sparse, dense)
 
 
+def test_an_adapter_on_a_tied_head_may_be_row_sparse(make_text_trainer):
+    """The tied weight is frozen, and so needs no dense gradient."""
+    model = adapted(t5(V, spread=3), target_modules=["q", "lm_head"])
+    make_text_trainer(model, teacher=t5(V, seed=1, spread=3), row_sparse_head=True, **ALL).train()
+
+
 def test_a_probe_of_a_head_with_an_adapter_is_refused(make_text_trainer):
     with pytest.raises(ValueError, match=r"probe_steps is 2, but .*lm_head.base_layer and .*lm_head.lora_B.default"):
         make_text_trainer(student(), probe_steps=2)
