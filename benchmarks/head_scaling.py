@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -136,14 +137,16 @@ class Steps:
         loss.mean().backward()
 
 
-def milliseconds(steps: Steps, methods: list[str], repeats: int) -> dict[str, float]:
+def milliseconds(
+    steps: Steps, methods: list[str], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median time of a step of each method, measured in turn, after a round that is not counted."""
     times: dict[str, list[float]] = {method: [] for method in methods}
     for _ in range(repeats + 1):
         for method in methods:
-            started = time.perf_counter()
+            started = clock()
             steps.run(method)
-            times[method].append(1000 * (time.perf_counter() - started))
+            times[method].append(1000 * (clock() - started))
     return {method: statistics.median(values[1:]) for method, values in times.items()}
 
 
@@ -190,6 +193,9 @@ def main() -> None:
     parser.add_argument("--dense_up_to", type=int, default=300_000, help="classes; exact at 300,000 takes 2 GB")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="where to write the records")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="processor time of all threads, where other work runs beside"
+    )
     parser.add_argument("--no_peaks", action="store_true", help="times only")
     parser.add_argument("--peak", choices=METHODS, help="print the peak of one method's step, and nothing else")
     arguments = parser.parse_args()
@@ -198,11 +204,13 @@ def main() -> None:
         print(peak_of_a_step(steps, arguments.peak))
         return
     methods = arguments.methods
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     if "liger" in methods and importlib.util.find_spec("liger_kernel") is None:
         methods = [method for method in methods if method != "liger"]
         print("liger is left out: liger-kernel is not installed")
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    print(f"{threads}, torch {torch.__version__}, Python {platform.python_version()}\n")
+    kind = "processor time" if arguments.cpu_time else "time"
+    print(f"{kind}; {threads}, torch {torch.__version__}, Python {platform.python_version()}\n")
     print("| C | layout | method | ms | exact / method | peak MB |")
     print("|---|---|---|---|---|---|")
     records: list[dict] = []
@@ -210,7 +218,7 @@ def main() -> None:
         for num_classes in arguments.classes:
             too_many = num_classes > arguments.dense_up_to
             here = [method for method in methods if not (too_many and method in DENSE)]
-            times = milliseconds(Steps(num_classes, layout), here, arguments.repeats)
+            times = milliseconds(Steps(num_classes, layout), here, arguments.repeats, clock)
             if too_many and "exact" in methods and (guess := extrapolated(records, num_classes)):
                 times = {"exact": guess, **times}
             for method, ms in times.items():
