@@ -1,10 +1,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-all lint clean
+# What the lowest supported versions are tried with: the trainer, the maths, data and metrics.
+OLDEST_TESTS := tests/test_trainer.py tests/test_trainer_text.py tests/test_trainer_checkpoints.py \
+	tests/test_trainer_evaluation.py tests/test_resume.py tests/test_losses.py tests/test_sampler.py tests/test_extremes.py \
+	tests/data tests/metrics tests/distributed/test_ddp.py
+
+.PHONY: demo test test-slow test-oldest test-all lint clean
 
 ## Distil a 3,375-class glyph recogniser by five methods, offline: table and plots in runs/glyphs/
 demo: $(VENV)/.installed
@@ -17,7 +23,12 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(TEST) -m slow
 
-test-all: test test-slow
+## The fast tests of the trainer with the lowest versions that setup.cfg allows
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" \
+		-k "not row_sparse" $(OLDEST_TESTS)
+
+test-all: test test-slow test-oldest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -29,5 +40,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+$(OLDEST)/.installed: setup.cfg tests/oldest.py
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $$($(PYTHON) tests/oldest.py) pytest pytest-xdist hypothesis
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs *.egg-info

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .optim import RowSparseAdamW
@@ -20,6 +22,14 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name} is {value!r}: it has to be {expected}")
 
 
+def require_number(name: str, value: object, kind: type[int] | type[float]) -> None:
+    """Raises TypeError unless the value is a whole number (kind ``int``), or any number (kind ``float``)."""
+    is_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if not is_number:
+        expected = "a whole number" if kind is int else "a number"
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}: it has to be {expected}")
+
+
 def check_sampling_arguments(
     *,
     num_sampled_classes: int,
@@ -33,8 +43,14 @@ def check_sampling_arguments(
     """Checks the arguments that :func:`hf_dis.make_sampler` and :class:`hf_dis.DISConfig` share.
 
     Raises:
-        ValueError: names the first that is out of its range, its value, and what it may be.
+        ValueError, TypeError: names the first that is out of its range, its value, and what it may be.
     """
+    for name, value in (("num_sampled_classes", num_sampled_classes), ("num_shared_classes", num_shared_classes)):
+        require_number(name, value, int)
+    if rank_depth is not None:
+        require_number("rank_depth", rank_depth, int)
+    for name, value in (("proposal_floor", proposal_floor), ("proposal_decay", proposal_decay)):
+        require_number(name, value, float)
     require(num_sampled_classes >= 1, "num_sampled_classes", num_sampled_classes, "1 or more")
     require(num_shared_classes >= 0, "num_shared_classes", num_shared_classes, "0 or more")
     require(rank_depth is None or rank_depth >= 1, "rank_depth", rank_depth, "1 or more, or None for 2 K")
@@ -54,8 +70,10 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     """Checks that class ids are within 0..C-1; on an accelerator this waits for the device.
 
     Raises:
-        ValueError: names the ids that are not.
+        ValueError: names the ids that are not, or that they are no whole numbers.
     """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are {labels.dtype}: they have to be class ids, whole numbers 0..{num_classes - 1}")
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         raise ValueError(
@@ -77,11 +95,22 @@ def check_trainer_arguments(args: Any, teacher_model: Any, kwargs: dict[str, Any
     """
     if teacher_model is None:
         raise ValueError("there is no teacher: pass teacher_model, a model or the name or path of a checkpoint")
+    if not isinstance(teacher_model, (nn.Module, str)):
+        raise TypeError(
+            f"teacher_model is a {type(teacher_model).__name__}: it has to be a model (a torch.nn.Module), or the "
+            "name or path of a checkpoint as a string"
+        )
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError(
             "compute_loss_func runs after the student's forward, too late to choose the classes: override "
             "compute_loss in a subclass and call super().compute_loss"
         )
+    for name in ("fsdp", "deepspeed"):
+        if args.use_cpu and getattr(args, name):
+            raise ValueError(
+                f"{name} is set, and so is use_cpu, with which accelerate runs plain data parallelism instead: unset "
+                "one of them"
+            )
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor is {args.label_smoothing_factor}: smoothing needs every class; set it to 0, the "
@@ -122,6 +151,11 @@ def check_row_sparse(
     if args.head_mode == "exact":
         raise ValueError(
             "row_sparse_head is set and head_mode is 'exact', which touches every row: set one of them back"
+        )
+    if torch.__version__ < (2, 14):
+        raise ValueError(
+            f"row_sparse_head is set, but torch is {torch.__version__}, which has no norm of sparse gradients: it "
+            "needs torch 2.14 or newer; or set row_sparse_head=False"
         )
     if is_sharded:
         raise ValueError(

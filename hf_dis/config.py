@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from transformers import TrainingArguments
 
-from .checks import check_sampling_arguments, require
+from .checks import check_sampling_arguments, require, require_number
 
 HEAD_MODES = ("auto", "sampled", "exact")
 
@@ -103,7 +104,12 @@ class DISConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.temperature > 0, "temperature", self.temperature, "above 0; 1 to 4 is usual")
+        require_number("temperature", self.temperature, float)
+        require_number("hard_label_weight", self.hard_label_weight, float)
+        require_number("probe_steps", self.probe_steps, int)
+        if self.head_learning_rate is not None:
+            require_number("head_learning_rate", self.head_learning_rate, float)
+        require(0 < self.temperature < inf, "temperature", self.temperature, "above 0 and finite; 1 to 4 is usual")
         require(0 <= self.hard_label_weight <= 1, "hard_label_weight", self.hard_label_weight, "within [0, 1]")
         require(self.head_mode in HEAD_MODES, "head_mode", self.head_mode, f"one of {', '.join(HEAD_MODES)}")
         require(self.probe_steps >= 0, "probe_steps", self.probe_steps, "0 (never) or more")

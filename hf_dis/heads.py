@@ -211,6 +211,7 @@ def check_head(
     Raises:
         ValueError: if the student's logits are not those of the head at the same classes: something in the model
             comes after the head, or the wrong layer was taken for it.
+        FloatingPointError: if they are NaN or Inf.
     """
     layers = " and ".join(map(repr, head.layers))
     remedy = "another layer comes after it. Name the right head with head_name, or use head_mode='exact'"
@@ -229,6 +230,11 @@ def check_head(
             raise ValueError(
                 f"{type(model).__name__} cannot go on from the output of {layers} at drawn classes ({error}): {remedy}"
             ) from error
+    if not full.isfinite().all():
+        raise FloatingPointError(
+            f"{type(model).__name__} answers NaN or Inf to the first examples: check these inputs and its weights; "
+            "classes that the model masks after its head need head_mode='exact'"
+        )
     expected = torch.cat([full.gather(1, row_ids), full[:, shared_ids]], 1)
     tolerance = 8 * torch.finfo(precision or full.dtype).eps * float(full.abs().max().clamp_min(1))
     if drawn.shape != expected.shape or not torch.allclose(drawn, expected, rtol=0, atol=tolerance):

@@ -135,13 +135,15 @@ class DISLoss:
             labels: class ids ``[N]``.
 
         Raises:
-            ValueError: if sampler, head and teacher are not of the same number of classes, or labels are outside them.
+            ValueError: if sampler, head and teacher are not of the same number of classes, labels are outside them, or
+                a shape is another one.
             FloatingPointError: if the teacher's logits hold NaN or Inf. Where looking at values waits for a device,
                 they and the labels are looked at in the first batch only.
         """
         num_classes = self.sampler.proposal.num_classes
         if len(weight) != num_classes:
             raise ValueError(f"the sampler is made for {num_classes} classes, the head has {len(weight)}")
+        _check_shapes(features, weight, bias, teacher_logits, labels)
         check_values = features.device.type == "cpu" or not self._has_checked_values
         self._has_checked_values = True
         if labels is not None and check_values:
@@ -154,7 +156,7 @@ class DISLoss:
         kd, disagreement = sampled_distillation_loss(logits, draw, self.temperature)
         ce = None if labels is None else sampled_cross_entropy(logits, draw)
         self.sampler.learn(draw, disagreement, self.reduce)
-        return mix(kd, ce, self.hard_label_weight).mean()
+        return mix(kd, ce, self.hard_label_weight).sum() / max(1, len(features))
 
     def _ranked(self, chunks: Iterable[Tensor], check_finite: bool) -> Iterator[TeacherTargets]:
         first_row = 0
@@ -163,3 +165,32 @@ class DISLoss:
             first_row += len(logits)
             yield TeacherTargets(logits, self.temperature, self.sampler.rank_depth)
             del logits  # the next chunk may be computed without this one in memory
+
+
+def _check_shapes(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_logits: Tensor | Iterable[Tensor],
+    labels: Tensor | None,
+) -> None:
+    num_classes, width = weight.shape
+    if features.dim() != 2 or features.shape[1] != width:
+        raise ValueError(
+            f"features have shape {tuple(features.shape)}: the head takes [N, {width}], one row an example or token"
+        )
+    num_rows = len(features)
+    if bias is not None and bias.shape != (num_classes,):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}: the head has {num_classes} classes, so it is [{num_classes}]"
+        )
+    if isinstance(teacher_logits, Tensor) and (teacher_logits.dim() != 2 or len(teacher_logits) != num_rows):
+        raise ValueError(
+            f"teacher_logits have shape {tuple(teacher_logits.shape)} for features of {num_rows} rows: they have to "
+            f"be [{num_rows}, {num_classes}]"
+        )
+    if labels is not None and labels.shape != (num_rows,):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} for features of {num_rows} rows: there has to be one class id a "
+            f"row, [{num_rows}]"
+        )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import check_sampling_arguments, require
+from .checks import check_sampling_arguments, require, require_number
 from .proposal import DISProposal, Proposal, Statistics, TeacherProposal, TopKProposal
 from .sampling import ClassDraw, Stratum, draw_ranks, draw_shared, is_member, ranks_to_classes
 
@@ -167,8 +167,9 @@ def make_sampler(
     """A sampler for C classes; the arguments are those of :class:`hf_dis.DISConfig`.
 
     Raises:
-        ValueError: if an argument is out of its range; says which and what it may be.
+        ValueError, TypeError: if an argument is out of its range; says which and what it may be.
     """
+    require_number("num_classes", num_classes, int)
     require(num_classes >= 1, "num_classes", num_classes, "1 or more")
     check_sampling_arguments(
         num_sampled_classes=num_sampled_classes,

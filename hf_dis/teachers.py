@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from .rows import Rows
@@ -107,23 +108,44 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
+@contextmanager
+def _not_in_pieces() -> Iterator[None]:
+    """Under ZeRO-3 ``from_pretrained`` keeps a piece of each weight on each process, and only a DeepSpeed engine of
+    the model's own puts them together: the teacher is loaded whole on each instead."""
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None and config() is not None:
+            deepspeed.set_hf_deepspeed_config(config())
+
+
 def load_teacher(name_or_path: str) -> PreTrainedModel:
-    """Loads a teacher as the class that its checkpoint names.
+    """Loads a teacher as the class that its checkpoint names, whole on each process.
 
     Args:
         name_or_path: of a transformers checkpoint.
 
     Raises:
+        OSError: if there is no such checkpoint.
         ValueError: if the checkpoint does not name a class of transformers.
     """
-    architectures = AutoConfig.from_pretrained(name_or_path).architectures or ["none"]
+    try:
+        architectures = AutoConfig.from_pretrained(name_or_path).architectures or ["none"]
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"the teacher {name_or_path!r} cannot be loaded: {error}. It has to be a folder with a checkpoint of "
+            "transformers (its config.json), or the name of one on the Hub that is within reach"
+        ) from error
     teacher_class = getattr(transformers, architectures[0], None)
     if teacher_class is None:
         raise ValueError(
             f"the checkpoint {name_or_path} names the architecture {architectures[0]}, which transformers does not "
             "have: load the teacher yourself and pass the model"
         )
-    teacher = teacher_class.from_pretrained(name_or_path)
+    with _not_in_pieces():
+        teacher = teacher_class.from_pretrained(name_or_path)
     # For the model card: from_pretrained itself does not keep the commit.
     teacher.config._commit_hash = extract_commit_hash(cached_file(name_or_path, CONFIG_NAME), None)
     return teacher

@@ -176,6 +176,11 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
         rows = self._find_rows(inputs, labels)
         if rows.labels is not None and self._checks_values():
             check_labels(rows.labels, self.num_classes)
+        if rows.labels is None and self.args.hard_label_weight and self.model.training:
+            logger.warning_once(
+                f"the batches have no labels, so hard_label_weight={self.args.hard_label_weight} has no effect: where "
+                "the data has some, name their column 'labels' and make them class ids (a collator drops strings)"
+            )
         return rows, inputs
 
     def _find_rows(self, inputs: dict[str, Tensor], labels: Tensor | None) -> Rows:
@@ -203,7 +208,7 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
             return None
         found = (self._find_rows(batch, batch.get("labels")) for batch in batch_samples)
         num_rows = torch.tensor(sum(map(len, found)), device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+        if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             num_rows = self.accelerator.gather(num_rows).sum()
         self.num_rows_seen += num_rows
         return num_rows

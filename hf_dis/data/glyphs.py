@@ -182,7 +182,7 @@ class Glyphs(datasets.GeneratorBasedBuilder):
         size = self.config.size
         for face in faces:
             # The other layout engine needs a system library, and draws some invisible characters where it is found.
-            font = ImageFont.truetype(face.path, int(size * 0.72), layout_engine=ImageFont.Layout.BASIC)
+            font = ImageFont.truetype(str(face.path), int(size * 0.72), layout_engine=ImageFont.Layout.BASIC)
             for label, code_point in face.characters:
                 image = Image.new("L", (size, size))
                 ImageDraw.Draw(image).text((size // 2, size // 2), chr(code_point), 255, font, anchor="mm")
@@ -208,7 +208,7 @@ def _code_points(path: Path) -> set[int]:
     except ImportError as error:
         raise ImportError("Reading fonts needs fonttools: pip install hf_dis[examples].") from error
     try:
-        ImageFont.truetype(path, MIN_SIZE)
+        ImageFont.truetype(str(path), MIN_SIZE)
         with TTFont(path, lazy=True) as font:
             characters = font.getBestCmap()
     except Exception as error:  # fontTools raises whatever its parsers stumble over

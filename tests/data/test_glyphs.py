@@ -75,7 +75,7 @@ def test_characters_that_enough_faces_draw(fonts, load):
 def test_images_are_centred_characters(size, fonts, load):
     image = load(fonts, size=size, min_faces=2, test_faces=["Two"])["test"][0]["image"]
     expected = Image.new("L", (size, size))
-    font = ImageFont.truetype(fonts[1], int(size * 0.72), layout_engine=ImageFont.Layout.BASIC)
+    font = ImageFont.truetype(str(fonts[1]), int(size * 0.72), layout_engine=ImageFont.Layout.BASIC)
     ImageDraw.Draw(expected).text((size // 2, size // 2), "A", fill=255, font=font, anchor="mm")
     assert image.mode == "L" and image.size == (size, size)
     np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))

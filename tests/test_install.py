@@ -1,0 +1,85 @@
+"""The package as a user gets it: built, installed without the repository, and used; and what it reads from files."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_dis
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [*(ROOT / "hf_dis").rglob("*.py"), *(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+
+USE = """
+import hf_dis, torch
+from pathlib import Path
+assert "site" in hf_dis.__file__, hf_dis.__file__
+assert (Path(hf_dis.__file__).parent / "model_card_template.md").is_file()
+assert (Path(hf_dis.__file__).parent / "py.typed").is_file()
+from hf_dis.data import load_cifar100, load_glyphs
+from hf_dis.metrics import ReID, TopKAccuracy
+head = torch.nn.Linear(8, 100)
+loss = hf_dis.DISLoss(hf_dis.make_sampler(100, num_sampled_classes=8))
+loss(torch.randn(4, 8), head.weight, head.bias, torch.randn(4, 100), torch.arange(4)).backward()
+print("used", hf_dis.__version__, head.weight.grad.abs().sum() > 0)
+"""
+
+
+def run(*command, cwd, **environment):
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    finished = subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=500)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Source distribution, and the wheel made from it, of a copy of what git has."""
+    folder = tmp_path_factory.mktemp("dist")
+    files = run("git", "ls-files", "-z", cwd=ROOT).split("\0")[:-1]
+    for name in files:
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    backend = "from setuptools import build_meta as b; import sys; "
+    run(sys.executable, "-c", backend + "b.build_sdist(sys.argv[1])", str(folder), cwd=folder / "source")
+    (sdist,) = folder.glob("hf_dis-*.tar.gz")
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
+    run(*pip, "--wheel-dir", str(folder), str(sdist), cwd=folder)
+    (wheel,) = folder.glob("hf_dis-*.whl")
+    return {"wheel": wheel, "sdist": sdist}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_it_installs_and_works_without_the_repository(built, kind, tmp_path):
+    """Its dependencies are those of this environment, which are no part of the package."""
+    site = tmp_path / "site"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
+    run(*pip, "--target", str(site), str(built[kind]), cwd=tmp_path)
+    told = run(sys.executable, "-c", USE, cwd=tmp_path, PYTHONPATH=str(site), HF_HUB_OFFLINE="1")
+    assert told.split() == ["used", hf_dis.__version__, "tensor(True)"]
+
+
+def calls(path):
+    """Each call in a file: the dotted name of what is called, and its keywords."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+
+
+def test_no_file_is_unpickled_and_no_remote_code_run():
+    """Weights are safetensors; torch loads weights only; pickles meet the restricted reader alone."""
+    for path in SOURCES:
+        for name, keywords in calls(path):
+            where = f"{path.relative_to(ROOT)}: {name}"
+            assert keywords.get("trust_remote_code", "False") == "False", where
+            if name in ("torch.load", "load") and name.startswith("torch"):
+                assert keywords.get("weights_only") == "True", where
+            assert name not in ("pickle.load", "pickle.loads", "torch.save", "eval", "exec", "os.system"), where
+            assert keywords.get("shell", "False") == "False", where
+            assert keywords.get("allow_pickle", "False") == "False", where
+            if name.endswith(".extractall") or name.endswith(".extract"):
+                pytest.fail(where)
