@@ -311,7 +311,8 @@ class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, Checkpo
         num_features = self.model.get_submodule(layers[0]).in_features
         if self.teacher_cache is not None:  # the classes that are stored of a row are computed too
             stored = self.teacher_cache.header.layout.num_stored
-            layout = {**layout, "num_sampled_classes": stored + num_sampled, "rank_depth": None}
+            drawn = stored if layout["num_shared_classes"] else stored + num_sampled
+            layout = {**layout, "num_sampled_classes": min(drawn, num_classes), "rank_depth": None}
         measured = {"row_sparse": args.row_sparse_head, "device": args.device, "context": self.accelerator.autocast}
         costs = of_first_process(lambda: measure_costs(num_classes, num_features, **measured, **layout))
         mode = "sampled" if costs.sampling_pays else "exact"
