@@ -249,9 +249,10 @@ def _write_shard(path: Path, number: int, keys: list[int], counts: list[int], ta
         writer.write_table(table)
     content = sink.getvalue()
     file = _note(path, number).with_suffix(".arrow")
-    _replace(file, content)
     shard = Shard(file.name, len(keys), len(targets), len(content), xxhash.xxh3_128(content).hexdigest())
+    # The note first: a shard that is there in full is then never without one, and never written again.
     _replace(_note(path, number), json.dumps(dataclasses.asdict(shard)).encode())
+    _replace(file, content)
 
 
 def _finish(path: Path, header: CacheHeader) -> None:
