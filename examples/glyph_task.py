@@ -42,6 +42,9 @@ class GlyphImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         index = torch.tensor(indices)
         return {"pixel_values": self.transform(self.images[index]), "labels": self.labels[index]}

@@ -2,6 +2,8 @@
 
 from .callbacks import DISReportCallback
 from .config import DISConfig
+from .data.cache_writer import cache_teacher_targets
+from .data.teacher_cache import TeacherCache
 from .losses import DISLoss
 from .optim import RowSparseAdamW
 from .sampler import ClassSampler, make_sampler
@@ -15,6 +17,8 @@ __all__ = [
     "DISLoss",
     "DISReportCallback",
     "RowSparseAdamW",
+    "TeacherCache",
     "__version__",
+    "cache_teacher_targets",
     "make_sampler",
 ]

@@ -82,20 +82,28 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         )
 
 
-def check_trainer_arguments(args: Any, teacher_model: Any, kwargs: dict[str, Any]) -> None:
+def check_trainer_arguments(args: Any, teacher_model: Any, teacher_cache: Any, kwargs: dict[str, Any]) -> None:
     """Checks what a :class:`hf_dis.DISDistillationTrainer` is made with.
 
     Args:
         args: its DISConfig.
         teacher_model: the teacher, or its name.
+        teacher_cache: its stored targets, or their folder.
         kwargs: what it passes on to ``Trainer``.
 
     Raises:
         ValueError: says what cannot be used, why, and what to do instead.
     """
-    if teacher_model is None:
-        raise ValueError("there is no teacher: pass teacher_model, a model or the name or path of a checkpoint")
-    if not isinstance(teacher_model, (nn.Module, str)):
+    if teacher_model is None and teacher_cache is None:
+        raise ValueError(
+            "there is no teacher: pass teacher_model, a model or the name or path of a checkpoint, or teacher_cache"
+        )
+    if teacher_model is None and args.probe_steps:
+        raise ValueError(
+            f"probe_steps is {args.probe_steps}, but a teacher_cache does not know every class: set it to 0, or pass "
+            "teacher_model too"
+        )
+    if teacher_model is not None and not isinstance(teacher_model, (nn.Module, str)):
         raise TypeError(
             f"teacher_model is a {type(teacher_model).__name__}: it has to be a model (a torch.nn.Module), or the "
             "name or path of a checkpoint as a string"

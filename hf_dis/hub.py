@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
-from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.modelcard import TrainingSummary
 from transformers.utils import logging
 
+from .data.provenance import known_as
 from .proposal import Proposal
 from .version import __version__
 
@@ -148,7 +148,7 @@ def _rendered(trainer: DISDistillationTrainer, said: TrainingSummary) -> ModelCa
         student_module="transformers" if hasattr(transformers, student_class.__name__) else student_class.__module__,
         facts=_cells(
             {
-                **_teacher(trainer.teacher.model),
+                **_teacher(trainer),
                 "Data set": ", ".join(dataset) or UNKNOWN,
                 **_settings(trainer),
             }
@@ -161,13 +161,19 @@ def _rendered(trainer: DISDistillationTrainer, said: TrainingSummary) -> ModelCa
     )
 
 
-def _teacher(teacher: nn.Module) -> dict[str, str]:
-    name, revision = "", None
-    if isinstance(teacher, PreTrainedModel):
-        name, revision = teacher.config._name_or_path, getattr(teacher.config, "_commit_hash", None)
-    if name and (Path(name).is_absolute() or Path(name).is_dir()):
-        name = f"{Path(name).resolve().name} (a local directory)"
-    return {"Teacher": name or f"{UNKNOWN} ({type(teacher).__name__})", "Teacher's revision": revision or UNKNOWN}
+def _teacher(trainer: DISDistillationTrainer) -> dict[str, str]:
+    if trainer.teacher_cache is None:
+        name, revision = known_as(trainer.online_teacher.model)
+        return {
+            "Teacher": name or f"{UNKNOWN} ({type(trainer.online_teacher.model).__name__})",
+            "Teacher's revision": revision or UNKNOWN,
+        }
+    header = trainer.teacher_cache.header
+    return {
+        "Teacher": f"{header.teacher['name']}, by its stored targets",
+        "Teacher's revision": header.teacher["revision"] or UNKNOWN,
+        "Stored targets": f"{header.depth} ranked classes and {header.tail_draws} of the tail ({header.tail})",
+    }
 
 
 def _settings(trainer: DISDistillationTrainer) -> dict[str, Any]:

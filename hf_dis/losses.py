@@ -64,6 +64,25 @@ def exact_distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature:
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
+def sparse_distillation_loss(
+    logits: Tensor, ids: Tensor, log_probs: Tensor, target: Tensor, temperature: float
+) -> Tensor:
+    """τ² KL(p ‖ s) over all classes, for a teacher known at some of them, which stand for the others.
+
+    Args:
+        logits: the student's, ``[N, C]``.
+        ids: classes of each row, ``[N, R]``.
+        log_probs: the teacher's, finite, ``[N, R]``.
+        target: probabilities estimated of the teacher's, each row sums to one, ``[N, R]``.
+        temperature: τ.
+
+    Returns:
+        ``τ² Σ p̂ (log p - log s)``, ``[N]``.
+    """
+    student = _above_minus_inf((widen(logits) / temperature).log_softmax(1))
+    return temperature**2 * (target * (log_probs - student.gather(1, ids))).sum(1)
+
+
 def _above_minus_inf(values: Tensor) -> Tensor:
     """Masked classes have logits of -inf: a number in its place, so that 0 · log 0 is 0 and not NaN."""
     return values.clamp_min(torch.finfo(values.dtype).min)

@@ -20,12 +20,14 @@ class Rows:
         labels: the class of each row, ``[N]``, or None.
         positions: where the rows are among the ``B·S`` tokens, ascending, ``[N]``; None where each example is a row.
         length: S, tokens an example; 1 where each example is a row.
+        targets: what a cache of teacher targets holds of each row, uint8 ``[N, bytes]``; None without one.
     """
 
     num_examples: int
     labels: Tensor | None = None
     positions: Tensor | None = None
     length: int = 1
+    targets: Tensor | None = None
 
     def __len__(self) -> int:
         return self.num_examples if self.positions is None else len(self.positions)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto as auto
+
+from .rows import Rows, token_rows
 
 
 class Task(Enum):
@@ -79,6 +82,41 @@ def _flat(names: object) -> set[str]:
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def find_rows(task: Task, inputs: dict[str, Tensor], labels: Tensor | None) -> Rows:
+    """What is distilled of a batch.
+
+    Args:
+        task: of the model.
+        inputs: of the model.
+        labels: ``[B]``, or ``[B, S]`` where a task's rows are tokens; or None.
+
+    Raises:
+        ValueError: if the labels are of another shape.
+    """
+    if not task.has_token_rows:
+        if labels is not None and labels.dim() != 1:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}: a {task.value} model has one class id an example, [B]"
+            )
+        return Rows(len(next(iter(inputs.values())) if labels is None else labels), labels)
+    side = "decoder_" if task is Task.SEQ2SEQ_LM else ""
+    tokens = inputs.get(f"{side}input_ids", inputs.get(f"{side}inputs_embeds", labels))
+    mask = inputs.get(f"{side}attention_mask")
+    return token_rows(labels, mask, tokens.shape[:2], shifts_labels=task is Task.CAUSAL_LM)
+
+
+def split_labels(
+    model: nn.Module, task: Task, batch: dict[str, Tensor], label_names: Sequence[str] = ("labels",)
+) -> tuple[Rows, dict[str, Tensor]]:
+    """The rows of a batch, and its inputs without labels: so that the model computes no loss itself."""
+    labels = batch.get("labels")
+    inputs = {name: value for name, value in batch.items() if name not in label_names}
+    if task is Task.SEQ2SEQ_LM and labels is not None and "decoder_input_ids" not in inputs:
+        # The model would make them from its labels.
+        inputs["decoder_input_ids"] = base_model(model).prepare_decoder_input_ids_from_labels(labels=labels)
+    return find_rows(task, inputs, labels), inputs
 
 
 def num_outputs(model: nn.Module, task: Task) -> int:

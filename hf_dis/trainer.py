@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .cached_teacher import make_cached_sampler
+from .caching import CachedTeacher, CacheMixin, check_cache, open_cache
 from .checkpoints import CheckpointMixin
 from .checks import check_labels, check_row_sparse, check_trainer_arguments
 from .config import DISConfig
 from .cost import measure_costs
+from .data.teacher_cache import TARGETS, TeacherCache, stored_rows
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from .distributed import average_rows, kept_from_ddp, of_first_process, sum_over_processes
 from .evaluation import EvaluationMixin, NoRowsCheck
@@ -23,17 +28,17 @@ from .heads import SampledHead, check_head, head_features
 from .hub import HubMixin
 from .losses import exact_cross_entropy, mix, sampled_cross_entropy, sampled_distillation_loss
 from .optim import RowSparseAdamW
-from .rows import Rows, token_rows
-from .sampler import make_sampler
+from .rows import Rows
+from .sampler import ClassSampler, make_sampler
 from .sparse import clip_grad_norm_
 from .streaming import AfterHead, split_examples
-from .tasks import Task, base_model, find_task, num_outputs, shared_classes
+from .tasks import base_model, find_rows, find_task, num_outputs, shared_classes, split_labels
 from .teachers import OnlineTeacher, load_teacher, load_tokenizer, placed
 
 logger = logging.get_logger(__name__)
 
 
-class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, HubMixin):
+class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, CheckpointMixin, HubMixin):
     """Distils a teacher into a student by dynamic importance sampling (arXiv 1812.00914).
 
     Everything that ``Trainer`` does stays as it is; only the loss changes. Evaluation uses the full output layer
@@ -45,6 +50,9 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
         teacher_model: a module that returns ``.logits``, or the name or path of a transformers checkpoint. It is put
             on the training device, frozen, and never saved.
         args: the configuration.
+        teacher_cache: targets that :func:`hf_dis.cache_teacher_targets` stored of the training data, or their folder,
+            to train on in place of the teacher; one that is given too only evaluates. See docs/cache.md.
+        eval_teacher_cache: the same of the evaluation data, where there is no teacher.
         teacher_processing_class: the teacher's tokenizer, where the vocabularies are not of one width; compared
             with ``processing_class``, the student's. Looked for beside the checkpoint if the teacher is given by name.
         **kwargs: as for ``Trainer``.
@@ -63,12 +71,14 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
         teacher_model: PreTrainedModel | nn.Module | str | None = None,
         args: DISConfig | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_cache: TeacherCache | str | Path | None = None,
+        eval_teacher_cache: TeacherCache | str | Path | None = None,
         **kwargs: Any,
     ):
         args = DISConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, DISConfig):
             raise TypeError(f"args is a {type(args).__name__}: DISDistillationTrainer needs a DISConfig")
-        check_trainer_arguments(args, teacher_model, kwargs)
+        check_trainer_arguments(args, teacher_model, teacher_cache, kwargs)
         super().__init__(model=model, args=args, **kwargs)
         # A forward that takes no labels leaves this empty, and Trainer would drop the column without a word.
         self.label_names = self.label_names or ["labels"]
@@ -85,21 +95,33 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
             raise ValueError("teacher_model and model are the same module: the teacher has to be a model of its own")
         self.task = find_task(self.model)
         tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
-        self.num_classes = shared_classes(self.model, teacher, tokenizer, teacher_processing_class)
+        caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
+        self.teacher_cache, self.eval_teacher_cache = caches
+        width = num_outputs(self.model, self.task)
+        counts = [
+            check_cache(cache, self.model, width, self.task.is_lm, args.temperature, tokenizer)
+            for cache in filter(None, caches)
+        ]
+        if teacher is not None:
+            counts.append(shared_classes(self.model, teacher, tokenizer, teacher_processing_class))
+        self.num_classes = counts[0]
+        if any(count != counts[0] for count in counts):
+            raise ValueError(f"teacher and caches are of different numbers of classes: {counts}; use those of one")
         layout = args.sampling_arguments(is_lm=self.task.is_lm)
         self.head_mode = self._choose_head_mode(layout)
         self.head_layers = self._find_head()
         self._row_sparse = self._choose_row_sparse(kwargs)
-        self.sampler = make_sampler(
-            self.num_classes, **layout, seed=args.seed + args.process_index, device=self.args.device
-        )
-        self.teacher = OnlineTeacher(
-            placed(teacher, self.args.device),
-            self.num_classes,
-            args.temperature,
-            self.sampler.rank_depth,
-            context=self.accelerator.autocast,
-        )
+        self.sampler = self._make_sampler(layout)
+        self.online_teacher = None
+        if teacher is not None:
+            self.online_teacher = OnlineTeacher(
+                placed(teacher, self.args.device),
+                self.num_classes,
+                args.temperature,
+                self.sampler.rank_depth,
+                context=self.accelerator.autocast,
+            )
+        self.teacher = self.online_teacher if self.teacher_cache is None else CachedTeacher(self.teacher_cache)
         self.add_callback(NoRowsCheck(self))
         self._means = RunningMeans()
         self._head_is_checked = False
@@ -167,13 +189,10 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
     # Rows, labels, normalisation
 
     def _rows(self, inputs: dict[str, Tensor]) -> tuple[Rows, dict[str, Tensor]]:
-        """The batch's rows, with checked labels, and its inputs without them: the student computes no loss itself."""
-        labels = inputs.get("labels")
-        inputs = {name: value for name, value in inputs.items() if name not in self.label_names}
-        if self.task is Task.SEQ2SEQ_LM and labels is not None and "decoder_input_ids" not in inputs:
-            # The model would make them from its labels.
-            inputs["decoder_input_ids"] = base_model(self.model).prepare_decoder_input_ids_from_labels(labels=labels)
-        rows = self._find_rows(inputs, labels)
+        """The batch's rows, with checked labels and what a cache holds of them, and the student's inputs."""
+        inputs = dict(inputs)
+        found = inputs.pop(TARGETS, None)
+        rows, inputs = split_labels(self.model, self.task, inputs, self.label_names)
         if rows.labels is not None and self._checks_values():
             check_labels(rows.labels, self.num_classes)
         if rows.labels is None and self.args.hard_label_weight and self.model.training:
@@ -181,20 +200,9 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
                 f"the batches have no labels, so hard_label_weight={self.args.hard_label_weight} has no effect: where "
                 "the data has some, name their column 'labels' and make them class ids (a collator drops strings)"
             )
+        if found is not None:
+            rows = replace(rows, targets=found[:, 0] if rows.positions is None else stored_rows(found))
         return rows, inputs
-
-    def _find_rows(self, inputs: dict[str, Tensor], labels: Tensor | None) -> Rows:
-        if not self.task.has_token_rows:
-            if labels is not None and labels.dim() != 1:
-                raise ValueError(
-                    f"labels have shape {tuple(labels.shape)}: a {self.task.value} model has one class id an example, "
-                    "[B]"
-                )
-            return Rows(len(next(iter(inputs.values())) if labels is None else labels), labels)
-        side = "decoder_" if self.task is Task.SEQ2SEQ_LM else ""
-        tokens = inputs.get(f"{side}input_ids", inputs.get(f"{side}inputs_embeds", labels))
-        mask = inputs.get(f"{side}attention_mask")
-        return token_rows(labels, mask, tokens.shape[:2], shifts_labels=self.task is Task.CAUSAL_LM)
 
     def _checks_values(self) -> bool:
         """Whether this step looks into tensors: always on CPU; elsewhere, where it waits for the device, at the first
@@ -206,7 +214,7 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
-        found = (self._find_rows(batch, batch.get("labels")) for batch in batch_samples)
+        found = (find_rows(self.task, batch, batch.get("labels")) for batch in batch_samples)
         num_rows = torch.tensor(sum(map(len, found)), device=device)
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             num_rows = self.accelerator.gather(num_rows).sum()
@@ -267,7 +275,7 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
                 f"probe_steps is {self.args.probe_steps}, but {type(self.model).__name__} picks a token after its "
                 "output head: the probe needs the one vector that an example's classes follow from; set it to 0"
             )
-        teacher_logits = self.teacher.logits(inputs, rows, check_finite=False)
+        teacher_logits = self.online_teacher.logits(inputs, rows, check_finite=False)
         after_head = AfterHead.of(base_model(self.model))._replace(bias=None)  # it is the head's own here
         weight, bias = self.head.weight_and_bias()
         return probe(weight, bias, features, draw, teacher_logits, self.args.temperature, after_head)
@@ -301,6 +309,10 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
             logger.warning(f"head_mode='auto' chose 'exact': {error}")
             return "exact"
         num_features = self.model.get_submodule(layers[0]).in_features
+        if self.teacher_cache is not None:  # the classes that are stored of a row are computed too
+            stored = self.teacher_cache.header.layout.num_stored
+            drawn = stored if layout["num_shared_classes"] else stored + num_sampled
+            layout = {**layout, "num_sampled_classes": min(drawn, num_classes), "rank_depth": None}
         measured = {"row_sparse": args.row_sparse_head, "device": args.device, "context": self.accelerator.autocast}
         costs = of_first_process(lambda: measure_costs(num_classes, num_features, **measured, **layout))
         mode = "sampled" if costs.sampling_pays else "exact"
@@ -324,6 +336,13 @@ class DISDistillationTrainer(EvaluationMixin, FeaturesMixin, CheckpointMixin, Hu
             if self.args.head_name is not None or self.args.head_learning_rate is not None:
                 raise
             return ()  # all classes are computed, by whatever layers
+
+    def _make_sampler(self, layout: dict[str, Any]) -> ClassSampler:
+        seed_and_device = {"seed": self.args.seed + self.args.process_index, "device": self.args.device}
+        if self.teacher_cache is None:
+            return make_sampler(self.num_classes, **layout, **seed_and_device)
+        layout = {**layout, "rank_depth": self.args.rank_depth}
+        return make_cached_sampler(self.teacher_cache.header.layout, **layout, **seed_and_device)
 
     def _choose_row_sparse(self, kwargs: dict[str, Any]) -> bool:
         parameters = SampledHead(self.model, self.head_layers).parameters()

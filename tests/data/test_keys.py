@@ -1,0 +1,70 @@
+"""Keys of examples: the same content has the same key wherever it stands, and nothing else has it."""
+
+import pytest
+import torch
+
+from hf_dis.data import DataError
+from hf_dis.data.keys import content_keys, key_inputs
+
+
+def tokens(*rows, side="right"):
+    """Rows of ids padded to one length, as a tokenizer pads them, labels included."""
+    length = max(map(len, rows))
+
+    def padded(row, filler):
+        fill = [filler] * (length - len(row))
+        return row + fill if side == "right" else fill + row
+
+    return {
+        "input_ids": torch.tensor([padded(row, 0) for row in rows]),
+        "attention_mask": torch.tensor([padded([1] * len(row), 0) for row in rows]),
+        "labels": torch.tensor([padded(row, -100) for row in rows]),
+    }
+
+
+def keys(batch):
+    return content_keys(batch, key_inputs(batch))
+
+
+def test_each_image_has_a_key_of_its_own():
+    images = torch.randn(6, 3, 8, 8)
+    found = keys({"pixel_values": images, "labels": torch.arange(6)})
+    assert len(set(found)) == 6
+    assert keys({"labels": torch.zeros(6), "pixel_values": images.flip(0)}) == found[::-1]
+
+
+def test_the_least_change_makes_another_key():
+    images = torch.rand(2, 3, 8, 8)
+    changed = images.clone()
+    changed[1, 2, 7, 7] = torch.nextafter(changed[1, 2, 7, 7], torch.tensor(2.0))
+    before, after = (keys({"pixel_values": pixels}) for pixels in (images, changed))
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_does_not_matter(side):
+    short, long = [5, 6, 7], [8, 9, 1, 2, 3]
+    assert keys(tokens(short, long, side=side))[0] == keys(tokens(short))[0]
+
+
+def test_what_is_supervised_matters():
+    batch, masked = tokens([5, 6, 7, 8]), tokens([5, 6, 7, 8])
+    masked["labels"][0, :2] = -100
+    assert keys(batch) != keys(masked)
+
+
+def test_decoder_inputs_made_from_labels_do_not_count():
+    batch = tokens([5, 6, 7])
+    with_decoder = batch | {"decoder_input_ids": torch.tensor([[0, 5, 6]])}
+    assert keys(batch) == keys(with_decoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8])
+def test_any_dtype(dtype):
+    images = (100 * torch.rand(2, 4)).to(dtype)
+    assert keys({"pixel_values": images}) != keys({"pixel_values": images.float()})
+
+
+def test_a_missing_input_is_named():
+    with pytest.raises(DataError, match=r"made of input_ids, token_type_ids, and the batch has no token_type_ids"):
+        content_keys({"input_ids": torch.zeros(2, 3)}, ["input_ids", "token_type_ids"])

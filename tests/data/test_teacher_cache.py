@@ -1,0 +1,342 @@
+"""Caches on disk: what is written is what is read, and every way of being damaged has an error of its own."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import DatasetCard, RepoUrl
+from models import bert_mlm, labelled_images, labelled_tokens, llama, t5, vit
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from hf_dis import TeacherCache, cache_teacher_targets
+from hf_dis.compact import compact_targets
+from hf_dis.data import DataError, SeededViews
+from hf_dis.data.keys import content_keys
+from hf_dis.data.teacher_cache import HEADER, TARGETS, CacheHeader, stored_rows
+
+C, ROWS, SHARD = 40, 23, 5
+SETTINGS = {"depth": 6, "tail_draws": 8, "shard_examples": SHARD, "batch_size": 3, "show_progress": False}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return vit(C, seed=1, spread=30)
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "cache"
+    cache_teacher_targets(teacher, labelled_images(ROWS, C), path, **SETTINGS)
+    return path
+
+
+@pytest.fixture
+def cache(whole, tmp_path):
+    """A folder of the test's own."""
+    return shutil.copytree(whole, tmp_path / "cache")
+
+
+def batch(*rows):
+    data = labelled_images(ROWS, C)
+    return default_data_collator([data[row] for row in rows])
+
+
+def shards(path):
+    return sorted(path.glob("*.arrow"))
+
+
+def times(path):
+    return {file.name: file.stat().st_mtime_ns for file in shards(path)}
+
+
+def test_what_is_read_is_what_the_teacher_said(whole, teacher):
+    cache = TeacherCache(whole)
+    assert len(cache) == ROWS and len(shards(whole)) == 5
+    found = cache.header.layout.unpack(stored_rows(cache.look_up(batch(22, 3, 3, 11))))
+    with torch.no_grad():
+        logits = teacher(batch(22, 3, 3, 11)["pixel_values"]).logits
+    expected = compact_targets(logits, 2.0, 6, 8, torch.Generator())
+    assert torch.equal(found.ids, expected.ids)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=0, atol=4e-3)
+    torch.testing.assert_close(found.log_normaliser, expected.log_normaliser, rtol=0, atol=1e-5)
+    assert torch.equal(found.tail_ids[1], found.tail_ids[2])
+
+
+def test_it_says_what_it_is(whole, teacher):
+    header = CacheHeader.load(whole)
+    assert (header.num_classes, header.temperature, header.depth, header.tail_draws) == (C, 2.0, 6, 8)
+    assert header.teacher["name"] == "ViTForImageClassification" and len(header.teacher["weights"]) == 64
+    assert header.inputs == ["pixel_values"] and header.dataset["examples"] == ROWS
+    assert header.labels is None and header.views is None
+    assert sum(shard.examples for shard in header.shards) == ROWS
+
+
+def test_datasets_opens_it(whole, tmp_path):
+    loaded = datasets.load_dataset(str(whole), split="train", cache_dir=str(tmp_path))
+    assert loaded.column_names == ["key", "targets"] and len(loaded) == ROWS
+    assert loaded[7]["key"] == content_keys(batch(7), ["pixel_values"])[0]
+    assert bytes(loaded[7]["targets"]) == TeacherCache(whole).look_up(batch(7)).numpy().tobytes()
+
+
+def test_the_folder_is_a_data_set_of_the_hub(whole, monkeypatch):
+    seen = {}
+
+    class Api:
+        def __init__(self, token):
+            seen["token"] = token
+
+        def create_repo(self, repo_id, **settings):
+            seen["created"] = repo_id, settings
+            return RepoUrl(f"https://huggingface.co/datasets/me/{repo_id}")
+
+        def upload_folder(self, **settings):
+            seen["uploaded"] = settings
+
+    monkeypatch.setattr("hf_dis.data.teacher_cache.HfApi", Api)
+    url = TeacherCache(whole).push_to_hub("targets", private=True, token="t")
+    assert url == "https://huggingface.co/datasets/me/targets" and seen["token"] == "t"
+    assert seen["created"] == ("targets", {"repo_type": "dataset", "private": True, "exist_ok": True})
+    assert seen["uploaded"] == {"repo_id": "me/targets", "folder_path": whole, "repo_type": "dataset"}
+    card = DatasetCard.load(whole / "README.md")
+    assert "the 6 likeliest of 40 classes" in card.text and card.data.tags == ["hf_dis", "knowledge-distillation"]
+
+
+def test_a_second_run_writes_nothing(cache, teacher):
+    before = times(cache)
+    cache_teacher_targets(teacher, labelled_images(ROWS, C), cache, **SETTINGS)
+    assert times(cache) == before
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def stopping_after(teacher, forwards):
+    left = [forwards]
+
+    def hook(*_):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stop
+
+    return teacher.register_forward_pre_hook(hook)
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_cache(whole, teacher, tmp_path):
+    path, data = tmp_path / "cache", labelled_images(ROWS, C)
+    hook = stopping_after(teacher, 6)
+    with pytest.raises(Stop):
+        cache_teacher_targets(teacher, data, path, **SETTINGS)
+    hook.remove()
+    done = times(path)
+    assert 1 <= len(done) < 5
+    with pytest.raises(
+        DataError, match=rf"half-written: {len(done)} of 5 shards.*run what wrote it again|Run what wrote"
+    ):
+        TeacherCache(path)
+    cache_teacher_targets(teacher, data, path, **SETTINGS)
+    assert times(path).items() >= done.items()
+    assert [file.read_bytes() for file in shards(path)] == [file.read_bytes() for file in shards(whole)]
+    assert (path / HEADER).read_text() == (whole / HEADER).read_text()
+    assert sorted(os.listdir(path)) == sorted(os.listdir(whole))
+
+
+def test_a_half_written_file_is_written_again(cache, teacher):
+    header = json.loads((cache / HEADER).read_text())
+    first, second = (cache / shard["file"] for shard in header["shards"][:2])
+    content = first.read_bytes()
+    first.write_bytes(content[: len(content) // 2])
+    second.unlink()
+    before = times(cache)
+    with pytest.raises(DataError, match="damaged"):
+        TeacherCache(cache)
+    cache_teacher_targets(teacher, labelled_images(ROWS, C), cache, **SETTINGS)
+    assert first.read_bytes() == content and len(TeacherCache(cache)) == ROWS
+    changed = {name for name, time in times(cache).items() if before.get(name) != time}
+    assert changed == {first.name, second.name}
+
+
+def test_every_flipped_byte_of_a_shard_is_seen(cache):
+    shard = shards(cache)[2]
+    content = shard.read_bytes()
+    places = [*random.Random(0).sample(range(len(content)), 60), 0, len(content) - 1]
+    for place in places:
+        shard.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with pytest.raises(DataError, match=rf"{shard.name} is damaged.*Copy it again"):
+            TeacherCache(cache)
+    shard.write_bytes(content)
+    assert len(TeacherCache(cache)) == ROWS
+
+
+def test_a_flipped_byte_of_the_header_is_seen_or_does_not_matter(cache):
+    header = cache / HEADER
+    content, expected = header.read_bytes(), CacheHeader.load(cache)
+    for place in random.Random(0).sample(range(len(content)), 80):
+        header.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 7]) + content[place + 1 :])
+        try:
+            found = CacheHeader.load(cache)
+        except DataError as error:
+            assert HEADER in str(error) or "format" in str(error)
+        else:
+            assert found == expected  # white space
+
+
+def test_a_missing_shard(cache):
+    shards(cache)[1].unlink()
+    with pytest.raises(DataError, match=r"shard-000001.arrow of the cache .* is missing"):
+        TeacherCache(cache)
+
+
+def test_no_cache(tmp_path):
+    with pytest.raises(DataError, match=r"no teacher cache.*cache_teacher_targets"):
+        TeacherCache(tmp_path)
+
+
+def test_a_newer_format(cache):
+    header = json.loads((cache / HEADER).read_text())
+    (cache / HEADER).write_text(json.dumps({**header, "version": 2, "something": "new"}))
+    with pytest.raises(DataError, match="written in format 2, and this version of hf_dis reads up to 1: upgrade"):
+        TeacherCache(cache)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", "null", '{"version": "1"}', '{"version": 1, "format": "other"}', "\x00"]
+)
+def test_another_file_in_the_place_of_the_header(cache, content):
+    (cache / HEADER).write_text(content)
+    with pytest.raises(DataError, match="is damaged"):
+        TeacherCache(cache)
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"temperature": 1.0}, "temperature is 2.0 here and 1.0 there"),
+        ({"depth": 5}, "depth is 6"),
+        ({"seed": 3}, "seed"),
+    ],
+)
+def test_another_cache_is_not_written_over(cache, teacher, changed, told):
+    before = times(cache)
+    with pytest.raises(DataError, match=f"holds another cache: .*{told}"):
+        cache_teacher_targets(teacher, labelled_images(ROWS, C), cache, **SETTINGS | changed)
+    assert times(cache) == before
+
+
+def test_another_teacher_or_data_set_is_not_mixed_in(cache, teacher):
+    with pytest.raises(DataError, match="teacher is"):
+        cache_teacher_targets(vit(C, seed=2), labelled_images(ROWS, C), cache, **SETTINGS)
+    with pytest.raises(DataError, match="dataset is"):
+        cache_teacher_targets(teacher, labelled_images(ROWS, C, seed=1), cache, **SETTINGS)
+
+
+def test_shards_without_a_header_are_left_alone(cache, teacher):
+    (cache / HEADER).unlink()
+    with pytest.raises(DataError, match=r"holds shard-000000.arrow but no cache.json"):
+        cache_teacher_targets(teacher, labelled_images(ROWS, C), cache, **SETTINGS)
+    assert len(shards(cache)) == 5
+
+
+def test_an_example_that_is_not_there(whole):
+    other = default_data_collator(labelled_images(4, C, seed=9))
+    with pytest.raises(DataError, match=r"4 of 4 examples are not in the cache.*un-augmented"):
+        TeacherCache(whole).look_up(other)
+
+
+class Augmented(torch.utils.data.Dataset):
+    def __init__(self):
+        self.rows = labelled_images(6, C)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        return {**row, "pixel_values": row["pixel_values"] + 0.1 * torch.randn(3, 8, 8)}
+
+
+def test_augmentation_at_random_is_refused(teacher, tmp_path):
+    with pytest.raises(DataError, match=r"augments at random.*SeededViews"):
+        cache_teacher_targets(teacher, Augmented(), tmp_path, **SETTINGS)
+
+
+def test_seeded_views_are_replayed(teacher, tmp_path):
+    cache = cache_teacher_targets(teacher, SeededViews(Augmented(), 3, seed=5), tmp_path, **SETTINGS)
+    assert len(cache) == 18 and cache.header.views == {"number": 3, "seed": 5}
+    views = DataLoader(
+        SeededViews(Augmented(), 3, seed=5),
+        batch_size=6,
+        shuffle=True,
+        num_workers=2,
+        collate_fn=cache.collator(default_data_collator),
+    )
+    for given in views:
+        with torch.no_grad():
+            best = teacher(given["pixel_values"]).logits.argmax(1)
+        assert torch.equal(cache.header.layout.unpack(stored_rows(given[TARGETS])).ids[:, 0], best)
+    with pytest.raises(DataError, match=r"6 of 6 examples are not in the cache.*SeededViews of seed 5"):
+        cache.look_up(default_data_collator([SeededViews(Augmented(), 3, seed=6)[index] for index in range(6)]))
+
+
+def test_it_travels_to_other_processes(whole):
+    cache = pickle.loads(pickle.dumps(TeacherCache(whole)))
+    assert torch.equal(cache.look_up(batch(4)), TeacherCache(whole).look_up(batch(4)))
+
+
+def test_columns_that_the_teacher_does_not_take_do_not_matter(whole, teacher, tmp_path):
+    data = [{**row, "path": "x", "number": 3.0} for row in labelled_images(ROWS, C)]
+    cache_teacher_targets(teacher, data, tmp_path, **SETTINGS)
+    assert [file.read_bytes() for file in shards(tmp_path)] == [file.read_bytes() for file in shards(whole)]
+
+
+@pytest.mark.parametrize("build", [llama, bert_mlm, t5])
+def test_supervised_tokens_are_rows(build, tmp_path):
+    teacher, data = build(50, seed=1, spread=30), labelled_tokens(7, 50)
+    for number, row in enumerate(data):
+        row["labels"][: number % 4] = -100
+    cache = cache_teacher_targets(teacher, data, tmp_path, temperature=1.0, **SETTINGS)
+    collated = default_data_collator([data[3], data[0]])
+    supervised = collated["labels"][:, 1:] if build is llama else collated["labels"]
+    found = cache.header.layout.unpack(stored_rows(cache.look_up(collated)))
+    with torch.no_grad():
+        logits = teacher(**collated).logits[:, :-1] if build is llama else teacher(**collated).logits
+    expected = logits[supervised != -100].topk(6).indices
+    assert torch.equal(found.ids, expected)
+    assert sum(shard.rows for shard in cache.header.shards) == sum(
+        int((row["labels"][1:] if build is llama else row["labels"]).ne(-100).sum()) for row in data
+    )
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"depth": 0, "tail_draws": 0}, "tail_draws is 0"),
+        ({"depth": -1}, "depth is -1"),
+        ({"tail": "topk"}, "tail is 'topk'"),
+        ({"shard_examples": 0}, "shard_examples is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_bad_arguments(teacher, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        cache_teacher_targets(teacher, labelled_images(4, C), tmp_path, **SETTINGS | given)
+
+
+def test_nothing_to_cache(teacher, tmp_path):
+    with pytest.raises(DataError, match="data set is empty"):
+        cache_teacher_targets(teacher, [], tmp_path, **SETTINGS)
+
+
+def test_a_teacher_that_overflows(tmp_path):
+    teacher = vit(C)
+    with torch.no_grad():
+        teacher.classifier.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN or Inf"):
+        cache_teacher_targets(teacher, labelled_images(4, C), tmp_path, **SETTINGS)

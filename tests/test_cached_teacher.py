@@ -1,0 +1,155 @@
+"""The draw for stored targets: the gradient of the stored target on average, and exactly where all is drawn."""
+
+import pytest
+import torch
+
+from hf_dis.cached_teacher import CachedTargets, TailProposal, make_cached_sampler
+from hf_dis.compact import TargetLayout, compact_targets
+from hf_dis.losses import sampled_cross_entropy, sampled_distillation_loss, sparse_distillation_loss
+
+C, N, TEMPERATURE = 50, 6, 2.0
+LAYOUT = TargetLayout(C, 6, 8)
+
+
+@pytest.fixture
+def teacher_logits():
+    return 3 * torch.randn(N, C, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def targets(teacher_logits):
+    return stored(teacher_logits, LAYOUT)
+
+
+def stored(teacher_logits, layout):
+    generator = torch.Generator().manual_seed(2)
+    return CachedTargets(
+        compact_targets(teacher_logits, TEMPERATURE, layout.depth, layout.tail_draws, generator), layout.num_classes
+    )
+
+
+def dense(targets):
+    return torch.zeros(N, C).scatter_add_(1, targets.ids, targets.target)
+
+
+def columns(logits, draw):
+    return torch.cat([logits.gather(1, draw.row_ids), logits[:, draw.shared_ids]], 1)
+
+
+def student():
+    return torch.randn(N, C, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+
+def reference(logits, targets):
+    """The gradient of the mean loss for the stored target, with every class of the student."""
+    p = dense(targets).double()
+    s = (logits.detach().double() / TEMPERATURE).softmax(1)
+    return TEMPERATURE * (s - p) / N
+
+
+def test_the_target_sums_to_one_and_its_entropy_is_the_teachers(teacher_logits, targets):
+    torch.testing.assert_close(targets.target.sum(1), torch.ones(N))
+    p = (teacher_logits / TEMPERATURE).log_softmax(1)
+    negative_entropy = (targets.target * targets.log_probs).sum(1)
+    torch.testing.assert_close(negative_entropy, (p.exp() * p).sum(1), rtol=0, atol=2e-5)
+
+
+def test_a_class_that_was_drawn_twice_is_one_column(teacher_logits):
+    targets = stored(teacher_logits, TargetLayout(C, 0, 12))
+    for row in range(N):
+        ids = targets.ids[row, targets.used[row]]
+        assert len(ids.unique()) == len(ids)
+    assert not targets.used.all()
+
+
+def test_with_all_classes_ranked_the_loss_is_the_exact_one(teacher_logits, dense_kd):
+    layout = TargetLayout(C, C, 0)
+    logits = student().detach().double().requires_grad_()
+    targets = stored(teacher_logits.double(), layout)
+    draw = make_cached_sampler(layout, num_sampled_classes=C).draw([targets])
+    loss, _ = sampled_distillation_loss(columns(logits, draw), draw, TEMPERATURE)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    expected = dense_kd(logits, teacher_logits, TEMPERATURE)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected.sum(), logits), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("depth, draws", [(6, 8), (0, 12), (6, 0)])
+@pytest.mark.parametrize("sizes", [{"num_sampled_classes": C}, {"num_shared_classes": C}])
+def test_drawing_all_classes_gives_the_gradient_of_the_stored_target(teacher_logits, depth, draws, sizes):
+    layout, logits = TargetLayout(C, depth, draws), student()
+    targets = stored(teacher_logits, layout)
+    draw = make_cached_sampler(layout, **sizes).draw([targets], torch.arange(N))
+    loss, _ = sampled_distillation_loss(columns(logits, draw), draw, TEMPERATURE)
+    (gradient,) = torch.autograd.grad(loss.mean(), logits)
+    torch.testing.assert_close(gradient.double(), reference(logits, targets), rtol=0, atol=1e-6)
+    sparse = sparse_distillation_loss(logits, targets.ids, targets.log_probs, targets.target, TEMPERATURE)
+    torch.testing.assert_close(loss, sparse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("proposal", ["dis", "teacher", "uniform"])
+@pytest.mark.parametrize("sizes", [{"num_sampled_classes": 25}, {"num_shared_classes": 25}])
+def test_the_gradient_is_right_on_average(targets, sizes, proposal):
+    logits, repeats = student(), 400
+    sampler = make_cached_sampler(LAYOUT, proposal=proposal, proposal_floor=0.5, **sizes)
+    total = torch.zeros(N, C)
+    for _ in range(repeats):
+        draw = sampler.draw([targets], torch.arange(N))
+        loss, disagreement = sampled_distillation_loss(columns(logits, draw), draw, TEMPERATURE)
+        total += torch.autograd.grad(loss.mean(), logits)[0] / repeats
+        sampler.learn(draw, disagreement)
+    expected = reference(logits, targets).float()
+    assert (total - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize("sizes", [{"num_sampled_classes": C}, {"num_shared_classes": C}])
+def test_cross_entropy_reuses_the_draw(targets, dense_ce, sizes):
+    logits, labels = student(), torch.arange(N) * 7 % C
+    draw = make_cached_sampler(LAYOUT, **sizes).draw([targets], labels)
+    loss = sampled_cross_entropy(columns(logits, draw), draw)
+    torch.testing.assert_close(loss.double(), dense_ce(logits, labels), rtol=0, atol=1e-5)
+
+
+def test_each_class_counts_once_in_the_normaliser(targets):
+    labels = targets.ids[:, -1]
+    for sizes in ({"num_sampled_classes": 20}, {"num_shared_classes": 20}):
+        draw = make_cached_sampler(LAYOUT, **sizes).draw([targets], labels)
+        ids = torch.cat([draw.row_ids, draw.shared_ids.expand(N, -1)], 1)
+        for row in range(N):
+            used = ids[row, draw.log_weights[row] > -torch.inf]
+            assert len(used.unique()) == len(used)
+            assert labels[row] in used
+
+
+def test_the_shared_tail_learns_where_the_student_is(targets):
+    logits = torch.zeros(N, C)
+    wrong = next(c for c in range(C) if not (targets.ids == c).any())
+    logits[:, wrong] = 6
+    sampler = make_cached_sampler(LAYOUT, num_shared_classes=20)
+    for _ in range(30):
+        draw = sampler.draw([targets])
+        _, disagreement = sampled_distillation_loss(columns(logits, draw), draw, TEMPERATURE)
+        sampler.learn(draw, disagreement)
+    assert isinstance(sampler.proposal, TailProposal)
+    assert sampler.proposal.class_density().argmax() == wrong
+
+
+def test_the_class_mass_is_unbiased(teacher_logits):
+    many = teacher_logits[:1].expand(3000, C)
+    mass = stored(many, LAYOUT).class_mass() / 3000
+    p = (teacher_logits[0] / TEMPERATURE).softmax(0)
+    p[p.topk(LAYOUT.depth).indices] = 0
+    torch.testing.assert_close(mass, p, rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"rank_depth": 5}, "rank_depth is 5.*None or 6, the ranks that the cache holds"),
+        ({"proposal": "topk"}, "proposal is 'topk'.*another with a cache"),
+        ({"num_sampled_classes": 0}, "num_sampled_classes is 0"),
+    ],
+)
+def test_what_is_not_stored_cannot_be_asked_for(given, message):
+    with pytest.raises(ValueError, match=message):
+        make_cached_sampler(LAYOUT, **given)
