@@ -143,14 +143,14 @@ def train_teacher(train_dataset: Dataset, tokenizer: PreTrainedTokenizerBase, st
     Args:
         train_dataset: of :func:`tokenized`.
         tokenizer: that made it.
-        steps: of eight blocks, 1,024 tokens.
+        steps: of four blocks, 512 tokens.
         args: where to save it (``_teacher`` in ``output_dir``), and on what device to train.
     """
     teacher = build_teacher(len(tokenizer))
     teacher_args = TrainingArguments(
         output_dir=str(Path(args.output_dir) / "_teacher"),  # push_to_hub leaves out what starts with _
         max_steps=steps,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=4,
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,

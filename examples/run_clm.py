@@ -43,7 +43,7 @@ METHODS = ("exact", "dis", "exact_in_time")
 FROM_SCRATCH = {
     "methods": list(METHODS),
     "max_steps": 160,
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 8,
     "learning_rate": 2e-3,
     "warmup_steps": 0.1,
@@ -78,7 +78,7 @@ class ClmArguments:
     )
     text_column: str = field(default="text", metadata={"help": "The column with the texts."})
     block_size: int = field(default=128, metadata={"help": "Tokens of a training sequence."})
-    max_eval_blocks: int = field(default=64, metadata={"help": "Sequences to evaluate on, at most."})
+    max_eval_blocks: int = field(default=32, metadata={"help": "Sequences to evaluate on, at most."})
     methods: list[str] = field(
         default_factory=lambda: ["dis"],
         metadata={"help": f"Which of {', '.join(METHODS)} to run; all of them with the student made here."},
