@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .checks import check_labels
 from .drawn import drawn_logits
 from .proposal import Statistics
 from .sampler import ClassSampler
 from .sampling import ClassDraw
-from .targets import TeacherTargets, check_teacher_logits, widen
+from .targets import TeacherTargets, block_rows, check_teacher_logits, widen
 
 
 def sampled_distillation_loss(logits: Tensor, draw: ClassDraw, temperature: float) -> tuple[Tensor, Tensor]:
@@ -34,13 +35,36 @@ def sampled_distillation_loss(logits: Tensor, draw: ClassDraw, temperature: floa
     Returns:
         the loss ``[N]``, and the disagreement ``s - p`` at every column ``[N, R + K_t]``, without gradient.
     """
-    scaled = _above_minus_inf(widen(logits) / temperature)
-    log_normaliser = (scaled + draw.log_weights).logsumexp(1, keepdim=True)
-    log_ratio = _above_minus_inf(draw.log_probs) - scaled + log_normaliser
-    loss = temperature**2 * (draw.target * log_ratio).sum(1)
-    with torch.no_grad():
-        disagreement = (scaled - log_normaliser).exp() - draw.log_probs.exp()
-    return loss, disagreement
+    return _SampledDistillation.apply(logits, draw.log_weights, draw.log_probs, draw.target, temperature)
+
+
+class _SampledDistillation(torch.autograd.Function):
+    """Loss and gradient by blocks of rows: nothing of the size ``[N, R + K_t]`` is made but what is kept of it."""
+
+    @staticmethod
+    def forward(ctx, logits, log_weights, log_probs, target, temperature):
+        losses, disagreements, gradients = [], [], []
+        rows = block_rows(logits)
+        for part, log_weight, log_prob, wanted in zip(
+            *(tensor.split(rows) for tensor in (logits, log_weights, log_probs, target)), strict=True
+        ):
+            scaled = _above_minus_inf(widen(part) / temperature)
+            log_student = scaled - (scaled + log_weight).logsumexp(1, keepdim=True)
+            losses.append(temperature**2 * (wanted * (_above_minus_inf(log_prob) - log_student)).sum(1))
+            disagreements.append(log_student.exp() - log_prob.exp())
+            # τ (ω s - p̂): the target sums to one.
+            gradient = (log_student + log_weight).exp_().sub_(wanted).mul_(temperature)
+            gradients.append(gradient.masked_fill_(part.isneginf(), 0).to(logits.dtype))
+        ctx.save_for_backward(torch.cat(gradients))
+        disagreement = torch.cat(disagreements)
+        ctx.mark_non_differentiable(disagreement)
+        return torch.cat(losses), disagreement
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        (gradient,) = ctx.saved_tensors
+        return grad[:, None].to(gradient.dtype) * gradient, None, None, None, None
 
 
 def sampled_cross_entropy(logits: Tensor, draw: ClassDraw) -> Tensor:

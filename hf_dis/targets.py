@@ -5,13 +5,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements that the pass over all classes takes at a time on CPU, so that what it leaves stays in the cache.
+# Elements that a pass over rows takes at a time on CPU, so that what it leaves stays in the cache.
 BLOCK_ELEMENTS = 2**18
+
+# Classes of a group whose highest logit says whether one of them can be among the best-ranked.
+GROUP = 8
 
 
 def widen(logits: Tensor) -> Tensor:
     """Logits in float32, or as they are if wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def block_rows(values: Tensor) -> int:
+    """How many rows of ``[n, C]`` a pass takes at a time: what stays in the cache of a CPU, elsewhere all."""
+    in_cache = BLOCK_ELEMENTS // max(1, values.shape[1])
+    return max(1, in_cache if values.device.type == "cpu" else len(values))
+
+
+def top_ranked(logits: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """The highest logits of each row and their classes, best first: as ``topk``, several times faster.
+
+    The m highest of all lie in the m groups with the highest maxima.
+
+    Args:
+        logits: ``[n, C]``.
+        depth: m, at most C.
+
+    Returns:
+        logits and ids, ``[n, m]``.
+    """
+    num_rows, num_classes = logits.shape
+    num_groups = num_classes // GROUP
+    if num_groups < 2 * depth:
+        return logits.topk(depth, dim=1)
+    # Class c is in group c mod G, so that maxima are taken between whole stretches of memory.
+    grouped = logits[:, : num_groups * GROUP].unflatten(1, (GROUP, num_groups))
+    groups = grouped.amax(1).topk(depth, dim=1, sorted=False).indices
+    members = groups[:, :, None] + num_groups * torch.arange(GROUP, device=logits.device)
+    left_over = torch.arange(num_groups * GROUP, num_classes, device=logits.device)
+    candidates = torch.cat([members.flatten(1), left_over.expand(num_rows, -1)], 1)
+    top, places = logits.gather(1, candidates).topk(depth, dim=1)
+    return top, candidates.gather(1, places)
 
 
 class TeacherTargets:
@@ -29,14 +64,13 @@ class TeacherTargets:
 
     def __init__(self, logits: Tensor, temperature: float, depth: int):
         self.logits, self.temperature = logits, temperature
-        top, self.ids = logits.topk(min(depth, logits.shape[1]), dim=1)
+        top, self.ids = top_ranked(logits, min(depth, logits.shape[1]))
         top = widen(top) / temperature
         # The one pass of exponentials over all classes gives the normaliser and the classes' probabilities.
-        on_cpu = logits.device.type == "cpu"
-        block_rows = max(1, BLOCK_ELEMENTS // logits.shape[1] if on_cpu else len(logits))
+        rows = block_rows(logits)
         self._probability = top.new_zeros(logits.shape[1])
         totals = []
-        for part, peak in zip(logits.split(block_rows), top[:, :1].split(block_rows), strict=True):
+        for part, peak in zip(logits.split(rows), top[:, :1].split(rows), strict=True):
             exponentials = (widen(part) / temperature).sub_(peak).exp_()
             totals.append(exponentials.sum(1))
             self._probability.addmv_(exponentials.T, totals[-1].reciprocal())

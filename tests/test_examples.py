@@ -1,5 +1,6 @@
 """The examples as a user starts them, on small data."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -8,9 +9,17 @@ from pathlib import Path
 
 import pytest
 from archives import write_cifar100_archive
+from clm_task import load_texts, tokenized, train_tokenizer
 from models import vit
 from pages import commands
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+)
 
 from hf_dis.data import write_glyph_market
 
@@ -151,3 +160,97 @@ def test_the_glyph_demo_writes_results_report_and_plots(cache, tmp_path):
         assert record["classes"] == 3375 and 0 <= record["top1"] <= record["top5"] <= 1
     for name in ("report.md", "quality.png", "proposal.png", "confusions.png"):
         assert (tmp_path / name).stat().st_size > 500
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A text file whose tokenizer has some two thousand tokens."""
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(Path(json.decoder.__file__).read_text() + Path(argparse.__file__).read_text())
+    return path
+
+
+CLM = ["--use_cpu", "--disable_tqdm", "True", "--max_steps", "2", "--eval_steps", "1", "--max_eval_blocks", "3"]
+CLM += ["--per_device_train_batch_size", "2", "--head_mode", "sampled"]
+
+
+@pytest.mark.slow
+def test_clm_makes_a_teacher_and_compares_students_in_one_and_two_processes(texts, cache, tmp_path):
+    made, given = tmp_path / "made", tmp_path / "given"
+    data = ["--train_files", str(texts)]
+    launch(
+        "run_clm.py",
+        "--output_dir",
+        str(made),
+        "--teacher_steps",
+        "2",
+        *data,
+        *CLM,
+        processes=ONE_PROCESS,
+        cache=cache,
+    )
+    records = json.loads((made / "results.json").read_text())
+    assert [record["method"] for record in records] == ["exact", "dis", "exact_in_time"]
+    assert [record["sampled"] for record in records] == [records[0]["vocab"], 1040, records[0]["vocab"]]
+    for record in records:
+        assert record["kl"] > 0 and record["perplexity"] > 1 and record["seconds"] > 0
+        assert [point["step"] for point in record["curve"]][:1] == [1] and record["curve"][-1]["step"] == record[
+            "steps"
+        ]
+        student = AutoModelForCausalLM.from_pretrained(made / record["method"])
+        assert student.config.vocab_size == len(AutoTokenizer.from_pretrained(made / record["method"]))
+    assert (made / "curves.png").stat().st_size > 500 and "DIS's time" in (made / "report.md").read_text()
+
+    models = ["--teacher_model_name_or_path", str(made / "_teacher"), "--model_name_or_path", str(made / "dis")]
+    own = ["--output_dir", str(given), "--row_sparse_head", "--save_strategy", "no", *models, *data, *CLM]
+    launch("run_clm.py", *own, processes=TWO_PROCESSES, cache=cache)
+    (record,) = json.loads((given / "results.json").read_text())
+    assert record["method"] == "dis" and record["steps"] == 2
+    assert AutoModelForCausalLM.from_pretrained(given).config.vocab_size == record["vocab"]
+
+
+@pytest.mark.slow
+def test_clm_trains_adapters_of_masked_language_models(texts, cache, tmp_path):
+    tokenizer = train_tokenizer(load_texts(train_files=[str(texts)])["train"], 2500)
+    tokenizer.add_special_tokens({"mask_token": "<mask>", "pad_token": "<pad>"})
+    for name in ("teacher", "student"):
+        config = BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+        )
+        BertForMaskedLM(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    teacher = ["--teacher_model_name_or_path", str(tmp_path / "teacher")]
+    student = ["--model_name_or_path", str(tmp_path / "student"), "--output_dir", str(tmp_path / "out")]
+    options = ["--mlm", "--use_peft", "--train_files", str(texts), *teacher, *student, *CLM]
+    launch("run_clm.py", *options, processes=ONE_PROCESS, cache=cache)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_kl"] > 0
+
+
+def test_clm_refuses_what_it_cannot_make(cache, tmp_path):
+    for options, told in ((["--mlm"], "only causal models"), (["--methods", "ftis"], r"unknown methods ['ftis']")):
+        arguments = ["--output_dir", str(tmp_path), *options]
+        done = launch("run_clm.py", *arguments, processes=ONE_PROCESS, cache=cache, check=False)
+        assert done.returncode != 0 and told in done.stderr
+
+
+def test_texts_too_few_for_a_block_and_columns_that_are_not_there(texts):
+    splits = load_texts(train_files=[str(texts)])
+    tokenizer = train_tokenizer(splits["train"], 500)
+    with pytest.raises(ValueError, match=r"does not have 1000000 tokens"):
+        tokenized(splits, tokenizer, 1_000_000)
+    with pytest.raises(ValueError, match=r"text_column is 'words'.*\['text'\]"):
+        load_texts(train_files=[str(texts)], column="words")
+
+
+def test_blocks_are_the_text_in_order(texts):
+    splits = load_texts(train_files=[str(texts)])
+    tokenizer = train_tokenizer(splits["train"], 500)
+    rows = tokenized(splits, tokenizer, 32)["train"]
+    assert all(row["labels"] == row["input_ids"] and len(row["input_ids"]) == 32 for row in rows)
+    joined = tokenizer.decode([token for row in rows for token in row["input_ids"]]).replace("<eos>", "")
+    assert texts.read_text().startswith(joined[:5000])

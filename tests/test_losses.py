@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import hf_dis.targets
 from hf_dis import DISLoss, make_sampler
 from hf_dis.losses import (
     exact_cross_entropy,
@@ -53,6 +54,33 @@ def test_sampled_losses_are_their_formulas():
         torch.testing.assert_close(disagreement[row], student_minus_teacher, check_dtype=False)
         label = logits[row, draw.label_column]
         torch.testing.assert_close(ce[row], (weights * logits[row].exp()).sum().log() - label)
+
+
+@pytest.mark.parametrize("block", [1, 40, 2**18], ids=["row by row", "two rows", "at once"])
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_gradient_of_the_sampled_loss_is_that_of_its_formula(block, temperature, monkeypatch):
+    monkeypatch.setattr(hf_dis.targets, "BLOCK_ELEMENTS", block)
+    sampler = make_sampler(40, num_sampled_classes=6, num_shared_classes=8, rank_depth=10)
+    draw = sampler.draw([TeacherTargets(torch.randn(5, 40).double(), temperature, 10)], torch.arange(5))
+    logits = torch.randn(draw.log_weights.shape, dtype=torch.float64, requires_grad=True)
+    grad_losses = torch.rand(5, dtype=torch.float64)
+    loss = sampled_distillation_loss(logits, draw, temperature)[0]
+    (gradient,) = torch.autograd.grad(loss, logits, grad_losses)
+    normaliser = (logits / temperature + draw.log_weights).logsumexp(1, keepdim=True)
+    formula = temperature**2 * (draw.target * (draw.log_probs - logits / temperature + normaliser)).sum(1)
+    (expected,) = torch.autograd.grad(formula, logits, grad_losses)
+    torch.testing.assert_close(loss, formula, rtol=1e-7, atol=1e-7)  # the weights are in float32
+    torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_masked_logits_have_no_gradient():
+    sampler = make_sampler(40, num_sampled_classes=6, num_shared_classes=0)
+    draw = sampler.draw([TeacherTargets(torch.randn(5, 40), 2.0, 40)])
+    logits = torch.randn(5, 6)
+    logits[:, 2] = -torch.inf
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(sampled_distillation_loss(logits, draw, 2.0)[0].sum(), logits)
+    assert gradient.isfinite().all() and (gradient[:, 2] == 0).all() and (gradient[:, 0] != 0).all()
 
 
 def test_half_precision_logits_are_computed_in_float32():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hf_dis.targets
-from hf_dis.targets import TeacherTargets
+from hf_dis.targets import GROUP, TeacherTargets, top_ranked
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -42,3 +42,21 @@ def test_blocks_of_rows_change_nothing(block, monkeypatch):
     probs = (logits / 2).softmax(1)
     torch.testing.assert_close(targets.log_probs.exp(), probs.topk(3).values)
     torch.testing.assert_close(targets.class_mass(), probs.scatter(1, targets.ids, 0.0).sum(0))
+
+
+@pytest.mark.parametrize("num_classes", [1, 9, 2 * 6 * GROUP - 1, 2 * 6 * GROUP, 1000])
+@pytest.mark.parametrize("depth", [1, 6])
+def test_top_ranked_is_topk(num_classes, depth):
+    depth = min(depth, num_classes)
+    logits = torch.rand(30, num_classes + 3).argsort(1)[:, :num_classes].double()  # distinct, and not contiguous
+    for found, expected in zip(top_ranked(logits, depth), logits.topk(depth, dim=1), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_top_ranked_finds_neighbours_and_the_last_classes():
+    """All of the highest in one group, in neighbouring classes, or among the classes that no group holds."""
+    num_classes = 20 * GROUP + 5
+    for highest in ([3 + 20 * place for place in range(GROUP)], range(70, 78), range(num_classes - 6, num_classes)):
+        logits = torch.zeros(1, num_classes)
+        logits[0, list(highest)] = torch.arange(1.0, len(highest) + 1)
+        assert top_ranked(logits, len(highest))[1].tolist() == [list(highest)[::-1]]
