@@ -50,6 +50,7 @@ FROM_SCRATCH = {
     "lr_scheduler_type": "cosine",
     "temperature": 1.0,
     "hard_label_weight": 0.0,
+    "head_mode": "sampled",
     "row_sparse_head": True,
     "eval_strategy": "steps",
     "eval_steps": 40,
