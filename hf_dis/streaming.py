@@ -37,11 +37,10 @@ class AfterHead(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> AfterHead:
         """Read from a transformers model; whether it is all that the model does is for a comparison to say."""
-        config = model.config.get_text_config()
-        settings = {name: config.to_dict().get(name) for name in ("logits_scaling", "logit_scale")}
-        scale = (settings["logit_scale"] or 1.0) / (settings["logits_scaling"] or 1.0)
+        settings = model.config.get_text_config().to_dict()
+        scale = (settings.get("logit_scale") or 1.0) / (settings.get("logits_scaling") or 1.0)
         buffers = dict(model.named_buffers(recurse=False))
-        return cls(buffers.get("final_logits_bias"), scale, config.to_dict().get("final_logit_softcapping"))
+        return cls(buffers.get("final_logits_bias"), scale, settings.get("final_logit_softcapping"))
 
     def __call__(self, logits: Tensor) -> Tensor:
         if self.bias is not None:

@@ -32,13 +32,19 @@ class Task(Enum):
         return self is not Task.CLASSIFICATION
 
 
+def _names(*mappings: dict[str, str | tuple[str, ...]]) -> frozenset[str]:
+    """Names of classes, of which a type of model may have one or several."""
+    named = [names for mapping in mappings for names in mapping.values()]
+    return frozenset(name for names in named for name in (names if isinstance(names, (tuple, list)) else (names,)))
+
+
 # In this order: transformers lists Bart and T5 as masked language models too.
 CLASSES = {
-    Task.SEQ2SEQ_LM: (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,),
-    Task.CAUSAL_LM: (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,),
-    Task.MASKED_LM: (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,),
-    Task.TOKEN_CLASSIFICATION: (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,),
-    Task.CLASSIFICATION: (
+    Task.SEQ2SEQ_LM: _names(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    Task.CAUSAL_LM: _names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    Task.MASKED_LM: _names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    Task.TOKEN_CLASSIFICATION: _names(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    Task.CLASSIFICATION: _names(
         auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
@@ -63,8 +69,8 @@ def find_task(model: nn.Module) -> Task:
     """
     model = base_model(model)
     for kind in type(model).__mro__:
-        for task, mappings in CLASSES.items():
-            if any(kind.__name__ in _flat(mapping.values()) for mapping in mappings):
+        for task, names in CLASSES.items():
+            if kind.__name__ in names:
                 return task
     is_own = not type(model).__module__.startswith("transformers.")
     if is_own and hasattr(getattr(model, "config", None), "num_labels") and not _output_embeddings(model):
@@ -74,10 +80,6 @@ def find_task(model: nn.Module) -> Task:
         f"one of {', '.join(task.value for task in Task)}, or have a config with num_labels; or use DISLoss in a loop "
         "of your own"
     )
-
-
-def _flat(names: object) -> set[str]:
-    return {name for value in names for name in (value if isinstance(value, (tuple, list)) else (value,))}
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
