@@ -8,13 +8,14 @@ import pickle
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
 
+from hf_dis.data.content import ContentConfig
 from hf_dis.data.errors import DataError
 from hf_dis.data.safe_pickle import load_plain_pickle
 
@@ -108,23 +109,19 @@ def _load_from_hub(cache_dir: str | None, num_proc: int | None) -> datasets.Data
 
 
 @dataclass
-class Cifar100Config(datasets.BuilderConfig):
+class Cifar100Config(ContentConfig):
     """Which files to build from: ``data_dir`` and ``verify_checksum`` as in [`load_cifar100`].
 
     ``digest`` is taken from the files' content and names the cache, so other files never meet a stale cache.
     """
 
     verify_checksum: bool = True
-    digest: str = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data_dir is None:
             raise DataError(f"Cifar100 needs data_dir=, the path of {ARCHIVE} from {HOMEPAGE}.")
         self.digest = _content_digest(_locate(self.data_dir), self.verify_checksum)
-
-    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: Any = None) -> str:
-        return super().create_config_id({"digest": self.digest}, custom_features)
 
 
 class Cifar100(datasets.GeneratorBasedBuilder):

@@ -6,13 +6,14 @@ import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 from PIL import Image, ImageDraw, ImageFont
 
+from hf_dis.data.content import ContentConfig
 from hf_dis.data.errors import DataError
 
 MATPLOTLIB_FACES = [
@@ -76,7 +77,7 @@ def load_glyphs(
 
 
 @dataclass
-class GlyphsConfig(datasets.BuilderConfig):
+class GlyphsConfig(ContentConfig):
     """What to render: the arguments of [`load_glyphs`].
 
     ``digest`` is taken from these and the fonts' content and names the cache, so a changed font never meets a
@@ -87,7 +88,6 @@ class GlyphsConfig(datasets.BuilderConfig):
     size: int = 32
     min_faces: int = 8
     test_faces: Sequence[str] | None = None
-    digest: str = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,9 +127,6 @@ class GlyphsConfig(datasets.BuilderConfig):
         for path in self.font_files:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()[:16]
-
-    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: Any = None) -> str:
-        return super().create_config_id({"digest": self.digest}, custom_features)
 
 
 @dataclass(frozen=True)

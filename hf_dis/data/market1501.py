@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import datasets
 from PIL import Image
 from transformers.utils import logging
 
+from hf_dis.data.content import ContentConfig
 from hf_dis.data.errors import DataError
 
 logger = logging.get_logger(__name__)
@@ -84,22 +85,17 @@ def _warn_of_differences(loaded: datasets.DatasetDict, data_dir: str | Path) -> 
 
 
 @dataclass
-class Market1501Config(datasets.BuilderConfig):
+class Market1501Config(ContentConfig):
     """Which files to build from: ``data_dir`` as in [`load_market1501`].
 
     ``digest`` is taken from the files' names and content and names the cache, so other files never meet a stale cache.
     """
-
-    digest: str = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data_dir is None:
             raise DataError(f"Market1501 needs data_dir=, the path of {ARCHIVE}, which {HOMEPAGE} links to.")
         self.digest = _content_digest(_locate(self.data_dir))
-
-    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: Any = None) -> str:
-        return super().create_config_id({"digest": self.digest}, custom_features)
 
 
 class Market1501(datasets.GeneratorBasedBuilder):
