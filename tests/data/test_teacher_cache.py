@@ -319,9 +319,12 @@ def test_offsets_beyond_the_end_are_refused(cache):
     length = len(pa.ipc.open_stream(content).read_all()["targets"][0].as_py())
     offsets = np.arange(SHARD + 1, dtype=np.int32) * length
     assert content.count(offsets.tobytes()) == 1
-    forge(cache, shard=content.replace(offsets.tobytes(), (offsets + 1000 * length).tobytes()))
-    with pytest.raises(DataError, match="is none of a teacher cache"):
-        TeacherCache(cache)
+    beyond = offsets.copy()
+    beyond[2] = 1000 * length
+    for wrong in (beyond, offsets + 1000 * length):
+        forge(cache, shard=content.replace(offsets.tobytes(), wrong.tobytes()))
+        with pytest.raises(DataError, match="is none of a teacher cache"):
+            TeacherCache(cache)
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"file": "shard-000000.arrow"}', "\xff", '{"file": "../x"}'])
