@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from .cached_teacher import CachedTargets
+from .compact import CompactTargets
+from .data.cache_header import CacheHeader
 from .data.errors import DataError
 from .data.provenance import labels_digest, tokenizer_digest
 from .data.teacher_cache import TeacherCache
@@ -42,7 +45,7 @@ class CachedTeacher:
         """Yields the targets of all rows.
 
         Raises:
-            DataError: if the batch has not come with targets, or with those of other rows.
+            DataError: if the batch has not come with targets, with those of other rows, or with what no teacher says.
         """
         if rows.targets is None:
             raise DataError(
@@ -50,7 +53,7 @@ class CachedTeacher:
                 "trainer's own dataloader does"
             )
         check_targets(rows)
-        yield CachedTargets(self.header.layout.unpack(rows.targets), self.header.num_classes)
+        yield CachedTargets(unpack_targets(self.header, rows.targets, check_finite), self.header.num_classes)
 
 
 def check_targets(rows: Rows) -> None:
@@ -60,6 +63,31 @@ def check_targets(rows: Rows) -> None:
             f"the cache holds targets of {len(rows.targets)} rows for this batch, and {len(rows)} are supervised: "
             "mask the labels as when the cache was written"
         )
+
+
+def unpack_targets(header: CacheHeader, packed: Tensor, check_values: bool) -> CompactTargets:
+    """The targets of stored rows, uint8 ``[n, row_bytes]``, on their device.
+
+    Args:
+        header: of their cache.
+        packed: the rows.
+        check_values: whether to look at them; on an accelerator this waits for the device.
+
+    Raises:
+        DataError: if they name classes that there are not, or their probabilities do not sum to one, as far as half
+            precision tells.
+    """
+    targets = header.layout.unpack(packed)
+    if check_values:
+        mass = targets.log_probs.exp().sum(1) + targets.log_tail_mass.exp()
+        is_known = torch.cat([targets.ids, targets.tail_ids], 1).lt(header.num_classes).all(1)
+        sound = is_known & ((mass - 1).abs() < 0.1) & (targets.entropy + targets.log_normaliser).isfinite()
+        if not sound.all():
+            raise DataError(
+                f"{int((~sound).sum())} of {len(sound)} stored rows are no answer about {header.num_classes} classes: "
+                "the cache was not written by hf_dis, or was altered since; write it again"
+            )
+    return targets
 
 
 class CacheMixin(Trainer):

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .cached_teacher import CachedTargets
-from .caching import check_targets
+from .caching import check_targets, unpack_targets
 from .compact import CompactTargets
 from .diagnostics import RunningMeans
 from .losses import exact_cross_entropy, exact_distillation_loss, mix, sparse_distillation_loss
@@ -99,7 +99,8 @@ class EvaluationMixin(Trainer):
             chunk, losses = slice(first_row, first_row + chunk_rows), {}
             part = rows.of(logits, chunk)[:, : self.num_classes]
             if rows.targets is not None:
-                losses["kd_loss"] = self._stored_loss(part, cache.header.layout.unpack(rows.targets[chunk]))
+                stored = unpack_targets(cache.header, rows.targets[chunk], self._checks_values())
+                losses["kd_loss"] = self._stored_loss(part, stored)
                 if with_kl and self.args.temperature == 1:
                     losses["kl"] = losses["kd_loss"]
             yield losses | self._label_loss(part, rows, chunk)

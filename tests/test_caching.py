@@ -226,6 +226,26 @@ def test_a_path_will_do_and_damage_is_seen(make, cache):
         make(str(cache.path))
 
 
+def test_targets_that_no_teacher_gave_are_refused(make, cache):
+    """In training and in evaluation: class ids beyond C, as 40 classes take 6 bits; probabilities of another sum."""
+    trainer = make(cache, eval_teacher_cache=cache, eval_dataset=labelled_images(32, C))
+    layout, look_up = cache.header.layout, cache.look_up
+
+    def altered(place, byte):
+        def changed(batch):
+            found = look_up(batch)
+            found[..., place] = byte
+            return found
+
+        return changed
+
+    for place, byte in ((0, 0xFF), (layout.id_bytes + 1, 0), (-1, 0x7F)):
+        trainer.teacher_cache.look_up = altered(place, byte)
+        for run in (trainer.train, trainer.evaluate):
+            with pytest.raises(DataError, match=r"8 of 8 stored rows are no answer about 40 classes.*write it again"):
+                run()
+
+
 def test_probes_need_a_teacher(make, cache):
     with pytest.raises(ValueError, match=r"probe_steps is 5.*teacher_model too"):
         make(cache, probe_steps=5)

@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from hf_dis.checks import require
 from hf_dis.compact import TAILS, compact_targets
+from hf_dis.data.cache_header import HEADER, CacheHeader, Shard, shard_file
 from hf_dis.data.errors import DataError
 from hf_dis.data.keys import content_keys, key_inputs
 from hf_dis.data.provenance import known_as, labels_digest, tokenizer_digest, weights_digest
-from hf_dis.data.teacher_cache import HEADER, CacheHeader, Shard, TeacherCache, checksum
+from hf_dis.data.teacher_cache import SCHEMA, TeacherCache, checksum
 from hf_dis.data.views import SeededViews
 from hf_dis.rows import Rows
 from hf_dis.tasks import Task, base_model, find_task, num_outputs, split_labels
@@ -223,12 +224,20 @@ def _begin(path: Path, header: CacheHeader) -> None:
     told = {shard.file: shard for shard in found.shards}
     for number in range(header.num_shards):
         note = _note(path, number)
-        noted = Shard(**json.loads(note.read_text())) if note.is_file() else None
-        shard = noted or told.get(note.with_suffix(".arrow").name)
+        shard = _noted(path, number) or told.get(shard_file(number))
         if shard is not None and _is_intact(path, shard):
             _replace(note, json.dumps(dataclasses.asdict(shard)).encode())
         else:
             note.unlink(missing_ok=True)
+
+
+def _noted(path: Path, number: int) -> Shard | None:
+    """What the note beside a shard says; None if there is none or it is damaged: the shard is then written again."""
+    try:
+        shard = Shard(**json.loads(_note(path, number).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return shard if shard.file == shard_file(number) else None
 
 
 def _is_intact(path: Path, shard: Shard) -> bool:
@@ -243,12 +252,12 @@ def _write_shard(path: Path, number: int, keys: list[int], counts: list[int], ta
     column = pa.BinaryArray.from_buffers(
         pa.binary(), len(keys), [None, pa.py_buffer(offsets), pa.py_buffer(targets.tobytes())]
     )
-    table = pa.table({"key": pa.array(keys, pa.int64()), "targets": column})
+    table = pa.table([pa.array(keys, pa.int64()), column], schema=SCHEMA)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     content = sink.getvalue()
-    file = _note(path, number).with_suffix(".arrow")
+    file = path / shard_file(number)
     shard = Shard(file.name, len(keys), len(targets), len(content), xxhash.xxh3_128(content).hexdigest())
     # The note first: a shard that is there in full is then never without one, and never written again.
     _replace(_note(path, number), json.dumps(dataclasses.asdict(shard)).encode())
@@ -266,7 +275,7 @@ def _finish(path: Path, header: CacheHeader) -> None:
 
 
 def _note(path: Path, number: int) -> Path:
-    return path / f"shard-{number:06}.json"
+    return (path / shard_file(number)).with_suffix(".json")
 
 
 def _replace(path: Path, content: bytes | pa.Buffer) -> None:

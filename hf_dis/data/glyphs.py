@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hf_dis.data.content import ContentConfig
@@ -33,6 +35,7 @@ MATPLOTLIB_FACES = [
     "STIXGeneralBol",
 ]
 TEST_FACES = ("DejaVuSerif-Bold", "DejaVuSansMono-Oblique")
+MAX_CHARACTERS = 0x110000
 MIN_SIZE = 8
 MIN_INK = 10  # the brightest pixel of a glyph that counts as drawn, of 255
 
@@ -129,13 +132,16 @@ class GlyphsConfig(ContentConfig):
         return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class _Face:
-    """One typeface and the characters to draw in it, as pairs of label and code point."""
+class _Face(NamedTuple):
+    """What one typeface draws of the classes: their labels, and as many images ``[characters, size, size]``."""
 
-    name: str
-    path: Path
-    characters: list[tuple[int, int]]
+    file: Path
+    labels: list[int]
+    images: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return self.file.stem
 
 
 class Glyphs(datasets.GeneratorBasedBuilder):
@@ -165,26 +171,43 @@ class Glyphs(datasets.GeneratorBasedBuilder):
                 "face": datasets.ClassLabel(names=config.faces),
             }
         )
+        # Drawn here, where errors reach the caller as they are; workers are sent the images, and encode them.
         faces = [
-            _Face(path.stem, path, [pair for pair in enumerate(classes) if pair[1] in content])
+            _drawn(path, config.size, [pair for pair in enumerate(classes) if pair[1] in content])
             for path, content in zip(config.font_files, contents, strict=True)
         ]
         held_out = set(config.test_faces)
-        return [
-            datasets.SplitGenerator("train", {"faces": [face for face in faces if face.name not in held_out]}),
-            datasets.SplitGenerator("test", {"faces": [face for face in faces if face.name in held_out]}),
-        ]
+        splits = {
+            "train": [face for face in faces if face.name not in held_out],
+            "test": [face for face in faces if face.name in held_out],
+        }
+        for split, drawn in splits.items():
+            if not any(face.labels for face in drawn):
+                told = ", ".join(str(face.file) for face in drawn)
+                raise DataError(f"The fonts of {split} draw nothing, so drop them from font_files: {told}")
+        return [datasets.SplitGenerator(split, {"faces": drawn}) for split, drawn in splits.items()]
 
     def _generate_examples(self, faces: list[_Face]) -> Iterator[tuple[str, dict[str, Any]]]:
-        size = self.config.size
         for face in faces:
-            # The other layout engine needs a system library, and draws some invisible characters where it is found.
-            font = ImageFont.truetype(str(face.path), int(size * 0.72), layout_engine=ImageFont.Layout.BASIC)
-            for label, code_point in face.characters:
-                image = Image.new("L", (size, size))
-                ImageDraw.Draw(image).text((size // 2, size // 2), chr(code_point), 255, font, anchor="mm")
-                if image.getextrema()[1] >= MIN_INK:
-                    yield f"{face.name} {code_point}", {"image": image, "label": label, "face": face.name}
+            for label, image in zip(face.labels, face.images, strict=True):
+                yield f"{face.name} {label}", {"image": image, "label": label, "face": face.name}
+
+
+def _drawn(path: Path, size: int, characters: list[tuple[int, int]]) -> _Face:
+    """Draws characters, pairs of label and code point, but for those that leave no ink."""
+    try:
+        # The other layout engine needs a system library, and draws some invisible characters where it is found.
+        font = ImageFont.truetype(str(path), int(size * 0.72), layout_engine=ImageFont.Layout.BASIC)
+        labels, images = [], []
+        for label, code_point in characters:
+            image = Image.new("L", (size, size))
+            ImageDraw.Draw(image).text((size // 2, size // 2), chr(code_point), 255, font, anchor="mm")
+            if image.getextrema()[1] >= MIN_INK:
+                labels.append(label)
+                images.append(np.asarray(image))
+    except Exception as error:  # Pillow raises whatever its library stumbles over
+        raise _unusable(path, error) from error
+    return _Face(path, labels, np.stack(images) if images else np.empty((0, size, size), np.uint8))
 
 
 def matplotlib_fonts() -> list[Path]:
@@ -207,12 +230,30 @@ def _code_points(path: Path) -> set[int]:
     try:
         ImageFont.truetype(str(path), MIN_SIZE)
         with TTFont(path, lazy=True) as font:
+            _check_ranges(font.getTableData("cmap"))
             characters = font.getBestCmap()
     except Exception as error:  # fontTools raises whatever its parsers stumble over
-        raise DataError(
-            f"{path} is not a usable TrueType or OpenType font ({error}): drop it from font_files."
-        ) from error
+        raise _unusable(path, error) from error
     if characters is None:
         raise DataError(f"{path} does not say which Unicode characters it draws: drop it from font_files.")
     # Paragraph separators (bidirectional class B) have no glyph, and text layout refuses them.
     return {code for code in characters if code > 32 and unicodedata.bidirectional(chr(code)) != "B"}
+
+
+def _check_ranges(cmap: bytes) -> None:
+    """Refuses a character map that unfolds to far more than it has: each of its groups may name billions."""
+    (num_tables,) = struct.unpack_from(">H", cmap, 2)
+    for record in range(num_tables):
+        (offset,) = struct.unpack_from(">L", cmap, 8 + 8 * record)
+        (kind,) = struct.unpack_from(">H", cmap, offset)
+        if kind not in (12, 13):
+            continue  # the others name each character, or those of the basic plane
+        (num_groups,) = struct.unpack_from(">L", cmap, offset + 12)
+        groups = struct.iter_unpack(">LLL", cmap[offset + 16 : offset + 16 + 12 * num_groups])
+        count = sum(last - first + 1 for first, last, _ in groups)
+        if count > MAX_CHARACTERS:
+            raise ValueError(f"it claims {count:,} characters, and Unicode has room for {MAX_CHARACTERS:,}")
+
+
+def _unusable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is not a usable TrueType or OpenType font ({error}): drop it from font_files.")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ NO_IMAGES = {"Thumbs.db", ".DS_Store"}  # what file browsers leave behind, the o
 REMEDY = f"Download {ARCHIVE}, which {HOMEPAGE} links to, again and pass its path as data_dir= (--data_dir)."
 # The official archive holds 150 MB, and its largest image is far smaller than these.
 MAX_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS = 1 << 30, 4 << 20, 1 << 24
+# What zipfile and the file system raise where an archive is damaged, in its list of members too.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, UnicodeDecodeError, struct.error)
 LISTED = 10  # so many names are told when there are more
 
 
@@ -201,7 +204,7 @@ class _Folder:
         if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{file} is not a regular file: copy the image itself there.")
         if status.st_size > MAX_IMAGE_BYTES:
-            raise DataError(f"{file} is larger than {MAX_IMAGE_BYTES >> 20} MiB: it is no image of {FOLDER}.")
+            raise DataError(f"{file} is larger than {MAX_IMAGE_BYTES >> 20} MiB: copy the image itself there.")
         return file.read_bytes()
 
     def close(self) -> None:
@@ -227,7 +230,7 @@ def _opened(path: Path) -> Iterator[_Archive | _Folder]:
     try:
         source = _Folder(path) if path.is_dir() else _Archive(path)
         yield source
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {error}. {REMEDY}") from error
     finally:
         if source is not None:

@@ -1,4 +1,5 @@
 import shutil
+import struct
 import sys
 from functools import partial
 
@@ -93,8 +94,9 @@ def test_the_classes_of_the_default_set(tmp_path):
     assert builder.info.features["label"].num_classes == 3375
     assert set(faces["test"]) == {"DejaVuSerif-Bold", "DejaVuSansMono-Oblique"}
     assert sorted(faces["train"] + faces["test"]) == sorted(glyphs.MATPLOTLIB_FACES)
-    characters = {label for face in train.gen_kwargs["faces"] for label, _ in face.characters}
-    assert characters == set(range(3375)), "every class is in the training faces"
+    characters = set().union(*(glyphs._code_points(face.file) for face in train.gen_kwargs["faces"]))
+    classes = {int(name[2:], 16) for name in builder.info.features["label"].names}
+    assert classes <= characters, "every class is in the training faces"
 
 
 @pytest.mark.slow
@@ -158,6 +160,34 @@ def test_a_font_that_cannot_be_drawn(fonts, load):
     fonts[2].write_bytes(fonts[2].read_bytes().replace(b"head", b"none"))
     with pytest.raises(DataError, match=r"Three\.ttf is not a usable TrueType or OpenType font"):
         load(fonts, min_faces=1, test_faces=["One"])
+
+
+def test_a_font_with_an_outline_that_cannot_be_drawn(fonts, load):
+    """It opens, and says what it draws; that a box has more contours than points shows when it is drawn."""
+    with TTFont(fonts[2]) as font:
+        start = font.reader.tables["glyf"].offset
+    content = bytearray(fonts[2].read_bytes())
+    content[start : start + 2] = b"\x7f\xff"
+    fonts[2].write_bytes(content)
+    for num_proc in (None, 2):
+        with pytest.raises(DataError, match=r"Three\.ttf is not a usable TrueType or OpenType font"):
+            load(fonts, min_faces=1, test_faces=["One"], num_proc=num_proc)
+
+
+def test_fonts_that_draw_nothing(fonts, load, tmp_path):
+    blank = write_font(tmp_path / "Blank.ttf", "AB", blank="AB")
+    with pytest.raises(DataError, match=r"fonts of test draw nothing, so drop them from font_files: .*Blank\.ttf"):
+        load([*fonts, blank], min_faces=1, test_faces=["Blank"])
+
+
+def test_a_font_that_claims_billions_of_characters(fonts, load, tmp_path):
+    """Each group of a character map names its first and last."""
+    font = write_font(tmp_path / "Many.ttf", "A😀")
+    group = struct.pack(">LL", 0x1F600, 0x1F600)
+    assert font.read_bytes().count(group) >= 1
+    font.write_bytes(font.read_bytes().replace(group, struct.pack(">LL", 0x1F600, 0xFFFFFFFF)))
+    with pytest.raises(DataError, match=r"Many\.ttf .*it claims 4,294,838,785 characters"):
+        load([*fonts, font], min_faces=1, test_faces=["One"])
 
 
 def test_a_font_without_unicode_characters(fonts, load):

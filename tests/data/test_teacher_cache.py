@@ -1,5 +1,6 @@
 """Caches on disk: what is written is what is read, and every way of being damaged has an error of its own."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -7,8 +8,11 @@ import random
 import shutil
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+import xxhash
 from huggingface_hub import DatasetCard, RepoUrl
 from models import bert_mlm, labelled_images, labelled_tokens, llama, t5, vit
 from torch.utils.data import DataLoader
@@ -17,8 +21,9 @@ from transformers import default_data_collator
 from hf_dis import TeacherCache, cache_teacher_targets
 from hf_dis.compact import compact_targets
 from hf_dis.data import DataError, SeededViews
+from hf_dis.data.cache_header import HEADER, CacheHeader
 from hf_dis.data.keys import content_keys
-from hf_dis.data.teacher_cache import HEADER, TARGETS, CacheHeader, stored_rows
+from hf_dis.data.teacher_cache import TARGETS, stored_rows
 
 C, ROWS, SHARD = 40, 23, 5
 SETTINGS = {"depth": 6, "tail_draws": 8, "shard_examples": SHARD, "batch_size": 3, "show_progress": False}
@@ -212,6 +217,123 @@ def test_another_file_in_the_place_of_the_header(cache, content):
     (cache / HEADER).write_text(content)
     with pytest.raises(DataError, match="is damaged"):
         TeacherCache(cache)
+
+
+def forge(cache, change=lambda content: None, shard=None):
+    """Alters the header, or the first shard, with right checksums: as whoever alters a cache can do."""
+    content = json.loads((cache / HEADER).read_text())
+    del content["checksum"]
+    if shard is not None:
+        (cache / content["shards"][0]["file"]).write_bytes(shard)
+        content["shards"][0] |= {"num_bytes": len(shard), "xxh3_128": xxhash.xxh3_128(shard).hexdigest()}
+    change(content)
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (cache / HEADER).write_text(json.dumps({**content, "checksum": checksum}))
+
+
+def test_a_header_that_is_only_written_otherwise_is_taken(cache):
+    forge(cache)
+    assert len(TeacherCache(cache)) == ROWS
+
+
+@pytest.mark.parametrize(
+    "name, value, told",
+    [
+        ("num_classes", "40", "num_classes is '40'"),
+        ("num_classes", 2**31 + 1, "at most 2,147,483,648"),
+        ("num_classes", True, "num_classes is True"),
+        ("depth", 41, "at most num_classes, 40"),
+        ("tail_draws", -1, "0 or more"),
+        ("temperature", 0, "above 0"),
+        ("temperature", float("nan"), "temperature is nan"),
+        ("temperature", 10**400, "finite"),
+        ("tail", ["systematic"], "one of systematic"),
+        ("seed", 0.5, "seed is 0.5"),
+        ("teacher", {"name": "t"}, "a dictionary with name, revision, weights"),
+        ("teacher", None, "teacher is None"),
+        ("labels", 5, "labels is 5"),
+        ("inputs", "pixel_values", "a list of names"),
+        ("inputs", [], "a list of names"),
+        ("dataset", {"examples": "23", "fingerprint": ""}, "a dictionary with examples"),
+        ("views", {"number": 1}, "a dictionary with number, seed"),
+        ("shard_examples", 6, "examples of shard-000000.arrow is 5: it has to be 6"),
+        ("shards", {}, None),
+        ("shards", [{"file": "shard-000000.arrow"}], "missing 4"),
+        ("shards", 7, "not iterable"),
+        ("other", 1, "unexpected"),
+    ],
+)
+def test_a_forged_header_is_refused(cache, name, value, told):
+    forge(cache, lambda content: content.update({name: value}))
+    with pytest.raises(DataError, match="half-written" if told is None else f"{HEADER} is damaged.*{told}"):
+        TeacherCache(cache)
+
+
+@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "shard-000001.arrow", 3])
+def test_no_file_is_read_but_the_shards_of_the_folder(cache, name):
+    shutil.copy(shards(cache)[0], cache.parent / "outside.arrow")
+    forge(cache, lambda content: content["shards"][0].update(file=name))
+    with pytest.raises(DataError, match=r"file is .*shard-000000\.arrow, by its place|a name"):
+        TeacherCache(cache)
+
+
+def test_a_header_nested_without_end_is_refused(cache):
+    (cache / HEADER).write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is damaged"):
+        TeacherCache(cache)
+
+
+def shard_of(keys, targets, **options):
+    sink = pa.BufferOutputStream()
+    table = pa.table({"key": keys, "targets": targets})
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def test_a_shard_of_another_make_is_refused(cache):
+    table = pa.ipc.open_stream(shards(cache)[0].read_bytes()).read_all()
+    keys, targets = table["key"], table["targets"]
+    forge(cache, shard=shard_of(keys, targets, compression="zstd"))
+    assert len(TeacherCache(cache)) == ROWS
+    length = len(targets[0].as_py())
+    others = {
+        "its columns are": (keys.cast(pa.string()), targets),
+        "some of its values are missing": (pa.array([None] * SHARD, pa.int64()), targets),
+        f"{SHARD} rows of {SHARD} examples are not": (keys, pa.array([bytes(length)] * (SHARD - 1) + [b""])),
+        f"rows of {SHARD} examples are not .*": (
+            keys,
+            pa.array([bytes(length - 1)] * (SHARD - 1) + [bytes(length + SHARD - 1)]),
+        ),
+        f"of {SHARD} examples": (keys[1:], targets[1:]),
+    }
+    for told, (other_keys, other_targets) in others.items():
+        forge(cache, shard=shard_of(other_keys, other_targets))
+        with pytest.raises(DataError, match=f"is none of a teacher cache.*{told}.*again"):
+            TeacherCache(cache)
+
+
+def test_offsets_beyond_the_end_are_refused(cache):
+    """Arrow opens it: only its own validation looks at them."""
+    content = shards(cache)[0].read_bytes()
+    length = len(pa.ipc.open_stream(content).read_all()["targets"][0].as_py())
+    offsets = np.arange(SHARD + 1, dtype=np.int32) * length
+    assert content.count(offsets.tobytes()) == 1
+    beyond = offsets.copy()
+    beyond[2] = 1000 * length
+    for wrong in (beyond, offsets + 1000 * length):
+        forge(cache, shard=content.replace(offsets.tobytes(), wrong.tobytes()))
+        with pytest.raises(DataError, match="is none of a teacher cache"):
+            TeacherCache(cache)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"file": "shard-000000.arrow"}', "\xff", '{"file": "../x"}'])
+def test_a_damaged_note_beside_a_shard_has_it_written_again(cache, teacher, damage):
+    note = cache / "shard-000000.json"
+    note.write_text(damage)
+    before = shards(cache)[0].read_bytes()
+    cache_teacher_targets(teacher, labelled_images(ROWS, C), cache, **SETTINGS)
+    assert not note.exists() and shards(cache)[0].read_bytes() == before and len(TeacherCache(cache)) == ROWS
 
 
 @pytest.mark.parametrize(
