@@ -110,6 +110,14 @@ class TargetLayout:
     depth: int
     tail_draws: int
 
+    @classmethod
+    def within(cls, num_bytes: int, num_classes: int, depth: int) -> TargetLayout:
+        """As many draws as fit into a row of so many bytes, one for each class of the tail at most; below 0 where the
+        ranked classes do not fit."""
+        ranked = cls(num_classes, depth, 0)
+        left = 8 * (num_bytes - 2 * depth - 8) - depth * ranked.id_bits
+        return cls(num_classes, depth, min(left // ranked.id_bits, num_classes - depth))
+
     @property
     def id_bits(self) -> int:
         return max(1, (self.num_classes - 1).bit_length())
