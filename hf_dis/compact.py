@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .targets import BLOCK_ELEMENTS, widen
+from .targets import BLOCK_ELEMENTS, top_ranked, widen
 
 TAILS = ("systematic", "sampled")
 
@@ -68,7 +68,7 @@ def compact_targets(
 
 
 def _compact_block(scaled: Tensor, depth: int, tail_draws: int, start: Tensor) -> CompactTargets:
-    top, ids = scaled.topk(depth, dim=1)
+    top, ids = top_ranked(scaled, depth)
     highest = top[:, :1] if depth else scaled.amax(1, keepdim=True)
     mass = (scaled - highest).exp_()
     total = mass.sum(1, keepdim=True)
