@@ -43,7 +43,7 @@ from hf_dis.tasks import find_task, split_labels
 
 DESIGNS = ("rs_kd", "topk", "topk_tail_bucket", "hf_dis")
 COUNT_BITS, DRAWS, BLOCK_TOKENS = 7, 8, 128
-# Ranked classes and tail draws of hf_dis, those of cache_teacher_targets at 300 and 60 bytes a row; they set the bytes that every design gets.
+# Ranked classes and tail draws of hf_dis, the defaults of cache_teacher_targets, which set the bytes of every design.
 LAYOUTS = {"glyphs": (32, 120), "text": (2, 23)}
 
 

@@ -142,9 +142,7 @@ def cache_teacher_targets(
                     teacher, task, {name: value.to(accelerator.device) for name, value in batch.items()}
                 )
                 for logits in online.logits(batch, rows):
-                    compact = compact_targets(
-                        logits, temperature, layout.depth, layout.tail_draws, generator, tail
-                    )
+                    compact = compact_targets(logits, temperature, layout.depth, layout.tail_draws, generator, tail)
                     targets.append(layout.pack(compact).cpu())
                 keys += batch_keys
                 counts += _rows_by_example(rows)
