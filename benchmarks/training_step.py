@@ -11,7 +11,7 @@ exact              exact distillation, teacher included; floor: headless and the
 dis_online         row_sparse_head, teacher included; floor: headless and the teacher's bare forward
 dis_given_targets  row_sparse_head, the teacher's answers computed beforehand; floor: headless
 dis_cached         row_sparse_head, from a cache of the teacher's targets (32 ranked classes and 48 of the tail, 242
-                   bytes a row), 512 further classes for all rows, the batch's look-up included; floor: headless
+                   bytes a row), 512 further classes for all rows, look-up included; floor: headless
 
 peak_mb: the highest resident size of the last steps less the resident size between two of them. Linux only.
 """
