@@ -76,7 +76,7 @@ def test_what_is_read_is_what_the_teacher_said(whole, teacher):
 def test_it_says_what_it_is(whole, teacher):
     header = CacheHeader.load(whole)
     assert (header.num_classes, header.temperature, header.depth, header.tail_draws) == (C, 2.0, 6, 8)
-    assert header.teacher["name"] == "ViTForImageClassification" and len(header.teacher["weights"]) == 64
+    assert header.teacher["name"] == "ViTForImageClassification" and len(header.teacher["weights"]) == 32
     assert header.inputs == ["pixel_values"] and header.dataset["examples"] == ROWS
     assert header.labels is None and header.views is None
     assert sum(shard.examples for shard in header.shards) == ROWS
