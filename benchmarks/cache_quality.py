@@ -43,8 +43,8 @@ from hf_dis.tasks import find_task, split_labels
 
 DESIGNS = ("rs_kd", "topk", "topk_tail_bucket", "hf_dis")
 COUNT_BITS, DRAWS, BLOCK_TOKENS = 7, 8, 128
-# Ranked classes and tail draws of hf_dis, which set the bytes that every design gets.
-LAYOUTS = {"glyphs": (48, 70), "text": (8, 6)}
+# Ranked classes and tail draws of hf_dis, the defaults of cache_teacher_targets, which set the bytes of every design.
+LAYOUTS = {"glyphs": (32, 120), "text": (2, 23)}
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
     python benchmarks/cache_speed.py --json cache_speed.json
 
-Teachers with random weights, images in memory, batches of 64, 32 ranked classes and 48 of the tail; the bare forward
-is that of the same batches, output layer included, in turn with the caching, medians of the rounds. ratio is caching's
+Teachers with random weights, images in memory, batches of 64, rows of 300 bytes as by default; the bare forward is
+that of the same batches, output layer included, in turn with the caching, medians of the rounds. ratio is caching's
 share of the bare forward's images a second: reading, keys, ranking, drawing, packing and writing are the rest.
 """
 

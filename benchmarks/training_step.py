@@ -10,8 +10,8 @@ headless           a loss on the features alone, the head neither run nor steppe
 exact              exact distillation, teacher included; floor: headless and the teacher's bare forward
 dis_online         row_sparse_head, teacher included; floor: headless and the teacher's bare forward
 dis_given_targets  row_sparse_head, the teacher's answers computed beforehand; floor: headless
-dis_cached         row_sparse_head, from a cache of the teacher's targets (32 ranked classes and 48 of the tail a row),
-                   with 512 further classes for all rows and the time of looking the batch up; floor: headless
+dis_cached         row_sparse_head, from a cache of the teacher's targets (32 ranked classes and 48 of the tail, 242
+                   bytes a row), 512 further classes for all rows, look-up included; floor: headless
 
 peak_mb: the highest resident size of the last steps less the resident size between two of them. Linux only.
 """
@@ -37,7 +37,7 @@ from hf_dis import DISConfig, DISDistillationTrainer, TeacherCache, cache_teache
 
 ROWS, FEATURES, TEMPERATURE = 128, 256, 2.0
 METHODS = ["headless", "exact", "dis_online", "dis_given_targets", "dis_cached"]
-CACHED = {"num_shared_classes": 512}
+CACHED, STORED = {"num_shared_classes": 512}, {"depth": 32, "tail_draws": 48}
 
 
 def regnet(num_classes: int, seed: int) -> RegNetForImageClassification:
@@ -136,7 +136,7 @@ def train(method: str, num_classes: int, teacher, rows: list[dict], num_steps: i
 
 def write_cache(teacher, rows: list[dict], folder: str) -> TeacherCache:
     return cache_teacher_targets(
-        teacher, rows, f"{folder}/cache", temperature=TEMPERATURE, batch_size=ROWS, show_progress=False
+        teacher, rows, f"{folder}/cache", temperature=TEMPERATURE, batch_size=ROWS, show_progress=False, **STORED
     )
 
 

@@ -31,10 +31,11 @@ class CacheArguments:
     views: int = field(default=0, metadata={"help": "Augmented views of each image; 0: one, not augmented."})
     temperature: float = field(default=2.0, metadata={"help": "That the student will be distilled at."})
     depth: int | None = field(
-        default=None, metadata={"help": "Ranked classes of a row that are stored; 32, 8 of text, if not given."}
+        default=None, metadata={"help": "Ranked classes of a row that are stored; 32, 2 of text, if not given."}
     )
     tail_draws: int | None = field(
-        default=None, metadata={"help": "Classes drawn from the others; 48, 6 of text, if not given."}
+        default=None,
+        metadata={"help": "Classes drawn from the others; as many as fit into 300 bytes, 60 of text, if not given."},
     )
     batch_size: int = field(default=64, metadata={"help": "Examples that the teacher is given at a time."})
     num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches, for each process."})

@@ -103,13 +103,14 @@ def train_teacher(model, train_dataset: GlyphImages, epochs: float, output_dir: 
     Trainer(model=model, args=args, train_dataset=train_dataset, data_collator=whole_batch).train()
 
 
-def student_trainer(teacher, task, head_rate: float, **settings) -> DISDistillationTrainer:
+def student_trainer(teacher, task, head_rate: float, teacher_cache=None, **settings) -> DISDistillationTrainer:
     """The trainer of one student, on the schedule that all methods share.
 
     Args:
         teacher: as :func:`build_teacher` makes it, trained.
         task: what :func:`load_task` returns.
         head_rate: the head's learning rate as a multiple of ``LEARNING_RATE``.
+        teacher_cache: of the training set, to train on; the teacher then only evaluates.
         **settings: of DISConfig; ``output_dir`` is needed.
     """
     train_dataset, test_dataset, names = task
@@ -133,6 +134,7 @@ def student_trainer(teacher, task, head_rate: float, **settings) -> DISDistillat
     return DISDistillationTrainer(
         model=build_student(len(names)),
         teacher_model=teacher,
+        teacher_cache=teacher_cache,
         args=DISConfig(**{**common, **settings}),
         train_dataset=train_dataset,
         eval_dataset=test_dataset,

@@ -17,8 +17,9 @@ from .proposal import Proposal, TeacherProposal
 from .sampler import ClassSampler
 from .sampling import ClassDraw, draw_ranks, is_member, ranks_to_classes
 
-# Stands for the log-probability of a class about which the row has nothing stored: none, in finite numbers.
-UNKNOWN = -1e4
+# Stands for the log-probability of a class about which the row has nothing stored: none, as far as float32 can tell
+# beside one. A processor takes the exponential of lower ones, which are denormal or zero, ten times as long.
+UNKNOWN = -80.0
 
 
 class CachedTargets:

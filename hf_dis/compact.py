@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .targets import BLOCK_ELEMENTS, widen
+from .targets import BLOCK_ELEMENTS, top_ranked, widen
 
 TAILS = ("systematic", "sampled")
 
@@ -68,7 +68,7 @@ def compact_targets(
 
 
 def _compact_block(scaled: Tensor, depth: int, tail_draws: int, start: Tensor) -> CompactTargets:
-    top, ids = scaled.topk(depth, dim=1)
+    top, ids = top_ranked(scaled, depth)
     highest = top[:, :1] if depth else scaled.amax(1, keepdim=True)
     mass = (scaled - highest).exp_()
     total = mass.sum(1, keepdim=True)
@@ -109,6 +109,14 @@ class TargetLayout:
     num_classes: int
     depth: int
     tail_draws: int
+
+    @classmethod
+    def within(cls, num_bytes: int, num_classes: int, depth: int) -> TargetLayout:
+        """As many draws as fit into a row of so many bytes, one for each class of the tail at most; below 0 where the
+        ranked classes do not fit."""
+        ranked = cls(num_classes, depth, 0)
+        left = 8 * (num_bytes - 2 * depth - 8) - depth * ranked.id_bits
+        return cls(num_classes, depth, min(left // ranked.id_bits, num_classes - depth))
 
     @property
     def id_bits(self) -> int:

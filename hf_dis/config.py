@@ -20,8 +20,8 @@ class DISConfig(TrainingArguments):
     Args:
         temperature: τ > 0, divides teacher's and student's logits; the loss carries τ² (arXiv 1503.02531).
         hard_label_weight: λ in [0, 1]: loss = (1 - λ) KD + λ CE. Without labels in the batch there is no CE.
-        num_sampled_classes: K >= 1, classes drawn for each row from the teacher's ranking. None: 128, and 16 for
-            language models.
+        num_sampled_classes: K >= 1, classes drawn for each row from the teacher's ranking. None: 128, 512 from a
+            cache, and 16 for language models.
         num_shared_classes: K_t >= 0, classes drawn once a step from the rest, for all rows of it. 0 is the
             paper's layout: all K of a row from all C ranks; the better student where classes are balanced. None: 0,
             and 1,024 for language models, whose classes are not.
@@ -56,7 +56,7 @@ class DISConfig(TrainingArguments):
     )
     num_sampled_classes: int | None = field(
         default=None,
-        metadata={"help": "Classes drawn for each row from the teacher's ranking; 128, 16 for language models."},
+        metadata={"help": "Classes drawn for each row; if not given 128, 512 from a cache, 16 for language models."},
     )
     num_shared_classes: int | None = field(
         default=None,
@@ -121,13 +121,14 @@ class DISConfig(TrainingArguments):
         )
         check_sampling_arguments(**self.sampling_arguments())
 
-    def sampling_arguments(self, is_lm: bool = False) -> dict[str, int | float | str | None]:
-        """The arguments for :func:`hf_dis.make_sampler`.
+    def sampling_arguments(self, is_lm: bool = False, cached: bool = False) -> dict[str, int | float | str | None]:
+        """The arguments for :func:`hf_dis.make_sampler`, or :func:`hf_dis.cached_teacher.make_cached_sampler`.
 
         Args:
             is_lm: whether the layout, where it is not given, is that of a language model.
+            cached: whether it is that for stored targets, whose draws are for the student's normaliser alone.
         """
-        num_sampled, num_shared = (16, 1024) if is_lm else (128, 0)
+        num_sampled, num_shared = (16, 1024) if is_lm else (512 if cached else 128, 0)
         if self.num_sampled_classes is not None:
             num_sampled = self.num_sampled_classes
         if self.num_shared_classes is not None:

@@ -107,7 +107,7 @@ class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, Checkpo
         self.num_classes = counts[0]
         if any(count != counts[0] for count in counts):
             raise ValueError(f"teacher and caches are of different numbers of classes: {counts}; use those of one")
-        layout = args.sampling_arguments(is_lm=self.task.is_lm)
+        layout = args.sampling_arguments(is_lm=self.task.is_lm, cached=self.teacher_cache is not None)
         self.head_mode = self._choose_head_mode(layout)
         self.head_layers = self._find_head()
         self._row_sparse = self._choose_row_sparse(kwargs)

@@ -99,7 +99,19 @@ def test_targets_come_back_from_bytes(layout):
 
 
 def test_what_a_row_costs():
-    # The bounds: an image within 300 bytes, a token of a vocabulary of 151,936 within 60.
     assert TargetLayout(3375, 48, 70).row_bytes == 281
     assert TargetLayout(10**6, 32, 48).row_bytes == 272
     assert TargetLayout(151_936, 8, 6).row_bytes == 56
+
+
+@pytest.mark.parametrize("num_bytes", [60, 300])
+@pytest.mark.parametrize("num_classes", [3375, 151_936, 10**6])
+def test_a_row_is_filled_with_draws(num_bytes, num_classes):
+    layout = TargetLayout.within(num_bytes, num_classes, 2)
+    assert layout.depth == 2 and layout.row_bytes <= num_bytes
+    assert TargetLayout(num_classes, 2, layout.tail_draws + 1).row_bytes > num_bytes
+
+
+def test_a_row_has_no_more_draws_than_the_tail_has_classes():
+    assert TargetLayout.within(300, 103, 32).tail_draws == 71
+    assert TargetLayout.within(60, 10**6, 32).tail_draws < 0

@@ -88,6 +88,17 @@ def test_its_sampling_arguments_are_those_of_make_sampler(tmp_path):
     assert sampler.sampler == "replacement"
 
 
+def test_what_is_not_given_depends_on_model_and_teacher(tmp_path):
+    def sizes(**given):
+        found = config(tmp_path).sampling_arguments(**given)
+        return found["num_sampled_classes"], found["num_shared_classes"], found["rank_depth"]
+
+    assert sizes() == (128, 0, None)
+    assert sizes(cached=True) == (512, 0, None)
+    assert sizes(is_lm=True) == sizes(is_lm=True, cached=True) == (16, 1024, 16)
+    assert config(tmp_path, num_sampled_classes=3).sampling_arguments(cached=True)["num_sampled_classes"] == 3
+
+
 def test_every_field_has_a_help_text():
     for name in COMMAND_LINE:
         assert DISConfig.__dataclass_fields__[name].metadata["help"]

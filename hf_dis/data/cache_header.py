@@ -73,7 +73,7 @@ class CacheHeader:
         tail_draws: T, classes drawn from its tail.
         tail: how these were drawn, see :mod:`hf_dis.compact`.
         seed: of the tail's draws.
-        teacher: ``name``, ``revision`` (a commit of the Hub, if known) and ``weights`` (sha256).
+        teacher: ``name``, ``revision`` (a commit of the Hub, if known) and ``weights`` (xxh3_128).
         labels: sha256 of the classes' names, None if they have none.
         tokenizer: sha256 of the vocabulary, None if there was none.
         inputs: names of the inputs that the teacher was given, which make up an example's key.

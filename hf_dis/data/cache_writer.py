@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from hf_dis.checks import require
-from hf_dis.compact import TAILS, compact_targets
+from hf_dis.compact import TAILS, TargetLayout, compact_targets
 from hf_dis.data.cache_header import HEADER, CacheHeader, Shard, shard_file
 from hf_dis.data.errors import DataError
 from hf_dis.data.keys import content_keys, key_inputs
@@ -35,6 +35,8 @@ from hf_dis.teachers import OnlineTeacher, placed
 LABELS = ("label", "labels", "label_ids")
 # Examples whose keys are the data set's fingerprint, and of these the ones that are read twice.
 PROBED, READ_TWICE = 32, 4
+# What a row takes up, unless told otherwise: of a classifier, of a token.
+IMAGE_BYTES, TOKEN_BYTES = 300, 60
 
 
 def cache_teacher_targets(
@@ -67,9 +69,10 @@ def cache_teacher_targets(
         dataset: of known length and in a fixed order, not augmented at random; or :class:`hf_dis.data.SeededViews`.
         output_dir: the folder of the cache.
         temperature: τ > 0, which the student will be distilled at.
-        depth: m >= 0, ranked classes of a row that are stored with their probability; at most C. If None 32, 8 where
-            rows are tokens.
-        tail_draws: T >= 0, classes of a row that are drawn from the others. If None 48, 6 where rows are tokens.
+        depth: m >= 0, ranked classes of a row that are stored with their probability; at most C. If None 32, 2 where
+            rows are tokens, and all classes where they fit into the bytes that a row may have.
+        tail_draws: T >= 0, classes of a row that are drawn from the others. If None as many as fit into 300 bytes a
+            row, 60 where rows are tokens.
         tail: ``"systematic"``, or ``"sampled"``: independent draws, with ``depth=0`` the estimator of RS-KD.
         num_classes: C, the first of the teacher's classes, which it shares with the student; all of them if None.
         data_collator: makes a batch on the CPU; the Trainer will be given the same.
@@ -89,13 +92,10 @@ def cache_teacher_targets(
         FloatingPointError: if the teacher answers NaN or Inf.
     """
     task = find_task(teacher) if hasattr(base_model(teacher), "config") else Task.CLASSIFICATION
-    depth = (8 if task.has_token_rows else 32) if depth is None else depth
-    tail_draws = (6 if task.has_token_rows else 48) if tail_draws is None else tail_draws
     require(temperature > 0, "temperature", temperature, "above 0; 1 to 4 is usual")
-    require(depth >= 0, "depth", depth, "0 or more")
-    require(
-        tail_draws >= 0 and depth + tail_draws > 0, "tail_draws", tail_draws, "0 or more, and 1 or more if depth=0"
-    )
+    require(depth is None or depth >= 0, "depth", depth, "0 or more")
+    enough = tail_draws is None or tail_draws > 0 or (tail_draws == 0 and depth != 0)
+    require(enough, "tail_draws", tail_draws, "0 or more, and 1 or more if depth=0")
     require(tail in TAILS, "tail", tail, f"one of {', '.join(TAILS)}")
     require(batch_size >= 1, "batch_size", batch_size, "1 or more")
     require(shard_examples >= 1, "shard_examples", shard_examples, "1 or more")
@@ -104,12 +104,12 @@ def cache_teacher_targets(
     prepare = _Prepare(data_collator, list(inspect.signature(base_model(teacher).forward).parameters))
     inputs, fingerprint, batch = _look_at(dataset, prepare)
     num_classes = num_classes or _count_classes(teacher, task, batch, accelerator.device)
-    depth = min(depth, num_classes)
+    layout = _layout(task, num_classes, depth, tail_draws)
     header = CacheHeader(
         num_classes=num_classes,
         temperature=temperature,
-        depth=depth,
-        tail_draws=tail_draws if depth < num_classes else 0,
+        depth=layout.depth,
+        tail_draws=layout.tail_draws,
         tail=tail,
         seed=seed,
         teacher=_describe(teacher),
@@ -130,7 +130,7 @@ def cache_teacher_targets(
     ranges = [range(shard * shard_examples, min((shard + 1) * shard_examples, len(dataset))) for shard in mine]
     batches = [list(examples[i : i + batch_size]) for examples in ranges for i in range(0, len(examples), batch_size)]
     loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=prepare, num_workers=num_workers))
-    online = OnlineTeacher(teacher, num_classes, temperature, depth)
+    online = OnlineTeacher(teacher, num_classes, temperature, layout.depth)
     hidden = not (show_progress and accelerator.is_main_process)
     with tqdm(total=sum(map(len, ranges)), unit="examples", desc="Teacher targets", disable=hidden) as bar:
         for shard, examples in zip(mine, ranges, strict=True):
@@ -142,8 +142,8 @@ def cache_teacher_targets(
                     teacher, task, {name: value.to(accelerator.device) for name, value in batch.items()}
                 )
                 for logits in online.logits(batch, rows):
-                    compact = compact_targets(logits, temperature, depth, header.tail_draws, generator, tail)
-                    targets.append(header.layout.pack(compact).cpu())
+                    compact = compact_targets(logits, temperature, layout.depth, layout.tail_draws, generator, tail)
+                    targets.append(layout.pack(compact).cpu())
                 keys += batch_keys
                 counts += _rows_by_example(rows)
                 bar.update(len(batch_keys))
@@ -153,6 +153,21 @@ def cache_teacher_targets(
         _finish(path, header)
     accelerator.wait_for_everyone()
     return TeacherCache(path, verify=False)
+
+
+def _layout(task: Task, num_classes: int, depth: int | None, tail_draws: int | None) -> TargetLayout:
+    num_bytes, usual_depth = (TOKEN_BYTES, 2) if task.has_token_rows else (IMAGE_BYTES, 32)
+    whole = TargetLayout(num_classes, num_classes, 0)
+    if depth is None:
+        depth = num_classes if tail_draws is None and whole.row_bytes <= num_bytes else usual_depth
+    if depth >= num_classes:
+        return whole
+    if tail_draws is not None:
+        return TargetLayout(num_classes, depth, tail_draws)
+    filled = TargetLayout.within(num_bytes, num_classes, depth)
+    fits = f"a number that leaves room for a tail in {num_bytes} bytes a row, or given with tail_draws"
+    require(filled.tail_draws > 0, "depth", depth, fits)
+    return filled
 
 
 class _Prepare:

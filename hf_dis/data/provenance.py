@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,8 +23,8 @@ def known_as(model: nn.Module) -> tuple[str | None, str | None]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 of a model's parameters and buffers, names, types and shapes included."""
-    digest = hashlib.sha256()
+    """xxh3_128 of a model's parameters and buffers, names, types and shapes included: as fast as they are read."""
+    digest = xxhash.xxh3_128()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -76,7 +76,7 @@ def test_what_is_read_is_what_the_teacher_said(whole, teacher):
 def test_it_says_what_it_is(whole, teacher):
     header = CacheHeader.load(whole)
     assert (header.num_classes, header.temperature, header.depth, header.tail_draws) == (C, 2.0, 6, 8)
-    assert header.teacher["name"] == "ViTForImageClassification" and len(header.teacher["weights"]) == 64
+    assert header.teacher["name"] == "ViTForImageClassification" and len(header.teacher["weights"]) == 32
     assert header.inputs == ["pixel_values"] and header.dataset["examples"] == ROWS
     assert header.labels is None and header.views is None
     assert sum(shard.examples for shard in header.shards) == ROWS
@@ -436,11 +436,29 @@ def test_supervised_tokens_are_rows(build, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "build, given, stored",
+    [
+        (vit, {}, (40, 0)),
+        (vit, {"depth": 6}, (6, 34)),
+        (vit, {"tail_draws": 9}, (32, 9)),
+        (vit, {"depth": 41, "tail_draws": 9}, (40, 0)),
+        (llama, {}, (2, 38)),
+        (llama, {"depth": 14}, (14, 18)),
+    ],
+)
+def test_a_row_holds_what_fits_unless_told_otherwise(build, given, stored, tmp_path):
+    data = labelled_images(2, C) if build is vit else labelled_tokens(2, C)
+    cache = cache_teacher_targets(build(C), data, tmp_path, show_progress=False, **given)
+    assert (cache.header.depth, cache.header.tail_draws) == stored
+
+
+@pytest.mark.parametrize(
     "given, message",
     [
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"depth": 0, "tail_draws": 0}, "tail_draws is 0"),
         ({"depth": -1}, "depth is -1"),
+        ({"depth": 140, "tail_draws": None, "num_classes": 200}, "depth is 140.*300 bytes a row, or given with tail"),
         ({"tail": "topk"}, "tail is 'topk'"),
         ({"shard_examples": 0}, "shard_examples is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
