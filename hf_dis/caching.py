@@ -153,5 +153,8 @@ def check_cache(
     if None not in (header.tokenizer, tokenizer) and header.tokenizer != tokenizer_digest(tokenizer):
         wrong.append("tokenizer: its vocabulary is not the one that the cache was made with")
     if wrong:
-        raise ValueError(f"the teacher cache {cache.path} does not fit. {'; '.join(wrong)}")
+        raise ValueError(
+            f"the teacher cache {cache.path} does not fit. {'; '.join(wrong)}. Train with what it was made with, or "
+            "write another with cache_teacher_targets"
+        )
     return header.num_classes

@@ -93,7 +93,14 @@ class CheckpointMixin(Trainer):
         inherited = {field.name for field in fields(TrainingArguments)}
         own = [field.name for field in fields(self.args) if field.name not in inherited]
         settings = {name: getattr(self.args, name) for name in own} | {"head_mode": self.head_mode}
-        return {"processes": self.args.world_size, "settings": settings, "teacher": self.teacher.fingerprint}
+        return {
+            "processes": self.args.world_size,
+            "examples_per_step": self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size,
+            "settings": settings,
+            "teacher": self.teacher.fingerprint,
+        }
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As in ``Trainer``, which would add a step to a run that had ended and is resumed."""
@@ -166,7 +173,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In what a run differs from the one that saved its checkpoint: messages, each with both values.
 
     Args:
-        saved: of the checkpoint: ``processes``, ``settings`` and ``teacher``.
+        saved: of the checkpoint: ``processes``, ``examples_per_step``, ``settings`` and ``teacher``.
         now: of this run.
 
     Raises:
@@ -193,7 +200,14 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if saved["processes"] != now["processes"]:
         messages.append(
             f"the checkpoint was saved by {saved['processes']} processes and is resumed by {now['processes']}: the "
-            "proposal goes on, a process that was not there before draws from its own seed, and the run repeats "
-            "neither the draws nor the batches of the other number of processes"
+            "proposal goes on, a process that was not there before draws from its own seed, and each draws for other "
+            "rows than before, so the run does not repeat the interrupted one's draws"
+        )
+    examples, examples_now = saved.get("examples_per_step", now["examples_per_step"]), now["examples_per_step"]
+    if examples != examples_now:
+        messages.append(
+            f"an optimizer step had {examples} examples when the checkpoint was saved and has {examples_now} now: the "
+            "run goes on at the same step, with other examples than the interrupted one. Keep "
+            "per_device_train_batch_size x gradient_accumulation_steps x processes to go on with the same"
         )
     return messages

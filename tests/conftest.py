@@ -65,7 +65,8 @@ def make_trainer(tmp_path):
         if "model_init" not in given:
             given["model"] = vit(40, seed=0) if student is None else student
         given.setdefault("train_dataset", labelled_images(32, 40))
-        teacher = vit(40, seed=1, spread=30) if teacher is None else teacher
+        if teacher is None and "teacher_cache" not in given:
+            teacher = vit(40, seed=1, spread=30)
         return DISDistillationTrainer(teacher_model=teacher, args=args, **given)
 
     return make

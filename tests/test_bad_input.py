@@ -1,20 +1,27 @@
 """What is given wrong is refused early, by a message that names it and says what to do.
 
 Other refusals are beside what they are of: test_trainer_refusals, test_heads, test_tasks, test_resume (torn
-checkpoints), data/test_cifar100_hostile, data/test_glyphs.
+checkpoints), data/test_cifar100_hostile, data/test_market1501, data/test_glyphs, data/test_teacher_cache.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from models import labelled_images, labelled_tokens, llama, vit
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, default_data_collator
 
-from hf_dis import DISConfig, DISDistillationTrainer, DISLoss, make_sampler
-from hf_dis.data import DataError, load_cifar100, load_glyphs
+from hf_dis import DISConfig, DISDistillationTrainer, DISLoss, cache_teacher_targets, make_sampler
+from hf_dis.data import DataError, load_cifar100, load_glyphs, load_market1501
+from hf_dis.data.cache_header import HEADER, CacheHeader
+from hf_dis.data.glyphs import matplotlib_fonts
 from hf_dis.trainer import load_teacher
 
 NAN, INF = float("nan"), float("inf")
@@ -168,41 +175,216 @@ def test_labels_that_never_arrive_are_told_once(make_trainer, caplog, rows, weig
     assert f"hard_label_weight={weight} has no effect" in told and "'labels'" in told
 
 
+# Caches of a teacher's targets
+
+
+def words(*tokens):
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token=tokens[0])))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Four shards of a teacher's targets about 32 images of 40 named classes."""
+    folder = tmp_path_factory.mktemp("caches") / "cache"
+    teacher = vit(40, seed=1, spread=30, id2label={number: f"class {number}" for number in range(40)})
+    settings = {"depth": 6, "tail_draws": 8, "shard_examples": 8, "show_progress": False}
+    cache_teacher_targets(teacher, labelled_images(32, 40), folder, processing_class=words("a", "b"), **settings)
+    return folder
+
+
+def edited(name, edit):
+    """Replaces what is in a file of the cache."""
+    return lambda folder: (folder / name).write_bytes(edit((folder / name).read_bytes()))
+
+
+def removed(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def unfinished(folder):
+    """As it is while its last shard is being written."""
+    (folder / "shard-000003.arrow").unlink()
+    header = dataclasses.replace(CacheHeader.load(folder), shards=[])
+    (folder / HEADER).write_text(header.to_json())
+
+
+OTHER_LABELS = {"id2label": {number: f"other {number}" for number in range(40)}}
+FLIPPED = edited("shard-000001.arrow", lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+AS_IT_IS = edited(HEADER, lambda content: content)
+
+# What is done to the folder, what the trainer is given besides, error, value, remedy.
+CACHES = {
+    "another C": (AS_IT_IS, {"student": vit(41)}, ValueError, "the cache has 40, the student 41", "write another"),
+    "other labels": (
+        AS_IT_IS,
+        {"student": vit(40, **OTHER_LABELS)},
+        ValueError,
+        "label names: id2label",
+        "write another",
+    ),
+    "another tokenizer": (AS_IT_IS, {"processing_class": words("a", "c")}, ValueError, "tokenizer", "write another"),
+    "another temperature": (AS_IT_IS, {"temperature": 3.0}, ValueError, "has 2, the training 3", "write another"),
+    "another data set": (
+        AS_IT_IS,
+        {"train_dataset": labelled_images(32, 40, seed=3)},
+        DataError,
+        "16 of 16 examples are not in the cache",
+        "Train on the same data set",
+    ),
+    "another depth": (AS_IT_IS, {"rank_depth": 5}, ValueError, "rank_depth is 5", "None or 6"),
+    "a proposal without its sums": (AS_IT_IS, {"proposal": "topk"}, ValueError, "proposal is 'topk'", "another"),
+    "a flipped byte": (FLIPPED, {}, DataError, "shard-000001.arrow is damaged", "Copy it again"),
+    "a shard cut short": (
+        edited("shard-000002.arrow", lambda content: content[:-100]),
+        {},
+        DataError,
+        "shard-000002.arrow is damaged",
+        "Copy it again",
+    ),
+    "a missing shard": (removed("shard-000002.arrow"), {}, DataError, "shard-000002.arrow", "missing: copy it again"),
+    "a missing header": (removed(HEADER), {}, DataError, f"has no {HEADER}", "cache_teacher_targets"),
+    "a damaged header": (edited(HEADER, lambda content: content[:-20]), {}, DataError, HEADER, "copy it again"),
+    "a header of another make": (
+        edited(HEADER, lambda _: b"{}"),
+        {},
+        DataError,
+        "is damaged ('format')",
+        "copy it again",
+    ),
+    "an edited header": (
+        edited(HEADER, lambda content: content.replace(b'"temperature": 2.0', b'"temperature": 3.0')),
+        {"temperature": 3.0},
+        DataError,
+        "checksum",
+        "write the cache again",
+    ),
+    "a newer format": (
+        edited(HEADER, lambda content: content.replace(b'"version": 1', b'"version": 2')),
+        {},
+        DataError,
+        "in format 2",
+        "upgrade hf_dis",
+    ),
+    "half-written": (unfinished, {}, DataError, "3 of 4 shards are there", "Run what wrote it again"),
+}
+
+
+@pytest.mark.parametrize(("alter", "given", "error", "value", "remedy"), CACHES.values(), ids=CACHES)
+def test_caches(make_trainer, written, tmp_path, alter, given, error, value, remedy):
+    folder = shutil.copytree(written, tmp_path / "cache")
+    alter(folder)
+    given = {"processing_class": words("a", "b"), "data_collator": default_data_collator, "rank_depth": None, **given}
+    with pytest.raises(error) as refused:
+        make_trainer(teacher_cache=folder, **{"train_dataset": labelled_images(32, 40), **given}).train()
+    assert value in str(refused.value) and remedy in str(refused.value)
+
+
+def test_the_cache_of_the_table_is_a_good_one(make_trainer, written):
+    make_trainer(teacher_cache=written, rank_depth=None, max_steps=1).train()
+
+
 # Checkpoints and data sets
+
+
+def torn_checkpoint(make, folder):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "output_dir": str(folder)}
+    make(**settings).train()
+    (folder / "checkpoint-1" / "optimizer.pt").unlink()
+    make(**settings).train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+
+
+def page_as(name, load):
+    """Loads a page in the place of an archive or a font."""
+
+    def call(make, folder):
+        (folder / name).write_bytes(b"<html>404</html>")
+        load(folder / name)
+
+    return call
+
+
+def part_as(name, load):
+    """Loads an extracted folder of which only a part is there."""
+
+    def call(make, folder):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "meta").write_bytes(b"")
+        load(folder)
+
+    return call
+
 
 FILES = {
     "a checkpoint that is not there": (
-        lambda make: make().train(resume_from_checkpoint="/no/checkpoint-3"),
+        lambda make, folder: make().train(resume_from_checkpoint="/no/checkpoint-3"),
         ValueError,
         "/no/checkpoint-3",
         "start without",
     ),
     "a file as checkpoint": (
-        lambda make: make().train(resume_from_checkpoint=__file__),
+        lambda make, folder: make().train(resume_from_checkpoint=__file__),
         ValueError,
         __file__,
         "start without",
     ),
     "nothing to resume": (
-        lambda make: make().train(resume_from_checkpoint=True),
+        lambda make, folder: make().train(resume_from_checkpoint=True),
         ValueError,
         "no whole checkpoint in",
         "start without",
     ),
-    "an archive that is not there": (lambda make: load_cifar100("/no/where"), DataError, "/no/where", "--data_dir"),
-    "a font that is not there": (lambda make: load_glyphs(["/no.ttf"]), DataError, "/no.ttf", "check font_files"),
+    "a torn checkpoint": (torn_checkpoint, ValueError, "optimizer.pt is missing", "start without"),
+    "an archive that is not there": (
+        lambda make, folder: load_cifar100("/no/where"),
+        DataError,
+        "/no/where",
+        "--data_dir",
+    ),
+    "another archive": (page_as("cifar.tar.gz", load_cifar100), DataError, "has the md5 checksum", "Download"),
+    "part of an archive's folder": (
+        part_as("cifar-100-python", load_cifar100),
+        DataError,
+        "no train, test",
+        "Download",
+    ),
+    "a page as archive": (page_as("market.zip", load_market1501), DataError, "market.zip cannot be read", "Download"),
+    "an archive's folder without a split": (
+        part_as("Market-1501-v15.09.15/query", load_market1501),
+        DataError,
+        "bounding_box_train",
+        "Download",
+    ),
+    "a font that is not there": (
+        lambda make, folder: load_glyphs(["/no.ttf"]),
+        DataError,
+        "/no.ttf",
+        "check font_files",
+    ),
+    "a page as font": (
+        page_as("font.ttf", lambda path: load_glyphs([path, *matplotlib_fonts()])),
+        DataError,
+        "font.ttf",
+        "font_files",
+    ),
+    "one font": (
+        lambda make, folder: load_glyphs([__file__], test_faces=["test_bad_input"]),
+        DataError,
+        "every face",
+        "leaves none",
+    ),
 }
 
 
 @pytest.mark.parametrize(("call", "error", "value", "remedy"), FILES.values(), ids=FILES)
-def test_files(make_trainer, call, error, value, remedy):
+def test_files(make_trainer, tmp_path, call, error, value, remedy):
     with pytest.raises(error) as refused:
-        call(make_trainer)
+        call(make_trainer, tmp_path)
     assert value in str(refused.value) and remedy in str(refused.value)
 
 
 def test_there_are_many():
-    assert len(CONFIG) + len(LOSS) + len(TRAINERS) + len(FILES) >= 60
+    assert len(CONFIG) + len(LOSS) + len(TRAINERS) + len(CACHES) + len(FILES) >= 80
 
 
 def test_a_student_that_answers_inf_is_not_taken_for_another_head(make_trainer):

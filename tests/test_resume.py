@@ -172,6 +172,12 @@ def test_other_numbers_of_processes_share_the_proposal(output_dir, caplog):
     assert "saved by 2 processes and is resumed by 1" in warning
 
 
+def test_other_numbers_of_examples_in_a_step_are_told(output_dir, caplog):
+    trainer = kill_worker.trainer(output_dir, gradient_accumulation_steps=3, save_steps=2)
+    (warning,) = messages(caplog, lambda: trainer.train(resume_from_checkpoint=True))
+    assert "had 8 examples when" in warning and "has 12 now" in warning and "gradient_accumulation_steps" in warning
+
+
 def test_a_process_that_is_new_draws_from_its_own_seed(output_dir):
     """One more process than saved: the proposal of the first, and a generator that none of the others has."""
     checkpoint = output_dir / "checkpoint-4"

@@ -16,6 +16,7 @@ from models import bert_mlm, bert_tokens, labelled_images, labelled_tokens, llam
 from transformers import TrainerCallback
 
 from hf_dis import ClassSampler, DISConfig, DISDistillationTrainer
+from hf_dis.tasks import find_rows
 
 WINDOW, EXAMPLES, STEPS = 16, 44, 5  # examples of an optimizer step; an epoch is 16, 16 and 12; its end is crossed
 CLASSES, LENGTH = 40, 6
@@ -65,6 +66,18 @@ class DrawsByLabel(ClassSampler):
         return start + torch.arange(num_draws, dtype=torch.float64)
 
 
+class StandsForTwo(DISDistillationTrainer):
+    """One process in the place of two that count their own rows each: its micro-batches are theirs in turn."""
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        counts = [len(find_rows(self.task, batch, batch.get("labels"))) for batch in batch_samples]
+        self.own_rows = iter([sum(counts[number % 2 :: 2]) for number in range(len(counts))])
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _normalise(self, loss, num_items_in_batch):
+        return loss.sum() / max(1, next(self.own_rows)) / 2
+
+
 class Keeps(TrainerCallback):
     """The gradient of each step, and the proposal after it."""
 
@@ -87,6 +100,9 @@ class Keeps(TrainerCallback):
 def train(output_dir: Path, task: str, accumulation: int, rows: list[dict], draws_by_label: bool = True, **keywords):
     """Trains for some steps; returns gradients, proposals, classes drawn and the student."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    # Alone, each process's own rows are two times as many micro-batches.
+    stands_for_two = processes == 1 and not keywords.get("average_tokens_across_devices", True)
+    accumulation *= 2 if stands_for_two else 1
     defaults = {
         "per_device_train_batch_size": WINDOW // processes // accumulation,
         "gradient_accumulation_steps": accumulation,
@@ -104,7 +120,7 @@ def train(output_dir: Path, task: str, accumulation: int, rows: list[dict], draw
     }
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "output_dir": str(output_dir)}
     build, keeps = TASKS[task], Keeps()
-    trainer = DISDistillationTrainer(
+    trainer = (StandsForTwo if stands_for_two else DISDistillationTrainer)(
         build(CLASSES),
         build(CLASSES, seed=1, spread=30),
         DISConfig(**{**quiet, **defaults, **keywords}),
@@ -141,14 +157,18 @@ def cases():
         yield (task, "per row", "row-sparse"), {**LAYOUTS["per row"], **ROW_SPARSE}
 
 
+def apart_cases():
+    """The same where each process divides by its own rows, and the gradient is the mean of theirs."""
+    for (task, layout, precision), keywords in cases():
+        if layout in ("exact", "per row") and (precision == "fp32" or task == "causal LM"):
+            yield (task, layout, f"{precision}, apart"), {**keywords, "average_tokens_across_devices": False}
+
+
 def run(output_dir: Path) -> None:
     results = {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
-    for (name, keywords), accumulation in product(cases(), ACCUMULATION):
+    for (name, keywords), accumulation in product([*cases(), *apart_cases()], ACCUMULATION):
         if name[1] != "dis" or accumulation == 1:
             results[(*name, accumulation)] = train(output_dir, name[0], accumulation, data(name[0]), **keywords)
-    # Each process for itself: the mean over processes of means over its rows.
-    apart = {"average_tokens_across_devices": False, "max_steps": 1, **LAYOUTS["exact"]}
-    results["apart"] = train(output_dir, "causal LM", 1, data("causal LM")[WINDOW:], **apart)
     # Its own draws, as a user has them.
     results["own draws"] = train(output_dir, "causal LM", 4, data("causal LM"), False, **LAYOUTS["dis"])
     torch.save(results, output_dir / f"rank_{os.environ.get('RANK', 0)}.pt")

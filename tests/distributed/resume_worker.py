@@ -1,0 +1,109 @@
+"""What test_resume_ddp runs in one process and, started by torchrun, in two: a run, and one that goes on with a
+checkpoint of another number of processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from models import labelled_images, vit
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_dis import DISConfig, DISDistillationTrainer
+
+WINDOW, EXAMPLES, STEPS, SAVED = 8, 40, 8, 3  # five steps an epoch: saved in the midst of the first
+RUNS = {
+    "exact": {"head_mode": "exact"},
+    "sampled": {"head_mode": "sampled", "num_sampled_classes": 6, "num_shared_classes": 8, "rank_depth": 10},
+}
+
+
+class Keeps(TrainerCallback):
+    """The sampler when training starts, once a checkpoint is loaded, and the rows of each step."""
+
+    def __init__(self):
+        self.sampler, self.rows = {}, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.sampler = {name: value.clone() for name, value in self.trainer.sampler.state_dict().items()}
+
+
+class Told(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+def train(output_dir: Path, name: str, checkpoint: Path | None = None) -> dict:
+    """Trains to the last step; from a checkpoint if one is given."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    args = DISConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=WINDOW // 2,
+        gradient_accumulation_steps=2 // processes,
+        max_steps=STEPS,
+        learning_rate=1e-2,
+        adam_epsilon=1e-3,  # or Adam makes steps of the rounding errors of gradients near zero
+        save_strategy="steps",
+        save_steps=SAVED,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        **RUNS[name],
+    )
+    keeps, told = Keeps(), Told()
+    trainer = DISDistillationTrainer(
+        vit(40, seed=0 if checkpoint is None else 7),
+        vit(40, seed=1, spread=30),
+        args,
+        train_dataset=labelled_images(EXAMPLES, 40),
+        callbacks=[keeps],
+    )
+    assert trainer.accelerator.num_processes == processes
+    keeps.trainer, compute_loss = trainer, trainer.compute_loss
+
+    def recorded(model, inputs, **kwargs):
+        rows = keeps.rows.setdefault(trainer.state.global_step, [])
+        rows += inputs["pixel_values"].sum((1, 2, 3)).tolist()
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = recorded
+    logging.getLogger("hf_dis").addHandler(told)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    logging.getLogger("hf_dis").removeHandler(told)
+    saved = output_dir / f"checkpoint-{SAVED}" / f"dis_state_{args.process_index}.safetensors"
+    return {
+        "saved": load_file(saved) if saved.exists() else None,
+        "student": {name: value.clone() for name, value in trainer.model.state_dict().items()},
+        "end": {name: value.clone() for name, value in trainer.sampler.state_dict().items()},
+        "begin": keeps.sampler,
+        "rows": keeps.rows,
+        "told": told.messages,
+        "step": trainer.state.global_step,
+    }
+
+
+def run(output_dir: Path, others: Path | None) -> None:
+    """Each of RUNS, whole, and from the checkpoint that other processes saved of it."""
+    rank, results = int(os.environ.get("RANK", 0)), {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
+    for name in RUNS:
+        results[name, "whole"] = train(output_dir / name, name)
+        if others is not None:
+            checkpoint = others / name / f"checkpoint-{SAVED}"
+            results[name, "resumed"] = train(output_dir / f"{name}-resumed", name, checkpoint)
+    torch.save(results, output_dir / f"rank_{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), Path(sys.argv[2]))
