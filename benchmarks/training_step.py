@@ -12,6 +12,7 @@ dis_online         row_sparse_head, teacher included; floor: headless and the te
 dis_given_targets  row_sparse_head, the teacher's answers computed beforehand; floor: headless
 dis_cached         row_sparse_head, from a cache of the teacher's targets (32 ranked classes and 48 of the tail, 242
                    bytes a row), 512 further classes for all rows, look-up included; floor: headless
+dis_cached_rows    the same with 512 further classes for each row, the default; floor: headless
 
 peak_mb: the highest resident size of the last steps less the resident size between two of them. Linux only.
 """
@@ -36,8 +37,8 @@ from transformers import RegNetConfig, RegNetForImageClassification, TrainerCall
 from hf_dis import DISConfig, DISDistillationTrainer, TeacherCache, cache_teacher_targets
 
 ROWS, FEATURES, TEMPERATURE = 128, 256, 2.0
-METHODS = ["headless", "exact", "dis_online", "dis_given_targets", "dis_cached"]
-CACHED, STORED = {"num_shared_classes": 512}, {"depth": 32, "tail_draws": 48}
+METHODS = ["headless", "exact", "dis_online", "dis_given_targets", "dis_cached", "dis_cached_rows"]
+CACHED, STORED = {"dis_cached": {"num_shared_classes": 512}, "dis_cached_rows": {}}, {"depth": 32, "tail_draws": 48}
 
 
 def regnet(num_classes: int, seed: int) -> RegNetForImageClassification:
@@ -109,9 +110,9 @@ def train(method: str, num_classes: int, teacher, rows: list[dict], num_steps: i
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            **(CACHED if method == "dis_cached" else {}),
+            **CACHED.get(method, {}),
         )
-        cache = write_cache(teacher, rows, folder) if method == "dis_cached" else None
+        cache = write_cache(teacher, rows, folder) if method in CACHED else None
         kind = HeadlessTrainer if method == "headless" else DISDistillationTrainer
         trainer = kind(
             regnet(num_classes, 0),

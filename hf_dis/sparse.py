@@ -34,10 +34,11 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
-    holders = [nn.Parameter(gradient, requires_grad=False) for gradient in dense]
-    for holder, gradient in zip(holders, dense, strict=True):
-        holder.grad = gradient
-    return torch.nn.utils.clip_grad_norm_(holders, max_norm)
+    norm = torch.nn.utils.get_total_norm(dense)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for gradient in dense:
+        gradient.mul_(factor.to(gradient.device))
+    return norm
 
 
 class TouchedRows:

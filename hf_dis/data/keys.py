@@ -7,8 +7,9 @@ tokenizer, an augmentation at random) is not found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -37,7 +38,7 @@ def content_keys(batch: Mapping[str, Tensor], names: Sequence[str]) -> list[int]
         names: of the inputs that the key is made of.
 
     Raises:
-        DataError: if the batch lacks one of them.
+        DataError: if the batch lacks one of them, or they have not one row an example.
     """
     missing = [name for name in names if name not in batch]
     if missing:
@@ -45,18 +46,39 @@ def content_keys(batch: Mapping[str, Tensor], names: Sequence[str]) -> list[int]
             f"the cache's keys are made of {', '.join(names)}, and the batch has no {', '.join(missing)} (it has "
             f"{', '.join(batch)}): collate the same inputs as when the cache was written"
         )
+    lengths = {name: len(batch[name]) for name in names}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"the inputs of a batch have different numbers of rows, {lengths}: each needs one an example")
     mask = batch.get("attention_mask")
+    parts = [_parts(name, batch[name], mask) for name in names]
     keys = []
-    for row in range(len(batch[names[0]])):
+    for row in zip(*parts, strict=True):
         digest = xxhash.xxh3_64()
-        for name in names:
-            value = batch[name][row]
-            if name == "labels":
-                (supervised,) = (value != IGNORED).nonzero(as_tuple=True)
-                value = value[supervised[0] : supervised[-1] + 1] if len(supervised) else value[:0]
-            elif mask is not None and value.shape[: mask.dim() - 1] == mask[row].shape:
-                value = value[mask[row].bool()]
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+        for described, content in row:
+            digest.update(described)
+            digest.update(content)
         keys.append(digest.intdigest() - 2**63)
     return keys
+
+
+def _parts(name: str, values: Tensor, mask: Tensor | None) -> Iterator[tuple[bytes, np.ndarray]]:
+    """What counts of an input, example by example: its name, type and shape, and its bytes."""
+    if name == "labels":
+        for value in values:
+            (supervised,) = (value != IGNORED).nonzero(as_tuple=True)
+            value = value[supervised[0] : supervised[-1] + 1] if len(supervised) else value[:0]
+            yield _described(name, value), _bytes(value)
+    elif mask is not None and values.shape[: mask.dim()] == mask.shape:
+        for value, marked in zip(values, mask.bool(), strict=True):
+            yield _described(name, value[marked]), _bytes(value[marked])
+    else:  # the same shape for all: at once
+        described = _described(name, values[0])
+        yield from ((described, content) for content in _bytes(values).reshape(len(values), -1))
+
+
+def _described(name: str, value: Tensor) -> bytes:
+    return f"{name} {value.dtype} {tuple(value.shape)}".encode()
+
+
+def _bytes(value: Tensor) -> np.ndarray:
+    return value.contiguous().view(-1).view(torch.uint8).numpy()

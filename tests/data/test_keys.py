@@ -68,3 +68,14 @@ def test_any_dtype(dtype):
 def test_a_missing_input_is_named():
     with pytest.raises(DataError, match=r"made of input_ids, token_type_ids, and the batch has no token_type_ids"):
         content_keys({"input_ids": torch.zeros(2, 3)}, ["input_ids", "token_type_ids"])
+
+
+def test_inputs_with_other_numbers_of_rows_are_refused():
+    batch = {"pixel_values": torch.zeros(2, 3), "grid": torch.zeros(1, 3)}
+    with pytest.raises(DataError, match=r"different numbers of rows, \{'grid': 1, 'pixel_values': 2\}"):
+        keys(batch)
+
+
+def test_the_name_of_an_input_matters():
+    values = torch.arange(6).view(2, 3)
+    assert keys({"input_ids": values}) != keys({"token_type_ids": values})
