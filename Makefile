@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+DEEPSPEED := .deepspeed
 CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -10,7 +11,7 @@ OLDEST_TESTS := tests/test_trainer.py tests/test_trainer_text.py tests/test_trai
 	tests/test_trainer_evaluation.py tests/test_resume.py tests/test_losses.py tests/test_sampler.py tests/test_extremes.py \
 	tests/data tests/metrics tests/distributed/test_ddp.py
 
-.PHONY: demo test test-slow test-oldest test-all lint clean
+.PHONY: demo test test-slow test-oldest test-deepspeed test-all lint clean
 
 ## Distil a 3,375-class glyph recogniser by five methods, offline: table and plots in runs/glyphs/
 demo: $(VENV)/.installed
@@ -28,7 +29,12 @@ test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" \
 		-k "not row_sparse" $(OLDEST_TESTS)
 
-test-all: test test-slow test-oldest
+## ZeRO-2 and ZeRO-3 on CPU. Kept apart, since accelerate loads DeepSpeed wherever it is installed; it needs a C++ compiler
+test-deepspeed: $(VENV)/.installed $(DEEPSPEED)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/$(DEEPSPEED) PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" \
+		$(BIN)/python -m pytest tests/distributed/test_deepspeed.py
+
+test-all: test test-slow test-oldest test-deepspeed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -46,5 +52,10 @@ $(OLDEST)/.installed: setup.cfg tests/oldest.py
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+$(DEEPSPEED)/.installed: Makefile $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(DEEPSPEED) deepspeed==0.19.8
+	$(BIN)/python -m pip install --quiet --upgrade --target $(DEEPSPEED) einops hjson msgpack ninja py-cpuinfo pydantic
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) runs *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DEEPSPEED) runs *.egg-info

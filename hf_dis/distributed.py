@@ -66,6 +66,23 @@ def average_rows(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = gradient
 
 
+def check_process_count() -> None:
+    """Checks that accelerate counts as many processes as there are.
+
+    Raises:
+        ValueError: if it does not: of DeepSpeed's processes on a machine without an accelerator it takes each for the
+            only one, and all of them would train on the same data.
+    """
+    found = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    counted = PartialState().num_processes
+    if found != counted:
+        raise ValueError(
+            f"DeepSpeed runs {found} processes and accelerate counts {counted}, as it does without an accelerator: "
+            "each would train on all data. Run it where there are accelerators, or leave deepspeed out and set "
+            "use_cpu=True, for plain data parallelism"
+        )
+
+
 def of_first_process(compute: Callable[[], Any]) -> Any:
     """What the first process computes, on every process."""
     values = [compute() if PartialState().is_main_process else None]

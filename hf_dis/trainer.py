@@ -20,7 +20,7 @@ from .config import DISConfig
 from .cost import measure_costs
 from .data.teacher_cache import TARGETS, TeacherCache, stored_rows
 from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
-from .distributed import average_rows, kept_from_ddp, of_first_process, sum_over_processes
+from .distributed import average_rows, check_process_count, kept_from_ddp, of_first_process, sum_over_processes
 from .evaluation import EvaluationMixin, NoRowsCheck
 from .features import FeaturesMixin
 from .head_search import find_head_layers, find_heads
@@ -80,6 +80,8 @@ class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, Checkpo
             raise TypeError(f"args is a {type(args).__name__}: DISDistillationTrainer needs a DISConfig")
         check_trainer_arguments(args, teacher_model, teacher_cache, kwargs)
         super().__init__(model=model, args=args, **kwargs)
+        if self.is_deepspeed_enabled:
+            check_process_count()
         # A forward that takes no labels leaves this empty, and Trainer would drop the column without a word.
         self.label_names = self.label_names or ["labels"]
         if self.args.n_gpu > 1:

@@ -112,6 +112,21 @@ def deit():
     return hf.DeiTForImageClassificationWithTeacher(config)
 
 
+def test_processes_of_deepspeed_that_accelerate_does_not_count(make_trainer, monkeypatch):
+    """As on a machine without an accelerator, where each process takes itself for the only one."""
+    create = DISDistillationTrainer.create_accelerator_and_postprocess
+
+    def created(trainer):
+        create(trainer)
+        trainer.is_deepspeed_enabled = True
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+    monkeypatch.setattr(DISDistillationTrainer, "create_accelerator_and_postprocess", created)
+    with pytest.raises(ValueError, match=r"DeepSpeed runs 2 processes and accelerate counts 1.*use_cpu=True"):
+        make_trainer()
+
+
 def test_a_probe_of_two_heads(make_trainer):
     with pytest.raises(ValueError, match=r"probe_steps is 2, but .* cls_classifier and distillation_classifier"):
         make_trainer(deit(), probe_steps=2)

@@ -1,0 +1,123 @@
+"""What test_deepspeed runs in one process and, started by torchrun under ZeRO-2 and ZeRO-3, in two."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from accelerate import PartialState
+from equality_worker import CLASSES, EXAMPLES, TASKS, WINDOW, DrawsByLabel, data
+
+from hf_dis import DISConfig, DISDistillationTrainer
+
+LAYOUTS = {"exact": {"head_mode": "exact"}, "per row": {"proposal": "teacher"}, "dis": {"num_shared_classes": 8}}
+CASES = [*product(("image", "causal LM"), ("exact", "per row")), ("image", "dis")]
+STAGES = (2, 3)
+
+
+def zero(stage: int) -> dict:
+    """A configuration that leaves the optimizer to Trainer, and shards every parameter, however small."""
+    automatic = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
+    return {
+        **dict.fromkeys(automatic, "auto"),
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def counted():
+    """Without an accelerator, accelerate names no backend for DeepSpeed, and takes each process for the only one. This
+    names the one that DeepSpeed itself takes there."""
+    prepare = PartialState._prepare_backend
+    return mock.patch.object(
+        PartialState,
+        "_prepare_backend",
+        lambda self, cpu=False, sagemaker_dp=False, backend=None: prepare(self, cpu, sagemaker_dp, backend or "gloo"),
+    )
+
+
+def trainer(output_dir: Path, task: str, layout: str, stage: int, teacher: str) -> DISDistillationTrainer:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    args = DISConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=WINDOW // processes // 2,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+        max_steps=4,
+        learning_rate=0.1,
+        optim="sgd",
+        max_grad_norm=0.5,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **{"num_sampled_classes": 6, "num_shared_classes": 0, "rank_depth": 10, "head_mode": "sampled"}
+        | LAYOUTS[layout],
+        **({"deepspeed": zero(stage)} if stage else {"use_cpu": True}),
+    )
+    rows = data(task)[: EXAMPLES // WINDOW * WINDOW]
+    return DISDistillationTrainer(TASKS[task](CLASSES), teacher, args, train_dataset=rows)
+
+
+def whole(parameters: dict[str, torch.nn.Parameter], stage: int):
+    """Within it the parameters are there in full."""
+    if stage != 3:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters.values()))
+
+
+def train(output_dir: Path, task: str, layout: str, stage: int, teacher: str) -> dict:
+    this = trainer(output_dir, task, layout, stage, teacher)
+    assert this.accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
+    if layout == "per row":
+        this.sampler.__class__ = DrawsByLabel
+    this.train()
+    parameters = dict(this.model.named_parameters())
+    sharded = all(parameter.numel() == 0 for parameter in parameters.values())
+    with whole(parameters, stage):
+        student = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    held = [parameter.numel() for parameter in this.teacher.model.parameters()]
+    return {
+        "student": student,
+        "sharded": sharded,
+        "teacher": sum(held),
+        "sampler": {name: value.clone() for name, value in this.sampler.state_dict().items()},
+        "optimizer": type(this.optimizer).__name__,
+    }
+
+
+def run(output_dir: Path, teachers: Path) -> None:
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    results = {"world_size": processes}
+    with counted() if processes > 1 else nullcontext():
+        for (task, layout), stage in product(CASES, STAGES if processes > 1 else (0,)):
+            results[task, layout, stage] = train(output_dir, task, layout, stage, str(teachers / task))
+    if processes > 1:
+        try:
+            trainer(output_dir, "image", "exact", 2, str(teachers / "image"))
+        except ValueError as error:
+            results["miscounted"] = str(error)
+    torch.save(results, output_dir / f"rank_{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()
