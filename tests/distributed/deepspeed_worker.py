@@ -52,7 +52,9 @@ def counted():
     )
 
 
-def trainer(output_dir: Path, task: str, layout: str, stage: int, teacher: str) -> DISDistillationTrainer:
+def trainer(
+    output_dir: Path, task: str, layout: str, stage: int, teacher: str, seed: int = 0, **keywords
+) -> DISDistillationTrainer:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     args = DISConfig(
         output_dir=str(output_dir),
@@ -63,24 +65,27 @@ def trainer(output_dir: Path, task: str, layout: str, stage: int, teacher: str) 
         learning_rate=0.1,
         optim="sgd",
         max_grad_norm=0.5,
-        save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         **{"num_sampled_classes": 6, "num_shared_classes": 0, "rank_depth": 10, "head_mode": "sampled"}
         | LAYOUTS[layout],
         **({"deepspeed": zero(stage)} if stage else {"use_cpu": True}),
+        **{"save_strategy": "no", **keywords},
     )
     rows = data(task)[: EXAMPLES // WINDOW * WINDOW]
-    return DISDistillationTrainer(TASKS[task](CLASSES), teacher, args, train_dataset=rows)
+    student, others = TASKS[task](CLASSES, seed=seed), data(task)[len(rows) :]
+    return DISDistillationTrainer(student, teacher, args, train_dataset=rows, eval_dataset=others)
 
 
-def whole(parameters: dict[str, torch.nn.Parameter], stage: int):
-    """Within it the parameters are there in full."""
-    if stage != 3:
-        return nullcontext()
-    import deepspeed
+def student(this: DISDistillationTrainer, stage: int) -> dict[str, torch.Tensor]:
+    """The parameters in full."""
+    parameters, gathered = dict(this.model.named_parameters()), nullcontext()
+    if stage == 3:
+        import deepspeed
 
-    return deepspeed.zero.GatheredParameters(list(parameters.values()))
+        gathered = deepspeed.zero.GatheredParameters(list(parameters.values()))
+    with gathered:
+        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def train(output_dir: Path, task: str, layout: str, stage: int, teacher: str) -> dict:
@@ -89,18 +94,26 @@ def train(output_dir: Path, task: str, layout: str, stage: int, teacher: str) ->
     if layout == "per row":
         this.sampler.__class__ = DrawsByLabel
     this.train()
-    parameters = dict(this.model.named_parameters())
-    sharded = all(parameter.numel() == 0 for parameter in parameters.values())
-    with whole(parameters, stage):
-        student = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    sharded = all(parameter.numel() == 0 for parameter in this.model.parameters())
     held = [parameter.numel() for parameter in this.teacher.model.parameters()]
     return {
-        "student": student,
+        "student": student(this, stage),
         "sharded": sharded,
         "teacher": sum(held),
         "sampler": {name: value.clone() for name, value in this.sampler.state_dict().items()},
         "optimizer": type(this.optimizer).__name__,
+        "metrics": this.evaluate(),
     }
+
+
+def resume(output_dir: Path, stage: int, teacher: str) -> list[dict[str, torch.Tensor]]:
+    """Student and sampler of a run, and of one that goes on with its checkpoint."""
+    ends = []
+    for seed, checkpoint in ((0, None), (7, str(output_dir / "checkpoint-2"))):
+        this = trainer(output_dir, "image", "dis", stage, teacher, seed, save_strategy="steps", save_steps=2)
+        this.train(resume_from_checkpoint=checkpoint)
+        ends.append({**student(this, stage), **this.sampler.state_dict()})
+    return ends
 
 
 def run(output_dir: Path, teachers: Path) -> None:
@@ -109,6 +122,8 @@ def run(output_dir: Path, teachers: Path) -> None:
     with counted() if processes > 1 else nullcontext():
         for (task, layout), stage in product(CASES, STAGES if processes > 1 else (0,)):
             results[task, layout, stage] = train(output_dir, task, layout, stage, str(teachers / task))
+        for stage in STAGES if processes > 1 else ():
+            results["resume", stage] = resume(output_dir / f"stage-{stage}", stage, str(teachers / "image"))
     if processes > 1:
         try:
             trainer(output_dir, "image", "exact", 2, str(teachers / "image"))

@@ -51,6 +51,8 @@ def test_a_sharded_student_ends_as_that_of_one_process(ranks, alone, task, layou
         found = rank[task, layout, stage]
         assert found["optimizer"] == "DeepSpeedOptimizerWrapper" and found["sharded"] == (stage == 3)
         assert distance(found["student"], expected) < 1e-4 * moved
+        for name in ("eval_loss", "eval_kl"):
+            assert found["metrics"][name] == pytest.approx(alone[task, layout, 0]["metrics"][name], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", worker.STAGES)
@@ -60,6 +62,13 @@ def test_the_proposal_is_one_and_the_draws_are_not(ranks, stage):
     mine, others = dict(one["sampler"]), dict(other["sampler"])
     assert not torch.equal(mine.pop("generator"), others.pop("generator"))
     assert len(mine) == 5 and distance(mine, others) == 0
+
+
+@pytest.mark.parametrize("stage", worker.STAGES)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(ranks, stage):
+    for rank in ranks:
+        uninterrupted, resumed = rank["resume", stage]
+        assert len(resumed) > 20 and distance(resumed, uninterrupted) == 0
 
 
 @pytest.mark.parametrize("stage", worker.STAGES)
