@@ -128,13 +128,15 @@ class DISConfig(TrainingArguments):
             is_lm: whether the layout, where it is not given, is that of a language model.
             cached: whether it is that for stored targets, whose draws are for the student's normaliser alone.
         """
-        num_sampled, num_shared = (16, 1024) if is_lm else (512 if cached else 128, 0)
-        if self.num_sampled_classes is not None:
-            num_sampled = self.num_sampled_classes
+        num_sampled, num_shared = (16, 1024) if is_lm else (128, 0)
         if self.num_shared_classes is not None:
             num_shared = self.num_shared_classes
         elif self.proposal == "topk":
             num_shared = 0
+        if self.num_sampled_classes is not None:
+            num_sampled = self.num_sampled_classes
+        elif cached and not num_shared:
+            num_sampled = 512
         depth = num_sampled if self.rank_depth is None and is_lm and num_shared else self.rank_depth
         return {
             "num_sampled_classes": num_sampled,

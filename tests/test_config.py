@@ -89,12 +89,13 @@ def test_its_sampling_arguments_are_those_of_make_sampler(tmp_path):
 
 
 def test_what_is_not_given_depends_on_model_and_teacher(tmp_path):
-    def sizes(**given):
-        found = config(tmp_path).sampling_arguments(**given)
+    def sizes(shared=None, **given):
+        found = config(tmp_path, num_shared_classes=shared).sampling_arguments(**given)
         return found["num_sampled_classes"], found["num_shared_classes"], found["rank_depth"]
 
     assert sizes() == (128, 0, None)
-    assert sizes(cached=True) == (512, 0, None)
+    assert sizes(cached=True) == sizes(cached=True, is_lm=True, shared=0) == (512, 0, None)
+    assert sizes(cached=True, shared=64) == (128, 64, None)  # K is not used
     assert sizes(is_lm=True) == sizes(is_lm=True, cached=True) == (16, 1024, 16)
     assert config(tmp_path, num_sampled_classes=3).sampling_arguments(cached=True)["num_sampled_classes"] == 3
 
