@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from torch import nn
 from transformers import Trainer
 from transformers.modelcard import TrainingSummary
 from transformers.utils import logging
 
 from .data.provenance import known_as
 from .proposal import Proposal
+from .tasks import base_model
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -110,7 +112,8 @@ def model_card(trainer: DISDistillationTrainer, **summary: Any) -> ModelCard:
 
 
 def _rendered(trainer: DISDistillationTrainer, said: TrainingSummary) -> ModelCard:
-    student_class = type(trainer.accelerator.unwrap_model(trainer.model))
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    has_adapter = base_model(student) is not student
     tasks, dataset, dataset_tags = _listed(said.tasks), _listed(said.dataset), _listed(said.dataset_tags)
     metrics, metrics_step = _last_evaluation(trainer.state.log_history)
     measured = [
@@ -128,7 +131,7 @@ def _rendered(trainer: DISDistillationTrainer, said: TrainingSummary) -> ModelCa
         if isinstance(value, (int, float)) and math.isfinite(value)
     ]
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if has_adapter else "transformers",
         language=said.language,
         license=said.license,
         base_model=said.finetuned_from or None,
@@ -143,9 +146,8 @@ def _rendered(trainer: DISDistillationTrainer, said: TrainingSummary) -> ModelCa
         template_path=str(TEMPLATE),
         version=__version__,
         model_name=said.model_name,
-        repo_id=trainer.hub_model_id or said.model_name,
-        student_class=student_class.__name__,
-        student_module="transformers" if hasattr(transformers, student_class.__name__) else student_class.__module__,
+        kind="an adapter for PEFT" if has_adapter else "an ordinary transformers model",
+        loading=_loading(student, trainer.hub_model_id or said.model_name),
         facts=_cells(
             {
                 **_teacher(trainer),
@@ -159,6 +161,20 @@ def _rendered(trainer: DISDistillationTrainer, said: TrainingSummary) -> ModelCa
         metrics_step=metrics_step,
         hyperparameters=_cells(said.hyperparameters),
     )
+
+
+def _loading(student: nn.Module, repo_id: str) -> str:
+    """Markdown with the Python that loads a published student; an adapter goes onto the model it was trained on."""
+    model = base_model(student)
+    name = type(model).__name__
+    module = "transformers" if hasattr(transformers, name) else type(model).__module__
+    if model is student:
+        lines = [f"from {module} import {name}", "", f'student = {name}.from_pretrained("{repo_id}")']
+    else:
+        adapted = f'{name}.from_pretrained("{known_as(model)[0] or UNKNOWN}")'
+        lines = ["from peft import PeftModel", f"from {module} import {name}", ""]
+        lines.append(f'student = PeftModel.from_pretrained({adapted}, "{repo_id}")')
+    return "\n".join(["```python", *lines, "```"])
 
 
 def _teacher(trainer: DISDistillationTrainer) -> dict[str, str]:

@@ -1,9 +1,13 @@
 """Students with adapters through the real Trainer: trained as by exact distillation, saved, and resumed."""
 
+import re
+
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from models import labelled_tokens, llama, t5, vit
+from transformers import LlamaForCausalLM
 
 V = 50
 # All classes are drawn for certain, so the sampled loss is the exact one.
@@ -92,6 +96,23 @@ def test_the_adapter_is_saved_alone_and_answers_as_the_student_did(make_text_tra
     again = peft.PeftModel.from_pretrained(llama(V, spread=3), tmp_path / "adapter").eval()
     ids = torch.arange(6)[None]
     torch.testing.assert_close(again(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+
+
+def test_the_card_says_how_to_load_the_adapter(make_text_trainer, tmp_path, monkeypatch):
+    llama(V, spread=3).save_pretrained(tmp_path / "base")
+    trainer = make_text_trainer(adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base"), **ADAPTERS["body"]))
+    trainer.save_model()
+    trainer.create_model_card(model_name="out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "peft" and "an adapter for PEFT" in card.text
+    lines = re.search("```python\n(.+?)```", card.text, re.DOTALL)[1]
+    assert str(tmp_path) not in card.content and '"base (a local directory)"' in lines
+    monkeypatch.chdir(tmp_path)
+    loaded = {}
+    exec(lines.replace(" (a local directory)", ""), loaded)
+    ids = torch.arange(6)[None]
+    answers = [model.eval()(input_ids=ids).logits for model in (loaded["student"], trainer.model)]
+    torch.testing.assert_close(*answers)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
