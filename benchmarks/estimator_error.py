@@ -1,11 +1,13 @@
-"""How far the sampled gradient is from the exact one: every proposal and sampler, on the glyph task.
+"""How far the sampled gradient is from the exact one: every proposal and sampler, on the glyph task and on text.
 
     python benchmarks/estimator_error.py --teacher runs/glyphs/teacher --json estimator_error.json
+    python benchmarks/estimator_error.py --task lm --teacher runs/clm/_teacher --json estimator_error_lm.json
 
-A student is distilled exactly (temperature 2, no labels, batches of 256). At steps 0, 100 and 480 each method draws
-classes many times for the same 128 rows; error is E‖ĝ - g‖² / ‖g‖² of the gradient on the features, error_head the
-same on the head's weights, bias2 the part of error that no number of draws averages away. What a method learns, it
-learns from its own draws at every training step; before step 0 it sees 20 batches of the untrained student.
+A student is distilled exactly, without labels: glyphs at temperature 2 in batches of 256, or the tokens of
+run_clm.py's texts at temperature 1 in batches of 512. At some steps each method draws classes many times for the same
+128 rows (512 tokens); error is E‖ĝ - g‖² / ‖g‖² of the gradient on the features, error_head the same on the head's
+weights, bias2 the part of error that no number of draws averages away. What a method learns, it learns from its own
+draws at every training step; before step 0 it sees 20 batches of the untrained student.
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import ResNetForImageClassification
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, ResNetForImageClassification
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from glyph_task import augment, build_student, build_teacher, load_task, train_teacher
+import clm_task
+import glyph_task
 
 from hf_dis import ClassSampler, make_sampler
 from hf_dis.losses import exact_distillation_loss, sampled_distillation_loss
@@ -32,10 +36,7 @@ from hf_dis.proposal import Proposal
 from hf_dis.sampling import ClassDraw
 from hf_dis.targets import TeacherTargets
 
-TEMPERATURE = 2.0
-STEPS = (0, 100, 480)
-WARM_UP_BATCHES = 20
-BATCH_ROWS, MEASURED_ROWS, NUM_DRAWS = 256, 128, 40
+WARM_UP_BATCHES, NUM_DRAWS = 20, 40
 
 
 class OracleProposal(Proposal):
@@ -45,7 +46,12 @@ class OracleProposal(Proposal):
 
     def rank_density(self, targets: TeacherTargets) -> Tensor:
         density = self.disagreement.gather(1, targets.ids).double()
+        self.outside_head = self.disagreement.scatter(1, targets.ids, 0)
         return 0.95 * density / density.sum(1, keepdim=True) + 0.05 / self.num_ranks
+
+    def class_density(self) -> Tensor:
+        density = self.outside_head.double().square().sum(0).sqrt()
+        return 0.95 * density / density.sum() + 0.05 / self.num_classes
 
 
 @dataclass
@@ -62,8 +68,8 @@ class Method:
     def build(self, num_classes: int) -> None:
         depth = self.depth or num_classes
         if self.proposal == "oracle":
-            proposal = OracleProposal(num_classes, num_classes, depth)
-            self.drawer = ClassSampler(proposal, num_classes, self.sampled, 0, depth, self.sampler)
+            proposal = OracleProposal(num_classes, depth if self.shared else num_classes, depth)
+            self.drawer = ClassSampler(proposal, num_classes, self.sampled, self.shared, depth, self.sampler)
         else:
             self.drawer = make_sampler(
                 num_classes,
@@ -74,20 +80,76 @@ class Method:
                 sampler="pps" if self.sampler == "none" else self.sampler,
             )
 
-    def draw(self, teacher_logits: Tensor, disagreement: Tensor) -> ClassDraw:
+    def draw(self, teacher_logits: Tensor, disagreement: Tensor, temperature: float) -> ClassDraw:
         if self.proposal == "oracle":
             self.drawer.proposal.disagreement = disagreement.abs()
-        return self.drawer.draw([TeacherTargets(teacher_logits, TEMPERATURE, self.drawer.rank_depth)])
+        return self.drawer.draw([TeacherTargets(teacher_logits, temperature, self.drawer.rank_depth)])
 
-    def learn(self, teacher_logits: Tensor, logits: Tensor) -> None:
+    def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
         if self.proposal == "dis" or (self.proposal == "teacher" and self.shared):
-            draw = self.draw(teacher_logits, logits)
-            _, disagreement = sampled_distillation_loss(drawn(logits, draw), draw, TEMPERATURE)
+            draw = self.draw(teacher_logits, logits, temperature)
+            _, disagreement = sampled_distillation_loss(drawn(logits, draw), draw, temperature)
             self.drawer.learn(draw, disagreement)
 
 
-def methods() -> list[Method]:
-    """Every row of the table."""
+@dataclass
+class Task:
+    """Teacher, student and batches, and when to measure which methods."""
+
+    teacher: nn.Module
+    student: nn.Module
+    head: nn.Linear
+    batches: Callable[[int, torch.Generator], Iterator[dict[str, Tensor]]]
+    batch_size: int
+    measured_size: int
+    temperature: float
+    learning_rate: float
+    steps: tuple[int, ...]
+    methods: list[Method]
+
+
+def glyphs(teacher_path: Path | None, teacher_epochs: float) -> Task:
+    train_dataset, _, names = glyph_task.load_task()
+    if teacher_path:
+        teacher = ResNetForImageClassification.from_pretrained(teacher_path)
+    else:
+        teacher = glyph_task.build_teacher(len(names))
+        glyph_task.train_teacher(teacher, train_dataset, teacher_epochs, "runs/estimator_error/teacher")
+    student = glyph_task.build_student(len(names))
+
+    def batches(num_images: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+        while True:
+            index = torch.randint(len(train_dataset), (num_images,), generator=generator)
+            yield {"pixel_values": glyph_task.augment(train_dataset.images[index])}
+
+    return Task(teacher, student, student.classifier[-1], batches, 256, 128, 2.0, 3e-3, (0, 100, 480), glyph_methods())
+
+
+def lm(teacher_path: Path | None, _: float) -> Task:
+    if teacher_path is None:
+        raise SystemExit("--task lm needs --teacher: examples/run_clm.py keeps the one it trains in _teacher")
+    tokenizer = AutoTokenizer.from_pretrained(teacher_path)
+    tokens = clm_task.tokenized(clm_task.load_texts(), tokenizer, 128)["train"].with_format("torch")["input_ids"][:]
+    student = clm_task.build_student(len(tokenizer))
+
+    def batches(num_blocks: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield {"input_ids": tokens[torch.randint(len(tokens), (num_blocks,), generator=generator)]}
+
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_path)
+    return Task(teacher, student, student.lm_head, batches, 4, 4, 1.0, 2e-3, (0, 40, 80, 160), lm_methods())
+
+
+def lm_methods() -> list[Method]:
+    """The layout of language models with every density of the tail, and other sizes of it."""
+    return [Method(proposal, "pps", 16, 1024, 16) for proposal in ("dis", "teacher", "uniform", "oracle")] + [
+        Method("dis", "pps", sampled, shared, depth)
+        for sampled, shared, depth in ((16, 256, 16), (16, 4096, 16), (8, 1024, 8), (64, 1024, 64), (32, 1024, 64))
+    ]
+
+
+def glyph_methods() -> list[Method]:
+    """Every proposal and sampler row by row, and with a tail for all rows."""
     per_row = [
         Method(proposal, sampler, sampled)
         for sampled in (32, 128)
@@ -116,19 +178,21 @@ def drawn(logits: Tensor, draw: ClassDraw) -> Tensor:
     return torch.cat([logits.gather(1, draw.row_ids), logits[:, draw.shared_ids]], 1)
 
 
-def measure(method: Method, features: Tensor, weight: Tensor, logits: Tensor, teacher_logits: Tensor) -> dict:
+def measure(
+    method: Method, features: Tensor, weight: Tensor, logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> dict:
     """Error and bias of one method on one batch, over many draws."""
     logits = logits.detach().requires_grad_()
-    exact = exact_distillation_loss(logits, teacher_logits, TEMPERATURE).mean()
+    exact = exact_distillation_loss(logits, teacher_logits, temperature).mean()
     (exact_gradient,) = torch.autograd.grad(exact, logits)
-    disagreement = (logits.detach() / TEMPERATURE).softmax(1) - (teacher_logits / TEMPERATURE).softmax(1)
+    disagreement = (logits.detach() / temperature).softmax(1) - (teacher_logits / temperature).softmax(1)
     reference = {"features": exact_gradient @ weight, "head": exact_gradient.T @ features}
     squared = dict.fromkeys(reference, 0.0)
     mean = {name: torch.zeros_like(value) for name, value in reference.items()}
     repeats = 1 if method.proposal == "topk" else NUM_DRAWS
     for _ in range(repeats):
-        draw = method.draw(teacher_logits, disagreement)
-        loss, _ = sampled_distillation_loss(drawn(logits, draw), draw, TEMPERATURE)
+        draw = method.draw(teacher_logits, disagreement, temperature)
+        loss, _ = sampled_distillation_loss(drawn(logits, draw), draw, temperature)
         (gradient,) = torch.autograd.grad(loss.mean(), logits)
         for name, value in {"features": gradient @ weight, "head": gradient.T @ features}.items():
             squared[name] += float((value - reference[name]).square().sum()) / repeats
@@ -150,54 +214,51 @@ def measure(method: Method, features: Tensor, weight: Tensor, logits: Tensor, te
     }
 
 
-def batches(dataset, num_rows: int, generator: torch.Generator):
-    """Augmented training images, for ever."""
-    while True:
-        index = torch.randint(len(dataset), (num_rows,), generator=generator)
-        yield augment(dataset.images[index])
-
-
-def run(teacher, student, train_dataset) -> list[dict]:
+def run(task: Task) -> list[dict]:
     """Trains the student and measures every method at the steps."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    all_methods = methods()
-    for method in all_methods:
-        method.build(student.config.num_labels)
-    head = student.classifier[-1]
+    for method in task.methods:
+        method.build(task.head.out_features)
     captured = {}
-    head.register_forward_pre_hook(lambda module, args: captured.update(features=args[0].detach()))
-    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3, weight_decay=0.05)
-    measured_images = next(batches(train_dataset, MEASURED_ROWS, generator))
-    stream = batches(train_dataset, BATCH_ROWS, generator)
+    task.head.register_forward_pre_hook(lambda module, args: captured.update(features=args[0].detach()))
+    optimizer = torch.optim.AdamW(task.student.parameters(), lr=task.learning_rate, weight_decay=0.05)
+    measured = next(task.batches(task.measured_size, generator))
+    stream = task.batches(task.batch_size, generator)
     records = []
-    for step in range(-WARM_UP_BATCHES, max(STEPS) + 1):
-        if step in STEPS:
-            student.eval()
+    for step in range(-WARM_UP_BATCHES, max(task.steps) + 1):
+        if step in task.steps:
+            task.student.eval()
             with torch.no_grad():
-                logits = student(pixel_values=measured_images).logits
-                teacher_logits = teacher(pixel_values=measured_images).logits
-            for method in all_methods:
-                measured = measure(method, captured["features"], head.weight.detach(), logits, teacher_logits)
-                records.append({"step": step, **measured})
-            print(f"{table(records, step)}\n\n{rank_profile(logits, teacher_logits)}", flush=True)
-        student.train()
-        images = next(stream)
+                logits, teacher_logits = rows(task.student(**measured).logits), rows(task.teacher(**measured).logits)
+            features, weight = rows(captured["features"]), task.head.weight.detach()
+            for method in task.methods:
+                record = measure(method, features, weight, logits, teacher_logits, task.temperature)
+                records.append({"step": step, **record})
+            profile = rank_profile(logits / task.temperature, teacher_logits / task.temperature)
+            print(f"{table(records, step)}\n\n{profile}", flush=True)
+        task.student.train()
+        inputs = next(stream)
         with torch.no_grad():
-            teacher_logits = teacher(pixel_values=images).logits
-        logits = student(pixel_values=images).logits
-        for method in all_methods:
-            method.learn(teacher_logits, logits.detach())
+            teacher_logits = rows(task.teacher(**inputs).logits)
+        logits = rows(task.student(**inputs).logits)
+        for method in task.methods:
+            method.learn(teacher_logits, logits.detach(), task.temperature)
         if step >= 0:
             optimizer.zero_grad()
-            exact_distillation_loss(logits, teacher_logits, TEMPERATURE).mean().backward()
+            exact_distillation_loss(logits, teacher_logits, task.temperature).mean().backward()
             optimizer.step()
     return records
 
 
+def rows(values: Tensor) -> Tensor:
+    """One row an image or token: ``[N, C]``."""
+    return values.flatten(0, -2)
+
+
 def rank_profile(logits: Tensor, teacher_logits: Tensor) -> str:
     """Where the disagreement Σ|s - p| lies, by the teacher's ranks."""
-    student, teacher = (logits / TEMPERATURE).softmax(1), (teacher_logits / TEMPERATURE).softmax(1)
+    student, teacher = logits.softmax(1), teacher_logits.softmax(1)
     order = teacher.argsort(1, descending=True)
     by_rank = (student - teacher).abs().gather(1, order).mean(0)
     by_rank = by_rank / by_rank.sum()
@@ -224,18 +285,15 @@ def table(records: list[dict], step: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, help="a teacher saved by examples/run_glyphs.py; trained if not given")
+    parser.add_argument("--task", choices=["glyphs", "lm"], default="glyphs")
+    parser.add_argument("--teacher", type=Path, help="saved by run_glyphs.py or run_clm.py; of glyphs: else trained")
     parser.add_argument("--teacher_epochs", type=float, default=8.0)
     parser.add_argument("--json", type=Path, help="where to write the records")
     arguments = parser.parse_args()
-    train_dataset, _, names = load_task()
-    if arguments.teacher:
-        teacher = ResNetForImageClassification.from_pretrained(arguments.teacher)
-    else:
-        teacher = build_teacher(len(names))
-        train_teacher(teacher, train_dataset, arguments.teacher_epochs, "runs/estimator_error/teacher")
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}")
-    records = run(teacher.eval(), build_student(len(names)), train_dataset)
+    task = {"glyphs": glyphs, "lm": lm}[arguments.task](arguments.teacher, arguments.teacher_epochs)
+    task.teacher.eval()
+    records = run(task)
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=1) + "\n")
 
