@@ -36,17 +36,19 @@ from hf_dis.proposal import Proposal
 from hf_dis.sampling import ClassDraw
 from hf_dis.targets import TeacherTargets
 
-WARM_UP_BATCHES, NUM_DRAWS = 20, 40
+WARM_UP_BATCHES = 20
 
 
 class OracleProposal(Proposal):
     """q ∝ |s - p|, which needs every student logit: what no proposal over ranks or classes can beat by much."""
 
-    disagreement: Tensor
+    def look(self, disagreement: Tensor, targets: TeacherTargets) -> None:
+        """Sees the whole ``s - p [N, C]`` of the rows it is to draw for."""
+        self.disagreement = disagreement.abs()
+        self.outside_head = self.disagreement.scatter(1, targets.ids, 0)
 
     def rank_density(self, targets: TeacherTargets) -> Tensor:
         density = self.disagreement.gather(1, targets.ids).double()
-        self.outside_head = self.disagreement.scatter(1, targets.ids, 0)
         return 0.95 * density / density.sum(1, keepdim=True) + 0.05 / self.num_ranks
 
     def class_density(self) -> Tensor:
@@ -81,9 +83,10 @@ class Method:
             )
 
     def draw(self, teacher_logits: Tensor, disagreement: Tensor, temperature: float) -> ClassDraw:
+        targets = TeacherTargets(teacher_logits, temperature, self.drawer.rank_depth)
         if self.proposal == "oracle":
-            self.drawer.proposal.disagreement = disagreement.abs()
-        return self.drawer.draw([TeacherTargets(teacher_logits, temperature, self.drawer.rank_depth)])
+            self.drawer.proposal.look(disagreement, targets)
+        return self.drawer.draw([targets])
 
     def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
         if self.proposal == "dis" or (self.proposal == "teacher" and self.shared):
@@ -105,6 +108,7 @@ class Task:
     temperature: float
     learning_rate: float
     steps: tuple[int, ...]
+    num_draws: int
     methods: list[Method]
 
 
@@ -136,8 +140,19 @@ def lm(teacher_path: Path | None, _: float) -> Task:
         while True:
             yield {"input_ids": tokens[torch.randint(len(tokens), (num_blocks,), generator=generator)]}
 
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_path)
-    return Task(teacher, student, student.lm_head, batches, 4, 4, 1.0, 2e-3, (0, 40, 80, 160), lm_methods())
+    return Task(
+        teacher=AutoModelForCausalLM.from_pretrained(teacher_path),
+        student=student,
+        head=student.lm_head,
+        batches=batches,
+        batch_size=4,
+        measured_size=4,
+        temperature=1.0,
+        learning_rate=2e-3,
+        steps=(0, 40, 80, 160),
+        num_draws=10,
+        methods=lm_methods(),
+    )
 
 
 def lm_methods() -> list[Method]:
@@ -178,10 +193,9 @@ def drawn(logits: Tensor, draw: ClassDraw) -> Tensor:
     return torch.cat([logits.gather(1, draw.row_ids), logits[:, draw.shared_ids]], 1)
 
 
-def measure(
-    method: Method, features: Tensor, weight: Tensor, logits: Tensor, teacher_logits: Tensor, temperature: float
-) -> dict:
+def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teacher_logits: Tensor) -> dict:
     """Error and bias of one method on one batch, over many draws."""
+    weight, temperature = task.head.weight.detach(), task.temperature
     logits = logits.detach().requires_grad_()
     exact = exact_distillation_loss(logits, teacher_logits, temperature).mean()
     (exact_gradient,) = torch.autograd.grad(exact, logits)
@@ -189,7 +203,7 @@ def measure(
     reference = {"features": exact_gradient @ weight, "head": exact_gradient.T @ features}
     squared = dict.fromkeys(reference, 0.0)
     mean = {name: torch.zeros_like(value) for name, value in reference.items()}
-    repeats = 1 if method.proposal == "topk" else NUM_DRAWS
+    repeats = 1 if method.proposal == "topk" else task.num_draws
     for _ in range(repeats):
         draw = method.draw(teacher_logits, disagreement, temperature)
         loss, _ = sampled_distillation_loss(drawn(logits, draw), draw, temperature)
@@ -231,9 +245,8 @@ def run(task: Task) -> list[dict]:
             task.student.eval()
             with torch.no_grad():
                 logits, teacher_logits = rows(task.student(**measured).logits), rows(task.teacher(**measured).logits)
-            features, weight = rows(captured["features"]), task.head.weight.detach()
             for method in task.methods:
-                record = measure(method, features, weight, logits, teacher_logits, task.temperature)
+                record = measure(task, method, rows(captured["features"]), logits, teacher_logits)
                 records.append({"step": step, **record})
             profile = rank_profile(logits / task.temperature, teacher_logits / task.temperature)
             print(f"{table(records, step)}\n\n{profile}", flush=True)

@@ -24,16 +24,18 @@ def write_report(output: Path, records: list[dict], minutes: float) -> None:
         f"# Distilling a language model of {records[0]['vocab']:,} tokens",
         "",
         f"{torch.get_num_threads()} threads; the whole run took {minutes:.1f} minutes. On texts held out; KL to the "
-        "teacher at temperature 1; seconds are those of training, the teacher's forward included.",
+        "teacher at temperature 1; seconds are those of training, the teacher's forward included; the error is that of "
+        "the gradient on the student's features, ‖ĝ - g‖ / ‖g‖, when it was last compared.",
         "",
-        "| method | student logits a token | rate, head's | steps | seconds | perplexity | KL to teacher |",
-        "|---|---|---|---|---|---|---|",
+        "| method | student logits a token | rate, head's | steps | seconds | perplexity | KL to teacher | error |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
+        error = "" if record["gradient_error"] is None else f"{record['gradient_error']:.1%}"
         lines.append(
             f"| {TITLES[record['method']]} | {record['sampled']:,} | {record['learning_rate']:g}, "
             f"{record['head_learning_rate']:g} | {record['steps']} | {record['seconds']:.0f} "
-            f"| {record['perplexity']:.1f} | {record['kl']:.3f} |"
+            f"| {record['perplexity']:.1f} | {record['kl']:.3f} | {error} |"
         )
     (output / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

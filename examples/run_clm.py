@@ -45,13 +45,15 @@ FROM_SCRATCH = {
     "max_steps": 160,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 8,
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-3,
+    "head_learning_rate": 8e-3,
     "warmup_steps": 0.1,
     "lr_scheduler_type": "cosine",
     "temperature": 1.0,
     "hard_label_weight": 0.0,
     "head_mode": "sampled",
     "row_sparse_head": True,
+    "probe_steps": 50,
     "eval_strategy": "steps",
     "eval_steps": 40,
     "logging_steps": 20,
@@ -172,12 +174,14 @@ def distil(method: str, steps: int, models, arguments: ClmArguments, args: DISCo
     if args.push_to_hub:
         trainer.push_to_hub()
     exact = trainer.head_mode == "exact"
+    probed = [log["probe/relative_error"] for log in trainer.state.log_history if "probe/relative_error" in log]
     return {
         "method": method,
         "vocab": trainer.num_classes,
         "sampled": trainer.num_classes if exact else trainer.sampler.columns,
         "learning_rate": args.learning_rate,
         "head_learning_rate": args.head_learning_rate or args.learning_rate,
+        "gradient_error": 0.0 if exact else probed[-1] if probed else None,
         "steps": trainer.state.global_step,
         **{name: value for name, value in stopwatch.curve[-1].items() if name != "step"},
         "curve": stopwatch.curve,
