@@ -31,6 +31,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -176,6 +177,9 @@ def main() -> None:
     parser.add_argument("--teacher", choices=["given", "online"], nargs="+", default=["given", "online"])
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="processor time of all threads, where other work runs beside"
+    )
     parser.add_argument("--json", type=Path, help="where to write the records")
     parser.add_argument("--peak", choices=METHODS, help="print the peak of one method's step, and nothing else")
     arguments = parser.parse_args()
@@ -187,7 +191,10 @@ def main() -> None:
     missing = {method for method, package in NEEDS.items() if importlib.util.find_spec(package) is None}
     for method in missing & set(arguments.methods):
         print(f"{method} is left out: {NEEDS[method]} is not installed")
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, N={tokens:,}\n")
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    kind = "processor time" if arguments.cpu_time else "time"
+    machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{machine}, N={tokens:,}; {kind}, median of {arguments.repeats}\n")
     print("| V | width | teacher | method | ms | method / dis | peak MB | error |")
     print("|---|---|---|---|---|---|---|---|")
     records: list[dict] = []
@@ -197,7 +204,7 @@ def main() -> None:
             for teacher in arguments.teacher:
                 left_out = missing | ({"liger"} if teacher == "given" else set())
                 methods = [method for method in arguments.methods if method not in left_out]
-                times = milliseconds(Steps(vocab, tokens, width, teacher), methods, arguments.repeats)
+                times = milliseconds(Steps(vocab, tokens, width, teacher), methods, arguments.repeats, clock)
                 for method, ms in times.items():
                     record = {
                         "method": method,
