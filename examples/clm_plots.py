@@ -24,8 +24,8 @@ def write_report(output: Path, records: list[dict], minutes: float) -> None:
         f"# Distilling a language model of {records[0]['vocab']:,} tokens",
         "",
         f"{torch.get_num_threads()} threads; the whole run took {minutes:.1f} minutes. On texts held out; KL to the "
-        "teacher at temperature 1; seconds are those of training, the teacher's forward included; the error is that of "
-        "the gradient on the student's features, ‖ĝ - g‖ / ‖g‖, when it was last compared.",
+        "teacher at temperature 1; seconds are those of training, the teacher's forward included; the error is that "
+        "of the gradient on the student's features, ‖ĝ - g‖ / ‖g‖, when it was last compared.",
         "",
         "| method | student logits a token | rate, head's | steps | seconds | perplexity | KL to teacher | error |",
         "|---|---|---|---|---|---|---|---|",

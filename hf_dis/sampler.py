@@ -181,7 +181,7 @@ def make_sampler(
         proposal_decay=proposal_decay,
     )
     # With all classes drawn for each row there is nothing left to share; a truncation has no tail.
-    shared = 0 if proposal == "topk" or num_sampled_classes >= num_classes else num_shared_classes
+    shared = 0 if proposal == "topk" or num_sampled_classes >= num_classes else min(num_shared_classes, num_classes)
     depth = min(rank_depth or 2 * num_sampled_classes, num_classes)
     if (shared or proposal == "topk") and depth < min(num_sampled_classes, num_classes):
         raise ValueError(
