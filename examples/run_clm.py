@@ -42,7 +42,7 @@ METHODS = ("exact", "dis", "exact_in_time")
 # For students that start from nothing; with --model_name_or_path the defaults are those of DISConfig.
 FROM_SCRATCH = {
     "methods": list(METHODS),
-    "max_steps": 320,
+    "max_steps": 240,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 8,
     "learning_rate": 1e-3,
@@ -54,10 +54,10 @@ FROM_SCRATCH = {
     "head_mode": "sampled",
     "num_shared_classes": 4096,
     "row_sparse_head": True,
-    "probe_steps": 100,
+    "probe_steps": 80,
     "eval_strategy": "steps",
-    "eval_steps": 80,
-    "logging_steps": 40,
+    "eval_steps": 60,
+    "logging_steps": 30,
     "save_strategy": "no",
 }
 
@@ -87,7 +87,7 @@ class ClmArguments:
         default_factory=lambda: ["dis"],
         metadata={"help": f"Which of {', '.join(METHODS)} to run; all of them with the student made here."},
     )
-    teacher_steps: int = field(default=640, metadata={"help": "Steps to train a teacher for."})
+    teacher_steps: int = field(default=480, metadata={"help": "Steps to train a teacher for."})
     mlm: bool = field(default=False, metadata={"help": "Masked rather than causal language models."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked."})
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters of the student only."})
