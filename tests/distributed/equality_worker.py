@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -177,3 +178,4 @@ def run(output_dir: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]))
+    PartialState().destroy_process_group()  # its threads, alive at the exit, can abort the process

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -107,3 +108,4 @@ def run(output_dir: Path, others: Path | None) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]), Path(sys.argv[2]))
+    PartialState().destroy_process_group()  # its threads, alive at the exit, can abort the process

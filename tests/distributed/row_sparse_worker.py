@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -68,3 +69,4 @@ def run(output_dir: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]))
+    PartialState().destroy_process_group()  # its threads, alive at the exit, can abort the process

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import peft
 import torch
+from accelerate import PartialState
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -80,3 +81,4 @@ def run(output_dir: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]))
+    PartialState().destroy_process_group()  # its threads, alive at the exit, can abort the process
