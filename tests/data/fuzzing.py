@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,33 @@ def damaged(draw, content: bytes) -> bytes:
 
 
 NAMES = ["../evil", "/tmp/evil", "a/../../evil", "C:\\evil", "evil\0", "", ".", "..", "~", "\udcff", "e" * 300, "CON"]
+
+
+def write_archive(name: str, content: bytes) -> Callable[[Path], Path]:
+    """A function that writes an archive of this name into a folder, and returns where."""
+
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return write
+
+
+def put(file: Path, content: bytes | str, huge: int) -> None:
+    """Writes a file; or, where ``content`` is a text, puts what it names in its place. ``huge`` is a size in bytes."""
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content == "a folder":
+        file.mkdir(exist_ok=True)
+    elif content == "nothing" or file.is_dir():
+        return
+    elif content == "a pipe":
+        os.mkfifo(file)
+    elif content == "a huge file":
+        with file.open("wb") as opened:
+            opened.truncate(huge)
+    else:
+        file.symlink_to({"a loop": file, "a link": "/etc/passwd", "a device": "/dev/zero"}[content])
 
 
 class Payload:

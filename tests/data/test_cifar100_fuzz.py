@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import tarfile
 import tempfile
 from pathlib import Path
@@ -13,7 +12,7 @@ from unittest import mock
 
 import pytest
 from archives import cifar100_files, member
-from fuzzing import NAMES, damaged, examples, nothing_run_or_written_but_in, pickles
+from fuzzing import NAMES, damaged, examples, nothing_run_or_written_but_in, pickles, put, write_archive
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,14 +78,6 @@ def check(write) -> bool:
         return True
 
 
-def write_archive(archive: bytes):
-    def write(folder: Path) -> Path:
-        (folder / ARCHIVE).write_bytes(archive)
-        return folder / ARCHIVE
-
-    return write
-
-
 @st.composite
 def folders(draw) -> dict[str, bytes | str]:
     """Files of the extracted folder, by name; where one is a text, what else is in its place."""
@@ -100,18 +91,7 @@ def write_folder(files: dict[str, bytes | str]):
     def write(folder: Path) -> Path:
         (folder / FOLDER).mkdir()
         for name, content in files.items():
-            file = folder / FOLDER / name
-            if isinstance(content, bytes):
-                file.write_bytes(content)
-            elif content == "a folder":
-                file.mkdir()
-            elif content == "a pipe":
-                os.mkfifo(file)
-            elif content == "a huge file":
-                with file.open("wb") as opened:
-                    opened.truncate(64 * LIMIT)
-            elif content != "nothing":
-                file.symlink_to({"a loop": file, "a link": "/etc/passwd", "a device": "/dev/zero"}[content])
+            put(folder / FOLDER / name, content, 64 * LIMIT)
         return folder
 
     return write
@@ -123,20 +103,20 @@ def test_whole_archives_load():
         for name, content in WHOLE.items():
             info, content = member(f"{FOLDER}/{name}", content)
             archive.addfile(info, io.BytesIO(content))
-    assert check(write_archive(buffer.getvalue()))
+    assert check(write_archive(ARCHIVE, buffer.getvalue()))
 
 
 @examples(100)
 @given(archives())
 def test_damaged_and_forged_archives(archive):
-    check(write_archive(archive))
+    check(write_archive(ARCHIVE, archive))
 
 
 @pytest.mark.slow
 @examples(1000)
 @given(archives())
 def test_many_damaged_and_forged_archives(archive):
-    check(write_archive(archive))
+    check(write_archive(ARCHIVE, archive))
 
 
 @examples(60)

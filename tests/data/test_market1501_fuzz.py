@@ -4,7 +4,6 @@ be decoded, and nothing else."""
 from __future__ import annotations
 
 import io
-import os
 import stat
 import tempfile
 import warnings
@@ -13,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from fuzzing import NAMES, damaged, examples, nothing_run_or_written_but_in
+from fuzzing import NAMES, damaged, examples, nothing_run_or_written_but_in, put, write_archive
 from hypothesis import given
 from hypothesis import strategies as st
 from markets import market_files
@@ -95,14 +94,6 @@ def check(write) -> bool:
         return True
 
 
-def write_archive(archive: bytes):
-    def write(folder: Path) -> Path:
-        (folder / ARCHIVE).write_bytes(archive)
-        return folder / ARCHIVE
-
-    return write
-
-
 @st.composite
 def folders(draw) -> dict[str, bytes | str]:
     """Files of the extracted folder, by name; where one is a text, what else is in its place."""
@@ -117,19 +108,7 @@ def write_folder(found: dict[str, bytes | str]):
         for name, content in found.items():
             file = folder / FOLDER / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                file.write_bytes(content)
-            elif content == "a folder":
-                file.mkdir(exist_ok=True)
-            elif file.is_dir():
-                continue
-            elif content == "a pipe":
-                os.mkfifo(file)
-            elif content == "a huge file":
-                with file.open("wb") as opened:
-                    opened.truncate(64 * LIMIT)
-            else:
-                file.symlink_to({"a loop": file, "a link": "/etc/passwd", "a device": "/dev/zero"}[content])
+            put(file, content, 64 * LIMIT)
         return folder
 
     return write
@@ -140,13 +119,13 @@ def test_whole_archives_and_folders_load():
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in WHOLE.items():
             archive.writestr(f"{FOLDER}/{name}", content)
-    assert check(write_archive(buffer.getvalue())) and check(write_folder(WHOLE))
+    assert check(write_archive(ARCHIVE, buffer.getvalue())) and check(write_folder(WHOLE))
 
 
 @examples(100)
 @given(archives())
 def test_damaged_and_forged_archives(archive):
-    check(write_archive(archive))
+    check(write_archive(ARCHIVE, archive))
 
 
 @examples(60)
@@ -159,7 +138,7 @@ def test_damaged_and_forged_folders(found):
 @examples(1000)
 @given(archives())
 def test_many_damaged_and_forged_archives(archive):
-    check(write_archive(archive))
+    check(write_archive(ARCHIVE, archive))
 
 
 @pytest.mark.slow
