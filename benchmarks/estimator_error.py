@@ -112,13 +112,13 @@ class Task:
     methods: list[Method]
 
 
-def glyphs(teacher_path: Path | None, teacher_epochs: float) -> Task:
+def glyphs(arguments: argparse.Namespace) -> Task:
     train_dataset, _, names = glyph_task.load_task()
-    if teacher_path:
-        teacher = ResNetForImageClassification.from_pretrained(teacher_path)
+    if arguments.teacher:
+        teacher = ResNetForImageClassification.from_pretrained(arguments.teacher)
     else:
         teacher = glyph_task.build_teacher(len(names))
-        glyph_task.train_teacher(teacher, train_dataset, teacher_epochs, "runs/estimator_error/teacher")
+        glyph_task.train_teacher(teacher, train_dataset, arguments.teacher_epochs, "runs/estimator_error/teacher")
     student = glyph_task.build_student(len(names))
 
     def batches(num_images: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
@@ -129,10 +129,10 @@ def glyphs(teacher_path: Path | None, teacher_epochs: float) -> Task:
     return Task(teacher, student, student.classifier[-1], batches, 256, 128, 2.0, 3e-3, (0, 100, 480), glyph_methods())
 
 
-def lm(teacher_path: Path | None, _: float) -> Task:
-    if teacher_path is None:
+def lm(arguments: argparse.Namespace) -> Task:
+    if arguments.teacher is None:
         raise SystemExit("--task lm needs --teacher: examples/run_clm.py keeps the one it trains in _teacher")
-    tokenizer = AutoTokenizer.from_pretrained(teacher_path)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     tokens = clm_task.tokenized(clm_task.load_texts(), tokenizer, 128)["train"].with_format("torch")["input_ids"][:]
     student = clm_task.build_student(len(tokenizer))
 
@@ -141,7 +141,7 @@ def lm(teacher_path: Path | None, _: float) -> Task:
             yield {"input_ids": tokens[torch.randint(len(tokens), (num_blocks,), generator=generator)]}
 
     return Task(
-        teacher=AutoModelForCausalLM.from_pretrained(teacher_path),
+        teacher=AutoModelForCausalLM.from_pretrained(arguments.teacher),
         student=student,
         head=student.lm_head,
         batches=batches,
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the records")
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}")
-    task = {"glyphs": glyphs, "lm": lm}[arguments.task](arguments.teacher, arguments.teacher_epochs)
+    task = {"glyphs": glyphs, "lm": lm}[arguments.task](arguments)
     task.teacher.eval()
     records = run(task)
     if arguments.json:

@@ -168,13 +168,13 @@ def peak_of_a_step(steps: Steps, method: str) -> float:
     return resident_mb("VmHWM") - floor
 
 
-def peak_mb(method: str, num_classes: int, layout: str) -> float | None:
-    """:func:`peak_of_a_step` in a fresh process; None where /proc is not Linux's."""
+def peak_mb(script: str, method: str, *setting: str) -> float | None:
+    """:func:`peak_of_a_step`, which ``script --peak METHOD`` prints, in a fresh process; None without a /proc."""
     if platform.system() != "Linux":
         return None
-    command = [sys.executable, __file__, "--peak", method, "--classes", str(num_classes), "--layouts", layout]
     # So that glibc gives back what is freed, and only what is in use is counted.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, script, "--peak", method, *setting]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
@@ -223,6 +223,7 @@ def main() -> None:
                 times = {"exact": guess, **times}
             for method, ms in times.items():
                 was_run = method in here
+                setting = ["--classes", str(num_classes), "--layouts", layout]
                 record = {
                     "method": method,
                     "layout": layout,
@@ -232,7 +233,7 @@ def main() -> None:
                     "sampled": LAYOUTS[layout]["num_sampled_classes"],
                     "shared": LAYOUTS[layout]["num_shared_classes"],
                     "ms": ms,
-                    "peak_mb": peak_mb(method, num_classes, layout) if was_run and not arguments.no_peaks else None,
+                    "peak_mb": peak_mb(__file__, method, *setting) if was_run and not arguments.no_peaks else None,
                     "extrapolated": not was_run,
                 }
                 records.append(record)

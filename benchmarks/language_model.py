@@ -28,16 +28,13 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from head_scaling import milliseconds, peak_of_a_step
+from head_scaling import milliseconds, peak_mb, peak_of_a_step
 from torch import Tensor
 
 from hf_dis import RowSparseAdamW, make_sampler
@@ -160,15 +157,6 @@ def warm_error(vocab: int, tokens: int, width: int) -> float:
     return steps.error()
 
 
-def peak_mb(method: str, vocab: int, tokens: int, width: int, teacher: str) -> float | None:
-    """Megabytes that a step takes, in a fresh process; None where /proc is not Linux's."""
-    if platform.system() != "Linux":
-        return None
-    setting = ["--vocab", str(vocab), "--tokens", str(tokens), "--width", str(width), "--teacher", teacher]
-    command = [sys.executable, __file__, "--peak", method, *setting]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 50_257, 151_936])
@@ -205,6 +193,8 @@ def main() -> None:
                 left_out = missing | ({"liger"} if teacher == "given" else set())
                 methods = [method for method in arguments.methods if method not in left_out]
                 times = milliseconds(Steps(vocab, tokens, width, teacher), methods, arguments.repeats, clock)
+                sizes = {"--vocab": vocab, "--tokens": tokens, "--width": width, "--teacher": teacher}
+                setting = [str(part) for pair in sizes.items() for part in pair]
                 for method, ms in times.items():
                     record = {
                         "method": method,
@@ -214,7 +204,7 @@ def main() -> None:
                         "teacher": teacher,
                         "sampled": SAMPLED + SHARED if method == "dis" else vocab,
                         "ms": ms,
-                        "peak_mb": peak_mb(method, vocab, tokens, width, teacher),
+                        "peak_mb": peak_mb(__file__, method, *setting),
                         "error": error if method == "dis" else 0.0,
                     }
                     records.append(record)
