@@ -249,7 +249,8 @@ def run(task: Task) -> list[dict]:
                 record = measure(task, method, rows(captured["features"]), logits, teacher_logits)
                 records.append({"step": step, **record})
             profile = rank_profile(logits / task.temperature, teacher_logits / task.temperature)
-            print(f"{table(records, step)}\n\n{profile}", flush=True)
+            spread = spread_by_frequency(teacher_logits / task.temperature)
+            print(f"{table(records, step)}\n\n{profile}\n{spread}", flush=True)
         task.student.train()
         inputs = next(stream)
         with torch.no_grad():
@@ -278,6 +279,16 @@ def rank_profile(logits: Tensor, teacher_logits: Tensor) -> str:
     bands = (("1", 0, 1), ("2-10", 1, 10), ("11-64", 10, 64), ("65-512", 64, 512), ("beyond", 512, None))
     shares = ", ".join(f"{name}: {by_rank[start:stop].sum():.2f}" for name, start, stop in bands)
     return f"teacher's mean top probability {teacher.amax(1).mean():.2f}; disagreement by rank: {shares}"
+
+
+def spread_by_frequency(teacher_logits: Tensor) -> str:
+    """How much a class's log-probability varies over the rows, for classes from the commonest to the rarest."""
+    log_probs = teacher_logits.log_softmax(1)
+    spread = log_probs.std(0)[log_probs.exp().mean(0).argsort(descending=True)]
+    bands = {f"{start + 1:,}-{10 * start or 10:,}": spread[start : 10 * start or 10] for start in (0, 10, 100, 1000)}
+    bands[f"rarer than {10_000:,}"] = spread[10_000:]
+    shares = ", ".join(f"{name}: {band.mean():.1f}" for name, band in bands.items() if len(band))
+    return f"standard deviation of the teacher's log-probability over rows, by how common a class is: {shares}"
 
 
 def table(records: list[dict], step: int) -> str:

@@ -4,8 +4,10 @@
 
 N supervised tokens, a student's head of V tokens without bias, and a teacher of width 512. What is drawn: contexts are
 64 normal numbers; teacher and student are given fixed random projections of them and a constant, from which the
-teacher's head makes logits with Zipf's marginals (-log of the token's frequency rank) plus normal ones of standard
-deviation 3. The student's head starts at random, normal with standard deviation 0.02. Two settings of the teacher:
+teacher's head makes logits with Zipf's marginals (-log r, r the token's frequency rank) plus normal ones of standard
+deviation 1.5 (1 + r^-1/4): 3 for the commonest token and 1.5 for the rare ones, a little more than those of
+run_clm.py's teacher on text, which `estimator_error.py --task lm` prints. The student's head starts at random, normal
+with standard deviation 0.02. Two settings of the teacher:
 
 given   its log-probabilities, ranking and class marginal are computed once, outside of what is measured
 online  its features are given, and its head is applied within the step; for DIS by chunks that are ranked and dropped
@@ -44,7 +46,7 @@ from hf_dis.losses import sampled_distillation_loss
 from hf_dis.streaming import CHUNK_ELEMENTS
 from hf_dis.targets import TeacherTargets
 
-CONTEXT, TEACHER_WIDTH, SPREAD, WARM_STEPS, LEARNING_RATE = 64, 512, 3.0, 50, 5e-3
+CONTEXT, TEACHER_WIDTH, SPREAD, WARM_STEPS, LEARNING_RATE = 64, 512, 1.5, 50, 5e-3
 SAMPLED, SHARED = 16, 1024
 METHODS = ["exact", "trl_gkd", "liger", "dis"]
 NEEDS = {"trl_gkd": "trl", "liger": "liger_kernel"}
@@ -63,8 +65,10 @@ class Steps:
         self.tokens, self.teacher = tokens, teacher
         self.chunk_rows = max(1, CHUNK_ELEMENTS // vocab)
         self.projections = [torch.randn(CONTEXT, size - 1) / CONTEXT**0.5 for size in (TEACHER_WIDTH, width)]
-        self.teacher_weight = torch.randn(vocab, TEACHER_WIDTH) * SPREAD / (TEACHER_WIDTH - 1) ** 0.5
-        self.teacher_weight[:, 0] = -(torch.arange(vocab) + 1.0).log()[torch.randperm(vocab)]
+        frequency_rank = torch.randperm(vocab)[:, None] + 1.0
+        spread = SPREAD * (1 + frequency_rank**-0.25)
+        self.teacher_weight = torch.randn(vocab, TEACHER_WIDTH) * spread / (TEACHER_WIDTH - 1) ** 0.5
+        self.teacher_weight[:, :1] = -frequency_rank.log()
         self.weight = torch.nn.Parameter(0.02 * torch.randn(vocab, width))
         self.sampler = make_sampler(vocab, num_sampled_classes=SAMPLED, num_shared_classes=SHARED, rank_depth=SAMPLED)
         self.dense = torch.optim.AdamW([self.weight], lr=LEARNING_RATE, fused=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import inf
+from math import ceil, inf
 from typing import Literal
 
 from transformers import TrainingArguments
@@ -43,6 +43,9 @@ class DISConfig(TrainingArguments):
         row_sparse_head: give the head's parameters gradients of the drawn rows only, and step only these, with
             :class:`hf_dis.RowSparseAdamW`, so that a step costs the same however many classes there are. A lazy
             AdamW, see docs/optimizer.md; ``optim`` has to be ``adamw_torch`` or ``adamw_torch_fused``.
+        exact_warmup_steps: steps at the start in which all classes are computed, the proposals learning meanwhile;
+            below 1 a share of all steps. A student that starts from random weights disagrees everywhere at first, and
+            then learns faster (docs/choosing-k.md). They cost the time and memory of exact distillation.
         probe_steps: every so many steps, compare the sampled loss and gradient with the exact ones; 0 is never.
     """
 
@@ -97,6 +100,10 @@ class DISConfig(TrainingArguments):
         default=False,
         metadata={"help": "Gradients and optimizer steps for the head's drawn rows only (lazy AdamW)."},
     )
+    exact_warmup_steps: float = field(
+        default=0.0,
+        metadata={"help": "Steps at the start that compute all classes; below 1: a share of all steps."},
+    )
     probe_steps: int = field(
         default=0,
         metadata={"help": "Every so many steps compare sampled and exact loss and gradient; 0: never."},
@@ -107,11 +114,18 @@ class DISConfig(TrainingArguments):
         require_number("temperature", self.temperature, float)
         require_number("hard_label_weight", self.hard_label_weight, float)
         require_number("probe_steps", self.probe_steps, int)
+        require_number("exact_warmup_steps", self.exact_warmup_steps, float)
         if self.head_learning_rate is not None:
             require_number("head_learning_rate", self.head_learning_rate, float)
         require(0 < self.temperature < inf, "temperature", self.temperature, "above 0 and finite; 1 to 4 is usual")
         require(0 <= self.hard_label_weight <= 1, "hard_label_weight", self.hard_label_weight, "within [0, 1]")
         require(self.head_mode in HEAD_MODES, "head_mode", self.head_mode, f"one of {', '.join(HEAD_MODES)}")
+        require(
+            0 <= self.exact_warmup_steps < 1 or self.exact_warmup_steps % 1 == 0 < self.exact_warmup_steps < inf,
+            "exact_warmup_steps",
+            self.exact_warmup_steps,
+            "a whole number of steps, or a share of them within [0, 1)",
+        )
         require(self.probe_steps >= 0, "probe_steps", self.probe_steps, "0 (never) or more")
         require(
             self.head_learning_rate is None or self.head_learning_rate >= 0,
@@ -120,6 +134,15 @@ class DISConfig(TrainingArguments):
             "0 or more, or None for learning_rate",
         )
         check_sampling_arguments(**self.sampling_arguments())
+
+    def get_exact_warmup_steps(self, num_training_steps: int) -> int:
+        """How many steps at the start compute all classes.
+
+        Args:
+            num_training_steps: of the whole training.
+        """
+        steps = self.exact_warmup_steps
+        return ceil(steps * num_training_steps) if steps < 1 else int(steps)
 
     def sampling_arguments(self, is_lm: bool = False, cached: bool = False) -> dict[str, int | float | str | None]:
         """The arguments for :func:`hf_dis.make_sampler`, or :func:`hf_dis.cached_teacher.make_cached_sampler`.

@@ -49,7 +49,8 @@ def average_rows(parameters: Iterable[nn.Parameter]) -> None:
     """Makes row-sparse gradients their mean over processes, coalesced and the same on each; run it on all of them.
 
     Args:
-        parameters: with sparse gradients, or None where a process has none; those that are not trained are left out.
+        parameters: with sparse gradients, dense ones, which are of all rows, or None where a process has none; those
+            that are not trained are left out.
     """
     processes = PartialState().num_processes
     for parameter in parameters:
@@ -59,6 +60,8 @@ def average_rows(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad = _sparse(
                 parameter.new_empty(0, dtype=torch.long), torch.empty_like(parameter[:0]), parameter
             )
+        elif not parameter.grad.is_sparse:
+            parameter.grad = _sparse(torch.arange(len(parameter), device=parameter.device), parameter.grad, parameter)
         gradient = coalesced(parameter.grad)
         if processes > 1:
             gradient = _sum_rows(gradient)

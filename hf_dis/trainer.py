@@ -26,7 +26,7 @@ from .features import FeaturesMixin
 from .head_search import find_head_layers, find_heads
 from .heads import SampledHead, check_head, head_features
 from .hub import HubMixin
-from .losses import exact_cross_entropy, mix, sampled_cross_entropy, sampled_distillation_loss
+from .losses import mix, sampled_cross_entropy, sampled_distillation_loss
 from .optim import RowSparseAdamW
 from .rows import Rows
 from .sampler import ClassSampler, make_sampler
@@ -145,6 +145,8 @@ class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, Checkpo
         if self.head_mode == "exact" or not model.training:
             return self._exact_loss(model, inputs, rows, return_outputs, num_items_in_batch)
         self._check_head_once(inputs, rows)
+        if self.state.global_step < self.args.get_exact_warmup_steps(self.state.max_steps):
+            return self._warm_up_loss(model, inputs, rows, return_outputs, num_items_in_batch)
         draw = self.sampler.draw(self.teacher(inputs, rows, self._checks_values()), rows.labels)
         self.head.set(draw.row_ids, draw.shared_ids, rows.positions)  # until training_step is done with backward
         outputs = model(**inputs)
@@ -155,23 +157,6 @@ class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, Checkpo
         loss = mix(kd, ce, self.args.hard_label_weight) + self._router_loss(outputs)
         loss = self._normalise(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
-
-    def _exact_loss(self, model, inputs, rows, return_outputs, num_items_in_batch):
-        outputs = model(**inputs)
-        if self.args.hard_label_weight == 1 and rows.labels is not None:
-            losses = {"ce_loss": exact_cross_entropy(rows.of(outputs.logits)[:, : self.num_classes], rows.labels)}
-            loss = losses["ce_loss"]
-        else:
-            losses = self._exact_losses(outputs.logits, inputs, rows)
-            loss = mix(losses["kd_loss"], losses.get("ce_loss"), self.args.hard_label_weight)
-        self._means.add(losses)
-        loss = self._normalise(loss + self._router_loss(outputs), num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def _router_loss(self, outputs: Any) -> Tensor | float:
-        """The load-balancing loss of a mixture of experts, which its forward adds only where it computes its loss."""
-        balance = getattr(outputs, "aux_loss", None)
-        return 0.0 if balance is None else base_model(self.model).config.router_aux_loss_coef * balance
 
     def training_step(self, *args, **kwargs) -> Tensor:
         try:

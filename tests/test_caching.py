@@ -53,6 +53,16 @@ def logged(trainer, name):
     return [log[name] for log in trainer.state.log_history if name in log]
 
 
+def test_an_exact_warm_up_is_the_exact_head(make, tmp_path):
+    cache = write(vit(C, seed=1, spread=30), labelled_images(32, C), tmp_path / "small", depth=6, tail_draws=8)
+    warm = make(cache, head_mode="sampled", exact_warmup_steps=6, adam_epsilon=1e-3)
+    exact = make(cache, adam_epsilon=1e-3)
+    for trainer in (warm, exact):
+        trainer.train()
+    assert logged(warm, "kd_loss") == pytest.approx(logged(exact, "kd_loss"), rel=1e-4)
+    torch.testing.assert_close(parameters(warm), parameters(exact), rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("mode", [{"head_mode": "exact"}, {"head_mode": "sampled", "num_sampled_classes": 5}])
 def test_with_every_class_stored_it_is_the_teacher_that_is_there(make, cache, mode):
     # Nothing is left to draw, so but for log-probabilities in half precision the runs are one.

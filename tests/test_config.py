@@ -28,6 +28,7 @@ def test_defaults_are_valid_and_training_arguments_stay(tmp_path):
         ("proposal_floor", 1.0),
         ("proposal_decay", 0.0),
         ("probe_steps", 0),
+        ("exact_warmup_steps", 0),
         ("head_learning_rate", 0.0),
         ("proposal", "topk"),
         ("head_mode", "exact"),
@@ -58,6 +59,7 @@ COMMAND_LINE = {
     "head_learning_rate": 0.02,
     "row_sparse_head": True,
     "probe_steps": 10,
+    "exact_warmup_steps": 3,
 }
 
 

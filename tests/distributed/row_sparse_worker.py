@@ -30,6 +30,7 @@ SETTINGS = {
 CLASSES, WIDTH = 9, 3
 # Rows of each process; the second has fewer, or none.
 TOUCHED = {"some": [[1, 4, 8], [4]], "none": [[0, 2], []], "no gradient": [[0, 2], None]}
+TOUCHED["dense"] = [list(range(CLASSES)), list(range(CLASSES))]
 
 
 def gradient(ids: list[int], rank: int) -> torch.Tensor:
@@ -58,6 +59,8 @@ def run(output_dir: Path) -> None:
             parameter = torch.nn.Parameter(torch.zeros(CLASSES, WIDTH))
             if touched[rank] is not None:
                 parameter.grad = gradient(touched[rank], rank)
+            if name == "dense":  # as all classes give it
+                parameter.grad = parameter.grad.to_dense()
             average_rows([parameter])
             results[name] = parameter.grad
         statistics = {"rows": gradient(TOUCHED["some"][rank], rank), "dense": torch.full((3,), rank + 1.0)}
