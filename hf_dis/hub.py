@@ -201,6 +201,7 @@ def _settings(trainer: DISDistillationTrainer) -> dict[str, Any]:
         "Rank depth (m)": sampler.rank_depth,
         "Proposal": args.proposal if kind.__module__ == Proposal.__module__ else kind.__name__,
         "Sampler": sampler.sampler,
+        "Steps on all classes before": args.get_exact_warmup_steps(trainer.state.max_steps),
     }
     if trainer.head_mode == "exact":
         drawn = dict.fromkeys(drawn, NOT_USED)

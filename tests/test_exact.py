@@ -105,5 +105,7 @@ def test_a_run_resumed_after_its_warm_up_goes_on_drawing(make_trainer):
 
 @pytest.mark.parametrize("value", [-1, 1.5, float("inf"), float("nan")])
 def test_no_number_of_steps(make_trainer, value):
-    with pytest.raises(ValueError, match=r"exact_warmup_steps is .*: it has to be a whole number of steps, or a share"):
+    with pytest.raises(
+        ValueError, match=r"exact_warmup_steps is .*: it has to be a whole number of steps, or a share"
+    ):
         make_trainer(exact_warmup_steps=value)

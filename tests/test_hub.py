@@ -185,7 +185,9 @@ def facts(card):
 
 
 def test_the_card_states_every_setting(make_trainer):
-    trainer = make_trainer(temperature=3.0, hard_label_weight=0.25, learning_rate=1e-3, head_learning_rate=4e-3)
+    trainer = make_trainer(
+        temperature=3.0, hard_label_weight=0.25, learning_rate=1e-3, head_learning_rate=4e-3, exact_warmup_steps=2
+    )
     found = facts(card_of(trainer, dataset=["a|b", "c"]))
     expected = {
         "Teacher": "unknown (ViTForImageClassification)",
@@ -197,6 +199,7 @@ def test_the_card_states_every_setting(make_trainer):
         "Rank depth (m)": "10",
         "Proposal": "dis",
         "Sampler": "pps",
+        "Steps on all classes before": "2",
         "Temperature": "3",
         "Weight of the hard labels": "0.25",
         "Head mode": "sampled",
