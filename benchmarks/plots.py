@@ -29,6 +29,7 @@ TITLES = {
     "headless": "no head (floor)",
     "dis_online": "DIS, online teacher",
     "dis_given_targets": "DIS, given targets",
+    "dis_cached": "DIS, from a cache",
 }
 
 
@@ -55,8 +56,8 @@ def plot_head_scaling(records: list[dict]) -> plt.Figure:
 
 def plot_training_step(records: list[dict]) -> plt.Figure:
     """Time of a whole training step over that of its floor."""
-    figure, axis = plt.subplots(figsize=(6, 2.6))
-    names = [TITLES[record["method"]] for record in records]
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    names = [", ".join(filter(None, (TITLES[record["method"]], record["layout"]))) for record in records]
     bars = axis.barh(names, [record["ratio_to_floor"] for record in records], color="tab:gray")
     axis.bar_label(bars, fmt="%.2f", padding=3)
     axis.axvline(1, color="black", linewidth=0.8)

@@ -11,8 +11,10 @@ exact              exact distillation, teacher included; floor: headless and the
 dis_online         row_sparse_head, teacher included; floor: headless and the teacher's bare forward
 dis_given_targets  row_sparse_head, the teacher's answers computed beforehand; floor: headless
 dis_cached         row_sparse_head, from a cache of the teacher's targets (32 ranked classes and 48 of the tail, 242
-                   bytes a row), 512 further classes for all rows, look-up included; floor: headless
-dis_cached_rows    the same with 512 further classes for each row, the default; floor: headless
+                   bytes a row), look-up included; floor: headless
+
+DIS in layouts: the default, K classes for each row (128; from a cache the 80 stored ones and 512 further), and two
+strata of K = 32 of the 64 best-ranked ones (from a cache the 80 stored ones) and K_t = 512 for all rows.
 
 peak_mb: the highest resident size of the last steps less the resident size between two of them. Linux only.
 """
@@ -37,8 +39,11 @@ from transformers import RegNetConfig, RegNetForImageClassification, TrainerCall
 from hf_dis import DISConfig, DISDistillationTrainer, TeacherCache, cache_teacher_targets
 
 ROWS, FEATURES, TEMPERATURE = 128, 256, 2.0
-METHODS = ["headless", "exact", "dis_online", "dis_given_targets", "dis_cached", "dis_cached_rows"]
-CACHED, STORED = {"dis_cached": {"num_shared_classes": 512}, "dis_cached_rows": {}}, {"depth": 32, "tail_draws": 48}
+LAYOUTS = {"per row": {}, "two strata": {"num_sampled_classes": 32, "num_shared_classes": 512}}
+METHODS = [("headless", None), ("exact", None)] + [
+    (method, layout) for method in ("dis_online", "dis_given_targets", "dis_cached") for layout in LAYOUTS
+]
+STORED = {"depth": 32, "tail_draws": 48}
 
 
 def regnet(num_classes: int, seed: int) -> RegNetForImageClassification:
@@ -93,10 +98,10 @@ class StepTimes(TrainerCallback):
             self.peak_mb = resident_mb("VmHWM") - self.floor
 
 
-def train(method: str, num_classes: int, teacher, rows: list[dict], num_steps: int) -> StepTimes:
+def train(method: str, layout: str | None, num_classes: int, teacher, rows: list[dict], num_steps: int) -> StepTimes:
     """Trains for a few steps; the first, which makes the optimizer's state, is not counted."""
     times = StepTimes()
-    sampled = method.startswith("dis")
+    sampled = layout is not None
     with tempfile.TemporaryDirectory() as folder:
         args = DISConfig(
             output_dir=folder,
@@ -110,9 +115,9 @@ def train(method: str, num_classes: int, teacher, rows: list[dict], num_steps: i
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            **CACHED.get(method, {}),
+            **LAYOUTS.get(layout, {}),
         )
-        cache = write_cache(teacher, rows, folder) if method in CACHED else None
+        cache = write_cache(teacher, rows, folder) if method == "dis_cached" else None
         kind = HeadlessTrainer if method == "headless" else DISDistillationTrainer
         trainer = kind(
             regnet(num_classes, 0),
@@ -169,35 +174,36 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator)} for _ in range(ROWS)]
     teacher = regnet(arguments.classes, 1).eval()
-    times: dict[str, list[float]] = {"teacher": [], **{method: [] for method in METHODS}}
+    bare_forward: list[float] = []
+    times: dict[tuple[str, str | None], list[float]] = {method: [] for method in METHODS}
     peaks = {}
     for _ in range(arguments.rounds):
-        times["teacher"] += teacher_forward(teacher, rows, arguments.steps)
+        bare_forward += teacher_forward(teacher, rows, arguments.steps)
         for method in METHODS:
-            measured = train(method, arguments.classes, teacher, rows, arguments.steps)
+            measured = train(*method, arguments.classes, teacher, rows, arguments.steps)
             times[method] += measured.milliseconds
             peaks[method] = measured.peak_mb
-    median = {name: statistics.median(values) for name, values in times.items()}
+    median = {method: statistics.median(values) for method, values in times.items()}
+    teacher_ms, floor_ms = statistics.median(bare_forward), median[METHODS[0]]
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     print(f"{threads}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{arguments.classes:,} classes; the teacher's bare forward: {median['teacher']:.0f} ms\n")
-    print("| method | ms | samples/s | ratio to floor | peak MB |\n|---|---|---|---|---|")
+    print(f"{arguments.classes:,} classes; the teacher's bare forward: {teacher_ms:.0f} ms\n")
+    print("| method | layout | ms | samples/s | ratio to floor | peak MB |\n|---|---|---|---|---|---|")
     records = []
-    for method in METHODS:
-        online = method in ("exact", "dis_online")
-        floor = median["headless"] + (median["teacher"] if online else 0)
+    for (method, layout), ms in median.items():
         record = {
             "method": method,
+            "layout": layout,
             "classes": arguments.classes,
-            "samples_per_s": 1000 * ROWS / median[method],
-            "ratio_to_floor": median[method] / floor,
-            "peak_mb": peaks[method],
+            "samples_per_s": 1000 * ROWS / ms,
+            "ratio_to_floor": ms / (floor_ms + (teacher_ms if method in ("exact", "dis_online") else 0)),
+            "peak_mb": peaks[method, layout],
         }
         records.append(record)
         peak = "" if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
         print(
-            f"| {method} | {median[method]:,.0f} | {record['samples_per_s']:.1f} | {record['ratio_to_floor']:.2f} "
-            f"| {peak} |"
+            f"| {method} | {layout or ''} | {ms:,.0f} | {record['samples_per_s']:.1f} "
+            f"| {record['ratio_to_floor']:.2f} | {peak} |"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=1) + "\n")

@@ -27,15 +27,16 @@ def write_report(output: Path, records: list[dict], minutes: float) -> None:
         "teacher at temperature 1; seconds are those of training, the teacher's forward included; the error is that "
         "of the gradient on the student's features, ‖ĝ - g‖ / ‖g‖, when it was last compared.",
         "",
-        "| method | student logits a token | rate, head's | steps | seconds | perplexity | KL to teacher | error |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | student logits a token | rate, head's | steps | on all tokens | seconds | perplexity "
+        "| KL to teacher | error |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         error = "" if record["gradient_error"] is None else f"{record['gradient_error']:.1%}"
         lines.append(
             f"| {TITLES[record['method']]} | {record['sampled']:,} | {record['learning_rate']:g}, "
-            f"{record['head_learning_rate']:g} | {record['steps']} | {record['seconds']:.0f} "
-            f"| {record['perplexity']:.1f} | {record['kl']:.3f} | {error} |"
+            f"{record['head_learning_rate']:g} | {record['steps']} | {record['exact_steps']} "
+            f"| {record['seconds']:.0f} | {record['perplexity']:.1f} | {record['kl']:.3f} | {error} |"
         )
     (output / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

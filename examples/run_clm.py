@@ -4,8 +4,9 @@
 
 Without models and data of your own everything is made here, offline: the text of Python's standard library, a
 tokenizer of 32,000 tokens, a small Llama as teacher, trained for some minutes, and two smaller ones that are distilled
-from it, by exact distillation and by DIS. Both start from the same weights and see the same batches; exact
-distillation is run once more, for the time that DIS took. Writes results.json, report.md and a plot.
+from it, by exact distillation and by DIS. Both start from the same weights and see the same batches, and the first
+tenth of DIS's steps computes all tokens; exact distillation is run once more, for the time that DIS took. Writes
+results.json, report.md and a plot.
 
     accelerate launch examples/run_clm.py --output_dir runs/mine --teacher_model_name_or_path big \\
         --model_name_or_path small --train_files train.txt --num_train_epochs 1 --learning_rate 1e-4 --row_sparse_head
@@ -54,6 +55,7 @@ FROM_SCRATCH = {
     "head_mode": "sampled",
     "num_shared_classes": 4096,
     "row_sparse_head": True,
+    "exact_warmup_steps": 0.1,
     "probe_steps": 80,
     "eval_strategy": "steps",
     "eval_steps": 60,
@@ -180,6 +182,7 @@ def distil(method: str, steps: int, models, arguments: ClmArguments, args: DISCo
         "method": method,
         "vocab": trainer.num_classes,
         "sampled": trainer.num_classes if exact else trainer.sampler.columns,
+        "exact_steps": trainer.state.max_steps if exact else args.get_exact_warmup_steps(trainer.state.max_steps),
         "learning_rate": args.learning_rate,
         "head_learning_rate": args.head_learning_rate or args.learning_rate,
         "gradient_error": 0.0 if exact else probed[-1] if probed else None,

@@ -10,8 +10,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import crossover
 import head_scaling
+import language_model
 import plots
 import quality_vs_k
+import training_step
 
 
 def test_the_crossover_lies_between_the_sizes_around_it():
@@ -56,3 +58,26 @@ def test_the_timings_run_and_are_drawn(tmp_path, monkeypatch, capsys):
     assert {"exact", "chunked_exact", "partial_fc", "dis_dense", "dis_row_sparse"} <= methods
     main(plots, monkeypatch, "--head_scaling", scaling, "--crossover", crossing, "--output_dir", tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"head_scaling.png", "crossover.png"}
+
+
+@pytest.mark.slow
+def test_training_steps_run_and_are_drawn(tmp_path, monkeypatch, capsys):
+    written = tmp_path / "steps.json"
+    main(training_step, monkeypatch, "--classes", 700, "--steps", 1, "--rounds", 1, "--json", written)
+    records = json.loads(written.read_text())
+    assert [(record["method"], record["layout"]) for record in records] == training_step.METHODS
+    assert all(record["ratio_to_floor"] > 0 for record in records) and "| two strata |" in capsys.readouterr().out
+    main(plots, monkeypatch, "--training_step", written, "--output_dir", tmp_path)
+    assert (tmp_path / "training_step.png").stat().st_size > 500
+
+
+@pytest.mark.slow
+def test_steps_of_language_models_run(tmp_path, monkeypatch, capsys):
+    written = tmp_path / "lm.json"
+    sizes = ["--vocab", 1500, "--tokens", 64, "--width", 16, "--repeats", 1]
+    main(language_model, monkeypatch, *sizes, "--methods", "exact", "dis", "--json", written)
+    records = json.loads(written.read_text())
+    assert [(r["teacher"], r["method"]) for r in records] == [
+        (teacher, method) for teacher in ("given", "online") for method in ("exact", "dis")
+    ]
+    assert all(0 < record["error"] < 0.1 for record in records if record["method"] == "dis")
