@@ -57,9 +57,11 @@ METHODS = {
     "dis 256": per_row(256),
     "dis 337": per_row(337),
     "dis 128 row-sparse": per_row(128, row_sparse_head=True),
+    "dis 128 warm-up": per_row(128, exact_warmup_steps=0.1),
     "two strata 32+256": two_strata(32, 256),
     "two strata 64+512": two_strata(64, 512),
     "two strata 64+512 row-sparse": two_strata(64, 512, row_sparse_head=True),
+    "two strata 64+512 warm-up": two_strata(64, 512, exact_warmup_steps=0.1),
     "two strata 128+208": two_strata(128, 208),
     "ftis 128": per_row(128, proposal="teacher", sampler="replacement"),
     "ftis 337": per_row(337, proposal="teacher", sampler="replacement"),
@@ -71,11 +73,11 @@ METHODS = {
 
 
 def sizes(settings: dict, rows: int = 256) -> dict[str, int]:
-    """Student logits computed for each row, and the rows of W that a batch touches at most."""
-    if settings.get("head_mode") == "exact":
-        return {"logits": CLASSES, "rows_touched": CLASSES}
-    sampled, shared = settings["num_sampled_classes"], settings.get("num_shared_classes", 0)
-    return {"logits": sampled + shared, "rows_touched": rows * sampled + shared}
+    """Student logits computed for each row, and the rows of W that a batch touches at most: means over the steps."""
+    exact = 1 if settings.get("head_mode") == "exact" else settings.get("exact_warmup_steps", 0)
+    sampled, shared = settings.get("num_sampled_classes", 0), settings.get("num_shared_classes", 0)
+    drawn = {"logits": sampled + shared, "rows_touched": rows * sampled + shared}
+    return {name: round(exact * CLASSES + (1 - exact) * number) for name, number in drawn.items()}
 
 
 def train(name: str, seed: int, settings: dict, teacher, task) -> dict:
@@ -192,7 +194,7 @@ def plot(entries: list[dict], path: Path) -> None:
             best[entry["method"]] = entry
     families: dict[str, list[dict]] = {}
     for method, entry in best.items():
-        family = method.rstrip("0123456789+ ") if "row-sparse" not in method else "row-sparse"
+        family = next((word for word in ("row-sparse", "warm-up") if word in method), method.rstrip("0123456789+ "))
         families.setdefault(family, []).append(entry)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for axis, key, label in zip(

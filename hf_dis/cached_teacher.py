@@ -15,7 +15,7 @@ from .checks import check_sampling_arguments, require
 from .compact import CompactTargets, TargetLayout
 from .proposal import Proposal, TeacherProposal
 from .sampler import ClassSampler
-from .sampling import ClassDraw, draw_ranks, is_member, ranks_to_classes
+from .sampling import ClassDraw, draw_ranks, is_member, ranks_to_classes, systematic_points
 
 # Stands for the log-probability of a class about which the row has nothing stored: none, as far as float32 can tell
 # beside one. A processor takes the exponential of lower ones, which are denormal or zero, ten times as long.
@@ -38,10 +38,11 @@ class CachedTargets:
         target: estimated teacher probabilities, each row sums to one, zero where not used, ``[n, m + T]``.
         log_probs: the ranked classes' log-probabilities, then the tail's mean, ``[n, m + T]``.
         depth: m.
+        compact: as stored.
     """
 
     def __init__(self, targets: CompactTargets, num_classes: int):
-        self.num_classes, self.depth = num_classes, targets.ids.shape[1]
+        self.compact, self.num_classes, self.depth = targets, num_classes, targets.ids.shape[1]
         ranked = targets.log_probs.exp()
         tail, tail_mass = targets.tail_ids, targets.log_tail_mass[:, None].exp()
         first = torch.ones_like(tail, dtype=torch.bool)
@@ -64,6 +65,19 @@ class CachedTargets:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def thinned(self, tail_draws: int, generator: torch.Generator) -> CachedTargets:
+        """As if only so many draws of the tail had been stored: of each row some of those that were, at random.
+
+        Each draw is kept with the same probability, and they are spread evenly over the tail, so the target stays
+        unbiased.
+        """
+        stored = self.compact.tail_ids
+        every = stored.shape[1] / tail_draws
+        kept = (systematic_points(len(self), tail_draws, generator) * every).long().clamp_(max=stored.shape[1] - 1)
+        return CachedTargets(
+            self.compact._replace(tail_ids=stored.gather(1, kept.to(stored.device))), self.num_classes
+        )
+
     def class_mass(self) -> Tensor:
         """An unbiased estimate of :meth:`hf_dis.targets.TeacherTargets.class_mass`, ``[C]``."""
         tail = self.target[:, self.depth :]
@@ -71,13 +85,14 @@ class CachedTargets:
 
 
 class CachedSampler(ClassSampler):
-    """Draws for stored targets: each row's stored classes for certain, and others for the student's normaliser.
+    """Draws for stored targets: each row's stored classes, and others for the student's normaliser.
 
-    - ``num_shared = 0``: K classes for each row, uniformly from those that are not ranked.
-    - ``num_shared = K_t``: one tail of K_t classes for all rows, drawn from the proposal over classes; K is not used.
+    - ``num_shared = 0``: all that is stored, and K classes for each row, uniformly from those that are not ranked.
+    - ``num_shared = K_t``: the ranked classes and K draws of the stored tail, in each step others, all of them if
+      there are not more; and one tail of K_t classes for all rows, drawn from the proposal over classes.
 
-    Either leaves out what a row has stored. At these classes only the student is wanted, and what the proposal learns
-    there is the student's probability alone: the target has no part in them.
+    Either leaves out what it has of a row already. At these classes only the student is wanted, and what the proposal
+    learns there is the student's probability alone: the target has no part in them.
 
     Args:
         proposal: whose density over classes the shared tail is drawn from.
@@ -95,7 +110,9 @@ class CachedSampler(ClassSampler):
         seed: int = 0,
     ):
         super().__init__(proposal, stored.num_classes, num_sampled, num_shared, stored.depth, sampler, seed)
-        self.num_stored = stored.num_stored
+        self.tail_draws = min(num_sampled, stored.tail_draws) if self.num_shared else stored.tail_draws
+        self.is_thinned = self.tail_draws < stored.tail_draws
+        self.num_stored = stored.depth + self.tail_draws
         self.num_ranks = stored.num_classes - stored.depth
         self.num_sampled = 0 if self.num_shared else min(num_sampled, self.num_ranks)
 
@@ -104,6 +121,8 @@ class CachedSampler(ClassSampler):
         return self.num_stored + self.num_sampled + self.num_shared
 
     def _draw_chunk(self, targets: CachedTargets, tail: tuple[Tensor, Tensor], labels: Tensor | None) -> ClassDraw:
+        if self.is_thinned:
+            targets = targets.thinned(self.tail_draws, self.generator)
         num_rows, device = len(targets), targets.ids.device
         ranks, rest_weights, rest_certain = draw_ranks(
             torch.ones(1, device=device), self.num_ranks, num_rows, self.num_sampled, self.sampler, self.generator
@@ -158,7 +177,7 @@ class TailProposal(TeacherProposal):
 def make_cached_sampler(
     stored: TargetLayout,
     *,
-    num_sampled_classes: int = 128,
+    num_sampled_classes: int = 512,
     num_shared_classes: int = 0,
     rank_depth: int | None = None,
     proposal: str = "dis",
@@ -173,8 +192,8 @@ def make_cached_sampler(
     Args:
         stored: how they are laid out, which says C, m and T.
         proposal: of the shared tail, ``"dis"``, ``"teacher"`` or ``"uniform"``.
-        num_sampled_classes, num_shared_classes, rank_depth, sampler, proposal_floor, proposal_decay, seed, device: as
-            for :func:`hf_dis.make_sampler`.
+        num_sampled_classes, num_shared_classes: K and K_t, see :class:`CachedSampler`.
+        rank_depth, sampler, proposal_floor, proposal_decay, seed, device: as for :func:`hf_dis.make_sampler`.
 
     Raises:
         ValueError: if an argument is out of its range, or asks for what is not stored.

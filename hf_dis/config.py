@@ -20,8 +20,9 @@ class DISConfig(TrainingArguments):
     Args:
         temperature: τ > 0, divides teacher's and student's logits; the loss carries τ² (arXiv 1503.02531).
         hard_label_weight: λ in [0, 1]: loss = (1 - λ) KD + λ CE. Without labels in the batch there is no CE.
-        num_sampled_classes: K >= 1, classes drawn for each row from the teacher's ranking. None: 128, 512 from a
-            cache, and 16 for language models.
+        num_sampled_classes: K >= 1, classes drawn for each row from the teacher's ranking. None: 128, and 16 for
+            language models. From a cache classes beyond the stored ones, 512 if None; with shared classes those of a
+            row's stored tail that a step uses, in each step others, all if None.
         num_shared_classes: K_t >= 0, classes drawn once a step from the rest, for all rows of it. 0 is the
             paper's layout: all K of a row from all C ranks; the better student where classes are balanced. None: 0,
             and 1,024 for language models, whose classes are not.
@@ -144,12 +145,14 @@ class DISConfig(TrainingArguments):
         steps = self.exact_warmup_steps
         return ceil(steps * num_training_steps) if steps < 1 else int(steps)
 
-    def sampling_arguments(self, is_lm: bool = False, cached: bool = False) -> dict[str, int | float | str | None]:
+    def sampling_arguments(
+        self, is_lm: bool = False, stored_draws: int | None = None
+    ) -> dict[str, int | float | str | None]:
         """The arguments for :func:`hf_dis.make_sampler`, or :func:`hf_dis.cached_teacher.make_cached_sampler`.
 
         Args:
             is_lm: whether the layout, where it is not given, is that of a language model.
-            cached: whether it is that for stored targets, whose draws are for the student's normaliser alone.
+            stored_draws: T of the cache that is trained from, if one is.
         """
         num_sampled, num_shared = (16, 1024) if is_lm else (128, 0)
         if self.num_shared_classes is not None:
@@ -158,8 +161,8 @@ class DISConfig(TrainingArguments):
             num_shared = 0
         if self.num_sampled_classes is not None:
             num_sampled = self.num_sampled_classes
-        elif cached and not num_shared:
-            num_sampled = 512
+        elif stored_draws is not None:
+            num_sampled = max(1, stored_draws) if num_shared else 512
         depth = num_sampled if self.rank_depth is None and is_lm and num_shared else self.rank_depth
         return {
             "num_sampled_classes": num_sampled,

@@ -88,7 +88,11 @@ def test_drawing_all_classes_gives_the_gradient_of_the_stored_target(teacher_log
 
 
 @pytest.mark.parametrize("proposal", ["dis", "teacher", "uniform"])
-@pytest.mark.parametrize("sizes", [{"num_sampled_classes": 25}, {"num_shared_classes": 25}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"num_sampled_classes": 25}, {"num_shared_classes": 25}, {"num_shared_classes": 25, "num_sampled_classes": 3}],
+    ids=["per row", "shared", "some of the stored tail"],
+)
 def test_the_gradient_is_right_on_average(targets, sizes, proposal):
     logits, repeats = student(), 400
     sampler = make_cached_sampler(LAYOUT, proposal=proposal, proposal_floor=0.5, **sizes)
@@ -119,6 +123,31 @@ def test_each_class_counts_once_in_the_normaliser(targets):
             used = ids[row, draw.log_weights[row] > -torch.inf]
             assert len(used.unique()) == len(used)
             assert labels[row] in used
+
+
+@pytest.mark.parametrize("kept", [1, 3, 7])
+def test_each_draw_of_the_stored_tail_is_used_as_often(targets, kept):
+    """Distinct draws in every step, and over steps the target that was stored."""
+    layout, repeats = LAYOUT, 2000
+    sampler = make_cached_sampler(layout, num_shared_classes=20, num_sampled_classes=kept)
+    total = torch.zeros(N, C)
+    for _ in range(repeats):
+        draw = sampler.draw([targets])
+        assert draw.row_ids.shape[1] == sampler.num_stored == layout.depth + kept
+        tail = draw.row_ids[:, layout.depth :]
+        assert (tail.diff(dim=1) >= 0).all()
+        total.scatter_add_(1, draw.row_ids, draw.target[:, : sampler.num_stored] / repeats)
+    # A tail class stands for up to its whole mass in the steps that use it.
+    tail_mass = targets.compact.log_tail_mass.exp().max()
+    assert (total - dense(targets)).abs().max() < 5 * tail_mass / (kept * repeats) ** 0.5
+
+
+def test_no_more_is_used_than_is_stored(targets):
+    whole = make_cached_sampler(LAYOUT, num_shared_classes=20, num_sampled_classes=LAYOUT.tail_draws)
+    more = make_cached_sampler(LAYOUT, num_shared_classes=20)
+    draws = [sampler.draw([targets]) for sampler in (whole, more)]
+    assert torch.equal(draws[0].row_ids, draws[1].row_ids) and torch.equal(draws[0].target, draws[1].target)
+    assert more.columns == LAYOUT.num_stored + 20
 
 
 def test_the_shared_tail_learns_where_the_student_is(targets):

@@ -96,10 +96,12 @@ def test_what_is_not_given_depends_on_model_and_teacher(tmp_path):
         return found["num_sampled_classes"], found["num_shared_classes"], found["rank_depth"]
 
     assert sizes() == (128, 0, None)
-    assert sizes(cached=True) == sizes(cached=True, is_lm=True, shared=0) == (512, 0, None)
-    assert sizes(cached=True, shared=64) == (128, 64, None)  # K is not used
-    assert sizes(is_lm=True) == sizes(is_lm=True, cached=True) == (16, 1024, 16)
-    assert config(tmp_path, num_sampled_classes=3).sampling_arguments(cached=True)["num_sampled_classes"] == 3
+    assert sizes(stored_draws=9) == sizes(stored_draws=9, is_lm=True, shared=0) == (512, 0, None)
+    assert sizes(stored_draws=9, shared=64) == (9, 64, None)  # all of the stored tail
+    assert sizes(is_lm=True) == (16, 1024, 16)
+    assert sizes(is_lm=True, stored_draws=9)[:2] == (9, 1024) and sizes(stored_draws=0, shared=64)[0] == 1
+    given = config(tmp_path, num_sampled_classes=3)
+    assert given.sampling_arguments(stored_draws=9)["num_sampled_classes"] == 3
 
 
 def test_every_field_has_a_help_text():
