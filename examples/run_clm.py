@@ -43,7 +43,7 @@ METHODS = ("exact", "dis", "exact_in_time")
 # For students that start from nothing; with --model_name_or_path the defaults are those of DISConfig.
 FROM_SCRATCH = {
     "methods": list(METHODS),
-    "max_steps": 240,
+    "max_steps": 180,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 8,
     "learning_rate": 1e-3,
@@ -56,7 +56,7 @@ FROM_SCRATCH = {
     "num_shared_classes": 4096,
     "row_sparse_head": True,
     "exact_warmup_steps": 0.1,
-    "probe_steps": 80,
+    "probe_steps": 60,
     "eval_strategy": "steps",
     "eval_steps": 60,
     "logging_steps": 30,
@@ -89,7 +89,7 @@ class ClmArguments:
         default_factory=lambda: ["dis"],
         metadata={"help": f"Which of {', '.join(METHODS)} to run; all of them with the student made here."},
     )
-    teacher_steps: int = field(default=480, metadata={"help": "Steps to train a teacher for."})
+    teacher_steps: int = field(default=360, metadata={"help": "Steps to train a teacher for."})
     mlm: bool = field(default=False, metadata={"help": "Masked rather than causal language models."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked."})
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters of the student only."})
