@@ -5,7 +5,8 @@
 The glyph task without augmentation, 3,375 characters, temperature 2, four epochs, the demo's settings. For each seed
 both train a student: the same initial weights, the same order of the images. sampled: classes are drawn, with the
 teacher as in the demo (K = 128, every rank resolved), from the cache by its defaults. exact: the student computes all
-logits, so that only the targets differ. seconds: processor time of the training, one thread with OMP_NUM_THREADS=1.
+logits, so that only the targets differ. With --num_shared_classes both draw in two strata, with the teacher K = 64 of
+each row's 128 best-ranked classes. seconds: processor time of the training, one thread with OMP_NUM_THREADS=1.
 --sources cached leaves out the teacher, to look at another K or K_t alone.
 """
 
@@ -31,7 +32,14 @@ from hf_dis import TeacherCache, cache_teacher_targets
 from hf_dis.data import load_glyphs
 
 HEAD_RATE = 20
-ONLINE = {"sampled": {"rank_depth": 3375}, "exact": {}}
+MODES = ("sampled", "exact")
+
+
+def online(mode: str, num_shared: int | None) -> dict:
+    """How classes are drawn with the teacher at hand."""
+    if mode == "exact":
+        return {}
+    return {"num_sampled_classes": 64, "num_shared_classes": num_shared} if num_shared else {"rank_depth": 3375}
 
 
 def train(teacher, task, cache: TeacherCache | None, mode: str, seed: int, folder: str, **settings) -> dict:
@@ -45,7 +53,7 @@ def train(teacher, task, cache: TeacherCache | None, mode: str, seed: int, folde
         head_mode=mode,
         seed=seed,
         disable_tqdm=True,
-        **(ONLINE[mode] if cache is None else settings),
+        **settings,
     )
     set_seed(seed)
     started = time.process_time()
@@ -59,11 +67,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="saved by examples/run_glyphs.py")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--modes", nargs="+", choices=list(ONLINE), default=list(ONLINE))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--depth", type=int, help="m of the cache; its default if not given")
     parser.add_argument("--tail_draws", type=int, help="T of the cache; its default if not given")
     parser.add_argument("--num_sampled_classes", type=int, help="K from the cache; its default if not given")
     parser.add_argument("--num_shared_classes", type=int, help="K_t from the cache; its default if not given")
+    parser.add_argument("--exact_warmup_steps", type=float, default=0.0, help="of both")
     parser.add_argument("--sources", nargs="+", choices=("online", "cached"), default=["online", "cached"])
     parser.add_argument("--json", type=Path, help="where to write the records")
     arguments = parser.parse_args()
@@ -72,7 +81,8 @@ def main() -> None:
     names = glyphs["train"].features["label"].names
     task = GlyphImages(glyphs["train"], NORMALISE), GlyphImages(glyphs["test"], NORMALISE), names
     teacher = ResNetForImageClassification.from_pretrained(arguments.teacher).to(memory_format=torch.channels_last)
-    drawn = {name: vars(arguments)[name] for name in ("num_sampled_classes", "num_shared_classes")}
+    num_shared = arguments.num_shared_classes
+    cached = {"num_sampled_classes": arguments.num_sampled_classes, "num_shared_classes": num_shared}
     records = []
     with tempfile.TemporaryDirectory() as folder:
         cache = cache_teacher_targets(
@@ -92,7 +102,8 @@ def main() -> None:
             top1 = {source: [] for source in arguments.sources}
             for seed in arguments.seeds:
                 for source in arguments.sources:
-                    targets = cache if source == "cached" else None
+                    targets, drawn = (cache, cached) if source == "cached" else (None, online(mode, num_shared))
+                    drawn = drawn | {"exact_warmup_steps": arguments.exact_warmup_steps}
                     found = train(teacher, task, targets, mode, seed, folder, **drawn)
                     top1[source].append(100 * found["top1"])
                     records.append({"head": mode, "seed": seed, "targets": source, **found})
