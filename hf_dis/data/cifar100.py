@@ -213,6 +213,9 @@ def _read_files(source: Path) -> Iterator[tuple[str, bytes]]:
     """Yields the name and content of those files among train, test and meta that ``source`` has."""
     if source.is_dir():
         for name in FILE_MD5:
+            if (source / name).stat().st_size > MAX_BYTES:
+                limit = f"{MAX_BYTES >> 20} MiB"
+                raise DataError(f"{source / name} is larger than {limit}: it is not from {ARCHIVE}. {REMEDY}")
             yield name, (source / name).read_bytes()
         return
     wanted = {f"{FOLDER}/{name}": name for name in FILE_MD5}

@@ -115,6 +115,16 @@ def test_endless_archives_are_refused(tmp_path, load, monkeypatch):
         load(tmp_path / "header.tar.gz")
 
 
+def test_large_files_of_the_extracted_folder_are_refused(tmp_path, load, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BYTES", 1 << 20)
+    (tmp_path / FOLDER).mkdir()
+    for name, content in cifar100_files(4, 3).items():
+        (tmp_path / FOLDER / name).write_bytes(content)
+    os.truncate(tmp_path / FOLDER / "test", (1 << 20) + 1)
+    with pytest.raises(DataError, match=r"test is larger than 1 MiB"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("keep", [0, 5, 0.3, 0.9, -9, -1])
 def test_truncated_archives(keep, archive, load):
     whole = archive.read_bytes()
