@@ -18,6 +18,7 @@ from hf_dis.distributed import average_rows, of_first_process, sum_over_processe
 
 SETTINGS = {
     "row_sparse_head": True,
+    "exact_warmup_steps": 1,  # all rows of the first step, drawn ones after it
     "proposal": "topk",
     "num_shared_classes": 0,
     "optim": "adamw_torch",
