@@ -16,19 +16,25 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import ResNetForImageClassification, TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from glyph_task import load_task, student_trainer
+
+from hf_dis.rows import Rows
+from hf_dis.streaming import LogitStream
 
 CLASSES = 3375
 
@@ -96,38 +102,42 @@ def train(name: str, seed: int, settings: dict, teacher, task) -> dict:
     }
 
 
+class TimedStream:
+    """A teacher's stream of logits that notes the time it takes."""
+
+    def __init__(self, stream: LogitStream):
+        self.stream, self.seconds = stream, 0.0
+
+    def __call__(self, inputs: dict[str, Tensor], rows: Rows) -> Iterator[Tensor]:
+        started = time.perf_counter()
+        for chunk in self.stream(inputs, rows):
+            self.seconds += time.perf_counter() - started
+            yield chunk
+            started = time.perf_counter()
+
+
 class StudentTime(TrainerCallback):
     """Time of each optimizer step, from its batch to the cleared gradient, less the teacher's forward."""
 
-    def __init__(self, teacher: torch.nn.Module):
+    def __init__(self, teacher: TimedStream):
+        self.teacher = teacher
         self.milliseconds: list[float] = []
-        self.hooks = [
-            teacher.register_forward_pre_hook(lambda *_: self._add(time.perf_counter())),
-            teacher.register_forward_hook(lambda *_: self._add(-time.perf_counter())),
-        ]
-
-    def _add(self, seconds: float) -> None:
-        self.seconds += seconds
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.seconds = -time.perf_counter()
+        self.started, self.teacher.seconds = time.perf_counter(), 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._add(time.perf_counter())
-        self.milliseconds.append(1000 * self.seconds)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        for hook in self.hooks:
-            hook.remove()
+        self.milliseconds.append(1000 * (time.perf_counter() - self.started - self.teacher.seconds))
 
 
 def student_milliseconds(settings: dict, teacher, task, num_steps: int) -> list[float]:
     """The student's side of a few steps, after two that are not counted."""
-    times = StudentTime(teacher)
     with tempfile.TemporaryDirectory() as folder:
         trainer = student_trainer(
             teacher, task, output_dir=folder, max_steps=num_steps + 2, disable_tqdm=True, **settings
         )
+        stream = trainer.online_teacher.stream = TimedStream(trainer.online_teacher.stream)
+        times = StudentTime(stream)
         trainer.add_callback(times)
         trainer.train()
     return times.milliseconds[2:]
@@ -194,7 +204,7 @@ def plot(entries: list[dict], path: Path) -> None:
             best[entry["method"]] = entry
     families: dict[str, list[dict]] = {}
     for method, entry in best.items():
-        family = next((word for word in ("row-sparse", "warm-up") if word in method), method.rstrip("0123456789+ "))
+        family = re.sub(r" [\d+]+", "", method)
         families.setdefault(family, []).append(entry)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for axis, key, label in zip(
