@@ -61,7 +61,7 @@ METHODS = {
     "dis 64": per_row(64),
     "dis 128": per_row(128),
     "dis 256": per_row(256),
-    "dis 337": per_row(337),
+    "dis 337": per_row(337, 40),
     "dis 128 row-sparse": per_row(128, row_sparse_head=True),
     "dis 128 warm-up": per_row(128, exact_warmup_steps=0.1),
     "two strata 32+256": two_strata(32, 256),

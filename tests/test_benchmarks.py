@@ -43,6 +43,30 @@ def test_quality_is_the_mean_over_seeds_and_time_the_latest():
     assert "| dis | 128 (3.8%) | 99 | x20 | 2 | 61.0% |" in quality_vs_k.table([best, other])
 
 
+def test_the_students_side_of_a_step_is_all_but_the_teachers(monkeypatch):
+    now = 0.0
+
+    def work(seconds):
+        nonlocal now
+        now += seconds
+
+    def chunks(inputs, rows):
+        for seconds in (3, 4):
+            work(seconds)
+            yield seconds
+
+    monkeypatch.setattr(quality_vs_k.time, "perf_counter", lambda: now)
+    teacher = quality_vs_k.TimedStream(chunks)
+    times = quality_vs_k.StudentTime(teacher)
+    for _ in range(2):
+        times.on_step_begin(None, None, None)
+        for _ in teacher({}, None):
+            work(10)
+        work(5)
+        times.on_step_end(None, None, None)
+    assert times.milliseconds == [25_000, 25_000]
+
+
 def main(module, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     module.main()
