@@ -31,6 +31,7 @@ import clm_task
 import glyph_task
 
 from hf_dis import ClassSampler, make_sampler
+from hf_dis.drawn import drawn_columns
 from hf_dis.losses import exact_distillation_loss, sampled_distillation_loss
 from hf_dis.proposal import Proposal
 from hf_dis.sampling import ClassDraw
@@ -91,7 +92,9 @@ class Method:
     def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
         if self.proposal == "dis" or (self.proposal == "teacher" and self.shared):
             draw = self.draw(teacher_logits, logits, temperature)
-            _, disagreement = sampled_distillation_loss(drawn(logits, draw), draw, temperature)
+            _, disagreement = sampled_distillation_loss(
+                drawn_columns(logits, draw.row_ids, draw.shared_ids), draw, temperature
+            )
             self.drawer.learn(draw, disagreement)
 
 
@@ -188,11 +191,6 @@ def glyph_methods() -> list[Method]:
     return per_row + two_strata
 
 
-def drawn(logits: Tensor, draw: ClassDraw) -> Tensor:
-    """The drawn columns of full logits."""
-    return torch.cat([logits.gather(1, draw.row_ids), logits[:, draw.shared_ids]], 1)
-
-
 def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teacher_logits: Tensor) -> dict:
     """Error and bias of one method on one batch, over many draws."""
     weight, temperature = task.head.weight.detach(), task.temperature
@@ -206,7 +204,7 @@ def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teache
     repeats = 1 if method.proposal == "topk" else task.num_draws
     for _ in range(repeats):
         draw = method.draw(teacher_logits, disagreement, temperature)
-        loss, _ = sampled_distillation_loss(drawn(logits, draw), draw, temperature)
+        loss, _ = sampled_distillation_loss(drawn_columns(logits, draw.row_ids, draw.shared_ids), draw, temperature)
         (gradient,) = torch.autograd.grad(loss.mean(), logits)
         for name, value in {"features": gradient @ weight, "head": gradient.T @ features}.items():
             squared[name] += float((value - reference[name]).square().sum()) / repeats

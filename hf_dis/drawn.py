@@ -58,6 +58,11 @@ def _chunks(row_ids: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + chunk_rows) for start in range(0, len(row_ids), chunk_rows))
 
 
+def drawn_columns(logits: Tensor, row_ids: Tensor, shared_ids: Tensor) -> Tensor:
+    """The same columns of logits of all classes, ``[N, R + K_t]`` for logits ``[N, C]``."""
+    return torch.cat([logits.gather(1, row_ids), logits[:, shared_ids]], 1)
+
+
 def drawn_logits(
     features: Tensor,
     weight: Tensor,

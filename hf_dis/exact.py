@@ -12,6 +12,7 @@ from transformers import Trainer
 from .cached_teacher import CachedTargets
 from .caching import check_targets, unpack_targets
 from .distributed import sum_over_processes
+from .drawn import drawn_columns
 from .losses import (
     exact_cross_entropy,
     exact_distillation_loss,
@@ -60,7 +61,7 @@ class ExactMixin(Trainer):
         draw = self.sampler.draw(targets, rows.labels)
         outputs = model(**inputs)
         logits = rows.of(outputs.logits)[:, : self.num_classes]
-        drawn = torch.cat([logits.gather(1, draw.row_ids), logits[:, draw.shared_ids]], 1).detach()
+        drawn = drawn_columns(logits.detach(), draw.row_ids, draw.shared_ids)
         _, disagreement = sampled_distillation_loss(drawn, draw, self.args.temperature)
         self.sampler.learn(draw, disagreement, sum_over_processes)
         parts = zip(logits.split([len(chunk) for chunk in targets]), targets, strict=True)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .drawn import drawn_logits
+from .drawn import drawn_columns, drawn_logits
 
 # The buffer, [1, C], that Bart, Marian, Pegasus and others add to all logits.
 LOGITS_BIAS = "final_logits_bias"
@@ -235,7 +235,7 @@ def check_head(
             f"{type(model).__name__} answers NaN or Inf to the first examples: check these inputs and its weights; "
             "classes that the model masks after its head need head_mode='exact'"
         )
-    expected = torch.cat([full.gather(1, row_ids), full[:, shared_ids]], 1)
+    expected = drawn_columns(full, row_ids, shared_ids)
     tolerance = 8 * torch.finfo(precision or full.dtype).eps * float(full.abs().max().clamp_min(1))
     if drawn.shape != expected.shape or not torch.allclose(drawn, expected, rtol=0, atol=tolerance):
         gap = (

@@ -109,12 +109,12 @@ class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, Checkpo
         self.num_classes = counts[0]
         if any(count != counts[0] for count in counts):
             raise ValueError(f"teacher and caches are of different numbers of classes: {counts}; use those of one")
-        stored = None if self.teacher_cache is None else self.teacher_cache.header.layout
-        layout = args.sampling_arguments(self.task.is_lm, stored and stored.tail_draws)
+        stored_draws = None if self.teacher_cache is None else self.teacher_cache.header.layout.tail_draws
+        layout = args.sampling_arguments(self.task.is_lm, stored_draws)
+        self.sampler = self._make_sampler(layout)
         self.head_mode = self._choose_head_mode(layout)
         self.head_layers = self._find_head()
         self._row_sparse = self._choose_row_sparse(kwargs)
-        self.sampler = self._make_sampler(layout)
         self.online_teacher = None
         if teacher is not None:
             self.online_teacher = OnlineTeacher(
@@ -298,8 +298,7 @@ class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, Checkpo
             return "exact"
         num_features = self.model.get_submodule(layers[0]).in_features
         if self.teacher_cache is not None:  # the classes that are stored of a row are computed too
-            stored, shared = self.teacher_cache.header.layout, layout["num_shared_classes"]
-            drawn = stored.depth + min(stored.tail_draws, num_sampled) if shared else stored.num_stored + num_sampled
+            drawn = self.sampler.columns - self.sampler.num_shared
             layout = {**layout, "num_sampled_classes": min(drawn, num_classes), "rank_depth": None}
         measured = {"row_sparse": args.row_sparse_head, "device": args.device, "context": self.accelerator.autocast}
         costs = of_first_process(lambda: measure_costs(num_classes, num_features, **measured, **layout))
