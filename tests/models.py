@@ -226,3 +226,10 @@ def labelled_tokens(num_rows: int, vocab_size: int, length: int = 6, seed: int =
 def patched_modules(model: nn.Module) -> list[str]:
     """Modules whose forward is not that of their class."""
     return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    """The same names, and tensors that differ by at most the tolerance."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=name)

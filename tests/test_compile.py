@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import labelled_tokens, llama, vit
+from models import assert_near, labelled_tokens, llama, vit
 from transformers import TrainerCallback
 
 BUILDS = {"image": vit, "causal LM": llama}
@@ -24,12 +24,6 @@ def trained(make_trainer, task, fixed=False, **keywords):
     trainer = make_trainer(build(40), build(40, seed=1, spread=30), **{**CALM, **keywords})
     trainer.train()
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-def assert_near(found, expected, tolerance):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import bart, gpt2_sequences, labelled_tokens, llama, resnet, vit
+from models import assert_near, bart, gpt2_sequences, labelled_tokens, llama, resnet, vit
 
 V = 50
 CALM = {"adam_epsilon": 1e-3, "weight_decay": 0.1}  # Adam turns noise into steps where the gradient is small
@@ -13,12 +13,6 @@ TEXTS = {"llama": llama, "bart": bart, "heads before pooling": gpt2_sequences}
 def trained(trainer):
     trainer.train()
     return trainer.model.state_dict()
-
-
-def assert_near(found, expected, tolerance=2e-6):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=name)
 
 
 def touched(trainer):
@@ -41,7 +35,7 @@ def test_a_warm_up_without_end_is_exact_distillation(make_trainer, build, layout
     settings = {"logging_steps": 1, "head_learning_rate": 3e-2, **CALM}
     exact = make_trainer(build(40), head_mode="exact", **settings)
     warm = make_trainer(build(40), exact_warmup_steps=4, row_sparse_head=row_sparse_head, **settings, **layout)
-    assert_near(trained(warm), trained(exact))
+    assert_near(trained(warm), trained(exact), tolerance=2e-6)
     for name in ("loss", "kd_loss", "ce_loss", "grad_norm"):
         values = [[log[name] for log in one.state.log_history if name in log] for one in (warm, exact)]
         assert len(values[0]) == 4 and values[0] == pytest.approx(values[1], rel=1e-4)
@@ -60,7 +54,7 @@ def test_of_text_too(make_trainer, build):
         make_trainer(build(V, seed=0), build(V, seed=1, spread=30), **settings, **mode)
         for mode in ({"exact_warmup_steps": 2}, {"head_mode": "exact"})
     ]
-    assert_near(trained(runs[0]), trained(runs[1]))
+    assert_near(trained(runs[0]), trained(runs[1]), tolerance=2e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models import images, labelled_images, patched_modules, resnet, vit
+from models import assert_near, images, labelled_images, patched_modules, resnet, vit
 from transformers import ViTForImageClassification
 
 from hf_dis import trainer as trainer_module
@@ -21,12 +21,6 @@ def parameters(trainer):
 def trained(trainer):
     trainer.train()
     return parameters(trainer)
-
-
-def assert_near(found, expected, tolerance=1e-6):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=name)
 
 
 # Learning

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from models import labelled_images, patched_modules, resnet, vit
+from models import assert_near, labelled_images, patched_modules, resnet, vit
 from safetensors.torch import load_file
 
 from hf_dis import RowSparseAdamW
@@ -21,12 +21,6 @@ BUILDS = {"ViT": vit, "ResNet": resnet}
 def trained(trainer):
     trainer.train()
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-def assert_near(found, expected, tolerance=1e-6):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("clipping", [{"max_grad_norm": 0.05}, {"max_grad_norm": 0.0}], ids=["clipped", "not clipped"])
