@@ -66,18 +66,22 @@ class Method:
     sampled: int
     shared: int = 0
     depth: int | None = None
+    tails: int = 1
     drawer: ClassSampler = field(init=False)
 
     def build(self, num_classes: int) -> None:
         depth = self.depth or num_classes
         if self.proposal == "oracle":
             proposal = OracleProposal(num_classes, depth if self.shared else num_classes, depth)
-            self.drawer = ClassSampler(proposal, num_classes, self.sampled, self.shared, depth, self.sampler)
+            self.drawer = ClassSampler(
+                proposal, num_classes, self.sampled, self.shared, self.tails, depth, self.sampler
+            )
         else:
             self.drawer = make_sampler(
                 num_classes,
                 num_sampled_classes=self.sampled,
                 num_shared_classes=self.shared,
+                num_tails=self.tails,
                 rank_depth=depth,
                 proposal=self.proposal,
                 sampler="pps" if self.sampler == "none" else self.sampler,

@@ -44,11 +44,12 @@ def per_row(num_sampled: int, head_rate: float = 20, **settings) -> dict:
     return {"num_sampled_classes": num_sampled, "rank_depth": CLASSES, "head_rate": head_rate, **settings}
 
 
-def two_strata(num_sampled: int, num_shared: int, head_rate: float = 20, **settings) -> dict:
-    """Classes drawn from each row's 2 K best, and a tail for all rows."""
+def two_strata(num_sampled: int, num_shared: int, num_tails: int = 1, head_rate: float = 20, **settings) -> dict:
+    """Classes drawn from each row's 2 K best, and tails that rows share."""
     return {
         "num_sampled_classes": num_sampled,
         "num_shared_classes": num_shared,
+        "num_tails": num_tails,
         "head_rate": head_rate,
         **settings,
     }
@@ -69,6 +70,11 @@ METHODS = {
     "two strata 64+512 row-sparse": two_strata(64, 512, row_sparse_head=True),
     "two strata 64+512 warm-up": two_strata(64, 512, exact_warmup_steps=0.1),
     "two strata 128+208": two_strata(128, 208),
+    "several tails 32+16x256": two_strata(32, 256, 16),
+    "several tails 64+16x256": two_strata(64, 256, 16),
+    "several tails 64+16x256 row-sparse": two_strata(64, 256, 16, row_sparse_head=True),
+    "several tails 64+16x256 warm-up": two_strata(64, 256, 16, exact_warmup_steps=0.1),
+    "several tails 64+8x512": two_strata(64, 512, 8),
     "ftis 128": per_row(128, proposal="teacher", sampler="replacement"),
     "ftis 337": per_row(337, proposal="teacher", sampler="replacement"),
     "uniform 128": per_row(128, proposal="uniform"),
@@ -82,7 +88,7 @@ def sizes(settings: dict, rows: int = 256) -> dict[str, int]:
     """Student logits computed for each row, and the rows of W that a batch touches at most: means over the steps."""
     exact = 1 if settings.get("head_mode") == "exact" else settings.get("exact_warmup_steps", 0)
     sampled, shared = settings.get("num_sampled_classes", 0), settings.get("num_shared_classes", 0)
-    drawn = {"logits": sampled + shared, "rows_touched": rows * sampled + shared}
+    drawn = {"logits": sampled + shared, "rows_touched": rows * sampled + settings.get("num_tails", 1) * shared}
     return {name: round(exact * CLASSES + (1 - exact) * number) for name, number in drawn.items()}
 
 
@@ -204,7 +210,7 @@ def plot(entries: list[dict], path: Path) -> None:
             best[entry["method"]] = entry
     families: dict[str, list[dict]] = {}
     for method, entry in best.items():
-        family = re.sub(r" [\d+]+", "", method)
+        family = re.sub(r" [\d+x]+", "", method)
         families.setdefault(family, []).append(entry)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for axis, key, label in zip(

@@ -15,7 +15,7 @@ from .checks import check_sampling_arguments, require
 from .compact import CompactTargets, TargetLayout
 from .proposal import Proposal, TeacherProposal
 from .sampler import ClassSampler
-from .sampling import ClassDraw, draw_ranks, is_member, ranks_to_classes, systematic_points
+from .sampling import ClassDraw, Tails, draw_ranks, is_member, ranks_to_classes, systematic_points
 
 # Stands for the log-probability of a class about which the row has nothing stored: none, as far as float32 can tell
 # beside one. A processor takes the exponential of lower ones, which are denormal or zero, ten times as long.
@@ -89,7 +89,7 @@ class CachedSampler(ClassSampler):
 
     - ``num_shared = 0``: all that is stored, and K classes for each row, uniformly from those that are not ranked.
     - ``num_shared = K_t``: the ranked classes and K draws of the stored tail, in each step others, all of them if
-      there are not more; and one tail of K_t classes for all rows, drawn from the proposal over classes.
+      there are not more; and a tail of K_t classes that rows share, drawn from the proposal over classes.
 
     Either leaves out what it has of a row already. At these classes only the student is wanted, and what the proposal
     learns there is the student's probability alone: the target has no part in them.
@@ -97,7 +97,7 @@ class CachedSampler(ClassSampler):
     Args:
         proposal: whose density over classes the shared tail is drawn from.
         stored: how the targets are laid out, which says C, m and T.
-        num_sampled, num_shared, sampler, seed: as for :class:`ClassSampler`.
+        num_sampled, num_shared, num_tails, sampler, seed: as for :class:`ClassSampler`.
     """
 
     def __init__(
@@ -106,10 +106,11 @@ class CachedSampler(ClassSampler):
         stored: TargetLayout,
         num_sampled: int,
         num_shared: int,
+        num_tails: int = 1,
         sampler: str = "pps",
         seed: int = 0,
     ):
-        super().__init__(proposal, stored.num_classes, num_sampled, num_shared, stored.depth, sampler, seed)
+        super().__init__(proposal, stored.num_classes, num_sampled, num_shared, num_tails, stored.depth, sampler, seed)
         self.tail_draws = min(num_sampled, stored.tail_draws) if self.num_shared else stored.tail_draws
         self.is_thinned = self.tail_draws < stored.tail_draws
         self.num_stored = stored.depth + self.tail_draws
@@ -120,7 +121,7 @@ class CachedSampler(ClassSampler):
     def columns(self) -> int:
         return self.num_stored + self.num_sampled + self.num_shared
 
-    def _draw_chunk(self, targets: CachedTargets, tail: tuple[Tensor, Tensor], labels: Tensor | None) -> ClassDraw:
+    def _draw_chunk(self, targets: CachedTargets, tails: Tails, first_row: int, labels: Tensor | None) -> ClassDraw:
         if self.is_thinned:
             targets = targets.thinned(self.tail_draws, self.generator)
         num_rows, device = len(targets), targets.ids.device
@@ -129,15 +130,14 @@ class CachedSampler(ClassSampler):
         )
         ranked, stored_tail = targets.ids.tensor_split([targets.depth], 1)
         rest_ids = ranks_to_classes(targets.depth + ranks, ranked) if targets.depth else ranks
-        shared_ids, inclusion = (part.to(device) for part in tail)
-        shared_weights = -inclusion.log().float().expand(num_rows, -1)
-        outside_head = ~is_member(targets.ids, shared_ids)
+        shared_ids, shared_weights, shared_certain = tails.of_rows(first_row, num_rows)
+        outside_head = ~is_member(targets.ids, tails.ids, first_row)
         log_weights = [
             torch.zeros_like(targets.target).masked_fill_(~targets.used, -torch.inf),
             rest_weights.masked_fill(_in_order(stored_tail, rest_ids), -torch.inf),
             shared_weights.masked_fill(~outside_head, -torch.inf),
         ]
-        certain = [targets.used, rest_certain, (inclusion >= 1).expand(num_rows, -1)]
+        certain = [targets.used, rest_certain, shared_certain]
         ids = [targets.ids, rest_ids]
         if labels is not None:
             label = labels[:, None]
@@ -154,7 +154,7 @@ class CachedSampler(ClassSampler):
         wants_mass = self.num_shared and self.proposal.wants_class_mass
         return ClassDraw(
             row_ids=torch.cat(ids, 1),
-            shared_ids=shared_ids,
+            shared_ids=tails.ids,
             log_weights=log_weights,
             certain=torch.cat(certain, 1),
             log_probs=F.pad(targets.log_probs, (0, unknown), value=UNKNOWN),
@@ -179,6 +179,7 @@ def make_cached_sampler(
     *,
     num_sampled_classes: int = 512,
     num_shared_classes: int = 0,
+    num_tails: int = 1,
     rank_depth: int | None = None,
     proposal: str = "dis",
     sampler: str = "pps",
@@ -192,7 +193,7 @@ def make_cached_sampler(
     Args:
         stored: how they are laid out, which says C, m and T.
         proposal: of the shared tail, ``"dis"``, ``"teacher"`` or ``"uniform"``.
-        num_sampled_classes, num_shared_classes: K and K_t, see :class:`CachedSampler`.
+        num_sampled_classes, num_shared_classes, num_tails: K, K_t and G, see :class:`CachedSampler`.
         rank_depth, sampler, proposal_floor, proposal_decay, seed, device: as for :func:`hf_dis.make_sampler`.
 
     Raises:
@@ -201,6 +202,7 @@ def make_cached_sampler(
     check_sampling_arguments(
         num_sampled_classes=num_sampled_classes,
         num_shared_classes=num_shared_classes,
+        num_tails=num_tails,
         rank_depth=rank_depth,
         proposal=proposal,
         sampler=sampler,
@@ -218,7 +220,7 @@ def make_cached_sampler(
     else:
         kind = TailProposal if proposal == "dis" else TeacherProposal
         fitted = kind(*layout, floor=proposal_floor, decay=proposal_decay, device=device)
-    return CachedSampler(fitted, stored, num_sampled_classes, num_shared_classes, sampler, seed)
+    return CachedSampler(fitted, stored, num_sampled_classes, num_shared_classes, num_tails, sampler, seed)
 
 
 def _in_order(ascending: Tensor, ids: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ def check_sampling_arguments(
     *,
     num_sampled_classes: int,
     num_shared_classes: int,
+    num_tails: int,
     rank_depth: int | None,
     proposal: str,
     sampler: str,
@@ -45,14 +46,22 @@ def check_sampling_arguments(
     Raises:
         ValueError, TypeError: names the first that is out of its range, its value, and what it may be.
     """
-    for name, value in (("num_sampled_classes", num_sampled_classes), ("num_shared_classes", num_shared_classes)):
-        require_number(name, value, int)
+    require_number("num_sampled_classes", num_sampled_classes, int)
+    require_number("num_shared_classes", num_shared_classes, int)
+    require_number("num_tails", num_tails, int)
     if rank_depth is not None:
         require_number("rank_depth", rank_depth, int)
     for name, value in (("proposal_floor", proposal_floor), ("proposal_decay", proposal_decay)):
         require_number(name, value, float)
     require(num_sampled_classes >= 1, "num_sampled_classes", num_sampled_classes, "1 or more")
     require(num_shared_classes >= 0, "num_shared_classes", num_shared_classes, "0 or more")
+    require(num_tails >= 1, "num_tails", num_tails, "1 or more")
+    require(
+        num_tails == 1 or num_shared_classes > 0,
+        "num_tails",
+        num_tails,
+        "1 where no classes are shared; set num_shared_classes to the size of a tail",
+    )
     require(rank_depth is None or rank_depth >= 1, "rank_depth", rank_depth, "1 or more, or None for 2 K")
     require(proposal in PROPOSALS, "proposal", proposal, f"one of {', '.join(PROPOSALS)}")
     require(sampler in SAMPLERS, "sampler", sampler, f"one of {', '.join(SAMPLERS)}")

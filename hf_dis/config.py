@@ -23,9 +23,11 @@ class DISConfig(TrainingArguments):
         num_sampled_classes: K >= 1, classes drawn for each row from the teacher's ranking. None: 128, and 16 for
             language models. From a cache classes beyond the stored ones, 512 if None; with shared classes those of a
             row's stored tail that a step uses, in each step others, all if None.
-        num_shared_classes: K_t >= 0, classes drawn once a step from the rest, for all rows of it. 0 is the
-            paper's layout: all K of a row from all C ranks; the better student where classes are balanced. None: 0,
-            and 1,024 for language models, whose classes are not.
+        num_shared_classes: K_t >= 0, classes drawn from the rest that rows share: a tail. 0 is the paper's layout: all
+            K of a row from all C ranks; the better student where classes are balanced. None: 0, and 1,024 for
+            language models, whose classes are not.
+        num_tails: G >= 1, tails drawn a step; row i uses tail ``i mod G``. With more the gradient of a batch is less
+            noisy for the same product, and up to G·K_t rows of the head are touched.
         rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one; where classes are shared the K
             classes of a row come from its m best-ranked ones, so m is K or more. None: 2 K, and K for language
             models with shared classes, so that the best-ranked ones are drawn for certain.
@@ -65,9 +67,12 @@ class DISConfig(TrainingArguments):
     num_shared_classes: int | None = field(
         default=None,
         metadata={
-            "help": "Classes drawn once a step for all rows; 0: the paper's layout, all drawn row by row. If not "
-            "given, 0, and 1,024 for language models."
+            "help": "Classes that rows share, a tail; 0: the paper's layout, all drawn row by row. If not given, 0, "
+            "and 1,024 for language models."
         },
+    )
+    num_tails: int = field(
+        default=1, metadata={"help": "Tails drawn a step; row i uses the one numbered i modulo their number."}
     )
     rank_depth: int | None = field(
         default=None,
@@ -134,7 +139,8 @@ class DISConfig(TrainingArguments):
             self.head_learning_rate,
             "0 or more, or None for learning_rate",
         )
-        check_sampling_arguments(**self.sampling_arguments())
+        # Whoever asks for several tails has a language model, or says how large they are.
+        check_sampling_arguments(**self.sampling_arguments(is_lm=self.num_tails > 1))
 
     def get_exact_warmup_steps(self, num_training_steps: int) -> int:
         """How many steps at the start compute all classes.
@@ -167,6 +173,7 @@ class DISConfig(TrainingArguments):
         return {
             "num_sampled_classes": num_sampled,
             "num_shared_classes": num_shared,
+            "num_tails": self.num_tails,
             "rank_depth": depth,
             "proposal": self.proposal,
             "sampler": self.sampler,

@@ -76,7 +76,7 @@ def measure_costs(
         return torch.randn(shape, generator=generator).to(device)
 
     product = PRODUCT if device.type == "cpu" else ACCELERATOR_PRODUCT
-    drawn = layout["num_sampled_classes"] + layout["num_shared_classes"]
+    drawn = layout["num_sampled_classes"] + layout["num_shared_classes"] * layout.get("num_tails", 1)
     part = min(num_classes, max(4 * drawn, product // (ROWS * num_features)))
     sampler = make_sampler(part, **layout)
     features, weight = random(ROWS, num_features).requires_grad_(), random(part, num_features).requires_grad_()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sampling import of_rows, rows_of_tail
 from .sparse import TouchedRows
 
 # Elements of the gathered rows [n, K, d] that exist at a time: 1 MiB in float32, so that they stay in the cache.
@@ -22,26 +23,31 @@ class _DrawnLinear(torch.autograd.Function):
         ctx.save_for_backward(features, weight, row_ids, shared_ids)
         ctx.has_bias, ctx.row_sparse = bias is not None, row_sparse
         num_row = row_ids.shape[1]
-        logits = features.new_empty(len(features), num_row + len(shared_ids))
+        logits = features.new_empty(len(features), num_row + shared_ids.shape[1])
         for rows in _chunks(row_ids, weight):
             gathered = F.embedding(row_ids[rows], weight).to(features.dtype)
             torch.linalg.vecdot(gathered, features[rows, None], out=logits[rows, :num_row])
-        logits[:, num_row:] = features @ F.embedding(shared_ids, weight).to(features.dtype).T
+        for tail, ids in enumerate(shared_ids):
+            rows = rows_of_tail(tail, len(shared_ids))
+            logits[rows, num_row:] = features[rows] @ F.embedding(ids, weight).to(features.dtype).T
+            if bias is not None:
+                logits[rows, num_row:] += bias[ids]
         if bias is not None:
             logits[:, :num_row] += bias[row_ids]
-            logits[:, num_row:] += bias[shared_ids]
         return logits
 
     @staticmethod
     def backward(ctx, grad):
         features, weight, row_ids, shared_ids = ctx.saved_tensors
-        row_grad, shared_grad = grad.split([row_ids.shape[1], len(shared_ids)], dim=1)
+        row_grad, shared_grad = grad.split([row_ids.shape[1], shared_ids.shape[1]], dim=1)
         wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_features = grad_weight = grad_bias = None
         if wants_features:
             scales = row_grad.to(weight.dtype)
             grad_features = F.embedding_bag(row_ids, weight, mode="sum", per_sample_weights=scales).to(grad.dtype)
-            grad_features += shared_grad @ weight[shared_ids].to(grad.dtype)
+            for tail, ids in enumerate(shared_ids):
+                rows = rows_of_tail(tail, len(shared_ids))
+                grad_features[rows] += shared_grad[rows] @ weight[ids].to(grad.dtype)
         if wants_weight or wants_bias:
             touched = TouchedRows(row_ids, shared_ids)
         if wants_weight:
@@ -60,7 +66,7 @@ def _chunks(row_ids: Tensor, weight: Tensor) -> Iterator[slice]:
 
 def drawn_columns(logits: Tensor, row_ids: Tensor, shared_ids: Tensor) -> Tensor:
     """The same columns of logits of all classes, ``[N, R + K_t]`` for logits ``[N, C]``."""
-    return torch.cat([logits.gather(1, row_ids), logits[:, shared_ids]], 1)
+    return torch.cat([logits.gather(1, row_ids), logits.gather(1, of_rows(shared_ids, 0, len(logits)))], 1)
 
 
 def drawn_logits(
@@ -77,7 +83,7 @@ def drawn_logits(
         features: what the head is given, ``[N, d]``.
         weight, bias: the head's, ``[C, d]`` and ``[C]`` or None.
         row_ids: classes of each row, ``[N, R]``.
-        shared_ids: classes of all rows, ``[K_t]``.
+        shared_ids: classes of each tail, ``[G, K_t]``; row i uses tail ``i mod G``.
         row_sparse: give weight and bias sparse gradients, which hold the drawn rows only.
 
     Raises:

@@ -86,7 +86,7 @@ class SampledHead:
 
         Args:
             row_ids: classes of each row, ``[N, R]``.
-            shared_ids: classes of all rows, ``[K_t]``.
+            shared_ids: classes of each tail, ``[G, K_t]``; row i uses tail ``i mod G``.
             positions: where the rows are among the flattened positions ``[B·S]`` that the head is given, ``[N]``; its
                 output is then ``[N, R + K_t]``. None: a row is an example.
         """
@@ -134,21 +134,35 @@ def _with_bias(layer: nn.Linear, added: Tensor | None) -> Tensor | None:
 @torch.compiler.disable(reason="the rows and the classes of a step are data")
 def _drawn_forward(layer: nn.Linear, features: Tensor) -> Tensor:
     drawn = layer.drawn
-    row_ids, leading, flat = drawn.row_ids, features.shape[:-1], features.reshape(-1, features.shape[-1])
+    row_ids, leading = drawn.row_ids, features.shape[:-1]
     if drawn.positions is not None:
-        leading, flat = row_ids.shape[:1], flat[drawn.positions]
+        features = features.reshape(-1, features.shape[-1])[drawn.positions]
     elif len(leading) == 2 and leading[0] == len(row_ids):
         # The model picks one position of each example after the head: all of them answer for its classes.
-        row_ids = row_ids.repeat_interleave(leading[1], 0)
+        return _at_all_positions(layer, features)
     elif leading != row_ids.shape[:1]:
         raise ValueError(
             f"the head {type(layer).__name__} got features of shape {tuple(features.shape)} for {len(row_ids)} rows "
             "of drawn classes: it has to see one feature vector a row, [N, d], or a sequence of them, [N, S, d]"
         )
-    logits = drawn_logits(
-        flat, layer.weight, _with_bias(layer, drawn.bias), row_ids, drawn.shared_ids, drawn.row_sparse
-    )
-    return logits.view(*leading, logits.shape[1])
+    return _drawn_logits(layer, features, row_ids)
+
+
+def _at_all_positions(layer: nn.Linear, features: Tensor) -> Tensor:
+    """The classes of each example at all of its positions: ``[B, S, R + K_t]`` for features ``[B, S, d]``."""
+    num_rows, length = features.shape[:2]
+    # Position by position, the last example as often as it takes for a row's number to tell its tail throughout.
+    repeats = -num_rows % len(layer.drawn.shared_ids)
+    rows = torch.arange(num_rows + repeats, device=features.device).clamp(max=num_rows - 1)
+    flat = features[rows].transpose(0, 1).flatten(0, 1)
+    logits = _drawn_logits(layer, flat, layer.drawn.row_ids[rows].repeat(length, 1))
+    return logits.unflatten(0, (length, len(rows))).transpose(0, 1)[:num_rows]
+
+
+def _drawn_logits(layer: nn.Linear, features: Tensor, row_ids: Tensor) -> Tensor:
+    drawn = layer.drawn
+    bias = _with_bias(layer, drawn.bias)
+    return drawn_logits(features, layer.weight, bias, row_ids, drawn.shared_ids, drawn.row_sparse)
 
 
 @contextmanager
@@ -251,7 +265,7 @@ def _classes_to_compare(num_rows: int, num_classes: int, device: torch.device) -
     columns = torch.arange(min(4, num_classes), device=device)
     row_ids = (columns * 7 + torch.arange(num_rows, device=device)[:, None]) % num_classes
     shared_ids = (columns * 3 + 1) % num_classes
-    return row_ids, shared_ids if 2 * len(columns) != num_classes else shared_ids[1:]
+    return row_ids, (shared_ids if 2 * len(columns) != num_classes else shared_ids[1:])[None]
 
 
 def _random_state_kept(device: torch.device) -> AbstractContextManager:

@@ -197,7 +197,8 @@ def _settings(trainer: DISDistillationTrainer) -> dict[str, Any]:
     kind = type(sampler.proposal)
     drawn = {
         "Classes drawn for each row (K)": sampler.num_sampled,
-        "Classes drawn once a step for all rows (K_t)": sampler.num_shared,
+        "Classes of a tail that rows share (K_t)": sampler.num_shared,
+        "Tails drawn a step": sampler.num_tails,
         "Rank depth (m)": sampler.rank_depth,
         "Proposal": args.proposal if kind.__module__ == Proposal.__module__ else kind.__name__,
         "Sampler": sampler.sampler,

@@ -1,7 +1,7 @@
 """Where to draw classes: proposals over teacher ranks and over classes.
 
 The dynamic proposal over ranks, a mixture of Laplace distributions fitted to the disagreement of teacher and
-student, is the idea of arXiv 1812.00914; its online fit, and the density over classes for the tail that all rows
+student, is the idea of arXiv 1812.00914; its online fit, and the density over classes for the tails that rows
 share, are this project's. The fixed proposals (teacher, uniform, top-K) are the baselines.
 """
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from .sampling import rows_of_tail
 
 if TYPE_CHECKING:
     from .sampling import ClassDraw
@@ -158,7 +160,7 @@ class DISProposal(Proposal):
 
     def statistics(self, draw: ClassDraw, disagreement: Tensor) -> Statistics:
         statistics = self.ranks.statistics(draw, disagreement)
-        if len(draw.shared_ids):
+        if draw.shared_ids.numel():
             statistics |= self.memory.statistics(draw, disagreement)
         return statistics
 
@@ -295,12 +297,13 @@ class ClassMemory:
     def statistics(self, draw: ClassDraw, disagreement: Tensor) -> Statistics:
         """Of each drawn class, Σ (s - p)² over the rows that met it outside their heads and how many did, a sparse
         ``[C, 2]``; the teacher's mass of every class; the rows."""
-        tail = disagreement[:, disagreement.shape[1] - len(draw.shared_ids) :]
-        squared = tail.square().masked_fill(~draw.outside_head, 0).sum(0)
-        met = torch.stack([squared, draw.outside_head.sum(0)], 1).float()
-        shape = (len(self.marginal), 2)
+        num_tails, num_shared = draw.shared_ids.shape
+        squared = disagreement[:, disagreement.shape[1] - num_shared :].square().masked_fill(~draw.outside_head, 0)
+        users = [rows_of_tail(tail, num_tails) for tail in range(num_tails)]
+        sums = [torch.stack([squared[rows].sum(0), draw.outside_head[rows].sum(0)], 1) for rows in users]
+        met, shape = torch.cat(sums).float(), (len(self.marginal), 2)
         return {
-            "tail": torch.sparse_coo_tensor(draw.shared_ids[None], met, shape, check_invariants=False),
+            "tail": torch.sparse_coo_tensor(draw.shared_ids.reshape(1, -1), met, shape, check_invariants=False),
             "class_mass": draw.class_mass,
             "rows": met.new_full((), len(draw)),
         }

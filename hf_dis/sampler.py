@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import check_sampling_arguments, require, require_number
 from .proposal import DISProposal, Proposal, Statistics, TeacherProposal, TopKProposal
-from .sampling import ClassDraw, Stratum, draw_ranks, draw_shared, is_member, ranks_to_classes
+from .sampling import ClassDraw, Stratum, Tails, draw_ranks, draw_shared, is_member, ranks_to_classes
 
 if TYPE_CHECKING:
     from .targets import TeacherTargets
@@ -20,13 +20,14 @@ class ClassSampler:
     """Draws the classes of a step from a proposal, in one of two layouts.
 
     - ``num_shared = 0``: K classes for each row over all C ranks, the setting of arXiv 1812.00914.
-    - ``num_shared = K_t``: K of each row's m best-ranked classes, and one tail of K_t classes for all rows.
+    - ``num_shared = K_t``: K of each row's m best-ranked classes, and a tail of K_t classes that rows share.
 
     Args:
         proposal: where to draw, see :mod:`hf_dis.proposal`.
         num_classes: C.
         num_sampled: K, classes drawn for each row.
-        num_shared: K_t, classes drawn once for all rows; 0 for the per-row layout.
+        num_shared: K_t, classes of a tail; 0 for the per-row layout.
+        num_tails: G, tails of a step: row i uses tail ``i mod G``.
         rank_depth: m, the depth to which the teacher's ranking is resolved.
         sampler: ``"pps"`` or ``"replacement"``; the latter only with ``num_shared = 0``.
         seed: of the sampler's own generator; give every process its own.
@@ -38,6 +39,7 @@ class ClassSampler:
         num_classes: int,
         num_sampled: int,
         num_shared: int,
+        num_tails: int,
         rank_depth: int,
         sampler: str = "pps",
         seed: int = 0,
@@ -45,6 +47,7 @@ class ClassSampler:
         self.proposal = proposal
         self.rank_depth = min(rank_depth, num_classes)
         self.num_shared = min(num_shared, num_classes) if self.rank_depth < num_classes else 0
+        self.num_tails = num_tails if self.num_shared else 1
         self.num_ranks = self.rank_depth if self.num_shared else num_classes
         self.num_sampled = min(num_sampled, self.num_ranks)
         self.sampler = sampler
@@ -63,19 +66,20 @@ class ClassSampler:
             labels: class ids ``[N]``, always in the draw if given.
         """
         if self.num_shared:
-            tail = draw_shared(self.proposal.class_density(), self.num_shared, self.generator)
+            tails = draw_shared(self.proposal.class_density(), self.num_shared, self.num_tails, self.generator)
         else:
-            tail = torch.empty(0, dtype=torch.long), torch.empty(0)
+            none = torch.empty(1, 0, dtype=torch.long, device=self.proposal.device)
+            tails = Tails(none, none.double())
         draws, first_row = [], 0
         for targets in teacher:
             rows = slice(first_row, first_row + len(targets))
-            draws.append(self._draw_chunk(targets, tail, None if labels is None else labels[rows]))
+            draws.append(self._draw_chunk(targets, tails, first_row, None if labels is None else labels[rows]))
             first_row = rows.stop
             del targets  # the next chunk is computed without this one in memory
         return ClassDraw.cat(draws)
 
-    def _draw_chunk(self, targets: TeacherTargets, tail: tuple[Tensor, Tensor], labels: Tensor | None) -> ClassDraw:
-        num_rows, device = len(targets), targets.ids.device
+    def _draw_chunk(self, targets: TeacherTargets, tails: Tails, first_row: int, labels: Tensor | None) -> ClassDraw:
+        num_rows = len(targets)
         ranks, log_weights, certain = draw_ranks(
             self.proposal.rank_density(targets),
             self.num_ranks,
@@ -90,13 +94,13 @@ class ClassSampler:
             head_mass = torch.ones_like(head_mass)
         ranked = Stratum(ids, log_weights, certain, targets.log_prob(ids), head_mass)
 
-        shared_ids, inclusion = (part.to(device) for part in tail)
-        outside_head = ~is_member(targets.ids, shared_ids)
+        shared_ids, shared_weights, shared_certain = tails.of_rows(first_row, num_rows)
+        outside_head = ~is_member(targets.ids, tails.ids, first_row)
         shared = Stratum(
-            ids=shared_ids.expand(num_rows, -1),
-            log_weights=(-inclusion.log().float()).expand(num_rows, -1).masked_fill(~outside_head, -torch.inf),
-            certain=(inclusion >= 1).expand(num_rows, -1),
-            log_probs=targets.log_prob(shared_ids.expand(num_rows, -1)),
+            ids=shared_ids,
+            log_weights=shared_weights.masked_fill(~outside_head, -torch.inf),
+            certain=shared_certain,
+            log_probs=targets.log_prob(shared_ids),
             mass=1 - head_mass,
         )
         strata = [ranked, shared]
@@ -112,7 +116,7 @@ class ClassSampler:
         wants_mass = self.num_shared and self.proposal.wants_class_mass
         return ClassDraw(
             row_ids=torch.cat([stratum.ids for stratum in strata[:-1]], 1),
-            shared_ids=shared_ids,
+            shared_ids=tails.ids,
             log_weights=torch.cat([stratum.log_weights for stratum in strata], 1),
             certain=torch.cat([stratum.certain for stratum in strata], 1),
             log_probs=torch.cat([stratum.log_probs for stratum in strata], 1),
@@ -156,6 +160,7 @@ def make_sampler(
     *,
     num_sampled_classes: int = 128,
     num_shared_classes: int = 0,
+    num_tails: int = 1,
     rank_depth: int | None = None,
     proposal: str = "dis",
     sampler: str = "pps",
@@ -174,6 +179,7 @@ def make_sampler(
     check_sampling_arguments(
         num_sampled_classes=num_sampled_classes,
         num_shared_classes=num_shared_classes,
+        num_tails=num_tails,
         rank_depth=rank_depth,
         proposal=proposal,
         sampler=sampler,
@@ -198,4 +204,4 @@ def make_sampler(
         fitted = Proposal(*layout, device=device)
     else:
         fitted = TopKProposal(*layout, num_sampled=num_sampled_classes, device=device)
-    return ClassSampler(fitted, num_classes, num_sampled_classes, shared, depth, sampler, seed)
+    return ClassSampler(fitted, num_classes, num_sampled_classes, shared, num_tails, depth, sampler, seed)

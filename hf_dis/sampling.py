@@ -1,7 +1,7 @@
 """Drawing classes: inclusion probabilities, the two samplers, and the draw that one training step works on.
 
 A draw is made of up to three strata: classes drawn from each row's teacher ranking, the row's label, and a tail
-that all rows share. Each stratum carries importance weights ω = 1/π (π: the probability that the class is in the
+that rows share. Each stratum carries importance weights ω = 1/π (π: the probability that the class is in the
 draw) and the teacher's exact mass, so that the losses need nothing else. Capped probability-proportional-to-size
 sampling and the strata are this project's; drawing with replacement is the setting of arXiv 1812.00914.
 """
@@ -21,9 +21,11 @@ from torch import Tensor
 class ClassDraw:
     """The classes of one step: ``R`` per-row columns (K ranked, then the label's if there is one), ``K_t`` shared.
 
+    There are G tails, and row i uses tail ``i mod G``.
+
     Attributes:
         row_ids: class ids drawn for each row, ``[N, R]``.
-        shared_ids: class ids drawn once for all rows, ``[K_t]``.
+        shared_ids: class ids of each tail, ascending, ``[G, K_t]``.
         log_weights: log ω for every column, ``[N, R + K_t]``; ``-inf`` where a row does not use a column
             because it holds the same class in another.
         certain: whether the class was in the draw with probability one, ``[N, R + K_t]``.
@@ -58,7 +60,7 @@ class ClassDraw:
 
     @staticmethod
     def cat(draws: Sequence[ClassDraw]) -> ClassDraw:
-        """Joins the draws of consecutive chunks of rows; they have the tail and the layout in common."""
+        """Joins the draws of consecutive chunks of rows; they have the tails and the layout in common."""
         if len(draws) == 1:
             return draws[0]
         summed = sum(draw.class_mass for draw in draws)
@@ -151,20 +153,51 @@ def draw_ranks(
     return ranks, -drawn.log().float(), certain
 
 
-def draw_shared(density: Tensor, num_draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws the tail that all rows of a step share: ``num_draws`` distinct classes by capped PPS.
+class Tails(NamedTuple):
+    """The tails of a step: row i uses tail ``i mod G``.
+
+    Attributes:
+        ids: class ids, ascending in each tail, ``[G, K_t]``.
+        inclusion: their π, float64, ``[G, K_t]``.
+    """
+
+    ids: Tensor
+    inclusion: Tensor
+
+    def of_rows(self, first_row: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Class ids, log ω and whether the class is certain, for consecutive rows: ``[n, K_t]`` each."""
+        parts = self.ids, -self.inclusion.log().float(), self.inclusion >= 1
+        return tuple(of_rows(part, first_row, num_rows) for part in parts)
+
+
+def of_rows(tails: Tensor, first_row: int, num_rows: int) -> Tensor:
+    """What consecutive rows find in their tails: ``[n, K_t]`` for ``[G, K_t]``."""
+    if len(tails) == 1:
+        return tails.expand(num_rows, -1)
+    return tails[torch.arange(first_row, first_row + num_rows, device=tails.device) % len(tails)]
+
+
+def rows_of_tail(tail: int, num_tails: int, first_row: int = 0) -> slice:
+    """Which rows use a tail, among those from ``first_row`` on."""
+    return slice((tail - first_row) % num_tails, None, num_tails)
+
+
+def draw_shared(density: Tensor, num_draws: int, num_tails: int, generator: torch.Generator) -> Tails:
+    """Draws the tails that the rows of a step share, each ``num_draws`` distinct classes by capped PPS.
+
+    The tails are evenly spaced systematic samples of one random start: together they hold as many different classes
+    as they can, and their errors balance where a gradient is summed over rows.
 
     Args:
         density: over classes, positive, ``[C]``.
-        num_draws: K_t.
+        num_draws: K_t; all classes if there are not more.
+        num_tails: G.
         generator: a CPU generator.
-
-    Returns:
-        class ids ``[min(K_t, C)]``, ascending, and their π (float64).
     """
     num_classes = len(density)
     if num_draws >= num_classes:
-        return torch.arange(num_classes, device=density.device), torch.ones_like(density, dtype=torch.float64)
+        ids = torch.arange(num_classes, device=density.device).expand(num_tails, -1)
+        return Tails(ids, torch.ones_like(ids, dtype=torch.float64))
     density = density.double()
     # At most K_t classes can be capped, and they are the largest; all others are one entry of their mean size.
     largest = density.topk(num_draws).values
@@ -172,9 +205,12 @@ def draw_shared(density: Tensor, num_draws: int, generator: torch.Generator) -> 
     others = (density.sum() - largest.sum()) / num_others
     scale = inclusion_probabilities(torch.cat([largest, others[None]]), num_draws, num_others)[-1] / others
     # In units of the density: the classes' shares end to end, and the points on them.
-    points = systematic_points(1, num_draws, generator)[0].to(density.device, non_blocking=True) / scale
+    start = torch.rand(1, dtype=torch.float64, generator=generator)
+    starts = (start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1
+    points = starts[:, None] + torch.arange(num_draws)
+    points = points.to(density.device, non_blocking=True) / scale
     ids = torch.searchsorted(density.clamp_max(1 / scale).cumsum(0), points, right=True).clamp(max=num_classes - 1)
-    return ids, (scale * density[ids]).clamp_(max=1)
+    return Tails(ids, (scale * density[ids]).clamp_(max=1))
 
 
 def ranks_to_classes(ranks: Tensor, ranked_ids: Tensor) -> Tensor:
@@ -196,13 +232,23 @@ def ranks_to_classes(ranks: Tensor, ranked_ids: Tensor) -> Tensor:
     return torch.where(ranks < depth, resolved, unresolved)
 
 
-def is_member(ids: Tensor, shared_ids: Tensor) -> Tensor:
-    """Which of the ascending ``shared_ids [K_t]`` each row holds among ``ids [N, m]``: bool, ``[N, K_t]``."""
-    num_shared = len(shared_ids)
+def is_member(ids: Tensor, shared_ids: Tensor, first_row: int = 0) -> Tensor:
+    """Which classes of its tail each row holds among its own.
+
+    Args:
+        ids: classes of consecutive rows, ``[n, m]``.
+        shared_ids: of each tail, ascending, ``[G, K_t]``.
+        first_row: where the rows are in the batch.
+
+    Returns:
+        bool, ``[n, K_t]``.
+    """
+    num_tails, num_shared = shared_ids.shape
     held = torch.zeros(len(ids), num_shared + 1, dtype=torch.bool, device=ids.device)
-    if num_shared:
-        column = torch.searchsorted(shared_ids, ids.contiguous()).clamp(max=num_shared - 1)
-        held.scatter_(1, torch.where(shared_ids[column] == ids, column, num_shared), True)
+    for tail in range(num_tails if num_shared else 0):
+        rows = rows_of_tail(tail, num_tails, first_row)
+        column = torch.searchsorted(shared_ids[tail], ids[rows].contiguous()).clamp(max=num_shared - 1)
+        held[rows].scatter_(1, torch.where(shared_ids[tail][column] == ids[rows], column, num_shared), True)
     return held[:, :num_shared]
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .sampling import rows_of_tail
+
 
 def coalesced(gradient: Tensor) -> Tensor:
     """A sparse gradient with each row in it once, in order.
@@ -44,12 +46,12 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
 class TouchedRows:
     """The distinct classes of a draw, and sums over the places where each was drawn.
 
-    Costs a sort of the N·R + K_t drawn ids, and no work that grows with C. Finding how many are distinct waits for an
-    accelerator.
+    Costs a sort of the N·R + G·K_t drawn ids, and no work that grows with C. Finding how many are distinct waits for
+    an accelerator.
 
     Args:
         row_ids: classes of each row, ``[N, R]``.
-        shared_ids: classes of all rows, ``[K_t]``.
+        shared_ids: classes of each tail, ``[G, K_t]``; row i uses tail ``i mod G``.
 
     Attributes:
         ids: the distinct classes, ascending, ``[U]``.
@@ -57,7 +59,8 @@ class TouchedRows:
 
     def __init__(self, row_ids: Tensor, shared_ids: Tensor):
         self.num_rows, self.num_columns = row_ids.shape
-        in_order, self._order = torch.cat([row_ids.flatten(), shared_ids]).sort(stable=True)
+        self._tails = [rows_of_tail(tail, len(shared_ids)) for tail in range(len(shared_ids))]
+        in_order, self._order = torch.cat([row_ids.flatten(), shared_ids.flatten()]).sort(stable=True)
         self.ids, self._place, counts = in_order.unique_consecutive(return_inverse=True, return_counts=True)
         self._starts = counts.cumsum(0) - counts
 
@@ -69,10 +72,11 @@ class TouchedRows:
             row_grad, shared_grad: gradients of the logits, ``[N, R]`` and ``[N, K_t]``.
             dtype: the weight's.
         """
-        # A class's row is the sum of the features of the rows that drew it times their gradients, and, if it is
-        # shared, of one more vector, of all rows.
-        vectors = torch.cat([features, shared_grad.T @ features]).to(dtype)
-        scales = torch.cat([row_grad.flatten(), row_grad.new_ones(shared_grad.shape[1])]).to(dtype)
+        # A class's row is the sum of the features of the rows that drew it times their gradients, and of one more
+        # vector for each tail that it is in, of all rows that use it.
+        of_tails = [shared_grad[rows].T @ features[rows] for rows in self._tails]
+        vectors = torch.cat([features, *of_tails]).to(dtype)
+        scales = torch.cat([row_grad.flatten(), row_grad.new_ones(len(vectors) - len(features))]).to(dtype)
         num_drawn = self.num_rows * self.num_columns
         vector = torch.where(
             self._order < num_drawn, self._order // max(1, self.num_columns), self._order - num_drawn + self.num_rows
@@ -81,7 +85,8 @@ class TouchedRows:
 
     def bias_rows(self, row_grad: Tensor, shared_grad: Tensor, dtype: torch.dtype) -> Tensor:
         """Entries of the bias's gradient, ``[U]``."""
-        gradients = torch.cat([row_grad.flatten().to(dtype), shared_grad.to(dtype).sum(0)])
+        of_tails = [shared_grad[rows].to(dtype).sum(0) for rows in self._tails]
+        gradients = torch.cat([row_grad.flatten().to(dtype), *of_tails])
         return gradients.new_zeros(len(self.ids)).index_add_(0, self._place, gradients[self._order])
 
     def gradient(self, rows: Tensor, parameter_shape: torch.Size, sparse: bool) -> Tensor:

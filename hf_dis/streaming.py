@@ -37,7 +37,7 @@ class AfterHead(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> AfterHead:
         """Read from a transformers model; whether it is all that the model does is for a comparison to say."""
-        settings = model.config.get_text_config().to_dict()
+        settings = vars(model.config.get_text_config())
         scale = (settings.get("logit_scale") or 1.0) / (settings.get("logits_scaling") or 1.0)
         buffers = dict(model.named_buffers(recurse=False))
         return cls(buffers.get("final_logits_bias"), scale, settings.get("final_logit_softcapping"))

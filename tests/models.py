@@ -33,6 +33,17 @@ def _built(kind: type[nn.Module], config: hf.PreTrainedConfig, seed: int, spread
         return spread_out(kind(config), spread)
 
 
+def tail_ids(shared_ids: Tensor, num_rows: int) -> Tensor:
+    """The classes of each row's tail, ``[N, K_t]``: row i uses tail i mod G."""
+    rows = [shared_ids[row % len(shared_ids)] for row in range(num_rows)]
+    return torch.stack(rows) if rows else shared_ids[:0]
+
+
+def column_ids(draw) -> Tensor:
+    """The class of every column of a draw, ``[N, R + K_t]``."""
+    return torch.cat([draw.row_ids, tail_ids(draw.shared_ids, len(draw))], 1)
+
+
 def spread_out(model: nn.Module, spread: float) -> nn.Module:
     """Scales the output head, whose bias is zero at the start: an untrained model answers alike for all classes."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]

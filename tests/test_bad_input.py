@@ -43,6 +43,8 @@ CONFIG = [
     ("num_sampled_classes", "8", TypeError, "a whole number"),
     ("num_sampled_classes", True, TypeError, "a whole number"),
     ("num_shared_classes", -1, ValueError, "0 or more"),
+    ("num_tails", 0, ValueError, "1 or more"),
+    ("num_tails", 1.5, TypeError, "a whole number"),
     ("rank_depth", 0, ValueError, "1 or more"),
     ("rank_depth", 1.5, TypeError, "a whole number"),
     ("proposal_floor", 0.0, ValueError, "0.05 is usual"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import column_ids
 
 from hf_dis.cached_teacher import CachedTargets, TailProposal, make_cached_sampler
 from hf_dis.compact import TargetLayout, compact_targets
@@ -33,7 +34,7 @@ def dense(targets):
 
 
 def columns(logits, draw):
-    return torch.cat([logits.gather(1, draw.row_ids), logits[:, draw.shared_ids]], 1)
+    return logits.gather(1, column_ids(draw))
 
 
 def student():
@@ -75,7 +76,7 @@ def test_with_all_classes_ranked_the_loss_is_the_exact_one(teacher_logits, dense
 
 
 @pytest.mark.parametrize("depth, draws", [(6, 8), (0, 12), (6, 0)])
-@pytest.mark.parametrize("sizes", [{"num_sampled_classes": C}, {"num_shared_classes": C}])
+@pytest.mark.parametrize("sizes", [{"num_sampled_classes": C}, {"num_shared_classes": C, "num_tails": 2}])
 def test_drawing_all_classes_gives_the_gradient_of_the_stored_target(teacher_logits, depth, draws, sizes):
     layout, logits = TargetLayout(C, depth, draws), student()
     targets = stored(teacher_logits, layout)
@@ -90,8 +91,13 @@ def test_drawing_all_classes_gives_the_gradient_of_the_stored_target(teacher_log
 @pytest.mark.parametrize("proposal", ["dis", "teacher", "uniform"])
 @pytest.mark.parametrize(
     "sizes",
-    [{"num_sampled_classes": 25}, {"num_shared_classes": 25}, {"num_shared_classes": 25, "num_sampled_classes": 3}],
-    ids=["per row", "shared", "some of the stored tail"],
+    [
+        {"num_sampled_classes": 25},
+        {"num_shared_classes": 25},
+        {"num_shared_classes": 25, "num_tails": 3},
+        {"num_shared_classes": 25, "num_sampled_classes": 3},
+    ],
+    ids=["per row", "shared", "several tails", "some of the stored tail"],
 )
 def test_the_gradient_is_right_on_average(targets, sizes, proposal):
     logits, repeats = student(), 400
@@ -106,7 +112,7 @@ def test_the_gradient_is_right_on_average(targets, sizes, proposal):
     assert (total - expected).norm() < 0.15 * expected.norm()
 
 
-@pytest.mark.parametrize("sizes", [{"num_sampled_classes": C}, {"num_shared_classes": C}])
+@pytest.mark.parametrize("sizes", [{"num_sampled_classes": C}, {"num_shared_classes": C, "num_tails": 2}])
 def test_cross_entropy_reuses_the_draw(targets, dense_ce, sizes):
     logits, labels = student(), torch.arange(N) * 7 % C
     draw = make_cached_sampler(LAYOUT, **sizes).draw([targets], labels)
@@ -116,9 +122,9 @@ def test_cross_entropy_reuses_the_draw(targets, dense_ce, sizes):
 
 def test_each_class_counts_once_in_the_normaliser(targets):
     labels = targets.ids[:, -1]
-    for sizes in ({"num_sampled_classes": 20}, {"num_shared_classes": 20}):
+    for sizes in ({"num_sampled_classes": 20}, {"num_shared_classes": 20}, {"num_shared_classes": 20, "num_tails": 2}):
         draw = make_cached_sampler(LAYOUT, **sizes).draw([targets], labels)
-        ids = torch.cat([draw.row_ids, draw.shared_ids.expand(N, -1)], 1)
+        ids = column_ids(draw)
         for row in range(N):
             used = ids[row, draw.log_weights[row] > -torch.inf]
             assert len(used.unique()) == len(used)

@@ -10,7 +10,7 @@ from hf_dis.head_search import find_head_layers
 from hf_dis.heads import SampledHead
 
 C = 23
-SHARED_IDS = torch.tensor([0, 5, 9])
+SHARED_IDS = torch.tensor([[0, 5, 9]])
 
 
 @pytest.fixture(autouse=True)

@@ -44,14 +44,24 @@ def test_sampling_with_replacement_needs_the_per_row_layout(tmp_path):
     assert config(tmp_path, sampler="replacement", num_shared_classes=0).sampler == "replacement"
 
 
+def test_several_tails_need_shared_classes(tmp_path):
+    with pytest.raises(ValueError, match=r"num_tails is 4.*set num_shared_classes"):
+        config(tmp_path, num_tails=4, num_shared_classes=0)
+    unsaid = config(tmp_path, num_tails=4)  # a language model shares classes
+    assert make_sampler(5000, **unsaid.sampling_arguments(is_lm=True)).num_tails == 4
+    with pytest.raises(ValueError, match=r"num_tails is 4.*set num_shared_classes"):
+        make_sampler(5000, **unsaid.sampling_arguments())
+
+
 COMMAND_LINE = {
     "temperature": 4.0,
     "hard_label_weight": 0.3,
     "num_sampled_classes": 32,
-    "num_shared_classes": 0,
+    "num_shared_classes": 8,
+    "num_tails": 2,
     "rank_depth": 64,
     "proposal": "teacher",
-    "sampler": "replacement",
+    "sampler": "pps",
     "proposal_floor": 0.1,
     "proposal_decay": 0.5,
     "head_mode": "sampled",

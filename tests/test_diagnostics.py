@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import column_ids
 from torch import nn
 
 from hf_dis import make_sampler
@@ -26,7 +27,7 @@ def draw_from(logits, labels=None, **layout):
 
 
 def ids_and_use(draw):
-    ids = torch.cat([draw.row_ids, draw.shared_ids.expand(N, -1)], 1)
+    ids = column_ids(draw)
     return ids.tolist(), (draw.log_weights > -torch.inf).tolist()
 
 
@@ -87,7 +88,7 @@ def test_probe_compares_with_dense_distillation(layout, bias, dense_kd):
     given = features.clone().requires_grad_()
     logits = head(given)
     exact = dense_kd(logits, teacher, TEMPERATURE).mean()
-    ids = torch.cat([draw.row_ids, draw.shared_ids.expand(N, -1)], 1)
+    ids = column_ids(draw)
     scaled = logits.gather(1, ids) / TEMPERATURE
     normaliser = (draw.log_weights.exp() * scaled.exp()).sum(1, keepdim=True).log()
     sampled = TEMPERATURE**2 * (draw.target * (draw.log_probs - scaled + normaliser)).sum(1).mean()

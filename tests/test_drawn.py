@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import tail_ids
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -10,8 +11,9 @@ from hf_dis.drawn import drawn_logits
 
 C, N = 11, 3
 ROW_IDS = torch.tensor([[0, 4, 4, 10], [1, 2, 3, 0], [10, 9, 8, 7]])  # with a class twice in a row
-SHARED_IDS = torch.tensor([0, 5, 9])
-NO_IDS = torch.empty(0, dtype=torch.long)
+SHARED_IDS = torch.tensor([[0, 5, 9]])
+TAILS = torch.tensor([[0, 5, 9], [3, 5, 10]])
+NO_IDS = torch.empty(1, 0, dtype=torch.long)
 
 
 def drawn_inputs(dtype=torch.float64, bias=True):
@@ -20,12 +22,13 @@ def drawn_inputs(dtype=torch.float64, bias=True):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("ids", [(ROW_IDS, SHARED_IDS), (ROW_IDS, NO_IDS)], ids=["two strata", "per row"])
+@pytest.mark.parametrize("ids", [(ROW_IDS, SHARED_IDS), (ROW_IDS, TAILS), (ROW_IDS, NO_IDS)])
 def test_drawn_logits_gradcheck(ids, bias):
     inputs = drawn_inputs(bias=bias)
     features, weight, bias = inputs
+    columns = torch.cat([ROW_IDS, tail_ids(ids[1], N)], 1)
     torch.testing.assert_close(
-        drawn_logits(*inputs, *ids)[:, :4], nn.functional.linear(features, weight, bias).gather(1, ROW_IDS)
+        drawn_logits(*inputs, *ids), nn.functional.linear(features, weight, bias).gather(1, columns)
     )
     assert torch.autograd.gradcheck(lambda *tensors: drawn_logits(*tensors, *ids), inputs)
 
@@ -63,7 +66,7 @@ def test_under_autocast_the_head_computes_in_bfloat16_and_keeps_float32_gradient
         full = nn.functional.linear(*inputs)
         found = drawn_logits(*inputs, ROW_IDS, SHARED_IDS)
     assert found.dtype == torch.bfloat16
-    expected = torch.cat([full.gather(1, ROW_IDS), full[:, SHARED_IDS]], 1)
+    expected = full.gather(1, torch.cat([ROW_IDS, tail_ids(SHARED_IDS, N)], 1))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     found.float().square().sum().backward()
     gradients = [tensor.grad.clone() for tensor in inputs]
@@ -99,7 +102,7 @@ def test_no_gather_exceeds_the_chunk(monkeypatch):
 def test_row_sparse_gradients_add_up(bias):
     """Two backward passes with other classes, as accumulation makes them, and under autocast."""
     dense, sparse = drawn_inputs(bias=bias), drawn_inputs(bias=bias)
-    draws = [(ROW_IDS, SHARED_IDS), (ROW_IDS[:, :1] * 0 + 6, NO_IDS), (ROW_IDS, SHARED_IDS)]
+    draws = [(ROW_IDS, SHARED_IDS), (ROW_IDS[:, :1] * 0 + 6, NO_IDS), (ROW_IDS, TAILS)]
     for tensor, other in zip(sparse, dense, strict=True):
         if tensor is not None:
             tensor.data = other.data.clone()
@@ -138,6 +141,6 @@ def test_nothing_of_the_size_of_the_head_is_made_for_row_sparse_gradients():
 @pytest.mark.parametrize("row_sparse", [True, False])
 @pytest.mark.parametrize("bad", [-1, C])
 def test_classes_that_the_head_does_not_have_are_an_error_before_anything_is_computed(bad, row_sparse):
-    for ids in ((ROW_IDS.clone().fill_(bad), SHARED_IDS), (ROW_IDS, torch.tensor([bad]))):
+    for ids in ((ROW_IDS.clone().fill_(bad), SHARED_IDS), (ROW_IDS, torch.tensor([[bad]]))):
         with pytest.raises(IndexError, match="index out of range"):
             drawn_logits(*drawn_inputs(), *ids, row_sparse)

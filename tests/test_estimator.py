@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import column_ids
 
 from hf_dis import DISLoss, make_sampler
 from hf_dis.losses import sampled_cross_entropy, sampled_distillation_loss
@@ -14,6 +15,12 @@ ALL_DRAWN = {
     "per row": {"num_sampled_classes": 40, "num_shared_classes": 0, "rank_depth": 128},
     "per row, ranks unresolved": {"num_sampled_classes": 99, "num_shared_classes": 0, "rank_depth": 7},
     "two strata": {"num_sampled_classes": 7, "num_shared_classes": 40, "rank_depth": 7},
+    "two strata, several tails": {
+        "num_sampled_classes": 7,
+        "num_shared_classes": 40,
+        "num_tails": 4,
+        "rank_depth": 7,
+    },
 }
 
 
@@ -65,7 +72,7 @@ def expected_gradient(sampler, logits, teacher, labels, rounds, copies):
     targets = [TeacherTargets(teacher.expand(copies, -1), TEMPERATURE, sampler.rank_depth)]
     for _ in range(rounds):
         draw = sampler.draw(targets, labels.expand(copies))
-        ids = torch.cat([draw.row_ids, draw.shared_ids.expand(copies, -1)], 1)
+        ids = column_ids(draw)
         drawn = logits.expand(copies, -1).gather(1, ids).requires_grad_()
         losses = sampled_distillation_loss(drawn, draw, TEMPERATURE)[0], sampled_cross_entropy(drawn, draw)
         gradients = [torch.autograd.grad(loss.sum(), drawn, retain_graph=True)[0] for loss in losses]
@@ -101,6 +108,25 @@ def test_the_expected_gradient_is_near_the_exact_one_and_nearer_with_more_classe
     # The bias of a ratio falls as 1/K: its square to a ninth at three times K, give or take the noise of the draws.
     assert (many <= torch.tensor([0.03, 0.001])).all(), biases
     assert many[0] < few[0] / 2, biases
+
+
+def test_with_more_tails_the_gradient_of_a_batch_is_less_noisy(dense_kd):
+    """Rows that agree, so that what is noise for one row is noise for all that share its tail."""
+    num_rows, width = 24, 6
+    teacher = (torch.randn(1, C) + 0.1 * torch.randn(num_rows, C)).double()
+    features = (torch.randn(1, width) + 0.1 * torch.randn(num_rows, width)).double()
+    weight = torch.randn(C, width, dtype=torch.float64, requires_grad=True)
+    loss = dense_kd(features @ weight.T, teacher, TEMPERATURE).mean()
+    (exact,) = torch.autograd.grad(loss, weight)
+
+    def error(num_tails):
+        sampler = make_sampler(C, num_sampled_classes=2, num_shared_classes=8, num_tails=num_tails, rank_depth=2)
+        found = (DISLoss(sampler, TEMPERATURE)(features, weight, None, teacher) for _ in range(100))
+        errors = [(torch.autograd.grad(loss, weight)[0] - exact).square().sum() for loss in found]
+        return torch.stack(errors).mean() / exact.square().sum()
+
+    errors = [error(num_tails) for num_tails in (1, 2, 4)]
+    assert errors[1] < 0.7 * errors[0] and errors[2] < 0.7 * errors[1], errors
 
 
 # Numbers of every size

@@ -6,7 +6,7 @@ from models import assert_near, bart, gpt2_sequences, labelled_tokens, llama, re
 
 V = 50
 CALM = {"adam_epsilon": 1e-3, "weight_decay": 0.1}  # Adam turns noise into steps where the gradient is small
-LAYOUTS = {"strata": {}, "per row": {"num_shared_classes": 0, "num_sampled_classes": 3}}
+LAYOUTS = {"strata": {}, "tails": {"num_tails": 3}, "per row": {"num_shared_classes": 0, "num_sampled_classes": 3}}
 TEXTS = {"llama": llama, "bart": bart, "heads before pooling": gpt2_sequences}
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import column_ids
 
 from hf_dis import DISLoss, make_sampler
 from hf_dis.losses import exact_distillation_loss, sampled_distillation_loss
@@ -32,10 +33,12 @@ def cases(draw, layouts=("per row", "strata"), samplers=("pps", "replacement")):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     logits = torch.randn(ROWS, num_classes, generator=generator)
     student_scale = draw(st.sampled_from([0.0, 1.0, 1e4 / WIDTH]))
+    is_shared = layout == "strata" and sampler == "pps"
     return {
         "sampler": {
             "num_sampled_classes": num_sampled,
-            "num_shared_classes": draw(st.integers(1, 40)) if layout == "strata" and sampler == "pps" else 0,
+            "num_shared_classes": draw(st.integers(1, 40)) if is_shared else 0,
+            "num_tails": draw(st.integers(1, 5)) if is_shared else 1,
             "rank_depth": num_sampled + draw(st.integers(0, 20)),
             "proposal": draw(st.sampled_from(["dis", "teacher", "uniform", "topk"])),
             "sampler": sampler,
@@ -72,7 +75,7 @@ def test_mass_is_conserved_and_ids_are_distinct(case):
     targets = TeacherTargets(logits, case["temperature"], sampler.rank_depth)
     draw = sampler.draw([targets], case["labels"])
     used = draw.log_weights > -torch.inf
-    ids = torch.cat([draw.row_ids, draw.shared_ids.expand(ROWS, -1)], 1)
+    ids = column_ids(draw)
     probs = (logits.double() / case["temperature"]).softmax(1).gather(1, ids)
     assert ((ids >= 0) & (ids < num_classes)).all()
     assert (draw.target >= 0).all() and not draw.target.isnan().any()

@@ -27,6 +27,7 @@ from models import (
     patched_modules,
     spread_out,
     t5,
+    tail_ids,
     tokens,
     vit,
 )
@@ -36,7 +37,8 @@ from hf_dis.head_search import find_head_layers
 from hf_dis.heads import SampledHead, check_head
 
 C, N, LENGTH = 23, 3, 6
-SHARED_IDS = torch.tensor([0, 5, 9, 22])
+SHARED_IDS = torch.tensor([[0, 5, 9, 22]])
+TAILS = torch.tensor([[0, 5, 9, 22], [1, 5, 6, 7]])
 POSITIONS = torch.tensor([0, 3, 4, 7, 10, 12, 16])  # among the N x LENGTH tokens
 TABLE = Path(__file__).parents[1] / "docs" / "heads.md"
 
@@ -223,7 +225,7 @@ def full_and_drawn(model, head, inputs, positions, row_ids, shared_ids):
     torch.manual_seed(2)
     full = model(**inputs).logits
     full = full if positions is None else full.flatten(0, 1)[positions]
-    full = torch.cat([full.gather(1, row_ids), full[:, shared_ids]], 1)
+    full = full.gather(1, torch.cat([row_ids, tail_ids(shared_ids, len(row_ids))], 1))
     expected = gradients(model, full)
     torch.manual_seed(2)
     with head.only(row_ids, shared_ids, positions):
@@ -232,7 +234,9 @@ def full_and_drawn(model, head, inputs, positions, row_ids, shared_ids):
     return full, expected, drawn, found
 
 
-@pytest.mark.parametrize("shared_ids", [SHARED_IDS, SHARED_IDS[:0]], ids=["two strata", "per row"])
+@pytest.mark.parametrize(
+    "shared_ids", [SHARED_IDS, TAILS, SHARED_IDS[:, :0]], ids=["two strata", "several tails", "per row"]
+)
 @pytest.mark.parametrize("case", SAMPLED)
 def test_drawn_classes_are_computed_as_by_the_full_head(case, shared_ids):
     """Logits and every gradient of the model, in training mode, float64 to 1e-10 of the whole gradient's norm."""
@@ -287,7 +291,7 @@ def test_a_head_before_the_pooling_answers_at_the_last_token_of_each_sequence(bu
     mask = mask.flip(1) if side == "left" else mask
     inputs = {"input_ids": ids * mask, "attention_mask": mask}
     head = SampledHead(model, find_head_layers(model, C))
-    full, expected, drawn, found = full_and_drawn(model, head, inputs, None, drawn_ids(N), SHARED_IDS)
+    full, expected, drawn, found = full_and_drawn(model, head, inputs, None, drawn_ids(N), TAILS)
     torch.testing.assert_close(drawn, full, rtol=1e-10, atol=1e-10)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-10)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import FAMILIES, images, patched_modules, resnet, spread_out, vit
+from models import FAMILIES, images, patched_modules, resnet, spread_out, tail_ids, vit
 from torch import nn
 
 from hf_dis.head_search import find_head_layers
@@ -10,8 +10,9 @@ from hf_dis.heads import SampledHead, check_head, head_features
 
 C, N = 11, 3
 ROW_IDS = torch.tensor([[0, 4, 4, 10], [1, 2, 3, 0], [10, 9, 8, 7]])  # with a class twice in a row
-SHARED_IDS = torch.tensor([0, 5, 9])
-NO_IDS = torch.empty(0, dtype=torch.long)
+SHARED_IDS = torch.tensor([[0, 5, 9]])
+TAILS = torch.tensor([[0, 5, 9], [3, 5, 10]])
+NO_IDS = torch.empty(1, 0, dtype=torch.long)
 
 
 def model_and_head(family, dtype=torch.float64):
@@ -29,7 +30,7 @@ def gradients(model, logits):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("shared_ids", [SHARED_IDS, NO_IDS], ids=["two strata", "per row"])
+@pytest.mark.parametrize("shared_ids", [SHARED_IDS, TAILS, NO_IDS], ids=["two strata", "several tails", "per row"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_switched_head_equals_the_full_head_at_the_drawn_classes(family, shared_ids):
     """Logits and every gradient of the model, in training mode, float64 to 1e-10 of the whole gradient's norm."""
@@ -37,7 +38,7 @@ def test_switched_head_equals_the_full_head_at_the_drawn_classes(family, shared_
     model.train()
     torch.manual_seed(1)
     full = model(pixel_values=pixels).logits
-    full = torch.cat([full.gather(1, ROW_IDS), full[:, shared_ids]], 1)
+    full = full.gather(1, torch.cat([ROW_IDS, tail_ids(shared_ids, N)], 1))
     expected = gradients(model, full)
     torch.manual_seed(1)
     with head.only(ROW_IDS, shared_ids):
@@ -49,14 +50,14 @@ def test_switched_head_equals_the_full_head_at_the_drawn_classes(family, shared_
     assert all((found[name] - expected[name]).norm() <= 1e-10 * whole for name in expected)
 
 
-@pytest.mark.parametrize("shared_ids", [SHARED_IDS, NO_IDS], ids=["two strata", "per row"])
+@pytest.mark.parametrize("shared_ids", [SHARED_IDS, TAILS, NO_IDS], ids=["two strata", "several tails", "per row"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_sparse_head_has_the_gradient_of_the_full_one_in_the_drawn_rows(family, shared_ids):
     """All gradients of the model, float64 to 1e-10; the head's are sparse, and of no other row."""
     model, head, pixels = model_and_head(family)
     model.eval()
     full = model(pixel_values=pixels).logits
-    expected = gradients(model, torch.cat([full.gather(1, ROW_IDS), full[:, shared_ids]], 1))
+    expected = gradients(model, full.gather(1, torch.cat([ROW_IDS, tail_ids(shared_ids, N)], 1)))
     with SampledHead(model, list(head.layers), row_sparse=True).only(ROW_IDS, shared_ids):
         found = gradients(model, model(pixel_values=pixels).logits)
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
@@ -71,7 +72,7 @@ def test_a_row_sparse_head_has_the_gradient_of_the_full_one_in_the_drawn_rows(fa
 
 
 def drawn_classes(shared_ids):
-    return sorted({*ROW_IDS.flatten().tolist(), *shared_ids.tolist()})
+    return sorted({*ROW_IDS.flatten().tolist(), *shared_ids.flatten().tolist()})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

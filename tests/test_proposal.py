@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from models import column_ids
 
 from hf_dis import make_sampler
 from hf_dis.losses import sampled_distillation_loss
@@ -111,7 +112,7 @@ def test_the_class_memory_finds_the_classes_that_disagree():
     dis = make_sampler(num_classes, num_sampled_classes=5, num_shared_classes=12, rank_depth=5)
     for _ in range(60):
         draw = dis.draw([TeacherTargets(teacher, temperature, 5)])
-        ids = torch.cat([draw.row_ids, draw.shared_ids.expand(16, -1)], 1)
+        ids = column_ids(draw)
         dis.learn(draw, sampled_distillation_loss(student.gather(1, ids), draw, temperature)[1])
     gap = (student.softmax(1) - teacher.softmax(1)).square().mean(0).sqrt()[5:].double()
     found = dis.proposal.memory.density(floor=0.0, disagreement_share=1.0)[5:]

@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from models import column_ids
 
 from hf_dis import make_sampler
 from hf_dis.losses import sampled_distillation_loss
@@ -14,6 +15,7 @@ LAYOUTS = {
     "per row": {"num_shared_classes": 0, "sampler": "pps"},
     "per row, replacement": {"num_shared_classes": 0, "sampler": "replacement"},
     "two strata": {"num_shared_classes": 8, "sampler": "pps"},
+    "two strata, several tails": {"num_shared_classes": 8, "num_tails": 3, "sampler": "pps"},
 }
 
 
@@ -60,7 +62,7 @@ def test_weights_make_every_sum_over_classes_unbiased(layout, proposal, labelled
     sums = []
     for _ in range(rounds):
         draw = sampler.draw([repeated], labels)
-        ids = torch.cat([draw.row_ids, draw.shared_ids.expand(len(draw), -1)], 1)
+        ids = column_ids(draw)
         sums.append((draw.log_weights.double().exp() * values.repeat(copies, 1).gather(1, ids)).sum(1))
     sums = torch.stack(sums).view(rounds, copies, 6)
     sigma = sums.mean(1).std(0) / rounds**0.5
@@ -77,7 +79,7 @@ def test_the_label_is_drawn_for_certain_and_counted_once(layout):
     draw = sampler.draw([TeacherTargets(torch.randn(300, 30), 2.0, 10)], labels)
     assert torch.equal(draw.row_ids[:, draw.label_column], labels)
     assert (draw.log_weights[:, draw.label_column] == 0).all() and draw.certain[:, draw.label_column].all()
-    ids = torch.cat([draw.row_ids, draw.shared_ids.expand(300, -1)], 1)
+    ids = column_ids(draw)
     used = draw.log_weights > -torch.inf
     assert ((ids == labels[:, None]) & used).sum(1).eq(1).all()
     assert (ids == labels[:, None]).sum(1).gt(1).any(), "no label met a drawn class: the test tests nothing"
@@ -95,7 +97,7 @@ def test_head_and_tail_carry_the_teachers_exact_mass(labelled):
     expected = p.gather(1, head).sum(1)
     sampler = make_sampler(30, num_sampled_classes=6, num_shared_classes=12, rank_depth=10)
     draw = sampler.draw([TeacherTargets(logits, 2.0, 10)], labels if labelled else None)
-    ids = torch.cat([draw.row_ids, draw.shared_ids.expand(60, -1)], 1)
+    ids = column_ids(draw)
     in_head = (ids[:, :, None] == head[:, None]).any(2)
     torch.testing.assert_close((draw.target * in_head).sum(1), expected)
     torch.testing.assert_close((draw.target * ~in_head).sum(1), 1 - expected)
@@ -120,7 +122,7 @@ def test_topk_takes_the_k_best_classes():
     sampler = make_sampler(50, num_sampled_classes=8, proposal="topk")
     draw = sampler.draw([TeacherTargets(logits, 2.0, sampler.rank_depth)])
     assert torch.equal(draw.row_ids.sort(1).values, logits.topk(8).indices.sort(1).values)
-    assert draw.certain.all() and len(draw.shared_ids) == 0
+    assert draw.certain.all() and draw.shared_ids.shape == (1, 0)
 
 
 @pytest.mark.parametrize("proposal", ["dis", "teacher", "uniform", "topk"])

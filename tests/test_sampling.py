@@ -1,5 +1,7 @@
 """Inclusion probabilities, drawing by them, ranks and classes, and the target of a stratum."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,19 +110,29 @@ def test_rows_draw_independently_of_each_other():
 
 def test_the_shared_tail_holds_classes_with_their_probability():
     density = torch.tensor([9.0, 0.1, 0.5, 0.01, 3.0, 0.2, 0.2, 1.0, 0.4, 0.05], dtype=torch.float64)
-    expected, seeded, num_trials = capped_slowly(density, 4), generator(), 1_500
+    expected, seeded, num_trials, num_tails = capped_slowly(density, 4), generator(), 1_500, 3
     drawn = []
     for _ in range(num_trials):
-        ids, probability = draw_shared(density, 4, seeded)
+        ids, probability = draw_shared(density, 4, num_tails, seeded)
         assert (ids.diff() > 0).all()
         torch.testing.assert_close(probability, expected[ids])
         drawn.append(ids)
-    assert within_five_sigma(frequencies(torch.stack(drawn), 10), expected, num_trials)
+    for tail in range(num_tails):
+        ids = torch.stack([tails[tail] for tails in drawn])
+        assert within_five_sigma(frequencies(ids, 10), expected, num_trials)
+
+
+def test_tails_share_the_classes_that_are_certain_and_differ_in_the_others():
+    density = torch.ones(100, dtype=torch.float64)
+    density[:2] = 1e3
+    ids = draw_shared(density, 10, 4, generator()).ids
+    assert (ids[:, :2] == torch.arange(2)).all()
+    assert len(ids[:, 2:].unique()) == 4 * 8
 
 
 def test_a_tail_as_large_as_all_classes_is_all_classes():
-    ids, probability = draw_shared(torch.rand(7), 9, generator())
-    assert ids.tolist() == list(range(7)) and (probability == 1).all()
+    ids, probability = draw_shared(torch.rand(7), 9, 2, generator())
+    assert ids.tolist() == 2 * [list(range(7))] and (probability == 1).all()
 
 
 # Ranks, classes, membership
@@ -137,10 +149,12 @@ def test_ranks_stand_for_every_class_once(depth):
 
 
 def test_is_member_is_set_membership():
-    for num_shared in (0, 1, 7, 20):
-        ids, shared = torch.rand(30, 20).argsort(1)[:, :6], torch.randperm(20)[:num_shared].sort().values
-        expected = [[c in row for c in shared.tolist()] for row in ids.tolist()]
+    for num_shared, num_tails in itertools.product((0, 1, 7, 20), (1, 3)):
+        ids, shared = torch.rand(30, 20).argsort(1)[:, :6], torch.rand(num_tails, 20).argsort(1)[:, :num_shared]
+        shared = shared.sort(1).values
+        expected = [[c in row for c in shared[number % num_tails].tolist()] for number, row in enumerate(ids.tolist())]
         assert is_member(ids, shared).tolist() == expected
+        assert is_member(ids[7:], shared, first_row=7).tolist() == expected[7:]
 
 
 # A stratum

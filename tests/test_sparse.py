@@ -47,7 +47,7 @@ def test_coalesced_sums_what_is_there_twice_and_only_relabels_what_is_not():
 
 
 def test_touched_rows_without_ranked_or_without_shared_classes():
-    no_rows, shared = torch.empty(3, 0, dtype=torch.long), torch.tensor([2, 7])
+    no_rows, shared = torch.empty(3, 0, dtype=torch.long), torch.tensor([[2, 7]])
     features, row_grad, shared_grad = torch.randn(3, 4), torch.randn(3, 0), torch.randn(3, 2)
     touched = TouchedRows(no_rows, shared)
     assert touched.ids.tolist() == [2, 7]

@@ -24,10 +24,12 @@ def trained(trainer):
 
 
 @pytest.mark.parametrize("clipping", [{"max_grad_norm": 0.05}, {"max_grad_norm": 0.0}], ids=["clipped", "not clipped"])
+@pytest.mark.parametrize("num_tails", [1, 3])
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-def test_with_all_classes_drawn_it_is_dense_adamw(make_trainer, build, clipping):
+def test_with_all_classes_drawn_it_is_dense_adamw(make_trainer, build, num_tails, clipping):
     """Parameters and logged gradient norms, with decay, a head rate of its own and a schedule."""
-    settings = {"head_learning_rate": 3e-2, "max_steps": 6, "logging_steps": 1, **CALM, **ALL, **clipping}
+    settings = {"head_learning_rate": 3e-2, "max_steps": 6, "logging_steps": 1, "num_tails": num_tails}
+    settings |= CALM | ALL | clipping
     dense, sparse = (make_trainer(build(40), row_sparse_head=flag, **settings) for flag in (False, True))
     assert_near(trained(sparse), trained(dense), 2e-6)
     assert type(sparse.optimizer.optimizer) is RowSparseAdamW and type(dense.optimizer.optimizer) is torch.optim.AdamW
