@@ -35,11 +35,11 @@ HEAD_RATE = 20
 MODES = ("sampled", "exact")
 
 
-def online(mode: str, num_shared: int | None) -> dict:
+def online(mode: str, tails: dict) -> dict:
     """How classes are drawn with the teacher at hand."""
     if mode == "exact":
         return {}
-    return {"num_sampled_classes": 64, "num_shared_classes": num_shared} if num_shared else {"rank_depth": 3375}
+    return {"num_sampled_classes": 64, **tails} if tails["num_shared_classes"] else {"rank_depth": 3375}
 
 
 def train(teacher, task, cache: TeacherCache | None, mode: str, seed: int, folder: str, **settings) -> dict:
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--tail_draws", type=int, help="T of the cache; its default if not given")
     parser.add_argument("--num_sampled_classes", type=int, help="K from the cache; its default if not given")
     parser.add_argument("--num_shared_classes", type=int, help="K_t from the cache; its default if not given")
+    parser.add_argument("--num_tails", type=int, default=1, help="where classes are shared")
     parser.add_argument("--exact_warmup_steps", type=float, default=0.0, help="of both")
     parser.add_argument("--sources", nargs="+", choices=("online", "cached"), default=["online", "cached"])
     parser.add_argument("--json", type=Path, help="where to write the records")
@@ -81,8 +82,8 @@ def main() -> None:
     names = glyphs["train"].features["label"].names
     task = GlyphImages(glyphs["train"], NORMALISE), GlyphImages(glyphs["test"], NORMALISE), names
     teacher = ResNetForImageClassification.from_pretrained(arguments.teacher).to(memory_format=torch.channels_last)
-    num_shared = arguments.num_shared_classes
-    cached = {"num_sampled_classes": arguments.num_sampled_classes, "num_shared_classes": num_shared}
+    tails = {"num_shared_classes": arguments.num_shared_classes, "num_tails": arguments.num_tails}
+    cached = {"num_sampled_classes": arguments.num_sampled_classes, **tails}
     records = []
     with tempfile.TemporaryDirectory() as folder:
         cache = cache_teacher_targets(
@@ -102,7 +103,7 @@ def main() -> None:
             top1 = {source: [] for source in arguments.sources}
             for seed in arguments.seeds:
                 for source in arguments.sources:
-                    targets, drawn = (cache, cached) if source == "cached" else (None, online(mode, num_shared))
+                    targets, drawn = (cache, cached) if source == "cached" else (None, online(mode, tails))
                     drawn = drawn | {"exact_warmup_steps": arguments.exact_warmup_steps}
                     found = train(teacher, task, targets, mode, seed, folder, **drawn)
                     top1[source].append(100 * found["top1"])

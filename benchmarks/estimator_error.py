@@ -164,14 +164,18 @@ def lm(arguments: argparse.Namespace) -> Task:
 
 def lm_methods() -> list[Method]:
     """The layout of language models with every density of the tail, and other sizes of it."""
-    return [Method(proposal, "pps", 16, 1024, 16) for proposal in ("dis", "teacher", "uniform", "oracle")] + [
-        Method("dis", "pps", sampled, shared, depth)
-        for sampled, shared, depth in ((16, 256, 16), (16, 4096, 16), (8, 1024, 8), (64, 1024, 64), (32, 1024, 64))
-    ]
+    return (
+        [Method(proposal, "pps", 16, 1024, 16) for proposal in ("dis", "teacher", "uniform", "oracle")]
+        + [
+            Method("dis", "pps", sampled, shared, depth)
+            for sampled, shared, depth in ((16, 256, 16), (16, 4096, 16), (8, 1024, 8), (64, 1024, 64), (32, 1024, 64))
+        ]
+        + [Method("dis", "pps", 16, 1024, 16, tails=4), Method("dis", "pps", 16, 4096, 16, tails=4)]
+    )
 
 
 def glyph_methods() -> list[Method]:
-    """Every proposal and sampler row by row, and with a tail for all rows."""
+    """Every proposal and sampler row by row, and with tails that rows share."""
     per_row = [
         Method(proposal, sampler, sampled)
         for sampled in (32, 128)
@@ -192,7 +196,10 @@ def glyph_methods() -> list[Method]:
         for depth, sampled, shared in ((64, 32, 256), (64, 32, 512), (256, 64, 256), (256, 96, 512))
         for proposal in ("dis", "uniform")
     ]
-    return per_row + two_strata
+    several_tails = [
+        Method("dis", "pps", sampled, 256, 2 * sampled, tails=tails) for sampled in (32, 64) for tails in (4, 16)
+    ]
+    return per_row + two_strata + several_tails
 
 
 def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teacher_logits: Tensor) -> dict:
@@ -222,8 +229,9 @@ def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teache
         "sampler": method.sampler,
         "sampled": method.sampled,
         "shared": method.shared,
+        "tails": method.tails,
         "depth": method.depth or logits.shape[1],
-        "rows_touched": len(features) * method.sampled + method.shared,
+        "rows_touched": len(features) * method.sampled + method.tails * method.shared,
         "error": squared["features"] / size["features"],
         "error_head": squared["head"] / size["head"],
         "bias2": bias2 / size["features"],
@@ -297,11 +305,11 @@ def table(records: list[dict], step: int) -> str:
     """The records of one step, as Markdown."""
     lines = [
         f"\nstep {step}\n",
-        "| proposal | sampler | K | K_t | m | rows of W | error | error on W | bias² |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| proposal | sampler | K | K_t | tails | m | rows of W | error | error on W | bias² |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['proposal']} | {r['sampler']} | {r['sampled']} | {r['shared']} | {r['depth']} | {r['rows_touched']:,} "
+        f"| {r['proposal']} | {r['sampler']} | {r['sampled']} | {r['shared']} | {r['tails']} | {r['depth']} | {r['rows_touched']:,} "
         f"| {r['error']:.4f} | {r['error_head']:.4f} | {r['bias2']:.4f} |"
         for r in records
         if r["step"] == step

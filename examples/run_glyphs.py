@@ -51,8 +51,9 @@ class GlyphArguments:
         default=128, metadata={"help": "K: classes that each sampling method draws for a row, out of 3,375."}
     )
     num_shared_classes: int = field(
-        default=0, metadata={"help": "K_t: classes drawn for all rows of a batch; 0 as in the paper."}
+        default=0, metadata={"help": "K_t: classes of a tail that rows of a batch share; 0 as in the paper."}
     )
+    num_tails: int = field(default=1, metadata={"help": "Tails of a batch, where classes are shared."})
     head_rates: list[float] = field(
         default_factory=list,
         metadata={"help": "Run every method at each of these multiples of the head learning rate (the sweep)."},
@@ -86,6 +87,7 @@ def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArgumen
         report_to=arguments.report_to,
         num_sampled_classes=arguments.num_sampled_classes,
         num_shared_classes=arguments.num_shared_classes,
+        num_tails=arguments.num_tails,
         **{**METHODS[method], "head_rate": head_rate},
     )
     recorder = ProposalRecorder()

@@ -60,14 +60,16 @@ class ClassDraw:
 
     @staticmethod
     def cat(draws: Sequence[ClassDraw]) -> ClassDraw:
-        """Joins the draws of consecutive chunks of rows; they have the tails and the layout in common."""
+        """Joins the draws of consecutive chunks of rows; they have the layout and the tails in common, of which those
+        are left out that no row uses."""
+        used_tails = draws[0].shared_ids[: max(1, sum(map(len, draws)))]
         if len(draws) == 1:
-            return draws[0]
+            return replace(draws[0], shared_ids=used_tails)
         summed = sum(draw.class_mass for draw in draws)
         whole = ("shared_ids", "class_mass", "has_label")
         per_row = [field.name for field in fields(ClassDraw) if field.name not in whole]
         joined = {name: torch.cat([vars(draw)[name] for draw in draws]) for name in per_row}
-        return replace(draws[0], class_mass=summed, **joined)
+        return replace(draws[0], shared_ids=used_tails, class_mass=summed, **joined)
 
 
 def inclusion_probabilities(density: Tensor, num_draws: int, last_size: int = 1) -> Tensor:

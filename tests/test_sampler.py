@@ -117,6 +117,15 @@ def test_chunks_join_to_the_draw_of_the_whole_batch(layout, labelled):
         torch.testing.assert_close(getattr(joined, name), getattr(whole, name), msg=name)
 
 
+@pytest.mark.parametrize(("num_rows", "expected"), [(0, 1), (1, 1), (3, 3), (5, 5), (6, 5)])
+def test_there_are_no_more_tails_than_rows(num_rows, expected):
+    """A class that is in none of their tails is not touched."""
+    sampler = make_sampler(30, num_sampled_classes=2, num_shared_classes=4, num_tails=5)
+    chunks = torch.randn(num_rows, 30).split(2) if num_rows else [torch.empty(0, 30)]
+    draw = sampler.draw(TeacherTargets(chunk, 2.0, sampler.rank_depth) for chunk in chunks)
+    assert draw.shared_ids.shape == (expected, 4) and len(draw) == num_rows
+
+
 def test_topk_takes_the_k_best_classes():
     logits = torch.randn(4, 50)
     sampler = make_sampler(50, num_sampled_classes=8, proposal="topk")
