@@ -309,8 +309,8 @@ def table(records: list[dict], step: int) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['proposal']} | {r['sampler']} | {r['sampled']} | {r['shared']} | {r['tails']} | {r['depth']} | {r['rows_touched']:,} "
-        f"| {r['error']:.4f} | {r['error_head']:.4f} | {r['bias2']:.4f} |"
+        f"| {r['proposal']} | {r['sampler']} | {r['sampled']} | {r['shared']} | {r['tails']} | {r['depth']} "
+        f"| {r['rows_touched']:,} | {r['error']:.4f} | {r['error_head']:.4f} | {r['bias2']:.4f} |"
         for r in records
         if r["step"] == step
     ]

@@ -47,8 +47,8 @@ from hf_dis.targets import TeacherTargets
 
 TEMPERATURE, ROWS, FEATURES, CHUNK_ROWS, PARTIAL_FC_SHARE = 2.0, 128, 256, 32, 0.1
 LAYOUTS = {
-    "two strata": {"num_sampled_classes": 64, "num_shared_classes": 512},
-    "per row": {"num_sampled_classes": 128, "num_shared_classes": 0},
+    "default": {"num_sampled_classes": 32, "num_shared_classes": 256, "num_tails": 8},
+    "per row": {"num_sampled_classes": 128, "num_shared_classes": 0, "num_tails": 1},
 }
 # Those without a layout compute the same whatever it is.
 DENSE = ["exact", "chunked_exact", "liger", "dis_dense"]
@@ -232,6 +232,7 @@ def main() -> None:
                     "features": FEATURES,
                     "sampled": LAYOUTS[layout]["num_sampled_classes"],
                     "shared": LAYOUTS[layout]["num_shared_classes"],
+                    "tails": LAYOUTS[layout]["num_tails"],
                     "ms": ms,
                     "peak_mb": peak_mb(__file__, method, *setting) if was_run and not arguments.no_peaks else None,
                     "extrapolated": not was_run,

@@ -70,7 +70,9 @@ class Steps:
         self.teacher_weight = torch.randn(vocab, TEACHER_WIDTH) * spread / (TEACHER_WIDTH - 1) ** 0.5
         self.teacher_weight[:, :1] = -frequency_rank.log()
         self.weight = torch.nn.Parameter(0.02 * torch.randn(vocab, width))
-        self.sampler = make_sampler(vocab, num_sampled_classes=SAMPLED, num_shared_classes=SHARED, rank_depth=SAMPLED)
+        self.sampler = make_sampler(
+            vocab, num_sampled_classes=SAMPLED, num_shared_classes=SHARED, num_tails=4, rank_depth=SAMPLED
+        )
         self.dense = torch.optim.AdamW([self.weight], lr=LEARNING_RATE, fused=True)
         self.sparse = RowSparseAdamW([self.weight], lr=LEARNING_RATE)
         self.labels = torch.zeros(tokens, dtype=torch.long)

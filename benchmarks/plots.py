@@ -69,11 +69,11 @@ def plot_training_step(records: list[dict]) -> plt.Figure:
 def plot_crossover(records: list[dict]) -> plt.Figure:
     """Exact over DIS by the number of classes, a line for each setting."""
     figure, axis = plt.subplots(figsize=(6, 4))
-    keys = ("features", "rows", "sampled", "shared")
+    keys = ("features", "rows", "sampled", "shared", "tails")
     for setting in dict.fromkeys(tuple(record[key] for key in keys) for record in records):
         here = [record for record in records if tuple(record[key] for key in keys) == setting]
-        features, rows, sampled, shared = setting
-        label = f"d={features}, N={rows}, K={sampled}" + (f", K_t={shared}" if shared else "")
+        features, rows, sampled, shared, tails = setting
+        label = f"d={features}, N={rows}, K={sampled}" + (f", {tails} x {shared}" if shared else "")
         axis.plot([r["classes"] for r in here], [r["ratio"] for r in here], "o-", label=label)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set(xscale="log", yscale="log", xlabel="classes", ylabel="exact / DIS, time of a head step")

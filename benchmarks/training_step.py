@@ -13,9 +13,9 @@ dis_given_targets  row_sparse_head, the teacher's answers computed beforehand; f
 dis_cached         row_sparse_head, from a cache of the teacher's targets (32 ranked classes and 48 of the tail, 242
                    bytes a row), look-up included; floor: headless
 
-DIS in layouts: the default, K classes for each row (128; from a cache the 80 stored ones and 512 further), and two
-strata of K = 32 of the 64 best-ranked ones (from a cache the 32 ranked ones and 16 of the tail's 48 draws) and
-K_t = 512 for all rows.
+DIS in layouts: the default, K = 32 of each row's 64 best-ranked classes (from a cache all 80 that are stored) and 8
+tails of K_t = 256 that rows share; from a cache the same with 16 of the 48 stored draws; and classes drawn row by row,
+K = 128 (from a cache the 80 stored ones and 512 further).
 
 peak_mb: the highest resident size of the last steps less the resident size between two of them. Linux only.
 """
@@ -40,16 +40,17 @@ from transformers import RegNetConfig, RegNetForImageClassification, TrainerCall
 from hf_dis import DISConfig, DISDistillationTrainer, TeacherCache, cache_teacher_targets
 
 ROWS, FEATURES, TEMPERATURE = 128, 256, 2.0
-TWO_STRATA = {"num_sampled_classes": 32, "num_shared_classes": 512}
+PER_ROW = {"num_shared_classes": 0}
 METHODS = {
     ("headless", None): {},
     ("exact", None): {},
-    ("dis_online", "per row"): {},
-    ("dis_online", "two strata"): TWO_STRATA,
-    ("dis_given_targets", "per row"): {},
-    ("dis_given_targets", "two strata"): TWO_STRATA,
-    ("dis_cached", "per row"): {},
-    ("dis_cached", "two strata"): TWO_STRATA | {"num_sampled_classes": 16},
+    ("dis_online", "default"): {},
+    ("dis_online", "per row"): PER_ROW,
+    ("dis_given_targets", "default"): {},
+    ("dis_given_targets", "per row"): PER_ROW,
+    ("dis_cached", "default"): {},
+    ("dis_cached", "16 draws"): {"num_sampled_classes": 16},
+    ("dis_cached", "per row"): PER_ROW,
 }
 STORED = {"depth": 32, "tail_draws": 48}
 

@@ -178,8 +178,8 @@ def make_cached_sampler(
     stored: TargetLayout,
     *,
     num_sampled_classes: int = 512,
-    num_shared_classes: int = 0,
-    num_tails: int = 1,
+    num_shared_classes: int = 256,
+    num_tails: int | None = None,
     rank_depth: int | None = None,
     proposal: str = "dis",
     sampler: str = "pps",
@@ -199,6 +199,8 @@ def make_cached_sampler(
     Raises:
         ValueError: if an argument is out of its range, or asks for what is not stored.
     """
+    if num_tails is None:
+        num_tails = 8 if num_shared_classes else 1
     check_sampling_arguments(
         num_sampled_classes=num_sampled_classes,
         num_shared_classes=num_shared_classes,

@@ -20,14 +20,14 @@ class DISConfig(TrainingArguments):
     Args:
         temperature: τ > 0, divides teacher's and student's logits; the loss carries τ² (arXiv 1503.02531).
         hard_label_weight: λ in [0, 1]: loss = (1 - λ) KD + λ CE. Without labels in the batch there is no CE.
-        num_sampled_classes: K >= 1, classes drawn for each row from the teacher's ranking. None: 128, and 16 for
-            language models. From a cache classes beyond the stored ones, 512 if None; with shared classes those of a
-            row's stored tail that a step uses, in each step others, all if None.
+        num_sampled_classes: K >= 1, classes drawn for each row from the teacher's ranking. None: 32, 16 for language
+            models, 128 where no classes are shared. From a cache: with shared classes, how many of a row's stored tail
+            a step uses, in each step others, all if None; without, classes beyond the stored ones, 512 if None.
         num_shared_classes: K_t >= 0, classes drawn from the rest that rows share: a tail. 0 is the paper's layout: all
-            K of a row from all C ranks; the better student where classes are balanced. None: 0, and 1,024 for
-            language models, whose classes are not.
+            K of a row from all C ranks. None: 256, 1,024 for language models, 0 where the sampler or proposal
+            named cannot share.
         num_tails: G >= 1, tails drawn a step; row i uses tail ``i mod G``. With more the gradient of a batch is less
-            noisy for the same product, and up to G·K_t rows of the head are touched.
+            noisy for the same product, and up to G·K_t rows of the head are touched. None: 8, 4 for language models.
         rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one; where classes are shared the K
             classes of a row come from its m best-ranked ones, so m is K or more. None: 2 K, and K for language
             models with shared classes, so that the best-ranked ones are drawn for certain.
@@ -62,17 +62,18 @@ class DISConfig(TrainingArguments):
     )
     num_sampled_classes: int | None = field(
         default=None,
-        metadata={"help": "Classes drawn for each row; if not given 128, 512 from a cache, 16 for language models."},
+        metadata={"help": "Classes drawn for each row; if not given 32, or 16 for language models."},
     )
     num_shared_classes: int | None = field(
         default=None,
         metadata={
-            "help": "Classes that rows share, a tail; 0: the paper's layout, all drawn row by row. If not given, 0, "
-            "and 1,024 for language models."
+            "help": "Classes that rows share, a tail; 0: the paper's layout, all drawn row by row. If not given, 256, "
+            "or 1,024 for language models."
         },
     )
-    num_tails: int = field(
-        default=1, metadata={"help": "Tails drawn a step; row i uses the one numbered i modulo their number."}
+    num_tails: int | None = field(
+        default=None,
+        metadata={"help": "Tails drawn a step, which rows take in turn; if not given 8, or 4 for language models."},
     )
     rank_depth: int | None = field(
         default=None,
@@ -139,8 +140,7 @@ class DISConfig(TrainingArguments):
             self.head_learning_rate,
             "0 or more, or None for learning_rate",
         )
-        # Whoever asks for several tails has a language model, or says how large they are.
-        check_sampling_arguments(**self.sampling_arguments(is_lm=self.num_tails > 1))
+        check_sampling_arguments(**self.sampling_arguments())
 
     def get_exact_warmup_steps(self, num_training_steps: int) -> int:
         """How many steps at the start compute all classes.
@@ -160,20 +160,28 @@ class DISConfig(TrainingArguments):
             is_lm: whether the layout, where it is not given, is that of a language model.
             stored_draws: T of the cache that is trained from, if one is.
         """
-        num_sampled, num_shared = (16, 1024) if is_lm else (128, 0)
+        num_shared, num_tails = (1024, 4) if is_lm else (256, 8)
         if self.num_shared_classes is not None:
             num_shared = self.num_shared_classes
-        elif self.proposal == "topk":
+        elif self.proposal == "topk" or self.sampler == "replacement":
             num_shared = 0
+        if stored_draws is not None:
+            num_sampled = max(1, stored_draws) if num_shared else 512
+        elif is_lm:
+            num_sampled = 16
+        else:
+            num_sampled = 32 if num_shared else 128
         if self.num_sampled_classes is not None:
             num_sampled = self.num_sampled_classes
-        elif stored_draws is not None:
-            num_sampled = max(1, stored_draws) if num_shared else 512
+        if self.num_tails is not None:
+            num_tails = self.num_tails
+        elif not num_shared:
+            num_tails = 1
         depth = num_sampled if self.rank_depth is None and is_lm and num_shared else self.rank_depth
         return {
             "num_sampled_classes": num_sampled,
             "num_shared_classes": num_shared,
-            "num_tails": self.num_tails,
+            "num_tails": num_tails,
             "rank_depth": depth,
             "proposal": self.proposal,
             "sampler": self.sampler,

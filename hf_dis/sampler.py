@@ -158,9 +158,9 @@ class ClassSampler:
 def make_sampler(
     num_classes: int,
     *,
-    num_sampled_classes: int = 128,
-    num_shared_classes: int = 0,
-    num_tails: int = 1,
+    num_sampled_classes: int = 32,
+    num_shared_classes: int = 256,
+    num_tails: int | None = None,
     rank_depth: int | None = None,
     proposal: str = "dis",
     sampler: str = "pps",
@@ -176,6 +176,8 @@ def make_sampler(
     """
     require_number("num_classes", num_classes, int)
     require(num_classes >= 1, "num_classes", num_classes, "1 or more")
+    if num_tails is None:
+        num_tails = 8 if num_shared_classes else 1
     check_sampling_arguments(
         num_sampled_classes=num_sampled_classes,
         num_shared_classes=num_shared_classes,

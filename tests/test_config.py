@@ -47,10 +47,10 @@ def test_sampling_with_replacement_needs_the_per_row_layout(tmp_path):
 def test_several_tails_need_shared_classes(tmp_path):
     with pytest.raises(ValueError, match=r"num_tails is 4.*set num_shared_classes"):
         config(tmp_path, num_tails=4, num_shared_classes=0)
-    unsaid = config(tmp_path, num_tails=4)  # a language model shares classes
-    assert make_sampler(5000, **unsaid.sampling_arguments(is_lm=True)).num_tails == 4
     with pytest.raises(ValueError, match=r"num_tails is 4.*set num_shared_classes"):
-        make_sampler(5000, **unsaid.sampling_arguments())
+        config(tmp_path, num_tails=4, proposal="topk")
+    assert config(tmp_path, num_tails=4).sampling_arguments()["num_tails"] == 4
+    assert make_sampler(500, num_shared_classes=0).num_tails == 1
 
 
 COMMAND_LINE = {
@@ -101,17 +101,20 @@ def test_its_sampling_arguments_are_those_of_make_sampler(tmp_path):
 
 
 def test_what_is_not_given_depends_on_model_and_teacher(tmp_path):
-    def sizes(shared=None, **given):
-        found = config(tmp_path, num_shared_classes=shared).sampling_arguments(**given)
-        return found["num_sampled_classes"], found["num_shared_classes"], found["rank_depth"]
+    def sizes(shared=None, sampler="pps", **given):
+        found = config(tmp_path, num_shared_classes=shared, sampler=sampler).sampling_arguments(**given)
+        return tuple(found[f"num_{name}"] for name in ("sampled_classes", "shared_classes", "tails"))
 
-    assert sizes() == (128, 0, None)
-    assert sizes(stored_draws=9) == sizes(stored_draws=9, is_lm=True, shared=0) == (512, 0, None)
-    assert sizes(stored_draws=9, shared=64) == (9, 64, None)  # all of the stored tail
-    assert sizes(is_lm=True) == (16, 1024, 16)
-    assert sizes(is_lm=True, stored_draws=9)[:2] == (9, 1024) and sizes(stored_draws=0, shared=64)[0] == 1
-    given = config(tmp_path, num_sampled_classes=3)
-    assert given.sampling_arguments(stored_draws=9)["num_sampled_classes"] == 3
+    assert sizes() == (32, 256, 8) and sizes(is_lm=True) == (16, 1024, 4)
+    assert sizes(shared=0) == sizes(sampler="replacement") == (128, 0, 1)
+    assert sizes(shared=0, is_lm=True) == (16, 0, 1)
+    assert sizes(shared=0, stored_draws=9) == sizes(shared=0, stored_draws=9, is_lm=True) == (512, 0, 1)
+    assert sizes(stored_draws=9) == (9, 256, 8)  # all of the stored tail
+    assert sizes(is_lm=True, stored_draws=9) == (9, 1024, 4) and sizes(stored_draws=0) == (1, 256, 8)
+    given = config(tmp_path, num_sampled_classes=3, num_tails=2).sampling_arguments(stored_draws=9)
+    assert (given["num_sampled_classes"], given["num_tails"]) == (3, 2)
+    depths = [config(tmp_path).sampling_arguments(is_lm)["rank_depth"] for is_lm in (False, True)]
+    assert depths == [None, 16]
 
 
 def test_every_field_has_a_help_text():

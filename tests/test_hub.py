@@ -196,7 +196,7 @@ def test_the_card_states_every_setting(make_trainer):
         "Classes (C)": "40",
         "Classes drawn for each row (K)": "6",
         "Classes of a tail that rows share (K_t)": "8",
-        "Tails drawn a step": "1",
+        "Tails drawn a step": "8",
         "Rank depth (m)": "10",
         "Proposal": "dis",
         "Sampler": "pps",

@@ -11,11 +11,13 @@ from models import (
     bert_tokens,
     gpt2,
     gpt2_sequences,
+    labelled_images,
     labelled_tokens,
     llama,
     llama_sequences,
     patched_modules,
     t5,
+    vit,
 )
 from tokenizers import Tokenizer, models
 
@@ -119,15 +121,15 @@ def test_predictions_are_of_all_classes_and_tokens(make_trainer):
 
 
 def test_the_layout_of_language_models(make_trainer):
-    layout = dict.fromkeys(("num_sampled_classes", "num_shared_classes", "rank_depth"))
+    layout = dict.fromkeys(("num_sampled_classes", "num_shared_classes", "num_tails", "rank_depth"))
     sampler = make_trainer(llama(5000), llama(5000, seed=1), train_dataset=data(), **layout).sampler
-    assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared) == (16, 16, 1024)
+    assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared, sampler.num_tails) == (16, 16, 1024, 4)
     deeper = make_trainer(
         llama(5000), llama(5000), train_dataset=data(), **{**layout, "num_shared_classes": 0}
     ).sampler
     assert (deeper.num_sampled, deeper.rank_depth, deeper.num_shared) == (16, 32, 0)
-    sampler = make_trainer(**layout).sampler  # images
-    assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared) == (40, 40, 0)
+    sampler = make_trainer(vit(400), vit(400), train_dataset=labelled_images(8, 400), **layout).sampler
+    assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared, sampler.num_tails) == (32, 64, 256, 8)
 
 
 def test_only_supervised_tokens_reach_the_head(make_trainer):
