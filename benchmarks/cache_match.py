@@ -3,11 +3,10 @@
     python benchmarks/cache_match.py --teacher runs/glyphs/teacher --seeds 0 1 2 --json cache_match.json
 
 The glyph task without augmentation, 3,375 characters, temperature 2, four epochs, the demo's settings. For each seed
-both train a student: the same initial weights, the same order of the images. sampled: classes are drawn, with the
-teacher as in the demo (K = 128, every rank resolved), from the cache by its defaults. exact: the student computes all
-logits, so that only the targets differ. With --num_shared_classes both draw in two strata, with the teacher K = 64 of
-each row's 128 best-ranked classes. seconds: processor time of the training, one thread with OMP_NUM_THREADS=1.
---sources cached leaves out the teacher, to look at another K or K_t alone.
+both train a student: the same initial weights, the same order of the images. sampled: classes are drawn, each by its
+defaults; with --num_shared_classes 0 row by row, with the teacher as in the demo (K = 128, every rank resolved).
+exact: the student computes all logits, so that only the targets differ. seconds: processor time of the training, one
+thread with OMP_NUM_THREADS=1. --sources cached leaves out the teacher, to look at another K alone.
 """
 
 from __future__ import annotations
@@ -33,13 +32,6 @@ from hf_dis.data import load_glyphs
 
 HEAD_RATE = 20
 MODES = ("sampled", "exact")
-
-
-def online(mode: str, tails: dict) -> dict:
-    """How classes are drawn with the teacher at hand."""
-    if mode == "exact":
-        return {}
-    return {"num_sampled_classes": 64, **tails} if tails["num_shared_classes"] else {"rank_depth": 3375}
 
 
 def train(teacher, task, cache: TeacherCache | None, mode: str, seed: int, folder: str, **settings) -> dict:
@@ -71,8 +63,8 @@ def main() -> None:
     parser.add_argument("--depth", type=int, help="m of the cache; its default if not given")
     parser.add_argument("--tail_draws", type=int, help="T of the cache; its default if not given")
     parser.add_argument("--num_sampled_classes", type=int, help="K from the cache; its default if not given")
-    parser.add_argument("--num_shared_classes", type=int, help="K_t from the cache; its default if not given")
-    parser.add_argument("--num_tails", type=int, default=1, help="where classes are shared")
+    parser.add_argument("--num_shared_classes", type=int, help="K_t of both; the default if not given")
+    parser.add_argument("--num_tails", type=int, help="of both; the default if not given")
     parser.add_argument("--exact_warmup_steps", type=float, default=0.0, help="of both")
     parser.add_argument("--sources", nargs="+", choices=("online", "cached"), default=["online", "cached"])
     parser.add_argument("--json", type=Path, help="where to write the records")
@@ -84,6 +76,7 @@ def main() -> None:
     teacher = ResNetForImageClassification.from_pretrained(arguments.teacher).to(memory_format=torch.channels_last)
     tails = {"num_shared_classes": arguments.num_shared_classes, "num_tails": arguments.num_tails}
     cached = {"num_sampled_classes": arguments.num_sampled_classes, **tails}
+    online = {"rank_depth": 3375, **tails} if arguments.num_shared_classes == 0 else tails
     records = []
     with tempfile.TemporaryDirectory() as folder:
         cache = cache_teacher_targets(
@@ -103,7 +96,7 @@ def main() -> None:
             top1 = {source: [] for source in arguments.sources}
             for seed in arguments.seeds:
                 for source in arguments.sources:
-                    targets, drawn = (cache, cached) if source == "cached" else (None, online(mode, tails))
+                    targets, drawn = (cache, cached) if source == "cached" else (None, online)
                     drawn = drawn | {"exact_warmup_steps": arguments.exact_warmup_steps}
                     found = train(teacher, task, targets, mode, seed, folder, **drawn)
                     top1[source].append(100 * found["top1"])
