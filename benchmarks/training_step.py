@@ -14,8 +14,8 @@ dis_cached         row_sparse_head, from a cache of the teacher's targets (32 ra
                    bytes a row), look-up included; floor: headless
 
 DIS in layouts: the default, K = 32 of each row's 64 best-ranked classes (from a cache all 80 that are stored) and 8
-tails of K_t = 256 that rows share; from a cache the same with 16 of the 48 stored draws; and classes drawn row by row,
-K = 128 (from a cache the 80 stored ones and 512 further).
+tails of K_t = 256 that rows share; from a cache also 16 of the 48 stored draws and 4 tails; and classes drawn row by
+row, K = 128 (from a cache the 80 stored ones and 512 further).
 
 peak_mb: the highest resident size of the last steps less the resident size between two of them. Linux only.
 """
@@ -49,7 +49,7 @@ METHODS = {
     ("dis_given_targets", "default"): {},
     ("dis_given_targets", "per row"): PER_ROW,
     ("dis_cached", "default"): {},
-    ("dis_cached", "16 draws"): {"num_sampled_classes": 16},
+    ("dis_cached", "16 draws, 4 tails"): {"num_sampled_classes": 16, "num_tails": 4},
     ("dis_cached", "per row"): PER_ROW,
 }
 STORED = {"depth": 32, "tail_draws": 48}
