@@ -192,13 +192,13 @@ def draw_shared(density: Tensor, num_draws: int, num_tails: int, generator: torc
 
     Args:
         density: over classes, positive, ``[C]``.
-        num_draws: K_t; all classes if there are not more.
+        num_draws: K_t; where there are not more classes, one tail of all of them.
         num_tails: G.
         generator: a CPU generator.
     """
     num_classes = len(density)
     if num_draws >= num_classes:
-        ids = torch.arange(num_classes, device=density.device).expand(num_tails, -1)
+        ids = torch.arange(num_classes, device=density.device)[None]
         return Tails(ids, torch.ones_like(ids, dtype=torch.float64))
     density = density.double()
     # At most K_t classes can be capped, and they are the largest; all others are one entry of their mean size.
