@@ -212,18 +212,19 @@ def plot(entries: list[dict], path: Path) -> None:
     for method, entry in best.items():
         family = re.sub(r" [\d+x]+", "", method)
         families.setdefault(family, []).append(entry)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for axis, key, label in zip(
         axes, ("logits", "student_ms"), ("student logits a row", "student ms a step"), strict=True
     ):
-        for family, members in families.items():
+        for number, (family, members) in enumerate(families.items()):
             members = sorted((entry for entry in members if entry[key]), key=lambda entry: entry[key])
-            axis.plot([e[key] for e in members], [e["top1"] for e in members], "o-", label=family)
+            color = plt.get_cmap("tab20")(number)
+            axis.plot([e[key] for e in members], [e["top1"] for e in members], "o-", label=family, color=color)
         axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_xscale("log")
     axes[0].set_ylabel("top-1 on unseen typefaces")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
