@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sampling import of_rows, rows_of_tail
+from .sampling import by_row, by_tail, of_rows
 from .sparse import TouchedRows
 
 # Elements of the gathered rows [n, K, d] that exist at a time: 1 MiB in float32, so that they stay in the cache.
@@ -27,13 +27,11 @@ class _DrawnLinear(torch.autograd.Function):
         for rows in _chunks(row_ids, weight):
             gathered = F.embedding(row_ids[rows], weight).to(features.dtype)
             torch.linalg.vecdot(gathered, features[rows, None], out=logits[rows, :num_row])
-        for tail, ids in enumerate(shared_ids):
-            rows = rows_of_tail(tail, len(shared_ids))
-            logits[rows, num_row:] = features[rows] @ F.embedding(ids, weight).to(features.dtype).T
-            if bias is not None:
-                logits[rows, num_row:] += bias[ids]
+        tails = by_tail(features, len(shared_ids)) @ F.embedding(shared_ids, weight).to(features.dtype).mT
         if bias is not None:
             logits[:, :num_row] += bias[row_ids]
+            tails += bias[shared_ids][:, None]
+        logits[:, num_row:] = by_row(tails, len(logits))
         return logits
 
     @staticmethod
@@ -45,9 +43,8 @@ class _DrawnLinear(torch.autograd.Function):
         if wants_features:
             scales = row_grad.to(weight.dtype)
             grad_features = F.embedding_bag(row_ids, weight, mode="sum", per_sample_weights=scales).to(grad.dtype)
-            for tail, ids in enumerate(shared_ids):
-                rows = rows_of_tail(tail, len(shared_ids))
-                grad_features[rows] += shared_grad[rows] @ weight[ids].to(grad.dtype)
+            tails = by_tail(shared_grad, len(shared_ids)) @ weight[shared_ids].to(grad.dtype)
+            grad_features += by_row(tails, len(grad))
         if wants_weight or wants_bias:
             touched = TouchedRows(row_ids, shared_ids)
         if wants_weight:

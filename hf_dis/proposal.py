@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .sampling import rows_of_tail
+from .sampling import by_tail
 
 if TYPE_CHECKING:
     from .sampling import ClassDraw
@@ -299,9 +299,8 @@ class ClassMemory:
         ``[C, 2]``; the teacher's mass of every class; the rows."""
         num_tails, num_shared = draw.shared_ids.shape
         squared = disagreement[:, disagreement.shape[1] - num_shared :].square().masked_fill(~draw.outside_head, 0)
-        users = [rows_of_tail(tail, num_tails) for tail in range(num_tails)]
-        sums = [torch.stack([squared[rows].sum(0), draw.outside_head[rows].sum(0)], 1) for rows in users]
-        met, shape = torch.cat(sums).float(), (len(self.marginal), 2)
+        sums = [by_tail(values, num_tails).sum(1).flatten() for values in (squared, draw.outside_head)]
+        met, shape = torch.stack(sums, 1).float(), (len(self.marginal), 2)
         return {
             "tail": torch.sparse_coo_tensor(draw.shared_ids.reshape(1, -1), met, shape, check_invariants=False),
             "class_mass": draw.class_mass,

@@ -179,9 +179,17 @@ def of_rows(tails: Tensor, first_row: int, num_rows: int) -> Tensor:
     return tails[torch.arange(first_row, first_row + num_rows, device=tails.device) % len(tails)]
 
 
-def rows_of_tail(tail: int, num_tails: int, first_row: int = 0) -> slice:
-    """Which rows use a tail, among those from ``first_row`` on."""
-    return slice((tail - first_row) % num_tails, None, num_tails)
+def by_tail(rows: Tensor, num_tails: int) -> Tensor:
+    """The rows of each tail: ``[G, n, ...]`` for ``[N, ...]``, with zeros where a tail has a row less than others."""
+    missing = -len(rows) % num_tails
+    if missing:
+        rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+    return rows.unflatten(0, (len(rows) // num_tails, num_tails)).transpose(0, 1)
+
+
+def by_row(tails: Tensor, num_rows: int) -> Tensor:
+    """What :func:`by_tail` made of the rows, in their order again: ``[N, ...]`` for ``[G, n, ...]``."""
+    return tails.transpose(0, 1).flatten(0, 1)[:num_rows]
 
 
 def draw_shared(density: Tensor, num_draws: int, num_tails: int, generator: torch.Generator) -> Tails:
@@ -246,12 +254,15 @@ def is_member(ids: Tensor, shared_ids: Tensor, first_row: int = 0) -> Tensor:
         bool, ``[n, K_t]``.
     """
     num_tails, num_shared = shared_ids.shape
-    held = torch.zeros(len(ids), num_shared + 1, dtype=torch.bool, device=ids.device)
-    for tail in range(num_tails if num_shared else 0):
-        rows = rows_of_tail(tail, num_tails, first_row)
-        column = torch.searchsorted(shared_ids[tail], ids[rows].contiguous()).clamp(max=num_shared - 1)
-        held[rows].scatter_(1, torch.where(shared_ids[tail][column] == ids[rows], column, num_shared), True)
-    return held[:, :num_shared]
+    shared_ids = shared_ids.roll(-first_row, 0)  # that of the first row is the first
+    rows = by_tail(ids, num_tails)
+    held = torch.zeros(*rows.shape[:2], num_shared + 1, dtype=torch.bool, device=ids.device)
+    if num_shared:
+        flat = rows.flatten(1)
+        column = torch.searchsorted(shared_ids, flat).clamp(max=num_shared - 1)
+        column = torch.where(shared_ids.gather(1, column) == flat, column, num_shared)
+        held.scatter_(2, column.view(rows.shape), True)
+    return by_row(held, len(ids))[:, :num_shared]
 
 
 class Stratum(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sampling import rows_of_tail
+from .sampling import by_tail
 
 
 def coalesced(gradient: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class TouchedRows:
 
     def __init__(self, row_ids: Tensor, shared_ids: Tensor):
         self.num_rows, self.num_columns = row_ids.shape
-        self._tails = [rows_of_tail(tail, len(shared_ids)) for tail in range(len(shared_ids))]
+        self.num_tails = len(shared_ids)
         in_order, self._order = torch.cat([row_ids.flatten(), shared_ids.flatten()]).sort(stable=True)
         self.ids, self._place, counts = in_order.unique_consecutive(return_inverse=True, return_counts=True)
         self._starts = counts.cumsum(0) - counts
@@ -74,8 +74,8 @@ class TouchedRows:
         """
         # A class's row is the sum of the features of the rows that drew it times their gradients, and of one more
         # vector for each tail that it is in, of all rows that use it.
-        of_tails = [shared_grad[rows].T @ features[rows] for rows in self._tails]
-        vectors = torch.cat([features, *of_tails]).to(dtype)
+        of_tails = by_tail(shared_grad, self.num_tails).mT @ by_tail(features, self.num_tails)
+        vectors = torch.cat([features, of_tails.flatten(0, 1)]).to(dtype)
         scales = torch.cat([row_grad.flatten(), row_grad.new_ones(len(vectors) - len(features))]).to(dtype)
         num_drawn = self.num_rows * self.num_columns
         vector = torch.where(
@@ -85,8 +85,8 @@ class TouchedRows:
 
     def bias_rows(self, row_grad: Tensor, shared_grad: Tensor, dtype: torch.dtype) -> Tensor:
         """Entries of the bias's gradient, ``[U]``."""
-        of_tails = [shared_grad[rows].to(dtype).sum(0) for rows in self._tails]
-        gradients = torch.cat([row_grad.flatten().to(dtype), *of_tails])
+        of_tails = by_tail(shared_grad.to(dtype), self.num_tails).sum(1)
+        gradients = torch.cat([row_grad.flatten().to(dtype), of_tails.flatten()])
         return gradients.new_zeros(len(self.ids)).index_add_(0, self._place, gradients[self._order])
 
     def gradient(self, rows: Tensor, parameter_shape: torch.Size, sparse: bool) -> Tensor:
