@@ -24,7 +24,8 @@ CLASSES, LENGTH = 40, 6
 ACCUMULATION = (1, 4)
 
 TASKS = {"image": vit, "causal LM": llama, "masked LM": bert_mlm, "token classification": bert_tokens}
-# Proposals that do not learn between the micro-batches of a window; "dis" does, so it is compared without them.
+# Proposals that do not learn between the micro-batches of a window; "dis" does, so it is compared without them. One
+# tail: which rows share one of several is for their order to say, and that is another where they are split.
 LAYOUTS = {
     "exact": {"head_mode": "exact"},
     "per row": {"proposal": "teacher", "num_shared_classes": 0},
@@ -52,19 +53,16 @@ class DrawsByLabel(ClassSampler):
     """Draws that depend on a row and not on the rows around it, so that they are the same however rows are split."""
 
     def draw(self, teacher, labels=None):
-        self.first_row = 0
+        self.generator.manual_seed(3)  # of the tail, the same in every micro-batch
         with mock.patch("hf_dis.sampling.systematic_points", self._points):
             return super().draw(teacher, labels)
 
-    def _draw_chunk(self, targets, tail, labels):
+    def _draw_chunk(self, targets, tails, first_row, labels):
         self.labels = labels
-        return super()._draw_chunk(targets, tail, labels)
+        return super()._draw_chunk(targets, tails, first_row, labels)
 
     def _points(self, num_rows, num_draws, generator):
-        start = torch.full((num_rows, 1), 0.3, dtype=torch.float64)  # of the tail, the same in every micro-batch
-        if num_draws == self.num_sampled:
-            start = (self.labels.double() * 0.618)[:, None] % 1
-        return start + torch.arange(num_draws, dtype=torch.float64)
+        return (self.labels.double() * 0.618)[:, None] % 1 + torch.arange(num_draws, dtype=torch.float64)
 
 
 class StandsForTwo(DISDistillationTrainer):
@@ -116,6 +114,7 @@ def train(output_dir: Path, task: str, accumulation: int, rows: list[dict], draw
         "save_strategy": "no",
         "head_mode": "sampled",
         "num_sampled_classes": 6,
+        "num_tails": 1,
         "rank_depth": 10,
         "hard_label_weight": 0.3,
     }
