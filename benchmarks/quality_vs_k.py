@@ -57,11 +57,11 @@ def two_strata(num_sampled: int, num_shared: int, num_tails: int = 1, head_rate:
 
 # The arguments of each training; head rates as multiples of the body's, each the best of those tried.
 METHODS = {
-    "exact": {"head_mode": "exact", "head_rate": 20},
+    "exact": {"head_mode": "exact", "head_rate": 28},
     "dis 32": per_row(32),
     "dis 64": per_row(64),
     "dis 128": per_row(128),
-    "dis 256": per_row(256),
+    "dis 256": per_row(256, 28),
     "dis 337": per_row(337, 40),
     "dis 128 row-sparse": per_row(128, row_sparse_head=True),
     "dis 128 warm-up": per_row(128, exact_warmup_steps=0.1),
@@ -72,7 +72,7 @@ METHODS = {
     "two strata 128+208": two_strata(128, 208),
     "several tails 32+8x256": two_strata(32, 256, 8, 28),
     "several tails 64+16x256": two_strata(64, 256, 16, 40),
-    "several tails 64+16x256 row-sparse": two_strata(64, 256, 16, row_sparse_head=True),
+    "several tails 64+16x256 row-sparse": two_strata(64, 256, 16, 28, row_sparse_head=True),
     "several tails 64+16x256 warm-up": two_strata(64, 256, 16, exact_warmup_steps=0.1),
     "several tails 64+32x256": two_strata(64, 256, 32, 40),
     "ftis 128": per_row(128, proposal="teacher", sampler="replacement"),

@@ -1,7 +1,7 @@
 """Distils a CIFAR-100 classifier with DISDistillationTrainer.
 
     accelerate launch examples/run_cifar.py --output_dir runs/cifar --data_dir cifar-100-python.tar.gz \\
-        --head_mode sampled --num_sampled_classes 16 --num_train_epochs 30
+        --head_mode sampled --num_sampled_classes 16 --num_shared_classes 0 --num_train_epochs 30
 
 Without --teacher_model_name_or_path a teacher is trained first. All flags of DISConfig and TrainingArguments are
 understood. A hundred classes are too few for sampling to save time; this example is about correctness, and a start

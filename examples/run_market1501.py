@@ -6,7 +6,7 @@
 Without the data set and offline, on characters in the same format:
 
     accelerate launch examples/run_market1501.py --output_dir runs/glyph-market/dis \\
-        --glyph_dir runs/glyph-market/data --head_mode sampled --num_sampled_classes 64
+        --glyph_dir runs/glyph-market/data --head_mode sampled --num_sampled_classes 64 --num_shared_classes 0
 
 Evaluation ranks the gallery for each query and reports CMC and mAP. Without --teacher_model_name_or_path a teacher is
 trained first. All flags of DISConfig and TrainingArguments are understood.

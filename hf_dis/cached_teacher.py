@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import check_sampling_arguments, require
 from .compact import CompactTargets, TargetLayout
 from .proposal import Proposal, TeacherProposal
-from .sampler import ClassSampler
+from .sampler import ClassSampler, usual_tails
 from .sampling import ClassDraw, Tails, draw_ranks, is_member, ranks_to_classes, systematic_points
 
 # Stands for the log-probability of a class about which the row has nothing stored: none, as far as float32 can tell
@@ -106,7 +106,7 @@ class CachedSampler(ClassSampler):
         stored: TargetLayout,
         num_sampled: int,
         num_shared: int,
-        num_tails: int = 1,
+        num_tails: int,
         sampler: str = "pps",
         seed: int = 0,
     ):
@@ -200,7 +200,7 @@ def make_cached_sampler(
         ValueError: if an argument is out of its range, or asks for what is not stored.
     """
     if num_tails is None:
-        num_tails = 8 if num_shared_classes else 1
+        num_tails = usual_tails(num_shared_classes)
     check_sampling_arguments(
         num_sampled_classes=num_sampled_classes,
         num_shared_classes=num_shared_classes,

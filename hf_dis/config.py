@@ -9,6 +9,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from .checks import check_sampling_arguments, require, require_number
+from .sampler import usual_tails
 
 HEAD_MODES = ("auto", "sampled", "exact")
 
@@ -160,7 +161,7 @@ class DISConfig(TrainingArguments):
             is_lm: whether the layout, where it is not given, is that of a language model.
             stored_draws: T of the cache that is trained from, if one is.
         """
-        num_shared, num_tails = (1024, 4) if is_lm else (256, 8)
+        num_shared = 1024 if is_lm else 256
         if self.num_shared_classes is not None:
             num_shared = self.num_shared_classes
         elif self.proposal == "topk" or self.sampler == "replacement":
@@ -173,10 +174,9 @@ class DISConfig(TrainingArguments):
             num_sampled = 32 if num_shared else 128
         if self.num_sampled_classes is not None:
             num_sampled = self.num_sampled_classes
+        num_tails = 4 if is_lm and num_shared else usual_tails(num_shared)
         if self.num_tails is not None:
             num_tails = self.num_tails
-        elif not num_shared:
-            num_tails = 1
         depth = num_sampled if self.rank_depth is None and is_lm and num_shared else self.rank_depth
         return {
             "num_sampled_classes": num_sampled,

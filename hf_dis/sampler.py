@@ -155,6 +155,11 @@ class ClassSampler:
         self.proposal.load_state_dict(state)
 
 
+def usual_tails(num_shared_classes: int) -> int:
+    """How many tails there are where it is not said: one where they are empty."""
+    return 8 if num_shared_classes else 1
+
+
 def make_sampler(
     num_classes: int,
     *,
@@ -177,7 +182,7 @@ def make_sampler(
     require_number("num_classes", num_classes, int)
     require(num_classes >= 1, "num_classes", num_classes, "1 or more")
     if num_tails is None:
-        num_tails = 8 if num_shared_classes else 1
+        num_tails = usual_tails(num_shared_classes)
     check_sampling_arguments(
         num_sampled_classes=num_sampled_classes,
         num_shared_classes=num_shared_classes,
