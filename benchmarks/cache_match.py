@@ -4,7 +4,8 @@
 
 The glyph task without augmentation, 3,375 characters, temperature 2, four epochs, the demo's settings. For each seed
 both train a student: the same initial weights, the same order of the images. sampled: classes are drawn, each by its
-defaults; with --num_shared_classes 0 row by row, with the teacher as in the demo (K = 128, every rank resolved).
+defaults with row_sparse_head; with --num_shared_classes 0 row by row, with the teacher as in the demo (K = 128, every
+rank resolved).
 exact: the student computes all logits, so that only the targets differ. seconds: processor time of the training, one
 thread with OMP_NUM_THREADS=1. --sources cached leaves out the teacher, to look at another K alone.
 """
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--num_sampled_classes", type=int, help="K from the cache; its default if not given")
     parser.add_argument("--num_shared_classes", type=int, help="K_t of both; the default if not given")
     parser.add_argument("--num_tails", type=int, help="of both; the default if not given")
+    parser.add_argument("--num_updated_classes", type=int, help="of both; the default if not given")
     parser.add_argument("--exact_warmup_steps", type=float, default=0.0, help="of both")
     parser.add_argument("--sources", nargs="+", choices=("online", "cached"), default=["online", "cached"])
     parser.add_argument("--json", type=Path, help="where to write the records")
@@ -98,6 +100,8 @@ def main() -> None:
                 for source in arguments.sources:
                     targets, drawn = (cache, cached) if source == "cached" else (None, online)
                     drawn = drawn | {"exact_warmup_steps": arguments.exact_warmup_steps}
+                    if mode == "sampled":
+                        drawn |= {"row_sparse_head": True, "num_updated_classes": arguments.num_updated_classes}
                     found = train(teacher, task, targets, mode, seed, folder, **drawn)
                     top1[source].append(100 * found["top1"])
                     records.append({"head": mode, "seed": seed, "targets": source, **found})

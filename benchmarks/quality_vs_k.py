@@ -71,6 +71,10 @@ METHODS = {
     "two strata 64+512 warm-up": two_strata(64, 512, exact_warmup_steps=0.1),
     "two strata 128+208": two_strata(128, 208),
     "several tails 32+8x256": two_strata(32, 256, 8, 28),
+    "several tails 32+4x512": two_strata(32, 512, 4, 28),
+    "several tails 32+4x512 U=32": two_strata(32, 512, 4, 28, row_sparse_head=True, num_updated_classes=32),
+    "several tails 64+4x512 U=32": two_strata(64, 512, 4, 28, row_sparse_head=True, num_updated_classes=32),
+    "several tails 64+4x1024 U=48": two_strata(64, 1024, 4, 28, row_sparse_head=True, num_updated_classes=48),
     "several tails 64+16x256": two_strata(64, 256, 16, 40),
     "several tails 64+16x256 row-sparse": two_strata(64, 256, 16, 28, row_sparse_head=True),
     "several tails 64+16x256 warm-up": two_strata(64, 256, 16, exact_warmup_steps=0.1),
@@ -88,7 +92,9 @@ def sizes(settings: dict, rows: int = 256) -> dict[str, int]:
     """Student logits computed for each row, and the rows of W that a batch touches at most: means over the steps."""
     exact = 1 if settings.get("head_mode") == "exact" else settings.get("exact_warmup_steps", 0)
     sampled, shared = settings.get("num_sampled_classes", 0), settings.get("num_shared_classes", 0)
-    drawn = {"logits": sampled + shared, "rows_touched": rows * sampled + settings.get("num_tails", 1) * shared}
+    touched = rows * sampled + settings.get("num_tails", 1) * shared
+    touched = min(touched, rows * settings.get("num_updated_classes", touched))
+    drawn = {"logits": sampled + shared, "rows_touched": touched}
     return {name: round(exact * CLASSES + (1 - exact) * number) for name, number in drawn.items()}
 
 

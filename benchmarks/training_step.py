@@ -10,12 +10,12 @@ headless           a loss on the features alone, the head neither run nor steppe
 exact              exact distillation, teacher included; floor: headless and the teacher's bare forward
 dis_online         row_sparse_head, teacher included; floor: headless and the teacher's bare forward
 dis_given_targets  row_sparse_head, the teacher's answers computed beforehand; floor: headless
-dis_cached         row_sparse_head, from a cache of the teacher's targets (32 ranked classes and 48 of the tail, 242
-                   bytes a row), look-up included; floor: headless
+dis_cached         row_sparse_head, from a cache of the teacher's targets at its default of 300 bytes a row (32 ranked
+                   classes and, of 100,000, 75 draws of the tail), look-up included; floor: headless
 
-DIS in layouts: the default, K = 32 of each row's 64 best-ranked classes (from a cache all 80 that are stored) and 8
-tails of K_t = 256 that rows share; from a cache also 16 of the 48 stored draws and 4 tails; and classes drawn row by
-row, K = 128 (from a cache the 80 stored ones and 512 further).
+DIS in layouts: the default, K = 32 of each row's 64 best-ranked classes (from a cache all that are stored, and U = 32
+updating the head) and 8 tails of K_t = 256 that rows share; U = 32 online and all updating the head from a cache; and
+classes drawn row by row, K = 128 (from a cache the stored ones and 512 further).
 
 peak_mb: the highest resident size of the last steps less the resident size between two of them. Linux only.
 """
@@ -47,12 +47,12 @@ METHODS = {
     ("dis_online", "default"): {},
     ("dis_online", "per row"): PER_ROW,
     ("dis_given_targets", "default"): {},
+    ("dis_given_targets", "U = 32"): {"num_updated_classes": 32},
     ("dis_given_targets", "per row"): PER_ROW,
     ("dis_cached", "default"): {},
-    ("dis_cached", "16 draws, 4 tails"): {"num_sampled_classes": 16, "num_tails": 4},
+    ("dis_cached", "all update"): {"num_updated_classes": 1000},
     ("dis_cached", "per row"): PER_ROW,
 }
-STORED = {"depth": 32, "tail_draws": 48}
 
 
 def regnet(num_classes: int, seed: int) -> RegNetForImageClassification:
@@ -151,7 +151,7 @@ def train(method: str, layout: str | None, num_classes: int, teacher, rows: list
 
 def write_cache(teacher, rows: list[dict], folder: str) -> TeacherCache:
     return cache_teacher_targets(
-        teacher, rows, f"{folder}/cache", temperature=TEMPERATURE, batch_size=ROWS, show_progress=False, **STORED
+        teacher, rows, f"{folder}/cache", temperature=TEMPERATURE, batch_size=ROWS, show_progress=False
     )
 
 

@@ -97,7 +97,7 @@ class CachedSampler(ClassSampler):
     Args:
         proposal: whose density over classes the shared tail is drawn from.
         stored: how the targets are laid out, which says C, m and T.
-        num_sampled, num_shared, num_tails, sampler, seed: as for :class:`ClassSampler`.
+        num_sampled, num_shared, num_tails, sampler, num_updated, seed: as for :class:`ClassSampler`.
     """
 
     def __init__(
@@ -108,9 +108,11 @@ class CachedSampler(ClassSampler):
         num_shared: int,
         num_tails: int,
         sampler: str = "pps",
+        num_updated: int | None = None,
         seed: int = 0,
     ):
-        super().__init__(proposal, stored.num_classes, num_sampled, num_shared, num_tails, stored.depth, sampler, seed)
+        sizes = (stored.num_classes, num_sampled, num_shared, num_tails, stored.depth)
+        super().__init__(proposal, *sizes, sampler, num_updated, seed)
         self.tail_draws = min(num_sampled, stored.tail_draws) if self.num_shared else stored.tail_draws
         self.is_thinned = self.tail_draws < stored.tail_draws
         self.num_stored = stored.depth + self.tail_draws
@@ -180,6 +182,7 @@ def make_cached_sampler(
     num_sampled_classes: int = 512,
     num_shared_classes: int = 256,
     num_tails: int | None = None,
+    num_updated_classes: int | None = None,
     rank_depth: int | None = None,
     proposal: str = "dis",
     sampler: str = "pps",
@@ -194,7 +197,8 @@ def make_cached_sampler(
         stored: how they are laid out, which says C, m and T.
         proposal: of the shared tail, ``"dis"``, ``"teacher"`` or ``"uniform"``.
         num_sampled_classes, num_shared_classes, num_tails: K, K_t and G, see :class:`CachedSampler`.
-        rank_depth, sampler, proposal_floor, proposal_decay, seed, device: as for :func:`hf_dis.make_sampler`.
+        num_updated_classes, rank_depth, sampler, proposal_floor, proposal_decay, seed, device: as for
+            :func:`hf_dis.make_sampler`.
 
     Raises:
         ValueError: if an argument is out of its range, or asks for what is not stored.
@@ -205,6 +209,7 @@ def make_cached_sampler(
         num_sampled_classes=num_sampled_classes,
         num_shared_classes=num_shared_classes,
         num_tails=num_tails,
+        num_updated_classes=num_updated_classes,
         rank_depth=rank_depth,
         proposal=proposal,
         sampler=sampler,
@@ -222,7 +227,8 @@ def make_cached_sampler(
     else:
         kind = TailProposal if proposal == "dis" else TeacherProposal
         fitted = kind(*layout, floor=proposal_floor, decay=proposal_decay, device=device)
-    return CachedSampler(fitted, stored, num_sampled_classes, num_shared_classes, num_tails, sampler, seed)
+    sizes = (num_sampled_classes, num_shared_classes, num_tails)
+    return CachedSampler(fitted, stored, *sizes, sampler, num_updated_classes, seed)
 
 
 def _in_order(ascending: Tensor, ids: Tensor) -> Tensor:

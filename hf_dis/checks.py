@@ -35,6 +35,7 @@ def check_sampling_arguments(
     num_sampled_classes: int,
     num_shared_classes: int,
     num_tails: int,
+    num_updated_classes: int | None,
     rank_depth: int | None,
     proposal: str,
     sampler: str,
@@ -49,8 +50,9 @@ def check_sampling_arguments(
     require_number("num_sampled_classes", num_sampled_classes, int)
     require_number("num_shared_classes", num_shared_classes, int)
     require_number("num_tails", num_tails, int)
-    if rank_depth is not None:
-        require_number("rank_depth", rank_depth, int)
+    for name, value in (("num_updated_classes", num_updated_classes), ("rank_depth", rank_depth)):
+        if value is not None:
+            require_number(name, value, int)
     for name, value in (("proposal_floor", proposal_floor), ("proposal_decay", proposal_decay)):
         require_number(name, value, float)
     require(num_sampled_classes >= 1, "num_sampled_classes", num_sampled_classes, "1 or more")
@@ -61,6 +63,12 @@ def check_sampling_arguments(
         "num_tails",
         num_tails,
         "1 where no classes are shared; set num_shared_classes to the size of a tail",
+    )
+    require(
+        num_updated_classes is None or num_updated_classes >= 1,
+        "num_updated_classes",
+        num_updated_classes,
+        "1 or more, or None for all that are drawn",
     )
     require(rank_depth is None or rank_depth >= 1, "rank_depth", rank_depth, "1 or more, or None for 2 K")
     require(proposal in PROPOSALS, "proposal", proposal, f"one of {', '.join(PROPOSALS)}")

@@ -29,6 +29,9 @@ class DISConfig(TrainingArguments):
             named cannot share.
         num_tails: G >= 1, tails drawn a step; row i uses tail ``i mod G``. With more the gradient of a batch is less
             noisy for the same product, and up to G·K_t rows of the head are touched. None: 8, 4 for language models.
+        num_updated_classes: U >= 1: of all classes that rows and tails of a batch drew, U N update a row-sparse head,
+            drawn in backward in proportion to what they add to its gradient, which stays unbiased. None: 32 from a
+            cache, else all.
         rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one; where classes are shared the K
             classes of a row come from its m best-ranked ones, so m is K or more. None: 2 K, and K for language
             models with shared classes, so that the best-ranked ones are drawn for certain.
@@ -75,6 +78,12 @@ class DISConfig(TrainingArguments):
     num_tails: int | None = field(
         default=None,
         metadata={"help": "Tails drawn a step, which rows take in turn; if not given 8, or 4 for language models."},
+    )
+    num_updated_classes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Classes that update a row-sparse head, for each row; all drawn, 32 from a cache, if not given."
+        },
     )
     rank_depth: int | None = field(
         default=None,
@@ -142,6 +151,12 @@ class DISConfig(TrainingArguments):
             "0 or more, or None for learning_rate",
         )
         check_sampling_arguments(**self.sampling_arguments())
+        require(
+            self.num_updated_classes is None or self.row_sparse_head,
+            "num_updated_classes",
+            self.num_updated_classes,
+            "None without row_sparse_head=True: a dense gradient touches every row of the head anyway",
+        )
 
     def get_exact_warmup_steps(self, num_training_steps: int) -> int:
         """How many steps at the start compute all classes.
@@ -177,11 +192,15 @@ class DISConfig(TrainingArguments):
         num_tails = 4 if is_lm and num_shared else usual_tails(num_shared)
         if self.num_tails is not None:
             num_tails = self.num_tails
+        num_updated = self.num_updated_classes
+        if num_updated is None and self.row_sparse_head and stored_draws is not None:
+            num_updated = 32
         depth = num_sampled if self.rank_depth is None and is_lm and num_shared else self.rank_depth
         return {
             "num_sampled_classes": num_sampled,
             "num_shared_classes": num_shared,
             "num_tails": num_tails,
+            "num_updated_classes": num_updated,
             "rank_depth": depth,
             "proposal": self.proposal,
             "sampler": self.sampler,

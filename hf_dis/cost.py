@@ -94,7 +94,7 @@ def measure_costs(
     def sampled() -> None:
         with torch.no_grad():
             draw = sampler.draw([targets])
-        logits = drawn_logits(features, weight, None, draw.row_ids, draw.shared_ids, row_sparse=True)
+        logits = drawn_logits(features, weight, None, draw.row_ids, draw.shared_ids, True, draw.updates)
         loss, disagreement = sampled_distillation_loss(logits, draw, TEMPERATURE)
         sampler.learn(draw, disagreement)
         loss.mean().backward()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sampling import by_row, by_tail, of_rows
+from .sampling import Updates, by_row, by_tail, of_rows
 from .sparse import TouchedRows
 
 # Elements of the gathered rows [n, K, d] that exist at a time: 1 MiB in float32, so that they stay in the cache.
@@ -19,9 +20,9 @@ class _DrawnLinear(torch.autograd.Function):
     """``h Wᵀ + b`` at drawn classes, forward by chunks of rows, so that no ``[N, K, d]`` is held."""
 
     @staticmethod
-    def forward(ctx, features, weight, bias, row_ids, shared_ids, row_sparse):
+    def forward(ctx, features, weight, bias, row_ids, shared_ids, row_sparse, updates):
         ctx.save_for_backward(features, weight, row_ids, shared_ids)
-        ctx.has_bias, ctx.row_sparse = bias is not None, row_sparse
+        ctx.has_bias, ctx.row_sparse, ctx.updates = bias is not None, row_sparse, updates
         num_row = row_ids.shape[1]
         logits = features.new_empty(len(features), num_row + shared_ids.shape[1])
         for rows in _chunks(row_ids, weight):
@@ -46,14 +47,61 @@ class _DrawnLinear(torch.autograd.Function):
             tails = by_tail(shared_grad, len(shared_ids)) @ weight[shared_ids].to(grad.dtype)
             grad_features += by_row(tails, len(grad))
         if wants_weight or wants_bias:
-            touched = TouchedRows(row_ids, shared_ids)
+            of_head = _Contributions.of(features, row_ids, shared_ids, row_grad, shared_grad, weight.dtype)
+            if ctx.updates is not None:
+                of_head = of_head.drawn(ctx.updates)
+            touched = TouchedRows(of_head.ids)
         if wants_weight:
-            rows = touched.weight_rows(features, row_grad, shared_grad, weight.dtype)
+            rows = touched.weight_rows(of_head.vectors, of_head.which, of_head.scales)
             grad_weight = touched.gradient(rows, weight.shape, ctx.row_sparse)
         if ctx.has_bias and wants_bias:
-            rows = touched.bias_rows(row_grad, shared_grad, weight.dtype)
+            rows = touched.bias_rows(of_head.sums)
             grad_bias = touched.gradient(rows, weight.shape[:1], ctx.row_sparse)
-        return grad_features, grad_weight, grad_bias, None, None, None
+        return grad_features, grad_weight, grad_bias, None, None, None, None
+
+
+class _Contributions(NamedTuple):
+    """What the gradient of the head is summed from: of each class that a row drew alone, a multiple of its features;
+    of each class of a tail one vector, of all rows that use it.
+
+    Attributes:
+        ids: the class, ``[P]``.
+        vectors: ``[N + G·K_t, d]``.
+        which: the vector, ``[P]``.
+        scales: its factor, ``[P]``.
+        sums: the gradients of the logits, summed: what is added to the bias, ``[P]``.
+    """
+
+    ids: Tensor
+    vectors: Tensor
+    which: Tensor
+    scales: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, features, row_ids, shared_ids, row_grad, shared_grad, dtype: torch.dtype) -> _Contributions:
+        num_rows, num_columns = row_ids.shape
+        by_tails = by_tail(shared_grad, len(shared_ids))
+        of_tails = by_tails.mT @ by_tail(features, len(shared_ids))
+        vectors = torch.cat([features, of_tails.flatten(0, 1)]).to(dtype)
+        numbers = torch.arange(len(vectors), device=vectors.device)
+        alone, sums = row_grad.flatten().to(dtype), by_tails.to(dtype).sum(1).flatten()
+        return cls(
+            ids=torch.cat([row_ids.flatten(), shared_ids.flatten()]),
+            vectors=vectors,
+            which=torch.cat([numbers[:num_rows].repeat_interleave(num_columns), numbers[num_rows:]]),
+            scales=torch.cat([alone, torch.ones_like(sums)]),
+            sums=torch.cat([alone, sums]),
+        )
+
+    def drawn(self, updates: Updates) -> _Contributions:
+        """Some of them, in proportion to their size and weighted by its inverse: unbiased, and of fewer classes."""
+        if updates.number >= len(self.ids):
+            return self
+        lengths = torch.linalg.vector_norm(self.vectors, dim=1)
+        kept, weights = updates.draw(self.scales.abs() * lengths[self.which])
+        ids, which = self.ids[kept], self.which[kept]
+        return _Contributions(ids, self.vectors, which, self.scales[kept] * weights, self.sums[kept] * weights)
 
 
 def _chunks(row_ids: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -73,6 +121,7 @@ def drawn_logits(
     row_ids: Tensor,
     shared_ids: Tensor,
     row_sparse: bool = False,
+    updates: Updates | None = None,
 ) -> Tensor:
     """The head's logits at drawn classes only: ``[N, R + K_t]``, in the autocast dtype where autocast is on.
 
@@ -82,6 +131,8 @@ def drawn_logits(
         row_ids: classes of each row, ``[N, R]``.
         shared_ids: classes of each tail, ``[G, K_t]``; row i uses tail ``i mod G``.
         row_sparse: give weight and bias sparse gradients, which hold the drawn rows only.
+        updates: how many of the drawn classes, of all rows and tails, have a part in the gradients of weight and bias;
+            all if None.
 
     Raises:
         IndexError: if a class id is not one of the head's; on CPU, an accelerator asserts it by itself.
@@ -90,4 +141,4 @@ def drawn_logits(
     if torch.is_autocast_enabled(device):
         features = features.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _DrawnLinear.apply(features, weight, bias, row_ids, shared_ids, row_sparse)
+        return _DrawnLinear.apply(features, weight, bias, row_ids, shared_ids, row_sparse, updates)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .drawn import drawn_columns, drawn_logits
+from .sampling import Updates
 
 # The buffer, [1, C], that Bart, Marian, Pegasus and others add to all logits.
 LOGITS_BIAS = "final_logits_bias"
@@ -26,6 +27,7 @@ class Drawn(NamedTuple):
     row_ids: Tensor
     shared_ids: Tensor
     positions: Tensor | None
+    updates: Updates | None
     row_sparse: bool
     bias: Tensor | None
 
@@ -81,7 +83,9 @@ class SampledHead:
         finally:
             self.clear()
 
-    def set(self, row_ids: Tensor, shared_ids: Tensor, positions: Tensor | None = None) -> None:
+    def set(
+        self, row_ids: Tensor, shared_ids: Tensor, positions: Tensor | None = None, updates: Updates | None = None
+    ) -> None:
         """Switches the head to the drawn classes.
 
         Args:
@@ -89,6 +93,7 @@ class SampledHead:
             shared_ids: classes of each tail, ``[G, K_t]``; row i uses tail ``i mod G``.
             positions: where the rows are among the flattened positions ``[B·S]`` that the head is given, ``[N]``; its
                 output is then ``[N, R + K_t]``. None: a row is an example.
+            updates: which of the classes update the head; all of them if None.
         """
         bias = self._logits_bias()
         if bias is not None:
@@ -98,7 +103,7 @@ class SampledHead:
         for layer in self.layers.values():
             if "drawn" not in layer.__dict__:
                 layer.__dict__["undrawn_forward"] = layer.__dict__.get("forward")
-            layer.drawn = Drawn(row_ids, shared_ids, positions, self.row_sparse, bias)
+            layer.drawn = Drawn(row_ids, shared_ids, positions, updates, self.row_sparse, bias)
             layer.forward = types.MethodType(_drawn_forward, layer)
             bias = None
 
@@ -162,7 +167,7 @@ def _at_all_positions(layer: nn.Linear, features: Tensor) -> Tensor:
 def _drawn_logits(layer: nn.Linear, features: Tensor, row_ids: Tensor) -> Tensor:
     drawn = layer.drawn
     bias = _with_bias(layer, drawn.bias)
-    return drawn_logits(features, layer.weight, bias, row_ids, drawn.shared_ids, drawn.row_sparse)
+    return drawn_logits(features, layer.weight, bias, row_ids, drawn.shared_ids, drawn.row_sparse, drawn.updates)
 
 
 @contextmanager

@@ -199,6 +199,7 @@ def _settings(trainer: DISDistillationTrainer) -> dict[str, Any]:
         "Classes drawn for each row (K)": sampler.num_sampled,
         "Classes of a tail that rows share (K_t)": sampler.num_shared,
         "Tails drawn a step": sampler.num_tails,
+        "Classes updating the head for each row": sampler.num_updated or "all that were drawn",
         "Rank depth (m)": sampler.rank_depth,
         "Proposal": args.proposal if kind.__module__ == Proposal.__module__ else kind.__name__,
         "Sampler": sampler.sampler,

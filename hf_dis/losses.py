@@ -195,7 +195,8 @@ class DISLoss:
         chunks = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
         with torch.no_grad():
             draw = self.sampler.draw(self._ranked(chunks, check_values), labels)
-        logits = drawn_logits(features, weight, bias, draw.row_ids, draw.shared_ids, self.row_sparse_head)
+        ids = draw.row_ids, draw.shared_ids
+        logits = drawn_logits(features, weight, bias, *ids, self.row_sparse_head, draw.updates)
         kd, disagreement = sampled_distillation_loss(logits, draw, self.temperature)
         ce = None if labels is None else sampled_cross_entropy(logits, draw)
         self.sampler.learn(draw, disagreement, self.reduce)

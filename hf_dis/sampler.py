@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_sampling_arguments, require, require_number
 from .proposal import DISProposal, Proposal, Statistics, TeacherProposal, TopKProposal
-from .sampling import ClassDraw, Stratum, Tails, draw_ranks, draw_shared, is_member, ranks_to_classes
+from .sampling import ClassDraw, Stratum, Tails, Updates, draw_ranks, draw_shared, is_member, ranks_to_classes
 
 if TYPE_CHECKING:
     from .targets import TeacherTargets
@@ -30,6 +31,7 @@ class ClassSampler:
         num_tails: G, tails of a step: row i uses tail ``i mod G``.
         rank_depth: m, the depth to which the teacher's ranking is resolved.
         sampler: ``"pps"`` or ``"replacement"``; the latter only with ``num_shared = 0``.
+        num_updated: U: at most U N of the drawn classes update the head; all of them if None.
         seed: of the sampler's own generator; give every process its own.
     """
 
@@ -42,6 +44,7 @@ class ClassSampler:
         num_tails: int,
         rank_depth: int,
         sampler: str = "pps",
+        num_updated: int | None = None,
         seed: int = 0,
     ):
         self.proposal = proposal
@@ -50,7 +53,7 @@ class ClassSampler:
         self.num_tails = num_tails if self.num_shared else 1
         self.num_ranks = self.rank_depth if self.num_shared else num_classes
         self.num_sampled = min(num_sampled, self.num_ranks)
-        self.sampler = sampler
+        self.sampler, self.num_updated = sampler, num_updated
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -76,7 +79,11 @@ class ClassSampler:
             draws.append(self._draw_chunk(targets, tails, first_row, None if labels is None else labels[rows]))
             first_row = rows.stop
             del targets  # the next chunk is computed without this one in memory
-        return ClassDraw.cat(draws)
+        draw = ClassDraw.cat(draws)
+        if self.num_updated is None:
+            return draw
+        start = torch.rand((), dtype=torch.float64, generator=self.generator)
+        return replace(draw, updates=Updates(self.num_updated * len(draw), float(start)))
 
     def _draw_chunk(self, targets: TeacherTargets, tails: Tails, first_row: int, labels: Tensor | None) -> ClassDraw:
         num_rows = len(targets)
@@ -166,6 +173,7 @@ def make_sampler(
     num_sampled_classes: int = 32,
     num_shared_classes: int = 256,
     num_tails: int | None = None,
+    num_updated_classes: int | None = None,
     rank_depth: int | None = None,
     proposal: str = "dis",
     sampler: str = "pps",
@@ -187,6 +195,7 @@ def make_sampler(
         num_sampled_classes=num_sampled_classes,
         num_shared_classes=num_shared_classes,
         num_tails=num_tails,
+        num_updated_classes=num_updated_classes,
         rank_depth=rank_depth,
         proposal=proposal,
         sampler=sampler,
@@ -211,4 +220,5 @@ def make_sampler(
         fitted = Proposal(*layout, device=device)
     else:
         fitted = TopKProposal(*layout, num_sampled=num_sampled_classes, device=device)
-    return ClassSampler(fitted, num_classes, num_sampled_classes, shared, num_tails, depth, sampler, seed)
+    sizes = (num_classes, num_sampled_classes, shared, num_tails, depth)
+    return ClassSampler(fitted, *sizes, sampler, num_updated_classes, seed)

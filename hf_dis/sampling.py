@@ -37,6 +37,7 @@ class ClassDraw:
         class_mass: the teacher's probability of each class outside the rows' ranked ones, summed over rows,
             ``[C]``; empty if the proposal has no use for it.
         has_label: whether column ``R - 1`` is the label's.
+        updates: which of the drawn classes update the head; all of them if None.
     """
 
     row_ids: Tensor
@@ -50,6 +51,7 @@ class ClassDraw:
     outside_head: Tensor
     class_mass: Tensor
     has_label: bool
+    updates: Updates | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -66,7 +68,7 @@ class ClassDraw:
         if len(draws) == 1:
             return replace(draws[0], shared_ids=used_tails)
         summed = sum(draw.class_mass for draw in draws)
-        whole = ("shared_ids", "class_mass", "has_label")
+        whole = ("shared_ids", "class_mass", "has_label", "updates")
         per_row = [field.name for field in fields(ClassDraw) if field.name not in whole]
         joined = {name: torch.cat([vars(draw)[name] for draw in draws]) for name in per_row}
         return replace(draws[0], shared_ids=used_tails, class_mass=summed, **joined)
@@ -221,6 +223,33 @@ def draw_shared(density: Tensor, num_draws: int, num_tails: int, generator: torc
     points = points.to(density.device, non_blocking=True) / scale
     ids = torch.searchsorted(density.clamp_max(1 / scale).cumsum(0), points, right=True).clamp(max=num_classes - 1)
     return Tails(ids, (scale * density[ids]).clamp_(max=1))
+
+
+class Updates(NamedTuple):
+    """A draw among the drawn classes of all rows and tails, made in backward: those that update the head.
+
+    Attributes:
+        number: how many.
+        start: of the systematic sample, uniform in [0, 1).
+    """
+
+    number: int
+    start: float
+
+    def draw(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Capped PPS.
+
+        Args:
+            sizes: non-negative, ``[E]``.
+
+        Returns:
+            the places of those kept, ascending, and their ω = 1/π in the type of the sizes, ``[number]`` each.
+        """
+        inclusion = inclusion_probabilities(sizes.clamp_min(torch.finfo(sizes.dtype).tiny), self.number)
+        # A place is kept where its stretch of the sum holds a point: never twice, whatever the rounding.
+        passed = (inclusion.cumsum(0) + self.start).floor()
+        kept = passed.diff(prepend=passed.new_zeros(1)).nonzero()[:, 0]
+        return kept, inclusion[kept].reciprocal().to(sizes.dtype)
 
 
 def ranks_to_classes(ranks: Tensor, ranked_ids: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sampling import by_tail
-
 
 def coalesced(gradient: Tensor) -> Tensor:
     """A sparse gradient with each row in it once, in order.
@@ -44,50 +42,36 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
 
 
 class TouchedRows:
-    """The distinct classes of a draw, and sums over the places where each was drawn.
+    """The distinct classes among those of many contributions to a gradient, and sums of what is contributed to each.
 
-    Costs a sort of the N·R + G·K_t drawn ids, and no work that grows with C. Finding how many are distinct waits for
-    an accelerator.
+    Costs a sort of the P ids, and no work that grows with C. Finding how many are distinct waits for an accelerator.
 
     Args:
-        row_ids: classes of each row, ``[N, R]``.
-        shared_ids: classes of each tail, ``[G, K_t]``; row i uses tail ``i mod G``.
+        ids: the class of each contribution, ``[P]``.
 
     Attributes:
         ids: the distinct classes, ascending, ``[U]``.
     """
 
-    def __init__(self, row_ids: Tensor, shared_ids: Tensor):
-        self.num_rows, self.num_columns = row_ids.shape
-        self.num_tails = len(shared_ids)
-        in_order, self._order = torch.cat([row_ids.flatten(), shared_ids.flatten()]).sort(stable=True)
+    def __init__(self, ids: Tensor):
+        in_order, self._order = ids.sort(stable=True)
         self.ids, self._place, counts = in_order.unique_consecutive(return_inverse=True, return_counts=True)
         self._starts = counts.cumsum(0) - counts
 
-    def weight_rows(self, features: Tensor, row_grad: Tensor, shared_grad: Tensor, dtype: torch.dtype) -> Tensor:
+    def weight_rows(self, vectors: Tensor, which: Tensor, scales: Tensor) -> Tensor:
         """Rows of the weight's gradient, ``[U, d]``.
 
         Args:
-            features: what the head was given, ``[N, d]``.
-            row_grad, shared_grad: gradients of the logits, ``[N, R]`` and ``[N, K_t]``.
-            dtype: the weight's.
+            vectors: ``[V, d]``.
+            which: the vector that each contribution is a multiple of, ``[P]``.
+            scales: the factors, ``[P]``.
         """
-        # A class's row is the sum of the features of the rows that drew it times their gradients, and of one more
-        # vector for each tail that it is in, of all rows that use it.
-        of_tails = by_tail(shared_grad, self.num_tails).mT @ by_tail(features, self.num_tails)
-        vectors = torch.cat([features, of_tails.flatten(0, 1)]).to(dtype)
-        scales = torch.cat([row_grad.flatten(), row_grad.new_ones(len(vectors) - len(features))]).to(dtype)
-        num_drawn = self.num_rows * self.num_columns
-        vector = torch.where(
-            self._order < num_drawn, self._order // max(1, self.num_columns), self._order - num_drawn + self.num_rows
-        )
-        return F.embedding_bag(vector, vectors, self._starts, mode="sum", per_sample_weights=scales[self._order])
+        which, scales = which[self._order], scales[self._order]
+        return F.embedding_bag(which, vectors, self._starts, mode="sum", per_sample_weights=scales)
 
-    def bias_rows(self, row_grad: Tensor, shared_grad: Tensor, dtype: torch.dtype) -> Tensor:
-        """Entries of the bias's gradient, ``[U]``."""
-        of_tails = by_tail(shared_grad.to(dtype), self.num_tails).sum(1)
-        gradients = torch.cat([row_grad.flatten().to(dtype), of_tails.flatten()])
-        return gradients.new_zeros(len(self.ids)).index_add_(0, self._place, gradients[self._order])
+    def bias_rows(self, values: Tensor) -> Tensor:
+        """Entries of the bias's gradient, ``[U]``, for the value of each contribution, ``[P]``."""
+        return values.new_zeros(len(self.ids)).index_add_(0, self._place, values[self._order])
 
     def gradient(self, rows: Tensor, parameter_shape: torch.Size, sparse: bool) -> Tensor:
         """The rows as a gradient of a parameter: a coalesced sparse COO tensor, or dense and zero elsewhere."""

@@ -59,6 +59,7 @@ COMMAND_LINE = {
     "num_sampled_classes": 32,
     "num_shared_classes": 8,
     "num_tails": 2,
+    "num_updated_classes": 16,
     "rank_depth": 64,
     "proposal": "teacher",
     "sampler": "pps",
@@ -115,6 +116,15 @@ def test_what_is_not_given_depends_on_model_and_teacher(tmp_path):
     assert (given["num_sampled_classes"], given["num_tails"]) == (3, 2)
     depths = [config(tmp_path).sampling_arguments(is_lm)["rank_depth"] for is_lm in (False, True)]
     assert depths == [None, 16]
+
+
+def test_what_updates_a_row_sparse_head_is_all_that_was_drawn_and_less_from_a_cache(tmp_path):
+    def updated(**given):
+        return config(tmp_path, **given).sampling_arguments(stored_draws=9)["num_updated_classes"]
+
+    assert config(tmp_path, row_sparse_head=True).sampling_arguments()["num_updated_classes"] is None
+    assert updated() is None and updated(row_sparse_head=True) == 32
+    assert updated(row_sparse_head=True, num_updated_classes=5) == 5
 
 
 def test_every_field_has_a_help_text():

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dis import drawn
 from hf_dis.drawn import drawn_logits
+from hf_dis.sampling import Updates
 
 C, N = 11, 3
 ROW_IDS = torch.tensor([[0, 4, 4, 10], [1, 2, 3, 0], [10, 9, 8, 7]])  # with a class twice in a row
@@ -96,6 +97,31 @@ def test_no_gather_exceeds_the_chunk(monkeypatch):
     assert (
         largest.elements <= (64 + 3) * 32
     )  # features and the shared classes' rows; all gathered rows are 64 * 16 * 32
+
+
+@pytest.mark.parametrize("row_sparse", [True, False])
+def test_a_part_of_what_was_drawn_updates_the_head_on_average_as_all_of_it(row_sparse):
+    """The features' gradient is that of all; the weight's and the bias's are too, on average, by nine of eighteen."""
+    inputs = drawn_inputs()
+    with torch.no_grad():
+        inputs[0][1] *= 9  # what it adds is certain to be kept
+
+    def gradients(updates):
+        logits = drawn_logits(*inputs, ROW_IDS, TAILS, row_sparse, updates)
+        found = torch.autograd.grad((logits * slopes).sum(), inputs)
+        return [gradient.to_dense() for gradient in found]
+
+    slopes = torch.randn(N, 4 + 3, dtype=torch.float64)
+    exact = gradients(None)
+    starts = ((torch.arange(2000) + torch.rand(2000)) / 2000).tolist()
+    drawn_ones = [gradients(Updates(9, start)) for start in starts]
+    for found in drawn_ones:
+        assert torch.equal(found[0], exact[0])
+        assert len(found[1].count_nonzero(1).nonzero()) <= 9
+    for place in (1, 2):
+        values = torch.stack([found[place] for found in drawn_ones])
+        assert values.std(0).max() > 0.2
+        torch.testing.assert_close(values.mean(0), exact[place], rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hf_dis.sampling import (
     Stratum,
+    Updates,
     draw_ranks,
     draw_shared,
     inclusion_probabilities,
@@ -39,6 +40,38 @@ def frequencies(drawn, num_values):
 def within_five_sigma(observed, expected, num_trials):
     sigma = (expected * (1 - expected) / num_trials).clamp_min(0).sqrt()
     return bool(((observed - expected).abs() <= 5 * sigma + 1e-12).all())
+
+
+# Which of what was drawn updates the head
+
+
+def test_updates_are_kept_with_their_probability_and_weighted_by_its_inverse():
+    """One place is certain, two cannot be met, and none is there twice."""
+    sizes = torch.tensor([0.5, 30.0, 0.0, 1.0, 2.0, 0.25, 0.0, 1.5])
+    inclusion = capped_slowly(sizes.double(), 3)
+    assert inclusion[1] == 1 and (inclusion[[2, 6]] == 0).all()
+    kept = []
+    for start in torch.rand(4000, dtype=torch.float64, generator=generator()).tolist():
+        places, weights = Updates(3, start).draw(sizes)
+        assert len(places) == 3 and (places.diff() > 0).all()
+        torch.testing.assert_close(weights, inclusion[places].reciprocal().float())
+        kept.append(places)
+    assert within_five_sigma(frequencies(torch.stack(kept), len(sizes)), inclusion, len(kept))
+
+
+@pytest.mark.parametrize("sizes", [torch.ones(5), torch.zeros(5), torch.tensor([1.0, 0, 0, 0, 1e-30])])
+def test_as_many_updates_as_there_are_is_all_of_them(sizes):
+    places, weights = Updates(5, 0.7).draw(sizes)
+    assert places.tolist() == [0, 1, 2, 3, 4] and weights.tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_overflow_stays_one(bad):
+    """A gradient scaler looks for it in what is kept."""
+    for place in range(4):
+        sizes = torch.ones(4)
+        sizes[place] = bad
+        assert not Updates(2, 0.5).draw(sizes)[1].isfinite().all()
 
 
 # Inclusion probabilities

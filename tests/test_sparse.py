@@ -46,11 +46,13 @@ def test_coalesced_sums_what_is_there_twice_and_only_relabels_what_is_not():
     assert coalesced(gradient([])).is_coalesced()
 
 
-def test_touched_rows_without_ranked_or_without_shared_classes():
-    no_rows, shared = torch.empty(3, 0, dtype=torch.long), torch.tensor([[2, 7]])
-    features, row_grad, shared_grad = torch.randn(3, 4), torch.randn(3, 0), torch.randn(3, 2)
-    touched = TouchedRows(no_rows, shared)
+def test_touched_rows_sum_what_is_contributed_to_each():
+    ids, which, scales = torch.tensor([7, 2, 7, 7]), torch.tensor([0, 1, 1, 2]), torch.randn(4)
+    vectors = torch.randn(3, 5)
+    touched = TouchedRows(ids)
     assert touched.ids.tolist() == [2, 7]
-    rows = touched.weight_rows(features, row_grad, shared_grad, torch.float32)
-    torch.testing.assert_close(rows, shared_grad.T @ features)
-    torch.testing.assert_close(touched.bias_rows(row_grad, shared_grad, torch.float32), shared_grad.sum(0))
+    expected = torch.stack([scales[1] * vectors[1], scales[[0, 2, 3]] @ vectors])
+    torch.testing.assert_close(touched.weight_rows(vectors, which, scales), expected)
+    torch.testing.assert_close(touched.bias_rows(scales), torch.stack([scales[1], scales[[0, 2, 3]].sum()]))
+    nothing = TouchedRows(ids[:0])
+    assert nothing.weight_rows(vectors, which[:0], scales[:0]).shape == (0, 5) and not len(nothing.ids)

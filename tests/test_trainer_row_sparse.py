@@ -55,6 +55,21 @@ def test_only_drawn_rows_are_touched(make_trainer):
     assert moved.tolist() == ids.tolist()
 
 
+def test_a_part_of_the_drawn_classes_updates_the_head(make_trainer):
+    """Of each batch of 8 rows a class for each row, the largest gradients first; all of them is no other training."""
+    settings = {**PER_ROW, "num_sampled_classes": 10, "max_steps": 1, "row_sparse_head": True}
+    with_label = settings["num_sampled_classes"] + 1
+    everything, all_drawn, some = (
+        make_trainer(num_updated_classes=number, **settings) for number in (None, with_label, 1)
+    )
+    whole = trained(everything)
+    for name, value in trained(all_drawn).items():
+        assert torch.equal(value, whole[name])
+    trained(some)
+    moved = [(one.model.classifier.weight != vit(40).classifier.weight).any(1).sum() for one in (some, everything)]
+    assert 0 < moved[0] <= 8 < moved[1]
+
+
 def test_the_student_learns(make_trainer):
     trainer = make_trainer(max_steps=40, eval_dataset=labelled_images(32, 40), row_sparse_head=True)
     before = trainer.evaluate()

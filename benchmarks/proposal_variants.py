@@ -1,0 +1,216 @@
+"""What might lower the error of the default layout at the same rows of W: knowing more, learning faster, other shares.
+
+    python benchmarks/proposal_variants.py --teacher runs/glyphs/teacher --json proposal_variants.json
+    python benchmarks/proposal_variants.py --task lm --teacher runs/clm/_teacher --json proposal_variants_lm.json
+
+Tasks, students, steps and columns are those of estimator_error.py, whose default layouts are varied:
+
+oracle       a density over ranks, over classes, or both that knows s - p
+sketch r     the same from a rank-r approximation of the batch's logits, the best there is: no projection of the head
+             to r dimensions can know more
+started      the class memory starts from the teacher's class marginal instead of 1/C
+counted      a class's first draws renew its memory by 1, 1/2, 1/3, then 0.3, instead of 0.3 at once
+aged         what is known of classes that were not drawn is scaled as those that were drawn have changed
+updates      more classes drawn, of which no more update W than the default layout touches (num_updated_classes)
+shares       other allocations of the same rows of W between ranked classes and tails; the best of them at a step is
+             what an allocation by measured disagreement (Neyman) could reach
+
+After each table: what an allocation of the ranked classes between rows in proportion to the root of their error
+could save of it, were all of the error theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from estimator_error import Method, glyphs, lm, run
+from torch import Tensor
+
+from hf_dis import make_sampler
+from hf_dis.drawn import drawn_columns
+from hf_dis.losses import sampled_distillation_loss
+from hf_dis.proposal import ClassMemory, DISProposal, Statistics
+from hf_dis.sampling import ClassDraw
+from hf_dis.targets import TeacherTargets
+
+FLOOR = 0.05
+MEMORIES = ("started", "counted", "started and counted", "aged", "renewed faster")
+
+
+class KnowingProposal(DISProposal):
+    """DIS that is told s - p, or an approximation of it, where it draws: over ranks, over classes, or both."""
+
+    def __init__(self, of: DISProposal, knows: str):
+        super().__init__(of.num_classes, of.num_ranks, of.num_ranks, FLOOR, of.memory.decay)
+        self.knows = knows
+
+    def look(self, disagreement: Tensor, targets: TeacherTargets) -> None:
+        self.at_ranks = disagreement.abs().gather(1, targets.ids).double()
+        self.outside_head = disagreement.scatter(1, targets.ids, 0).double()
+
+    def rank_density(self, targets: TeacherTargets) -> Tensor:
+        if self.knows == "tail":
+            return super().rank_density(targets)
+        return (1 - FLOOR) * self.at_ranks / self.at_ranks.sum(1, keepdim=True) + FLOOR / self.num_ranks
+
+    def class_density(self) -> Tensor:
+        if self.knows == "ranks":
+            return super().class_density()
+        density = self.outside_head.square().sum(0).sqrt()
+        return (1 - FLOOR) * density / density.sum() + FLOOR / self.num_classes
+
+
+class VariedMemory(ClassMemory):
+    """A class memory that starts elsewhere, or learns at another pace."""
+
+    def __init__(self, num_classes: int, decay: float, how: str):
+        super().__init__(num_classes, decay)
+        self.how = how
+        self.times_drawn = torch.zeros(num_classes)
+        self.is_new = True
+
+    def update(self, statistics: Statistics) -> None:
+        if self.is_new and "started" in self.how:
+            self.squared_disagreement += (statistics["class_mass"] / statistics["rows"]).float().square()
+        self.is_new = False
+        tail = statistics["tail"].coalesce()
+        ids, (squared, rows) = tail.indices()[0], tail.values().unbind(1)
+        known = self.squared_disagreement[ids]
+        super().update(statistics)
+        mean = torch.where(rows > 0, squared / rows.clamp_min(1), known)
+        if "faster" in self.how:
+            self.squared_disagreement[ids] = known.lerp(mean, 0.6)
+        if "counted" in self.how:
+            self.times_drawn[ids] += (rows > 0).float()
+            renewal = (1 / self.times_drawn[ids].clamp_min(1)).clamp_min(self.RENEWAL)
+            self.squared_disagreement[ids] = known.lerp(mean, renewal)
+        if "aged" in self.how:
+            drawn = self.squared_disagreement[ids]
+            change = (squared / rows.clamp_min(1)).sqrt().sum() / known[rows > 0].sqrt().sum()
+            self.squared_disagreement *= change**2
+            self.squared_disagreement[ids] = drawn
+
+
+@dataclass
+class Variant(Method):
+    """A layout with a proposal that is not in the library; ``proposal`` is what the table calls it.
+
+    ``knows``: what it is told of s - p; ``rank``: by way of an approximation of the logits of that rank; ``memory``:
+    how the class memory is varied.
+    """
+
+    knows: str = ""
+    rank: int = 0
+    memory: str = ""
+
+    def build(self, num_classes: int) -> None:
+        self.drawer = make_sampler(
+            num_classes,
+            num_sampled_classes=self.sampled,
+            num_shared_classes=self.shared,
+            num_tails=self.tails,
+            rank_depth=self.depth,
+        )
+        fitted = self.drawer.proposal
+        if self.knows:
+            self.drawer.proposal = KnowingProposal(fitted, self.knows)
+        if self.memory:
+            fitted.memory = VariedMemory(num_classes, fitted.memory.decay, self.memory)
+
+    def draw(self, teacher_logits: Tensor, disagreement: Tensor, temperature: float) -> ClassDraw:
+        targets = TeacherTargets(teacher_logits, temperature, self.drawer.rank_depth)
+        if self.knows:
+            teacher = (teacher_logits / temperature).softmax(1)
+            if self.rank:
+                disagreement = approximated(disagreement + teacher, self.rank) - teacher
+            self.drawer.proposal.look(disagreement, targets)
+        return self.drawer.draw([targets])
+
+    def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
+        student, teacher = ((values / temperature).softmax(1) for values in (logits, teacher_logits))
+        draw = self.draw(teacher_logits, student - teacher, temperature)
+        columns = drawn_columns(logits, draw.row_ids, draw.shared_ids)
+        self.drawer.learn(draw, sampled_distillation_loss(columns, draw, temperature)[1])
+
+
+def approximated(probabilities: Tensor, rank: int) -> Tensor:
+    """Softmax of the best approximation of the logits by a matrix of a rank, rows and columns centred."""
+    logits = probabilities.clamp_min(1e-30).log()
+    logits = logits - logits.mean(1, keepdim=True)
+    mean = logits.mean(0)
+    left, values, right = torch.svd_lowrank(logits - mean, rank, niter=4)
+    return (mean + left * values @ right.T).softmax(1)
+
+
+def variants(default: tuple[int, ...], others: list[tuple[int, ...]]) -> list[Method]:
+    """The default layout (K, K_t, m, G), what is tried of it, and other layouts, with U where it is given."""
+    knowing = [
+        Variant(f"oracle, {name}" if not rank else f"sketch {rank}, {name}", "pps", *default, knows=knows, rank=rank)
+        for rank in (0, 4, 16)
+        for knows, name in (("ranks", "over ranks"), ("tail", "over classes"), ("both", "both"))
+        if not rank or knows == "both"
+    ]
+    memories = [Variant(f"memory {how}", "pps", *default, memory=how) for how in MEMORIES]
+    return [Method("dis", "pps", *default), *knowing, *memories, *(Method("dis", "pps", *layout) for layout in others)]
+
+
+# 6,144 rows of W for the 128 glyphs, 12,288 for the 512 tokens.
+LAYOUTS = {
+    "glyphs": variants(
+        (32, 256, 64, 8),
+        [
+            (16, 512, 32, 8),
+            (24, 384, 48, 8),
+            (40, 128, 80, 8),
+            (44, 64, 88, 8),
+            (32, 512, 64, 4),
+            (32, 128, 64, 16),
+            (32, 256, 128, 8),
+            (48, 256, 96, 16, 48),
+            (64, 256, 128, 16, 48),
+            (64, 512, 128, 16, 48),
+            (96, 512, 192, 16, 48),
+        ],
+    ),
+    "lm": variants(
+        (16, 1024, 16, 4),
+        [
+            (8, 2048, 8, 4),
+            (20, 512, 20, 4),
+            (16, 512, 16, 8),
+            (16, 2048, 16, 2),
+            (16, 1024, 32, 4),
+            (16, 2048, 16, 8, 24),
+            (16, 4096, 16, 4, 24),
+            (32, 2048, 32, 8, 24),
+        ],
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=["glyphs", "lm"], default="glyphs")
+    parser.add_argument("--teacher", type=Path, required=True, help="saved by run_glyphs.py or run_clm.py")
+    parser.add_argument("--json", type=Path, help="where to write the records")
+    arguments = parser.parse_args()
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}")
+    task = {"glyphs": glyphs, "lm": lm}[arguments.task](arguments)
+    task = replace(task, methods=LAYOUTS[arguments.task])
+    task.teacher.eval()
+    records = run(task)
+    for step in task.steps:
+        default = next(record for record in records if record["step"] == step)
+        print(f"step {step}: an allocation between rows could save {default['between_rows']:.0%} of the error")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
