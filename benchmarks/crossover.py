@@ -27,7 +27,7 @@ from head_step import time_head_steps
 
 from hf_dis.cost import ROWS, measure_costs
 
-BASE = {"features": 256, "rows": 128, "sampled": 32, "shared": 256, "tails": 8}
+BASE = {"features": 256, "rows": 128, "sampled": 32, "shared": 512, "tails": 4}
 PER_ROW = {**BASE, "sampled": 128, "shared": 0, "tails": 1}
 SETTINGS = [
     BASE,

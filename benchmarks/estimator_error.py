@@ -216,12 +216,14 @@ def glyph_methods() -> list[Method]:
         for proposal in ("dis", "uniform")
     ]
     several_tails = [
-        Method("dis", "pps", sampled, 256, 2 * sampled, tails) for sampled in (32, 64) for tails in (4, 8, 16)
+        Method("dis", "pps", sampled, shared, 2 * sampled, tails)
+        for sampled, shared, tails in ((32, 256, 8), (32, 512, 4), (32, 512, 8), (64, 256, 16), (64, 512, 4))
     ]
     updated = [
         Method("dis", "pps", 128, updated=48),
-        Method("dis", "pps", 32, 256, 64, 8, 32),
-        Method("dis", "pps", 64, 256, 128, 16, 48),
+        Method("dis", "pps", 32, 512, 64, 4, 32),
+        Method("dis", "pps", 64, 512, 128, 4, 32),
+        Method("dis", "pps", 64, 1024, 128, 4, 48),
     ]
     return per_row + two_strata + several_tails + updated
 

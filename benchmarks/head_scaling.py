@@ -47,7 +47,7 @@ from hf_dis.targets import TeacherTargets
 
 TEMPERATURE, ROWS, FEATURES, CHUNK_ROWS, PARTIAL_FC_SHARE = 2.0, 128, 256, 32, 0.1
 LAYOUTS = {
-    "default": {"num_sampled_classes": 32, "num_shared_classes": 256, "num_tails": 8},
+    "default": {"num_sampled_classes": 32, "num_shared_classes": 512, "num_tails": 4, "num_updated_classes": 32},
     "per row": {"num_sampled_classes": 128, "num_shared_classes": 0, "num_tails": 1},
 }
 # Those without a layout compute the same whatever it is.
@@ -131,7 +131,8 @@ class Steps:
     def _dis(self, row_sparse: bool) -> None:
         with torch.no_grad():
             draw = self.sampler.draw([self.targets])
-        logits = drawn_logits(self.features, self.weight, None, draw.row_ids, draw.shared_ids, row_sparse)
+        ids, updates = (draw.row_ids, draw.shared_ids), draw.updates if row_sparse else None
+        logits = drawn_logits(self.features, self.weight, None, *ids, row_sparse, updates)
         loss, disagreement = sampled_distillation_loss(logits, draw, TEMPERATURE)
         self.sampler.learn(draw, disagreement)
         loss.mean().backward()

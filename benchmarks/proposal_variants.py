@@ -133,6 +133,8 @@ class Variant(Method):
         return self.drawer.draw([targets])
 
     def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
+        if self.knows == "both":
+            return
         student, teacher = ((values / temperature).softmax(1) for values in (logits, teacher_logits))
         draw = self.draw(teacher_logits, student - teacher, temperature)
         columns = drawn_columns(logits, draw.row_ids, draw.shared_ids)
@@ -163,19 +165,18 @@ def variants(default: tuple[int, ...], others: list[tuple[int, ...]]) -> list[Me
 # 6,144 rows of W for the 128 glyphs, 12,288 for the 512 tokens.
 LAYOUTS = {
     "glyphs": variants(
-        (32, 256, 64, 8),
+        (32, 512, 64, 4),
         [
-            (16, 512, 32, 8),
-            (24, 384, 48, 8),
-            (40, 128, 80, 8),
-            (44, 64, 88, 8),
-            (32, 512, 64, 4),
-            (32, 128, 64, 16),
-            (32, 256, 128, 8),
-            (48, 256, 96, 16, 48),
-            (64, 256, 128, 16, 48),
-            (64, 512, 128, 16, 48),
-            (96, 512, 192, 16, 48),
+            (32, 256, 64, 8),
+            (32, 1024, 64, 2),
+            (24, 768, 48, 4),
+            (16, 1024, 32, 4),
+            (40, 256, 80, 4),
+            (44, 128, 88, 4),
+            (32, 512, 128, 4),
+            (48, 512, 96, 4, 48),
+            (64, 512, 128, 4, 48),
+            (64, 1024, 128, 4, 48),
         ],
     ),
     "lm": variants(

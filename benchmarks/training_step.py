@@ -13,9 +13,9 @@ dis_given_targets  row_sparse_head, the teacher's answers computed beforehand; f
 dis_cached         row_sparse_head, from a cache of the teacher's targets at its default of 300 bytes a row (32 ranked
                    classes and, of 100,000, 75 draws of the tail), look-up included; floor: headless
 
-DIS in layouts: the default, K = 32 of each row's 64 best-ranked classes (from a cache all that are stored, and U = 32
-updating the head) and 8 tails of K_t = 256 that rows share; U = 32 online and all updating the head from a cache; and
-classes drawn row by row, K = 128 (from a cache the stored ones and 512 further).
+DIS in layouts: the default, K = 32 of each row's 64 best-ranked classes (from a cache all that are stored) and 4 tails
+of K_t = 512 that rows share, of which U = 32 a row update the head; the same with all of them updating it; and classes
+drawn row by row, K = 128 (from a cache the stored ones and 512 further).
 
 peak_mb: the highest resident size of the last steps less the resident size between two of them. Linux only.
 """
@@ -41,16 +41,17 @@ from hf_dis import DISConfig, DISDistillationTrainer, TeacherCache, cache_teache
 
 ROWS, FEATURES, TEMPERATURE = 128, 256, 2.0
 PER_ROW = {"num_shared_classes": 0}
+ALL_UPDATE = {"num_updated_classes": 1000}
 METHODS = {
     ("headless", None): {},
     ("exact", None): {},
     ("dis_online", "default"): {},
     ("dis_online", "per row"): PER_ROW,
     ("dis_given_targets", "default"): {},
-    ("dis_given_targets", "U = 32"): {"num_updated_classes": 32},
+    ("dis_given_targets", "all update"): ALL_UPDATE,
     ("dis_given_targets", "per row"): PER_ROW,
     ("dis_cached", "default"): {},
-    ("dis_cached", "all update"): {"num_updated_classes": 1000},
+    ("dis_cached", "all update"): ALL_UPDATE,
     ("dis_cached", "per row"): PER_ROW,
 }
 

@@ -180,7 +180,7 @@ def make_cached_sampler(
     stored: TargetLayout,
     *,
     num_sampled_classes: int = 512,
-    num_shared_classes: int = 256,
+    num_shared_classes: int = 512,
     num_tails: int | None = None,
     num_updated_classes: int | None = None,
     rank_depth: int | None = None,

@@ -25,13 +25,13 @@ class DISConfig(TrainingArguments):
             models, 128 where no classes are shared. From a cache: with shared classes, how many of a row's stored tail
             a step uses, in each step others, all if None; without, classes beyond the stored ones, 512 if None.
         num_shared_classes: K_t >= 0, classes drawn from the rest that rows share: a tail. 0 is the paper's layout: all
-            K of a row from all C ranks. None: 256, 1,024 for language models, 0 where the sampler or proposal
+            K of a row from all C ranks. None: 512, 1,024 for language models, 0 where the sampler or proposal
             named cannot share.
         num_tails: G >= 1, tails drawn a step; row i uses tail ``i mod G``. With more the gradient of a batch is less
-            noisy for the same product, and up to G·K_t rows of the head are touched. None: 8, 4 for language models.
+            noisy for the same product, and up to G·K_t rows of the head are touched. None: 4.
         num_updated_classes: U >= 1: of all classes that rows and tails of a batch drew, U N update a row-sparse head,
-            drawn in backward in proportion to what they add to its gradient, which stays unbiased. None: 32 from a
-            cache, else all.
+            drawn in backward in proportion to what they add to its gradient, which stays unbiased. None: 32 where
+            classes are shared, else all.
         rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one; where classes are shared the K
             classes of a row come from its m best-ranked ones, so m is K or more. None: 2 K, and K for language
             models with shared classes, so that the best-ranked ones are drawn for certain.
@@ -71,18 +71,19 @@ class DISConfig(TrainingArguments):
     num_shared_classes: int | None = field(
         default=None,
         metadata={
-            "help": "Classes that rows share, a tail; 0: the paper's layout, all drawn row by row. If not given, 256, "
+            "help": "Classes that rows share, a tail; 0: the paper's layout, all drawn row by row. If not given, 512, "
             "or 1,024 for language models."
         },
     )
     num_tails: int | None = field(
         default=None,
-        metadata={"help": "Tails drawn a step, which rows take in turn; if not given 8, or 4 for language models."},
+        metadata={"help": "Tails drawn a step, which rows take in turn; if not given 4, where classes are shared."},
     )
     num_updated_classes: int | None = field(
         default=None,
         metadata={
-            "help": "Classes that update a row-sparse head, for each row; all drawn, 32 from a cache, if not given."
+            "help": "Classes that update a row-sparse head, for each row; if not given 32, or all of them where no "
+            "classes are shared."
         },
     )
     rank_depth: int | None = field(
@@ -176,7 +177,7 @@ class DISConfig(TrainingArguments):
             is_lm: whether the layout, where it is not given, is that of a language model.
             stored_draws: T of the cache that is trained from, if one is.
         """
-        num_shared = 1024 if is_lm else 256
+        num_shared = 1024 if is_lm else 512
         if self.num_shared_classes is not None:
             num_shared = self.num_shared_classes
         elif self.proposal == "topk" or self.sampler == "replacement":
@@ -189,11 +190,9 @@ class DISConfig(TrainingArguments):
             num_sampled = 32 if num_shared else 128
         if self.num_sampled_classes is not None:
             num_sampled = self.num_sampled_classes
-        num_tails = 4 if is_lm and num_shared else usual_tails(num_shared)
-        if self.num_tails is not None:
-            num_tails = self.num_tails
+        num_tails = usual_tails(num_shared) if self.num_tails is None else self.num_tails
         num_updated = self.num_updated_classes
-        if num_updated is None and self.row_sparse_head and stored_draws is not None:
+        if num_updated is None and self.row_sparse_head and num_shared:
             num_updated = 32
         depth = num_sampled if self.rank_depth is None and is_lm and num_shared else self.rank_depth
         return {

@@ -44,7 +44,7 @@ class _DrawnLinear(torch.autograd.Function):
         if wants_features:
             scales = row_grad.to(weight.dtype)
             grad_features = F.embedding_bag(row_ids, weight, mode="sum", per_sample_weights=scales).to(grad.dtype)
-            tails = by_tail(shared_grad, len(shared_ids)) @ weight[shared_ids].to(grad.dtype)
+            tails = by_tail(shared_grad, len(shared_ids)) @ F.embedding(shared_ids, weight).to(grad.dtype)
             grad_features += by_row(tails, len(grad))
         if wants_weight or wants_bias:
             of_head = _Contributions.of(features, row_ids, shared_ids, row_grad, shared_grad, weight.dtype)

@@ -164,14 +164,14 @@ class ClassSampler:
 
 def usual_tails(num_shared_classes: int) -> int:
     """How many tails there are where it is not said: one where they are empty."""
-    return 8 if num_shared_classes else 1
+    return 4 if num_shared_classes else 1
 
 
 def make_sampler(
     num_classes: int,
     *,
     num_sampled_classes: int = 32,
-    num_shared_classes: int = 256,
+    num_shared_classes: int = 512,
     num_tails: int | None = None,
     num_updated_classes: int | None = None,
     rank_depth: int | None = None,

@@ -106,24 +106,24 @@ def test_what_is_not_given_depends_on_model_and_teacher(tmp_path):
         found = config(tmp_path, num_shared_classes=shared, sampler=sampler).sampling_arguments(**given)
         return tuple(found[f"num_{name}"] for name in ("sampled_classes", "shared_classes", "tails"))
 
-    assert sizes() == (32, 256, 8) and sizes(is_lm=True) == (16, 1024, 4)
+    assert sizes() == (32, 512, 4) and sizes(is_lm=True) == (16, 1024, 4)
     assert sizes(shared=0) == sizes(sampler="replacement") == (128, 0, 1)
     assert sizes(shared=0, is_lm=True) == (16, 0, 1)
     assert sizes(shared=0, stored_draws=9) == sizes(shared=0, stored_draws=9, is_lm=True) == (512, 0, 1)
-    assert sizes(stored_draws=9) == (9, 256, 8)  # all of the stored tail
-    assert sizes(is_lm=True, stored_draws=9) == (9, 1024, 4) and sizes(stored_draws=0) == (1, 256, 8)
+    assert sizes(stored_draws=9) == (9, 512, 4)  # all of the stored tail
+    assert sizes(is_lm=True, stored_draws=9) == (9, 1024, 4) and sizes(stored_draws=0) == (1, 512, 4)
     given = config(tmp_path, num_sampled_classes=3, num_tails=2).sampling_arguments(stored_draws=9)
     assert (given["num_sampled_classes"], given["num_tails"]) == (3, 2)
     depths = [config(tmp_path).sampling_arguments(is_lm)["rank_depth"] for is_lm in (False, True)]
     assert depths == [None, 16]
 
 
-def test_what_updates_a_row_sparse_head_is_all_that_was_drawn_and_less_from_a_cache(tmp_path):
+def test_a_row_sparse_head_is_updated_by_a_part_of_what_was_drawn_where_classes_are_shared(tmp_path):
     def updated(**given):
-        return config(tmp_path, **given).sampling_arguments(stored_draws=9)["num_updated_classes"]
+        return config(tmp_path, **given).sampling_arguments()["num_updated_classes"]
 
-    assert config(tmp_path, row_sparse_head=True).sampling_arguments()["num_updated_classes"] is None
     assert updated() is None and updated(row_sparse_head=True) == 32
+    assert updated(row_sparse_head=True, num_shared_classes=0) is None
     assert updated(row_sparse_head=True, num_updated_classes=5) == 5
 
 

@@ -128,8 +128,8 @@ def test_the_layout_of_language_models(make_trainer):
         llama(5000), llama(5000), train_dataset=data(), **{**layout, "num_shared_classes": 0}
     ).sampler
     assert (deeper.num_sampled, deeper.rank_depth, deeper.num_shared) == (16, 32, 0)
-    sampler = make_trainer(vit(400), vit(400), train_dataset=labelled_images(8, 400), **layout).sampler
-    assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared, sampler.num_tails) == (32, 64, 256, 8)
+    sampler = make_trainer(vit(600), vit(600), train_dataset=labelled_images(8, 600), **layout).sampler
+    assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared, sampler.num_tails) == (32, 64, 512, 4)
 
 
 def test_only_supervised_tokens_reach_the_head(make_trainer):
