@@ -29,9 +29,9 @@ class DISConfig(TrainingArguments):
             named cannot share.
         num_tails: G >= 1, tails drawn a step; row i uses tail ``i mod G``. With more the gradient of a batch is less
             noisy for the same product, and up to G·K_t rows of the head are touched. None: 4.
-        num_updated_classes: U >= 1: of all classes that rows and tails of a batch drew, U N update a row-sparse head,
-            drawn in backward in proportion to what they add to its gradient, which stays unbiased. None: 32 where
-            classes are shared, else all.
+        num_updated_classes: U >= 1: of the distinct classes that N rows and their tails drew, at most U N update a
+            row-sparse head, drawn in backward in proportion to the size of their gradient, which stays unbiased. None:
+            32 where classes are shared, else all.
         rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one; where classes are shared the K
             classes of a row come from its m best-ranked ones, so m is K or more. None: 2 K, and K for language
             models with shared classes, so that the best-ranked ones are drawn for certain.

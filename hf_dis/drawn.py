@@ -48,9 +48,9 @@ class _DrawnLinear(torch.autograd.Function):
             grad_features += by_row(tails, len(grad))
         if wants_weight or wants_bias:
             of_head = _Contributions.of(features, row_ids, shared_ids, row_grad, shared_grad, weight.dtype)
-            if ctx.updates is not None:
-                of_head = of_head.drawn(ctx.updates)
             touched = TouchedRows(of_head.ids)
+            if ctx.updates is not None:
+                touched = touched.drawn(of_head.sizes(), ctx.updates)
         if wants_weight:
             rows = touched.weight_rows(of_head.vectors, of_head.which, of_head.scales)
             grad_weight = touched.gradient(rows, weight.shape, ctx.row_sparse)
@@ -94,14 +94,9 @@ class _Contributions(NamedTuple):
             sums=torch.cat([alone, sums]),
         )
 
-    def drawn(self, updates: Updates) -> _Contributions:
-        """Some of them, in proportion to their size and weighted by its inverse: unbiased, and of fewer classes."""
-        if updates.number >= len(self.ids):
-            return self
-        lengths = torch.linalg.vector_norm(self.vectors, dim=1)
-        kept, weights = updates.draw(self.scales.abs() * lengths[self.which])
-        ids, which = self.ids[kept], self.which[kept]
-        return _Contributions(ids, self.vectors, which, self.scales[kept] * weights, self.sums[kept] * weights)
+    def sizes(self) -> Tensor:
+        """The length of each as a part of the weight's gradient, ``[P]``."""
+        return self.scales.abs() * torch.linalg.vector_norm(self.vectors, dim=1)[self.which]
 
 
 def _chunks(row_ids: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -131,8 +126,7 @@ def drawn_logits(
         row_ids: classes of each row, ``[N, R]``.
         shared_ids: classes of each tail, ``[G, K_t]``; row i uses tail ``i mod G``.
         row_sparse: give weight and bias sparse gradients, which hold the drawn rows only.
-        updates: how many of the drawn classes, of all rows and tails, have a part in the gradients of weight and bias;
-            all if None.
+        updates: which of the drawn classes have a part in the gradients of weight and bias; all of them if None.
 
     Raises:
         IndexError: if a class id is not one of the head's; on CPU, an accelerator asserts it by itself.

@@ -31,7 +31,7 @@ class ClassSampler:
         num_tails: G, tails of a step: row i uses tail ``i mod G``.
         rank_depth: m, the depth to which the teacher's ranking is resolved.
         sampler: ``"pps"`` or ``"replacement"``; the latter only with ``num_shared = 0``.
-        num_updated: U: at most U N of the drawn classes update the head; all of them if None.
+        num_updated: U: at most U N of the distinct drawn classes update the head; all of them if None.
         seed: of the sampler's own generator; give every process its own.
     """
 

@@ -226,7 +226,7 @@ def draw_shared(density: Tensor, num_draws: int, num_tails: int, generator: torc
 
 
 class Updates(NamedTuple):
-    """A draw among the drawn classes of all rows and tails, made in backward: those that update the head.
+    """A draw among the distinct classes that rows and tails drew, made in backward: those that update the head.
 
     Attributes:
         number: how many.

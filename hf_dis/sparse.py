@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .sampling import Updates
 
 
 def coalesced(gradient: Tensor) -> Tensor:
@@ -55,8 +58,26 @@ class TouchedRows:
 
     def __init__(self, ids: Tensor):
         in_order, self._order = ids.sort(stable=True)
-        self.ids, self._place, counts = in_order.unique_consecutive(return_inverse=True, return_counts=True)
-        self._starts = counts.cumsum(0) - counts
+        self.ids, self._place, self._counts = in_order.unique_consecutive(return_inverse=True, return_counts=True)
+        self._weights: Tensor | None = None
+
+    def drawn(self, sizes: Tensor, updates: Updates) -> TouchedRows:
+        """Some of the classes in proportion to their size, whose sums are weighted by its inverse: unbiased.
+
+        Args:
+            sizes: how large each contribution is, non-negative, ``[P]``.
+        """
+        if updates.number >= len(self.ids):
+            return self
+        kept, weights = updates.draw(self._sums(sizes))
+        some, is_kept = copy(self), torch.zeros_like(self.ids, dtype=torch.bool).index_fill_(0, kept, True)
+        some.ids, some._counts, some._weights = self.ids[kept], self._counts[kept], weights
+        some._order = self._order[is_kept[self._place]]
+        some._place = torch.arange(len(kept), device=kept.device).repeat_interleave(some._counts)
+        return some
+
+    def _sums(self, values: Tensor) -> Tensor:
+        return values.new_zeros(len(self.ids)).index_add_(0, self._place, values[self._order])
 
     def weight_rows(self, vectors: Tensor, which: Tensor, scales: Tensor) -> Tensor:
         """Rows of the weight's gradient, ``[U, d]``.
@@ -67,11 +88,15 @@ class TouchedRows:
             scales: the factors, ``[P]``.
         """
         which, scales = which[self._order], scales[self._order]
-        return F.embedding_bag(which, vectors, self._starts, mode="sum", per_sample_weights=scales)
+        if self._weights is not None:
+            scales = scales * self._weights[self._place]
+        starts = self._counts.cumsum(0) - self._counts
+        return F.embedding_bag(which, vectors, starts, mode="sum", per_sample_weights=scales)
 
     def bias_rows(self, values: Tensor) -> Tensor:
         """Entries of the bias's gradient, ``[U]``, for the value of each contribution, ``[P]``."""
-        return values.new_zeros(len(self.ids)).index_add_(0, self._place, values[self._order])
+        sums = self._sums(values)
+        return sums if self._weights is None else sums * self._weights
 
     def gradient(self, rows: Tensor, parameter_shape: torch.Size, sparse: bool) -> Tensor:
         """The rows as a gradient of a parameter: a coalesced sparse COO tensor, or dense and zero elsewhere."""

@@ -2,6 +2,7 @@
 
 import torch
 
+from hf_dis.sampling import Updates
 from hf_dis.sparse import TouchedRows, clip_grad_norm_, coalesced
 
 
@@ -54,5 +55,9 @@ def test_touched_rows_sum_what_is_contributed_to_each():
     expected = torch.stack([scales[1] * vectors[1], scales[[0, 2, 3]] @ vectors])
     torch.testing.assert_close(touched.weight_rows(vectors, which, scales), expected)
     torch.testing.assert_close(touched.bias_rows(scales), torch.stack([scales[1], scales[[0, 2, 3]].sum()]))
+    some = touched.drawn(torch.tensor([3.0, 1, 0, 0]), Updates(1, 0.7))  # class 7 is met with probability 3/4
+    assert some.ids.tolist() == [7] and touched.drawn(torch.ones(4), Updates(2, 0.7)) is touched
+    torch.testing.assert_close(some.weight_rows(vectors, which, scales), expected[1:] * 4 / 3)
+    torch.testing.assert_close(some.bias_rows(scales), scales[[0, 2, 3]].sum()[None] * 4 / 3)
     nothing = TouchedRows(ids[:0])
     assert nothing.weight_rows(vectors, which[:0], scales[:0]).shape == (0, 5) and not len(nothing.ids)
