@@ -152,12 +152,13 @@ def approximated(probabilities: Tensor, rank: int) -> Tensor:
 
 def variants(default: tuple[int, ...], others: list[tuple[int, ...]]) -> list[Method]:
     """The default layout (K, K_t, m, G), what is tried of it, and other layouts, with U where it is given."""
-    knowing = [
-        Variant(f"oracle, {name}" if not rank else f"sketch {rank}, {name}", "pps", *default, knows=knows, rank=rank)
-        for rank in (0, 4, 16)
-        for knows, name in (("ranks", "over ranks"), ("tail", "over classes"), ("both", "both"))
-        if not rank or knows == "both"
-    ]
+    knowing = [Variant("oracle, both", "pps", *default, knows="both")]
+    if default[0] < default[2]:  # else the ranked classes are certain, whatever the density over ranks
+        knowing += [
+            Variant(f"oracle, over {name}", "pps", *default, knows=knows)
+            for knows, name in (("ranks", "ranks"), ("tail", "classes"))
+        ]
+    knowing += [Variant(f"sketch {rank}", "pps", *default, knows="both", rank=rank) for rank in (4, 16)]
     memories = [Variant(f"memory {how}", "pps", *default, memory=how) for how in MEMORIES]
     return [Method("dis", "pps", *default), *knowing, *memories, *(Method("dis", "pps", *layout) for layout in others)]
 
@@ -187,9 +188,6 @@ LAYOUTS = {
             (16, 512, 16, 8),
             (16, 2048, 16, 2),
             (16, 1024, 32, 4),
-            (16, 2048, 16, 8, 24),
-            (16, 4096, 16, 4, 24),
-            (32, 2048, 32, 8, 24),
         ],
     ),
 }
@@ -203,7 +201,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}")
     task = {"glyphs": glyphs, "lm": lm}[arguments.task](arguments)
-    task = replace(task, methods=LAYOUTS[arguments.task])
+    steps = tuple(step for step in task.steps if arguments.task == "glyphs" or step <= 80)
+    task = replace(task, methods=LAYOUTS[arguments.task], steps=steps)
     task.teacher.eval()
     records = run(task)
     for step in task.steps:

@@ -101,7 +101,7 @@ def test_no_gather_exceeds_the_chunk(monkeypatch):
 
 @pytest.mark.parametrize("row_sparse", [True, False])
 def test_a_part_of_what_was_drawn_updates_the_head_on_average_as_all_of_it(row_sparse):
-    """The features' gradient is that of all, and so are the weight's and the bias's on average, by half the classes."""
+    """Half of the classes do: the features' gradient is that of all, the weight's and the bias's are on average."""
     inputs = drawn_inputs()
     with torch.no_grad():
         inputs[0][1] *= 9  # what it adds is certain to be kept
