@@ -220,10 +220,10 @@ def glyph_methods() -> list[Method]:
         for sampled, shared, tails in ((32, 256, 8), (32, 512, 4), (32, 512, 8), (64, 256, 16), (64, 512, 4))
     ]
     updated = [
-        Method("dis", "pps", 128, updated=48),
-        Method("dis", "pps", 32, 512, 64, 4, 32),
-        Method("dis", "pps", 64, 512, 128, 4, 32),
-        Method("dis", "pps", 64, 1024, 128, 4, 48),
+        Method("dis", "pps", 128, updated=16),
+        Method("dis", "pps", 32, 512, 64, 4, 16),
+        Method("dis", "pps", 32, 512, 64, 4, 8),
+        Method("dis", "pps", 64, 1024, 128, 4, 16),
     ]
     return per_row + two_strata + several_tails + updated
 

@@ -11,7 +11,7 @@ sketch r     the same from a rank-r approximation of the batch's logits, the bes
 started      the class memory starts from the teacher's class marginal instead of 1/C
 counted      a class's first draws renew its memory by 1, 1/2, 1/3, then 0.3, instead of 0.3 at once
 aged         what is known of classes that were not drawn is scaled as those that were drawn have changed
-updates      more classes drawn, of which no more update W than the default layout touches (num_updated_classes)
+updates      more classes drawn, of which no more update W than are distinct in the default (num_updated_classes)
 shares       other allocations of the same rows of W between ranked classes and tails; the best of them at a step is
              what an allocation by measured disagreement (Neyman) could reach
 
@@ -163,7 +163,7 @@ def variants(default: tuple[int, ...], others: list[tuple[int, ...]]) -> list[Me
     return [Method("dis", "pps", *default), *knowing, *memories, *(Method("dis", "pps", *layout) for layout in others)]
 
 
-# 6,144 rows of W for the 128 glyphs, 12,288 for the 512 tokens.
+# 6,144 drawn classes for the 128 glyphs, of which some 2,900 are distinct (U = 22: 2,816), and 12,288 for 512 tokens.
 LAYOUTS = {
     "glyphs": variants(
         (32, 512, 64, 4),
@@ -175,9 +175,9 @@ LAYOUTS = {
             (40, 256, 80, 4),
             (44, 128, 88, 4),
             (32, 512, 128, 4),
-            (48, 512, 96, 4, 48),
-            (64, 512, 128, 4, 48),
-            (64, 1024, 128, 4, 48),
+            (48, 512, 96, 4, 22),
+            (64, 512, 128, 4, 22),
+            (64, 1024, 128, 4, 22),
         ],
     ),
     "lm": variants(

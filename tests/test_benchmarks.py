@@ -1,5 +1,7 @@
 """The benchmarks: what they make of their records, and that each runs (at sizes that say nothing)."""
 
+import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,9 +11,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import crossover
+import estimator_error
 import head_scaling
 import language_model
 import plots
+import proposal_variants
 import quality_vs_k
 import training_step
 
@@ -91,7 +95,7 @@ def test_training_steps_run_and_are_drawn(tmp_path, monkeypatch, capsys):
     records = json.loads(written.read_text())
     assert [(record["method"], record["layout"]) for record in records] == list(training_step.METHODS)
     assert all(record["ratio_to_floor"] > 0 for record in records)
-    assert "| 16 draws, 4 tails |" in capsys.readouterr().out
+    assert "| all update |" in capsys.readouterr().out
     main(plots, monkeypatch, "--training_step", written, "--output_dir", tmp_path)
     assert (tmp_path / "training_step.png").stat().st_size > 500
 
@@ -106,3 +110,26 @@ def test_steps_of_language_models_run(tmp_path, monkeypatch, capsys):
         (teacher, method) for teacher in ("given", "online") for method in ("exact", "dis")
     ]
     assert all(0 < record["error"] < 0.1 for record in records if record["method"] == "dis")
+
+
+@pytest.mark.slow
+def test_errors_are_measured_of_glyphs(tmp_path, monkeypatch):
+    """Of one layout with and without updates, and of what knows the student: that has the smallest error."""
+    teacher = estimator_error.glyph_task.build_teacher(3375)
+    teacher.save_pretrained(tmp_path)
+    monkeypatch.setattr(estimator_error, "WARM_UP_BATCHES", 2)
+    task = estimator_error.glyphs(argparse.Namespace(teacher=tmp_path))
+    layout = (16, 64, 32, 4)
+    methods = [
+        estimator_error.Method("dis", "pps", *layout),
+        estimator_error.Method("dis", "pps", *layout, 2),
+        proposal_variants.Variant("oracle", "pps", *layout, knows="both"),
+        proposal_variants.Variant("sketch", "pps", *layout, knows="both", rank=8),
+        proposal_variants.Variant("started", "pps", *layout, memory="started and counted"),
+    ]
+    task = dataclasses.replace(task, steps=(0, 1), num_draws=3, batch_size=16, measured_size=16, methods=methods)
+    records = estimator_error.run(task)
+    assert [record["step"] for record in records] == 5 * [0] + 5 * [1]
+    all_update, some, oracle = records[5:8]
+    assert (all_update["rows_touched"], some["rows_touched"]) == (512, 32)
+    assert some["error_head"] > all_update["error_head"] and oracle["error"] < all_update["error"]
