@@ -78,16 +78,20 @@ class Method:
                 proposal, num_classes, self.sampled, self.shared, self.tails, depth, self.sampler
             )
         else:
-            self.drawer = make_sampler(
-                num_classes,
-                num_sampled_classes=self.sampled,
-                num_shared_classes=self.shared,
-                num_tails=self.tails,
-                num_updated_classes=self.updated,
-                rank_depth=depth,
-                proposal=self.proposal,
-                sampler="pps" if self.sampler == "none" else self.sampler,
-            )
+            self.drawer = self.sampler_of(num_classes, self.proposal)
+
+    def sampler_of(self, num_classes: int, proposal: str) -> ClassSampler:
+        """The library's, in this layout."""
+        return make_sampler(
+            num_classes,
+            num_sampled_classes=self.sampled,
+            num_shared_classes=self.shared,
+            num_tails=self.tails,
+            num_updated_classes=self.updated,
+            rank_depth=self.depth or num_classes,
+            proposal=proposal,
+            sampler="pps" if self.sampler == "none" else self.sampler,
+        )
 
     def rows_touched(self, num_rows: int) -> int:
         """Rows of W in a step's gradient, at most."""
@@ -102,11 +106,11 @@ class Method:
 
     def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
         if self.proposal == "dis" or (self.proposal == "teacher" and self.shared):
-            draw = self.draw(teacher_logits, logits, temperature)
-            _, disagreement = sampled_distillation_loss(
-                drawn_columns(logits, draw.row_ids, draw.shared_ids), draw, temperature
-            )
-            self.drawer.learn(draw, disagreement)
+            self.learn_from(self.draw(teacher_logits, logits, temperature), logits, temperature)
+
+    def learn_from(self, draw: ClassDraw, logits: Tensor, temperature: float) -> None:
+        columns = drawn_columns(logits, draw.row_ids, draw.shared_ids)
+        self.drawer.learn(draw, sampled_distillation_loss(columns, draw, temperature)[1])
 
 
 @dataclass
@@ -189,7 +193,7 @@ def lm_methods() -> list[Method]:
             Method("dis", "pps", sampled, shared, depth)
             for sampled, shared, depth in ((16, 256, 16), (16, 4096, 16), (8, 1024, 8), (64, 1024, 64), (32, 1024, 64))
         ]
-        + [Method("dis", "pps", 16, shared, 16, 4, updated) for shared in (1024, 4096) for updated in (None, 16)]
+        + [Method("dis", "pps", 16, shared, 16, tails=4) for shared in (1024, 4096)]
     )
 
 

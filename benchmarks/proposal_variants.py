@@ -29,17 +29,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from estimator_error import Method, glyphs, lm, run
+from estimator_error import Method, OracleProposal, glyphs, lm, run
 from torch import Tensor
 
-from hf_dis import make_sampler
-from hf_dis.drawn import drawn_columns
-from hf_dis.losses import sampled_distillation_loss
 from hf_dis.proposal import ClassMemory, DISProposal, Statistics
 from hf_dis.sampling import ClassDraw
 from hf_dis.targets import TeacherTargets
 
-FLOOR = 0.05
 MEMORIES = ("started", "counted", "started and counted", "aged", "renewed faster")
 
 
@@ -47,23 +43,17 @@ class KnowingProposal(DISProposal):
     """DIS that is told s - p, or an approximation of it, where it draws: over ranks, over classes, or both."""
 
     def __init__(self, of: DISProposal, knows: str):
-        super().__init__(of.num_classes, of.num_ranks, of.num_ranks, FLOOR, of.memory.decay)
-        self.knows = knows
+        super().__init__(of.num_classes, of.num_ranks, of.num_ranks, of.floor, of.memory.decay)
+        self.knows, self.oracle = knows, OracleProposal(of.num_classes, of.num_ranks, of.num_ranks)
 
     def look(self, disagreement: Tensor, targets: TeacherTargets) -> None:
-        self.at_ranks = disagreement.abs().gather(1, targets.ids).double()
-        self.outside_head = disagreement.scatter(1, targets.ids, 0).double()
+        self.oracle.look(disagreement, targets)
 
     def rank_density(self, targets: TeacherTargets) -> Tensor:
-        if self.knows == "tail":
-            return super().rank_density(targets)
-        return (1 - FLOOR) * self.at_ranks / self.at_ranks.sum(1, keepdim=True) + FLOOR / self.num_ranks
+        return super().rank_density(targets) if self.knows == "tail" else self.oracle.rank_density(targets)
 
     def class_density(self) -> Tensor:
-        if self.knows == "ranks":
-            return super().class_density()
-        density = self.outside_head.square().sum(0).sqrt()
-        return (1 - FLOOR) * density / density.sum() + FLOOR / self.num_classes
+        return super().class_density() if self.knows == "ranks" else self.oracle.class_density()
 
 
 class VariedMemory(ClassMemory):
@@ -110,13 +100,7 @@ class Variant(Method):
     memory: str = ""
 
     def build(self, num_classes: int) -> None:
-        self.drawer = make_sampler(
-            num_classes,
-            num_sampled_classes=self.sampled,
-            num_shared_classes=self.shared,
-            num_tails=self.tails,
-            rank_depth=self.depth,
-        )
+        self.drawer = self.sampler_of(num_classes, "dis")
         fitted = self.drawer.proposal
         if self.knows:
             self.drawer.proposal = KnowingProposal(fitted, self.knows)
@@ -136,9 +120,7 @@ class Variant(Method):
         if self.knows == "both":
             return
         student, teacher = ((values / temperature).softmax(1) for values in (logits, teacher_logits))
-        draw = self.draw(teacher_logits, student - teacher, temperature)
-        columns = drawn_columns(logits, draw.row_ids, draw.shared_ids)
-        self.drawer.learn(draw, sampled_distillation_loss(columns, draw, temperature)[1])
+        self.learn_from(self.draw(teacher_logits, student - teacher, temperature), logits, temperature)
 
 
 def approximated(probabilities: Tensor, rank: int) -> Tensor:

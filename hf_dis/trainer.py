@@ -149,8 +149,7 @@ class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, Checkpo
         if self.state.global_step < self.args.get_exact_warmup_steps(self.state.max_steps):
             return self._warm_up_loss(model, inputs, rows, return_outputs, num_items_in_batch)
         draw = self.sampler.draw(self.teacher(inputs, rows, self._checks_values()), rows.labels)
-        # Until training_step is done with backward.
-        self.head.set(draw.row_ids, draw.shared_ids, rows.positions, draw.updates)
+        self.head.set(draw.row_ids, draw.shared_ids, rows.positions, draw.updates)  # until backward is done
         outputs = model(**inputs)
         kd, disagreement = sampled_distillation_loss(outputs.logits, draw, self.args.temperature)
         ce = None if rows.labels is None else sampled_cross_entropy(outputs.logits, draw)
