@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from accelerate import PartialState
 from transformers import HfArgumentParser, default_data_collator
 
 from hf_dis import cache_teacher_targets
@@ -96,3 +97,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # its threads, alive at the exit, can abort the process

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import clm_plots
 import clm_task
+from accelerate import PartialState
 from datasets import DatasetDict
 from transformers import (
     AutoModelForCausalLM,
@@ -232,3 +233,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # its threads, alive at the exit, can abort the process

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import glyph_plots
 import torch
+from accelerate import PartialState
 from glyph_task import build_student, build_teacher, load_task, student_trainer, train_teacher
 from head_step import time_head_steps
 from transformers import HfArgumentParser, ResNetForImageClassification, TrainerCallback, set_seed
@@ -167,3 +168,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # its threads, alive at the exit, can abort the process

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from run_cifar import LabelTrainer
 from torchvision.transforms import v2
 from transformers import (
@@ -186,3 +187,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # its threads, alive at the exit, can abort the process
