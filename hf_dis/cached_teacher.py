@@ -127,16 +127,12 @@ class CachedSampler(ClassSampler):
         if self.is_thinned:
             targets = targets.thinned(self.tail_draws, self.generator)
         num_rows, device = len(targets), targets.ids.device
-        ranks, rest_weights, rest_certain = draw_ranks(
-            torch.ones(1, device=device), self.num_ranks, num_rows, self.num_sampled, self.sampler, self.generator
-        )
-        ranked, stored_tail = targets.ids.tensor_split([targets.depth], 1)
-        rest_ids = ranks_to_classes(targets.depth + ranks, ranked) if targets.depth else ranks
+        rest_ids, rest_weights, rest_certain = self._draw_rest(targets)
         shared_ids, shared_weights, shared_certain = tails.of_rows(first_row, num_rows)
         outside_head = ~is_member(targets.ids, tails.ids, first_row)
         log_weights = [
             torch.zeros_like(targets.target).masked_fill_(~targets.used, -torch.inf),
-            rest_weights.masked_fill(_in_order(stored_tail, rest_ids), -torch.inf),
+            rest_weights,
             shared_weights.masked_fill(~outside_head, -torch.inf),
         ]
         certain = [targets.used, rest_certain, shared_certain]
@@ -166,7 +162,22 @@ class CachedSampler(ClassSampler):
             outside_head=outside_head,
             class_mass=targets.class_mass() if wants_mass else targets.target.new_empty(0),
             has_label=labels is not None,
+            with_replacement=self.num_sampled > 0 and self.sampler == "replacement",
         )
+
+    def _draw_rest(self, targets: CachedTargets) -> tuple[Tensor, Tensor, Tensor]:
+        """Class ids, log ω and whether the class is certain, of K uniformly drawn for each row from those that are not
+        ranked: ``[n, K]`` each."""
+        ranked, stored_tail = targets.ids.tensor_split([targets.depth], 1)
+        if not self.num_sampled:
+            none = ranked[:, :0]
+            return none, none.float(), none.bool()
+        uniform = torch.ones(1, device=ranked.device)
+        ranks, log_weights, certain = draw_ranks(
+            uniform, self.num_ranks, len(targets), self.num_sampled, self.sampler, self.generator
+        )
+        ids = ranks_to_classes(targets.depth + ranks, ranked) if targets.depth else ranks
+        return ids, log_weights.masked_fill(_in_order(stored_tail, ids), -torch.inf), certain
 
 
 class TailProposal(TeacherProposal):

@@ -31,11 +31,10 @@ def effective_sample_size(draw: ClassDraw, disagreement: Tensor) -> Tensor:
 def coverage(draw: ClassDraw) -> Tensor:
     """The teacher's probability of the drawn classes, each counted once, ``[N]``, within [0, 1]."""
     used = draw.log_weights > -torch.inf
-    num_ranked = draw.ranks.shape[1]
-    ranks, order = draw.ranks.sort(dim=1)
-    repeated = F.pad(ranks[:, 1:] == ranks[:, :-1], (1, 0))
-    first = torch.zeros_like(repeated).scatter_(1, order, ~repeated)
-    used[:, :num_ranked] &= first
+    if draw.with_replacement:
+        ranks, order = draw.ranks.sort(dim=1)
+        repeated = F.pad(ranks[:, 1:] == ranks[:, :-1], (1, 0))
+        used[:, : ranks.shape[1]] &= torch.zeros_like(repeated).scatter_(1, order, ~repeated)
     return draw.log_probs.exp().masked_fill(~used, 0).sum(1)
 
 

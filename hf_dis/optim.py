@@ -118,13 +118,17 @@ def _row_factors(state: dict[str, Any], group: dict[str, Any], ids: Tensor) -> t
         for each row, in float64: what the decay that it missed leaves of it, what the root of the second moment is to
         be multiplied by for both bias corrections, and what is to be added to that then.
     """
-    beta1, beta2 = group["betas"]
-    steps = state["step"][ids] + 1
-    kept = (state["log_decay"] - state["row_log_decay"][ids]).exp()
-    state["step"][ids] = steps
-    state["row_log_decay"][ids] = state["log_decay"]
-    bias1, bias2 = 1 - beta1 ** steps.double(), 1 - beta2 ** steps.double()
+    steps = state["step"].index_select(0, ids) + 1
+    kept = (state["log_decay"] - state["row_log_decay"].index_select(0, ids)).exp()
+    state["step"].index_copy_(0, ids, steps)
+    state["row_log_decay"].index_fill_(0, ids, state["log_decay"])
+    bias1, bias2 = (_bias_correction(beta, steps.double()) for beta in group["betas"])
     return kept, bias1 / bias2.sqrt(), group["eps"] * bias1
+
+
+def _bias_correction(beta: float, steps: Tensor) -> Tensor:
+    """1 - β^t"""
+    return -torch.expm1(steps * math.log(beta)) if beta else torch.ones_like(steps)
 
 
 def _step_chunk(

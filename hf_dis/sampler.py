@@ -134,6 +134,7 @@ class ClassSampler:
             outside_head=outside_head,
             class_mass=targets.class_mass() if wants_mass else target.new_empty(0),
             has_label=labels is not None,
+            with_replacement=self.sampler == "replacement",
         )
 
     def learn(

@@ -16,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Towards the π of :class:`Updates`, from below, and any π in (0, 1] is unbiased: four steps come within two percent of
+# the number for sizes whose logarithms deviate by four, in half the time of sorting the largest.
+CAPPING_STEPS = 4
+
 
 @dataclass(frozen=True)
 class ClassDraw:
@@ -37,6 +41,7 @@ class ClassDraw:
         class_mass: the teacher's probability of each class outside the rows' ranked ones, summed over rows,
             ``[C]``; empty if the proposal has no use for it.
         has_label: whether column ``R - 1`` is the label's.
+        with_replacement: whether a row may hold a class in several of its ranked columns.
         updates: which of the drawn classes update the head; all of them if None.
     """
 
@@ -51,6 +56,7 @@ class ClassDraw:
     outside_head: Tensor
     class_mass: Tensor
     has_label: bool
+    with_replacement: bool
     updates: Updates | None = None
 
     def __len__(self) -> int:
@@ -68,7 +74,7 @@ class ClassDraw:
         if len(draws) == 1:
             return replace(draws[0], shared_ids=used_tails)
         summed = sum(draw.class_mass for draw in draws)
-        whole = ("shared_ids", "class_mass", "has_label", "updates")
+        whole = ("shared_ids", "class_mass", "has_label", "with_replacement", "updates")
         per_row = [field.name for field in fields(ClassDraw) if field.name not in whole]
         joined = {name: torch.cat([vars(draw)[name] for draw in draws]) for name in per_row}
         return replace(draws[0], shared_ids=used_tails, class_mass=summed, **joined)
@@ -240,16 +246,23 @@ class Updates(NamedTuple):
         """Capped PPS.
 
         Args:
-            sizes: non-negative, ``[E]``.
+            sizes: non-negative, more than ``number``, ``[E]``.
 
         Returns:
-            the places of those kept, ascending, and their ω = 1/π in the type of the sizes, ``[number]`` each.
+            the places of those kept, ascending, and their ω = 1/π in the type of the sizes: ``number`` of them, or
+            less where sizes are so uneven that a last step would have capped more.
         """
-        inclusion = inclusion_probabilities(sizes.clamp_min(torch.finfo(sizes.dtype).tiny), self.number)
+        dtype = sizes.dtype
+        sizes = sizes.double().clamp_min(torch.finfo(sizes.dtype).tiny)
+        scale = self.number / sizes.sum()
+        for _ in range(CAPPING_STEPS):
+            free = scale * sizes < 1
+            scale = (self.number - len(sizes) + free.sum()) / (sizes * free).sum()
+        inclusion = (scale * sizes).clamp_(max=1)
         # A place is kept where its stretch of the sum holds a point: never twice, whatever the rounding.
         passed = (inclusion.cumsum(0) + self.start).floor()
         kept = passed.diff(prepend=passed.new_zeros(1)).nonzero()[:, 0]
-        return kept, inclusion[kept].reciprocal().to(sizes.dtype)
+        return kept, inclusion[kept].reciprocal().to(dtype)
 
 
 def ranks_to_classes(ranks: Tensor, ranked_ids: Tensor) -> Tensor:
