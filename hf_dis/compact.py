@@ -175,5 +175,6 @@ def unpack_integers(packed: Tensor, count: int, bits: int) -> Tensor:
     first = torch.arange(count, device=packed.device) * bits
     spanned = (bits + 14) // 8
     padded = F.pad(packed, (0, spanned))
-    value = sum(padded[:, first // 8 + place].long() << 8 * place for place in range(spanned))
+    bytes_of = (padded.gather(1, (first // 8 + place).expand(len(packed), -1)) for place in range(spanned))
+    value = sum(part.long() << 8 * place for place, part in enumerate(bytes_of))
     return value >> first % 8 & 2**bits - 1

@@ -184,7 +184,7 @@ def of_rows(tails: Tensor, first_row: int, num_rows: int) -> Tensor:
     """What consecutive rows find in their tails: ``[n, K_t]`` for ``[G, K_t]``."""
     if len(tails) == 1:
         return tails.expand(num_rows, -1)
-    return tails[torch.arange(first_row, first_row + num_rows, device=tails.device) % len(tails)]
+    return tails.index_select(0, torch.arange(first_row, first_row + num_rows, device=tails.device) % len(tails))
 
 
 def by_tail(rows: Tensor, num_tails: int) -> Tensor:
@@ -228,7 +228,7 @@ def draw_shared(density: Tensor, num_draws: int, num_tails: int, generator: torc
     points = starts[:, None] + torch.arange(num_draws)
     points = points.to(density.device, non_blocking=True) / scale
     ids = torch.searchsorted(density.clamp_max(1 / scale).cumsum(0), points, right=True).clamp(max=num_classes - 1)
-    return Tails(ids, (scale * density[ids]).clamp_(max=1))
+    return Tails(ids, (scale * density.take(ids)).clamp_(max=1))
 
 
 class Updates(NamedTuple):

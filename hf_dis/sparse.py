@@ -72,12 +72,12 @@ class TouchedRows:
         kept, weights = updates.draw(self._sums(sizes))
         some, is_kept = copy(self), torch.zeros_like(self.ids, dtype=torch.bool).index_fill_(0, kept, True)
         some.ids, some._counts, some._weights = self.ids[kept], self._counts[kept], weights
-        some._order = self._order[is_kept[self._place]]
+        some._order = self._order.masked_select(is_kept.index_select(0, self._place))
         some._place = torch.arange(len(kept), device=kept.device).repeat_interleave(some._counts)
         return some
 
     def _sums(self, values: Tensor) -> Tensor:
-        return values.new_zeros(len(self.ids)).index_add_(0, self._place, values[self._order])
+        return values.new_zeros(len(self.ids)).index_add_(0, self._place, values.index_select(0, self._order))
 
     def weight_rows(self, vectors: Tensor, which: Tensor, scales: Tensor) -> Tensor:
         """Rows of the weight's gradient, ``[U, d]``.
@@ -87,9 +87,9 @@ class TouchedRows:
             which: the vector that each contribution is a multiple of, ``[P]``.
             scales: the factors, ``[P]``.
         """
-        which, scales = which[self._order], scales[self._order]
+        which, scales = (values.index_select(0, self._order) for values in (which, scales))
         if self._weights is not None:
-            scales = scales * self._weights[self._place]
+            scales = scales * self._weights.index_select(0, self._place)
         starts = self._counts.cumsum(0) - self._counts
         return F.embedding_bag(which, vectors, starts, mode="sum", per_sample_weights=scales)
 
