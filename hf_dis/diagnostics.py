@@ -44,6 +44,15 @@ def certain_share(draw: ClassDraw) -> Tensor:
     return draw.certain[:, : draw.ranks.shape[1]].float().mean(1)
 
 
+def draw_quality(draw: ClassDraw, disagreement: Tensor) -> dict[str, Tensor]:
+    """What is logged of a draw: ``ess``, ``coverage`` and ``certain``, of each row, ``[N]``."""
+    return {
+        "ess": effective_sample_size(draw, disagreement),
+        "coverage": coverage(draw),
+        "certain": certain_share(draw),
+    }
+
+
 def probe(
     weight: Tensor,
     bias: Tensor | None,
@@ -96,6 +105,10 @@ class RunningMeans:
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there was a value since the last call of :meth:`pop`."""
+        return name in self._sums
 
     def add(self, values: dict[str, Tensor], counts: Tensor | None = None) -> None:
         """Takes in values of any shape: each element counts as one, or, being a sum, as ``counts`` says."""

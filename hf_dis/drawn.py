@@ -105,8 +105,9 @@ def _row_products(features: Tensor, weight: Tensor, row_ids: Tensor, out: Tensor
     if not row_ids.numel():
         return
     on_cpu = features.device.type == "cpu" and features.dtype in (torch.float32, torch.float64)
-    if on_cpu and features.dtype == weight.dtype and weight.is_contiguous():
-        # One pass that gathers nothing: half the time. It takes the ids as they are.
+    fits = features.dtype == weight.dtype and weight.is_contiguous() and row_ids.shape[1] <= len(weight)
+    if on_cpu and fits:
+        # One pass that gathers nothing: half the time. It does not look at the ids, nor mind a class twice in a row.
         lowest, highest = row_ids.aminmax()
         if lowest < 0 or highest >= len(weight):
             raise IndexError(

@@ -19,7 +19,7 @@ from .checks import check_labels, check_row_sparse, check_trainer_arguments
 from .config import DISConfig
 from .cost import measure_costs
 from .data.teacher_cache import TARGETS, TeacherCache, stored_rows
-from .diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
+from .diagnostics import RunningMeans, draw_quality, probe
 from .distributed import average_rows, check_process_count, kept_from_ddp, of_first_process, sum_over_processes
 from .evaluation import EvaluationMixin, NoRowsCheck
 from .features import FeaturesMixin
@@ -36,6 +36,9 @@ from .tasks import base_model, find_rows, find_task, num_outputs, shared_classes
 from .teachers import OnlineTeacher, load_teacher, load_tokenizer, placed
 
 logger = logging.get_logger(__name__)
+
+# The draw is looked at every so many steps, and once between two logs at least: it changes slowly.
+QUALITY_STEPS = 10
 
 
 class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, CheckpointMixin, HubMixin):
@@ -244,14 +247,9 @@ class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, Checkpo
     # Logs
 
     def _record(self, kd, ce, draw, disagreement, inputs, rows) -> None:
-        values = {
-            "kd_loss": kd,
-            "dis/ess": effective_sample_size(draw, disagreement),
-            "dis/coverage": coverage(draw),
-            "dis/certain": certain_share(draw),
-        }
-        if ce is not None:
-            values["ce_loss"] = ce
+        values = {"kd_loss": kd} if ce is None else {"kd_loss": kd, "ce_loss": ce}
+        if self.state.global_step % QUALITY_STEPS == 0 or "dis/ess" not in self._means:
+            values |= {f"dis/{name}": value for name, value in draw_quality(draw, disagreement).items()}
         if self.args.probe_steps and self.state.global_step % self.args.probe_steps == 0:
             values |= {f"probe/{name}": value for name, value in self._probe(draw, inputs, rows).items()}
         self._means.add(values)

@@ -194,6 +194,17 @@ def test_logs_carry_losses_diagnostics_and_the_proposal(make_trainer):
         assert set(log) >= {f"probe/{f}" for f in ("exact_kd_loss", "sampled_kd_loss", "cosine", "relative_error")}
 
 
+def test_draws_are_looked_at_every_tenth_step_and_once_between_logs(make_trainer, monkeypatch):
+    steps = []
+    measured = make_trainer(logging_steps=4, max_steps=21)
+    looked_at = trainer_module.draw_quality
+    monkeypatch.setattr(
+        trainer_module, "draw_quality", lambda *args: steps.append(measured.state.global_step) or looked_at(*args)
+    )
+    assert all("dis/ess" in log for log in logged(measured))
+    assert steps == [0, 4, 8, 10, 12, 16, 20]
+
+
 def test_without_labels_there_is_no_cross_entropy(make_trainer):
     rows = [{"pixel_values": image} for image in images(16)]
     for mode in ("sampled", "exact"):
