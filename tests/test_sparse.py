@@ -1,6 +1,8 @@
 """Row-sparse gradients: counted right by clipping, whole again after it."""
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_dis.sampling import Updates
 from hf_dis.sparse import TouchedRows, clip_grad_norm_, coalesced
@@ -61,3 +63,14 @@ def test_touched_rows_sum_what_is_contributed_to_each():
     torch.testing.assert_close(some.bias_rows(scales), scales[[0, 2, 3]].sum()[None] * 4 / 3)
     nothing = TouchedRows(ids[:0])
     assert nothing.weight_rows(vectors, which[:0], scales[:0]).shape == (0, 5) and not len(nothing.ids)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 3), st.integers(0, 2**31)), max_size=40))
+def test_touched_rows_are_in_order_whatever_the_ids(ids):
+    ids = torch.tensor(ids, dtype=torch.long)
+    values = torch.arange(1.0, len(ids) + 1)
+    touched = TouchedRows(ids)
+    distinct, place = ids.unique(return_inverse=True)
+    assert torch.equal(touched.ids, distinct)
+    assert torch.equal(touched.bias_rows(values), torch.zeros(len(distinct)).index_add_(0, place, values))
