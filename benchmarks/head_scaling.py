@@ -47,7 +47,7 @@ from hf_dis.targets import TeacherTargets
 
 TEMPERATURE, ROWS, FEATURES, CHUNK_ROWS, PARTIAL_FC_SHARE = 2.0, 128, 256, 32, 0.1
 LAYOUTS = {
-    "default": {"num_sampled_classes": 32, "num_shared_classes": 512, "num_tails": 4, "num_updated_classes": 32},
+    "default": {"num_sampled_classes": 32, "num_shared_classes": 512, "num_tails": 4, "num_updated_classes": 16},
     "per row": {"num_sampled_classes": 128, "num_shared_classes": 0, "num_tails": 1},
 }
 # Those without a layout compute the same whatever it is.

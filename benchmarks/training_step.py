@@ -14,7 +14,7 @@ dis_cached         row_sparse_head, from a cache of the teacher's targets at its
                    classes and, of 100,000, 75 draws of the tail), look-up included; floor: headless
 
 DIS in layouts: the default, K = 32 of each row's 64 best-ranked classes (from a cache all that are stored) and 4 tails
-of K_t = 512 that rows share, of which U = 32 a row update the head; the same with all of them updating it; and classes
+of K_t = 512 that rows share, of which U = 16 a row update the head; the same with all of them updating it; and classes
 drawn row by row, K = 128 (from a cache the stored ones and 512 further).
 
 peak_mb: the highest resident size of the last steps less the resident size between two of them. Linux only.
@@ -178,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=4, help="of each method in a round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--json", type=Path, help="where to write the records")
     arguments = parser.parse_args()
     generator = torch.Generator().manual_seed(0)

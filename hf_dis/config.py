@@ -31,7 +31,7 @@ class DISConfig(TrainingArguments):
             noisy for the same product, and up to G·K_t rows of the head are touched. None: 4.
         num_updated_classes: U >= 1: of the distinct classes that N rows and their tails drew, at most U N update a
             row-sparse head, drawn in backward in proportion to the size of their gradient, which stays unbiased. None:
-            32 where classes are shared, else all.
+            16 where classes are shared, 32 for language models, all where none are.
         rank_depth: m >= 1, ranks that the teacher's ranking resolves one by one; where classes are shared the K
             classes of a row come from its m best-ranked ones, so m is K or more. None: 2 K, and K for language
             models with shared classes, so that the best-ranked ones are drawn for certain.
@@ -82,8 +82,8 @@ class DISConfig(TrainingArguments):
     num_updated_classes: int | None = field(
         default=None,
         metadata={
-            "help": "Classes that update a row-sparse head, for each row; if not given 32, or all of them where no "
-            "classes are shared."
+            "help": "Classes that update a row-sparse head, for each row; if not given 16, 32 for language models, or all "
+            "of them where no classes are shared."
         },
     )
     rank_depth: int | None = field(
@@ -193,7 +193,7 @@ class DISConfig(TrainingArguments):
         num_tails = usual_tails(num_shared) if self.num_tails is None else self.num_tails
         num_updated = self.num_updated_classes
         if num_updated is None and self.row_sparse_head and num_shared:
-            num_updated = 32
+            num_updated = 32 if is_lm else 16
         depth = num_sampled if self.rank_depth is None and is_lm and num_shared else self.rank_depth
         return {
             "num_sampled_classes": num_sampled,

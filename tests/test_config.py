@@ -122,7 +122,8 @@ def test_a_row_sparse_head_is_updated_by_a_part_of_what_was_drawn_where_classes_
     def updated(**given):
         return config(tmp_path, **given).sampling_arguments()["num_updated_classes"]
 
-    assert updated() is None and updated(row_sparse_head=True) == 32
+    assert updated() is None and updated(row_sparse_head=True) == 16
+    assert config(tmp_path, row_sparse_head=True).sampling_arguments(is_lm=True)["num_updated_classes"] == 32
     assert updated(row_sparse_head=True, num_shared_classes=0) is None
     assert updated(row_sparse_head=True, num_updated_classes=5) == 5
 
