@@ -24,13 +24,12 @@ class _DrawnLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, weight, bias, row_ids, shared_ids, row_sparse, updates):
-        tail_rows = F.embedding(shared_ids, weight).to(features.dtype)
-        ctx.save_for_backward(features, weight, row_ids, shared_ids, tail_rows)
+        ctx.save_for_backward(features, weight, row_ids, shared_ids)
         ctx.has_bias, ctx.row_sparse, ctx.updates = bias is not None, row_sparse, updates
         num_row = row_ids.shape[1]
         logits = features.new_empty(len(features), num_row + shared_ids.shape[1])
         _row_products(features, weight, row_ids, out=logits[:, :num_row])
-        tails = by_tail(features, len(shared_ids)) @ tail_rows.mT
+        tails = by_tail(features, len(shared_ids)) @ F.embedding(shared_ids, weight).to(features.dtype).mT
         if bias is not None:
             logits[:, :num_row] += bias.take(row_ids)
             tails += bias.take(shared_ids)[:, None]
@@ -39,14 +38,15 @@ class _DrawnLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        features, weight, row_ids, shared_ids, tail_rows = ctx.saved_tensors
+        features, weight, row_ids, shared_ids = ctx.saved_tensors
         row_grad, shared_grad = grad.split([row_ids.shape[1], shared_ids.shape[1]], dim=1)
         wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_features = grad_weight = grad_bias = None
         if wants_features:
             scales = row_grad.to(weight.dtype)
             grad_features = F.embedding_bag(row_ids, weight, mode="sum", per_sample_weights=scales).to(grad.dtype)
-            grad_features += by_row(by_tail(shared_grad, len(shared_ids)) @ tail_rows, len(grad))
+            tails = by_tail(shared_grad, len(shared_ids)) @ F.embedding(shared_ids, weight).to(grad.dtype)
+            grad_features += by_row(tails, len(grad))
         if wants_weight or wants_bias:
             of_head = _Contributions.of(features, row_ids, shared_ids, row_grad, shared_grad, weight.dtype)
             touched = TouchedRows(of_head.ids)
