@@ -82,8 +82,8 @@ class DISConfig(TrainingArguments):
     num_updated_classes: int | None = field(
         default=None,
         metadata={
-            "help": "Classes that update a row-sparse head, for each row; if not given 16, 32 for language models, or all "
-            "of them where no classes are shared."
+            "help": "Classes that update a row-sparse head, for each row; if not given 16, 32 for language models, or "
+            "all of them where no classes are shared."
         },
     )
     rank_depth: int | None = field(
