@@ -106,8 +106,8 @@ class StepTimes(TrainerCallback):
     def on_step_end(self, args, state, control, optimizer, **kwargs):
         self.milliseconds.append(1000 * (time.perf_counter() - self.started))
         if state.global_step == 1:
-            # Moments that were never written are not in memory yet: each of the first steps would wait for the pages of
-            # the rows that it is the first to touch, which is over after some tens of steps.
+            # Moments that were never written are not in memory yet: each of the first steps would wait for the pages
+            # of the rows that it is the first to touch, which is over after some tens of steps.
             for moments in optimizer.state.values():
                 for tensor in filter(torch.is_tensor, moments.values()):
                     tensor.add_(0)
