@@ -129,7 +129,7 @@ class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, Checkpo
             )
         self.teacher = self.online_teacher if self.teacher_cache is None else CachedTeacher(self.teacher_cache)
         self.add_callback(NoRowsCheck(self))
-        self._means = RunningMeans()
+        self._means, self._quality_step = RunningMeans(), 0
         self._head_is_checked = False
         self.num_rows_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         if isinstance(self.model, PreTrainedModel):
@@ -248,7 +248,9 @@ class DISDistillationTrainer(CacheMixin, EvaluationMixin, FeaturesMixin, Checkpo
 
     def _record(self, kd, ce, draw, disagreement, inputs, rows) -> None:
         values = {"kd_loss": kd} if ce is None else {"kd_loss": kd, "ce_loss": ce}
-        if self.state.global_step % QUALITY_STEPS == 0 or "dis/ess" not in self._means:
+        step = self.state.global_step
+        if step % QUALITY_STEPS == 0 or step == self._quality_step or "dis/ess" not in self._means:
+            self._quality_step = step  # all batches of it, where gradients are accumulated
             values |= {f"dis/{name}": value for name, value in draw_quality(draw, disagreement).items()}
         if self.args.probe_steps and self.state.global_step % self.args.probe_steps == 0:
             values |= {f"probe/{name}": value for name, value in self._probe(draw, inputs, rows).items()}
