@@ -246,12 +246,14 @@ class Updates(NamedTuple):
         """Capped PPS.
 
         Args:
-            sizes: non-negative, more than ``number``, ``[E]``.
+            sizes: non-negative, ``[E]``; where they are not more than ``number``, all are kept.
 
         Returns:
             the places of those kept, ascending, and their ω = 1/π in the type of the sizes: ``number`` of them, or
             less where sizes are so uneven that a last step would have capped more.
         """
+        if self.number >= len(sizes):
+            return torch.arange(len(sizes), device=sizes.device), torch.ones_like(sizes)
         dtype = sizes.dtype
         sizes = sizes.double().clamp_min(torch.finfo(sizes.dtype).tiny)
         scale = self.number / sizes.sum()

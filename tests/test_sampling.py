@@ -59,6 +59,12 @@ def test_updates_are_kept_with_their_probability_and_weighted_by_its_inverse():
     assert within_five_sigma(frequencies(torch.stack(kept), len(sizes)), inclusion, len(kept))
 
 
+@pytest.mark.parametrize("sizes", [torch.ones(5), torch.zeros(5), torch.tensor([1.0, 0, 0, 0, 1e-30])])
+def test_as_many_updates_as_there_are_is_all_of_them(sizes):
+    places, weights = Updates(5, 0.7).draw(sizes)
+    assert places.tolist() == [0, 1, 2, 3, 4] and weights.tolist() == [1] * 5
+
+
 @pytest.mark.parametrize("sizes", [torch.ones(6), torch.zeros(6), torch.tensor([0.0, 1, 0, 0, 0, 1e-30])])
 def test_updates_of_equal_or_vanishing_sizes(sizes):
     places, weights = Updates(5, 0.7).draw(sizes)
