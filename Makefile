@@ -7,8 +7,8 @@ CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What the lowest supported versions are tried with: the trainer, the maths, data and metrics.
-OLDEST_TESTS := tests/test_trainer.py tests/test_trainer_text.py tests/test_trainer_checkpoints.py \
-	tests/test_trainer_evaluation.py tests/test_resume.py tests/test_losses.py tests/test_sampler.py tests/test_extremes.py \
+OLDEST_TESTS := tests/trainer/test_trainer.py tests/trainer/test_text.py tests/trainer/test_checkpoints.py \
+	tests/trainer/test_evaluation.py tests/trainer/test_resume.py tests/loss/test_divergence.py tests/sampling/test_sampler.py tests/loss/test_extremes.py \
 	tests/data tests/metrics tests/distributed/test_ddp.py
 
 .PHONY: demo test test-slow test-oldest test-deepspeed test-all lint clean

@@ -3,7 +3,7 @@
     python benchmarks/cache_match.py --teacher runs/glyphs/teacher --seeds 0 1 2 --json cache_match.json
 
 The glyph task without augmentation, 3,375 characters, temperature 2, four epochs, the demo's settings. For each seed
-both train a student: the same initial weights, the same order of the images. sampled: classes are drawn, each by its
+both train a student: the same initial weights, the same order of the images. sampled: classes are sampled, each by its
 defaults with row_sparse_head; with --num_shared_classes 0 row by row, with the teacher as in the demo (K = 128, every
 rank resolved).
 exact: the student computes all logits, so that only the targets differ. seconds: processor time of the training, one
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--depth", type=int, help="m of the cache; its default if not given")
-    parser.add_argument("--tail_draws", type=int, help="T of the cache; its default if not given")
+    parser.add_argument("--sample_size", type=int, help="T of the cache; its default if not given")
     parser.add_argument("--num_sampled_classes", type=int, help="K from the cache; its default if not given")
     parser.add_argument("--num_shared_classes", type=int, help="K_t of both; the default if not given")
     parser.add_argument("--num_tails", type=int, help="of both; the default if not given")
@@ -86,23 +86,23 @@ def main() -> None:
             task[0],
             f"{folder}/cache",
             depth=arguments.depth,
-            tail_draws=arguments.tail_draws,
+            sample_size=arguments.sample_size,
             data_collator=whole_batch,
             batch_size=256,
             show_progress=False,
         )
         layout = cache.header.layout
-        print(f"cache: m = {layout.depth}, T = {layout.tail_draws}, {layout.row_bytes} bytes an image\n")
+        print(f"cache: m = {layout.depth}, T = {layout.sample_size}, {layout.item_bytes} bytes an image\n")
         print("| head | seed | teacher's targets | top-1 | KL to teacher | seconds |\n|---|---|---|---|---|---|")
         for mode in arguments.modes:
             top1 = {source: [] for source in arguments.sources}
             for seed in arguments.seeds:
                 for source in arguments.sources:
-                    targets, drawn = (cache, cached) if source == "cached" else (None, online)
-                    drawn = drawn | {"exact_warmup_steps": arguments.exact_warmup_steps}
+                    targets, sampled = (cache, cached) if source == "cached" else (None, online)
+                    sampled = sampled | {"exact_warmup_steps": arguments.exact_warmup_steps}
                     if mode == "sampled":
-                        drawn |= {"row_sparse_head": True, "num_updated_classes": arguments.num_updated_classes}
-                    found = train(teacher, task, targets, mode, seed, folder, **drawn)
+                        sampled |= {"row_sparse_head": True, "num_updated_classes": arguments.num_updated_classes}
+                    found = train(teacher, task, targets, mode, seed, folder, **sampled)
                     top1[source].append(100 * found["top1"])
                     records.append({"head": mode, "seed": seed, "targets": source, **found})
                     print(

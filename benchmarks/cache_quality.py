@@ -2,17 +2,17 @@
 
     python benchmarks/cache_quality.py --teacher runs/glyphs/teacher --json cache_quality.json
 
-rs_kd             ids drawn from p with replacement, each with a count ("Sparse Logit Sampling", ACL 2025)
+rs_kd             ids sampled from p with replacement, each with a count ("Sparse Logit Sampling", ACL 2025)
 topk              the top k with their log-probabilities, made to sum to one
 topk_tail_bucket  the same, and one more class that stands for all others, for teacher and student
-hf_dis            the top m with their log-probabilities, and T systematic draws from the others
+hf_dis            the top m with their log-probabilities, and T systematic samples from the others
 
 Glyphs: 3,375 characters, images as they are, temperature 2. Text: the task of examples/run_clm.py, 32,000 tokens,
 temperature 1. The student computes every logit, so that only the targets differ. A student is distilled exactly; at
 some of its steps the gradient of all its parameters, for one batch, is compared with the exact one: angle in degrees,
-error ‖ĝ - g‖² / ‖g‖², means over draws and steps, and bias2, the part of error that no number of draws averages away.
+error ‖ĝ - g‖² / ‖g‖², means over samples and steps, and bias2, the part of error that no number of samples averages away.
 Then a student is trained from a cache of each design. A row of rs_kd is counted as an id and a count of 7 bits for
-each distinct class, or as an id for each draw, whichever is less; 8 bytes a row are common to all (12 an example for
+each distinct class, or as an id for each sample, whichever is less; 8 bytes a row are common to all (12 an example for
 key and place in the file are not counted).
 """
 
@@ -36,14 +36,14 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from hf_dis import DISConfig, DISDistillationTrainer, cache_teacher_targets
-from hf_dis.cached_teacher import CachedTargets
-from hf_dis.compact import CompactTargets, TargetLayout, compact_targets
-from hf_dis.losses import exact_distillation_loss, sparse_distillation_loss
-from hf_dis.tasks import find_task, split_labels
+from hf_dis.loss.divergence import exact_distillation_loss, sparse_distillation_loss
+from hf_dis.models.tasks import find_task, split_labels
+from hf_dis.teacher.cached import CachedTargets
+from hf_dis.teacher.compact import CompactTargets, TargetLayout, compact_targets
 
 DESIGNS = ("rs_kd", "topk", "topk_tail_bucket", "hf_dis")
 COUNT_BITS, DRAWS, BLOCK_TOKENS = 7, 8, 128
-# Ranked classes and tail draws of hf_dis, the defaults of cache_teacher_targets, which set the bytes of every design.
+# Ranked classes and tail samples of hf_dis, the defaults of cache_teacher_targets, which set the bytes of every design.
 LAYOUTS = {"glyphs": (32, 120), "text": (2, 23)}
 
 
@@ -59,7 +59,7 @@ class Task:
     collator: Callable
     temperature: float
     depth: int
-    tail_draws: int
+    sample_size: int
     settings: dict[str, Any]
     snapshots: tuple[int, ...]
     metrics: dict[str, Any]
@@ -106,7 +106,7 @@ def glyph_task(teacher: str | None, epochs: float) -> Task:
         whole_batch,
         temperature=2.0,
         depth=LAYOUTS["glyphs"][0],
-        tail_draws=LAYOUTS["glyphs"][1],
+        sample_size=LAYOUTS["glyphs"][1],
         settings=settings,
         snapshots=(0, 100, 400),
         metrics=metrics,
@@ -144,7 +144,7 @@ def text_task(teacher: str | None, steps: int) -> Task:
         default_data_collator,
         temperature=1.0,
         depth=LAYOUTS["text"][0],
-        tail_draws=LAYOUTS["text"][1],
+        sample_size=LAYOUTS["text"][1],
         settings=settings,
         snapshots=(0, 40),
         metrics={},
@@ -154,22 +154,22 @@ def text_task(teacher: str | None, steps: int) -> Task:
 def layouts(task: Task, logits: Tensor) -> dict[str, tuple[TargetLayout, str, float]]:
     """Layout, kind of tail, and mean bytes of a row of each design, as near below the budget as it gets."""
     num_classes = logits.shape[1]
-    ours = TargetLayout(num_classes, task.depth, task.tail_draws)
-    top = (ours.row_bytes - 8) * 8 // (ours.id_bits + 16)
-    draws, spent = ours.tail_draws, 0.0
+    ours = TargetLayout(num_classes, task.depth, task.sample_size)
+    top = (ours.item_bytes - 8) * 8 // (ours.id_bits + 16)
+    samples, spent = ours.sample_size, 0.0
     while True:
-        compact = compact_targets(logits, task.temperature, 0, draws, torch.Generator().manual_seed(0), "sampled")
+        compact = compact_targets(logits, task.temperature, 0, samples, torch.Generator().manual_seed(0), "sampled")
         distinct = float(CachedTargets(compact, num_classes).used.sum(1).float().mean())
-        needed = 8 + min(draws * ours.id_bits, distinct * (ours.id_bits + COUNT_BITS)) / 8
-        if needed > ours.row_bytes:
+        needed = 8 + min(samples * ours.id_bits, distinct * (ours.id_bits + COUNT_BITS)) / 8
+        if needed > ours.item_bytes:
             break
-        draws, spent = draws + max(1, draws // 50), needed
-    topk = TargetLayout(num_classes, top, 0), "systematic", TargetLayout(num_classes, top, 0).row_bytes
+        samples, spent = samples + max(1, samples // 50), needed
+    topk = TargetLayout(num_classes, top, 0), "systematic", TargetLayout(num_classes, top, 0).item_bytes
     return {
-        "rs_kd": (TargetLayout(num_classes, 0, draws), "sampled", spent),
+        "rs_kd": (TargetLayout(num_classes, 0, samples), "sampled", spent),
         "topk": topk,
         "topk_tail_bucket": topk,
-        "hf_dis": (ours, "systematic", ours.row_bytes),
+        "hf_dis": (ours, "systematic", ours.item_bytes),
     }
 
 
@@ -257,13 +257,13 @@ def compare(task: Task, folder: str) -> dict[str, dict[str, float]]:
         size = exact.square().sum()
         for design, (layout, tail, _) in designs.items():
             record, mean, squared = found[design], torch.zeros_like(exact), 0.0
-            repeats = DRAWS if layout.tail_draws else 1
+            repeats = DRAWS if layout.sample_size else 1
             for seed in range(repeats):
                 compact = compact_targets(
                     teacher_logits,
                     task.temperature,
                     layout.depth,
-                    layout.tail_draws,
+                    layout.sample_size,
                     torch.Generator().manual_seed(seed),
                     tail,
                 )
@@ -274,7 +274,7 @@ def compare(task: Task, folder: str) -> dict[str, dict[str, float]]:
                 squared += float((estimate - exact).square().sum() / size) / repeats
                 mean += estimate / repeats
             bias2 = float((mean - exact).square().sum() / size)
-            if repeats > 1:  # what averaging over finitely many draws leaves of the variance is no bias
+            if repeats > 1:  # what averaging over finitely many samples leaves of the variance is no bias
                 bias2 -= (squared - bias2) / (repeats - 1)
             record["error"] += squared / len(task.snapshots)
             record["bias2"] = record.get("bias2", 0.0) + bias2 / len(task.snapshots)
@@ -286,10 +286,10 @@ def train(task: Task, design: str, layout: TargetLayout, tail: str, folder: str,
     cache = cache_teacher_targets(
         task.teacher,
         task.train_dataset,
-        f"{folder}/{layout.depth}-{layout.tail_draws}-{tail}",
+        f"{folder}/{layout.depth}-{layout.sample_size}-{tail}",
         temperature=task.temperature,
         depth=layout.depth,
-        tail_draws=layout.tail_draws,
+        sample_size=layout.sample_size,
         tail=tail,
         data_collator=task.collator,
         batch_size=task.settings["per_device_train_batch_size"],
@@ -345,7 +345,7 @@ def main() -> None:
                     "task": name,
                     "design": design,
                     "depth": layout.depth,
-                    "tail_draws": layout.tail_draws,
+                    "sample_size": layout.sample_size,
                     **record,
                     "top1_or_ppl": sum(reached) / len(reached) if reached else None,
                 }
@@ -358,7 +358,7 @@ def main() -> None:
                     else f"{record['top1_or_ppl']:.1%}"
                 )
                 print(
-                    f"| {name} | {design} | {layout.depth} | {layout.tail_draws} | {record['bytes_per_row']:.0f} "
+                    f"| {name} | {design} | {layout.depth} | {layout.sample_size} | {record['bytes_per_row']:.0f} "
                     f"| {record['angle_deg']:.1f}° | {record['error']:.3f} | {record['bias2']:.4f} | {quality} |",
                     flush=True,
                 )

@@ -4,7 +4,7 @@
 
 Teachers with random weights, images in memory, batches of 64, rows of 300 bytes as by default; the bare forward is
 that of the same batches, output layer included, in turn with the caching, medians of the rounds. ratio is caching's
-share of the bare forward's images a second: reading, keys, ranking, drawing, packing and writing are the rest.
+share of the bare forward's images a second: reading, keys, ranking, sampling, packing and writing are the rest.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""From how many classes on the drawn ones are computed faster than all of them: one head step, exact against DIS.
+"""From how many classes on the sampled ones are computed faster than all of them: one head step, exact against DIS.
 
     python benchmarks/crossover.py --json crossover.json
 
 Loss forward and backward, down to the head's dense gradient, on random features and teacher logits; medians of
-interleaved steps. One of d (features), N (rows) and the layout (K drawn for each row, G tails of K_t) is changed at a
+interleaved steps. One of d (features), N (rows) and the layout (K sampled for each row, G tails of K_t) is changed at a
 time. Beside the measured times: what ``head_mode="auto"`` estimates for each at set-up, and decides. The second table
 is the number of classes at which the two take equally long, interpolated between those measured.
 """
@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from head_step import time_head_steps
 
-from hf_dis.cost import ROWS, measure_costs
+from hf_dis import SamplerSpec
+from hf_dis.autotune import ROWS, measure_costs
 
 BASE = {"features": 256, "rows": 128, "sampled": 32, "shared": 512, "tails": 4}
 PER_ROW = {**BASE, "sampled": 128, "shared": 0, "tails": 1}
@@ -44,7 +45,7 @@ def measure(num_classes: int, setting: dict[str, int], repeats: int) -> dict:
     names = {"num_sampled_classes": "sampled", "num_shared_classes": "shared", "num_tails": "tails"}
     layout = {name: setting[key] for name, key in names.items()}
     times = time_head_steps(num_classes, setting["rows"], setting["features"], repeats, **layout)
-    costs = measure_costs(num_classes, setting["features"], **layout)
+    costs = measure_costs(num_classes, setting["features"], SamplerSpec(**layout))
     scale = setting["rows"] / ROWS
     return {
         "classes": num_classes,

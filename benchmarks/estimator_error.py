@@ -4,10 +4,10 @@
     python benchmarks/estimator_error.py --task lm --teacher runs/clm/_teacher --json estimator_error_lm.json
 
 A student is distilled exactly, without labels: glyphs at temperature 2 in batches of 256, or the tokens of
-run_clm.py's texts at temperature 1 in batches of 512. At some steps each method draws classes many times for the same
+run_clm.py's texts at temperature 1 in batches of 512. At some steps each method samples classes many times for the same
 128 rows (512 tokens); error is E‖ĝ - g‖² / ‖g‖² of the gradient on the features, error_head the same on the head's
-weights, bias2 the part of error that no number of draws averages away. What a method learns, it learns from its own
-draws at every training step; before step 0 it sees 20 batches of the untrained student.
+weights, bias2 the part of error that no number of samples averages away. What a method learns, it learns from its own
+samples at every training step; before step 0 it sees 20 batches of the untrained student.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import clm_task
 import glyph_task
 
-from hf_dis import ClassSampler, make_sampler
-from hf_dis.drawn import drawn_columns, drawn_logits
-from hf_dis.losses import exact_distillation_loss, sampled_distillation_loss
-from hf_dis.proposal import Proposal
-from hf_dis.sampling import ClassDraw
-from hf_dis.targets import TeacherTargets
+from hf_dis import SamplerSpec, ClassSampler, make_sampler
+from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
+from hf_dis.loss.divergence import exact_distillation_loss, sampled_forward_kl
+from hf_dis.sampling.proposal import Proposal
+from hf_dis.sampling.sample import ClassSample
+from hf_dis.teacher.targets import TeacherTargets
 
 WARM_UP_BATCHES = 20
 
@@ -43,23 +43,23 @@ WARM_UP_BATCHES = 20
 class OracleProposal(Proposal):
     """q ∝ |s - p|, which needs every student logit: what no proposal over ranks or classes can beat by much."""
 
-    def look(self, disagreement: Tensor, targets: TeacherTargets) -> None:
-        """Sees the whole ``s - p [N, C]`` of the rows it is to draw for."""
-        self.disagreement = disagreement.abs()
-        self.outside_head = self.disagreement.scatter(1, targets.ids, 0)
+    def look(self, signal: Tensor, targets: TeacherTargets) -> None:
+        """Sees the whole ``s - p [N, C]`` of the rows it is to sample for."""
+        self.signal = signal.abs()
+        self.outside_top = self.signal.scatter(1, targets.ids, 0)
 
     def rank_density(self, targets: TeacherTargets) -> Tensor:
-        density = self.disagreement.gather(1, targets.ids).double()
+        density = self.signal.gather(1, targets.ids).double()
         return 0.95 * density / density.sum(1, keepdim=True) + 0.05 / self.num_ranks
 
     def class_density(self) -> Tensor:
-        density = self.outside_head.double().square().sum(0).sqrt()
+        density = self.outside_top.double().square().sum(0).sqrt()
         return 0.95 * density / density.sum() + 0.05 / self.num_classes
 
 
 @dataclass
 class Method:
-    """A proposal, a sampler and a layout; ``depth`` None resolves every rank, ``updated`` None updates all drawn."""
+    """A proposal, a sampler and a layout; ``depth`` None resolves every rank, ``updated`` None updates all sampled."""
 
     proposal: str
     sampler: str
@@ -82,35 +82,26 @@ class Method:
 
     def sampler_of(self, num_classes: int, proposal: str) -> ClassSampler:
         """The library's, in this layout."""
-        return make_sampler(
-            num_classes,
-            num_sampled_classes=self.sampled,
-            num_shared_classes=self.shared,
-            num_tails=self.tails,
-            num_updated_classes=self.updated,
-            rank_depth=self.depth or num_classes,
-            proposal=proposal,
-            sampler="pps" if self.sampler == "none" else self.sampler,
-        )
+        return make_sampler(num_classes, SamplerSpec(num_sampled_classes=self.sampled, num_shared_classes=self.shared, num_tails=self.tails, num_updated_classes=self.updated, rank_depth=self.depth or num_classes, proposal=proposal, design="pps" if self.sampler == "none" else self.sampler))
 
-    def rows_touched(self, num_rows: int) -> int:
-        """Rows of W in a step's gradient, at most."""
-        drawn = num_rows * self.sampled + self.tails * self.shared
-        return drawn if self.updated is None else min(drawn, num_rows * self.updated)
+    def rows_touched(self, num_items: int) -> int:
+        """Items of W in a step's gradient, at most."""
+        sampled = num_items * self.sampled + self.tails * self.shared
+        return sampled if self.updated is None else min(sampled, num_items * self.updated)
 
-    def draw(self, teacher_logits: Tensor, disagreement: Tensor, temperature: float) -> ClassDraw:
+    def sample(self, teacher_logits: Tensor, signal: Tensor, temperature: float) -> ClassSample:
         targets = TeacherTargets(teacher_logits, temperature, self.drawer.rank_depth)
         if self.proposal == "oracle":
-            self.drawer.proposal.look(disagreement, targets)
-        return self.drawer.draw([targets])
+            self.drawer.proposal.look(signal, targets)
+        return self.drawer.sample([targets])
 
     def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
         if self.proposal == "dis" or (self.proposal == "teacher" and self.shared):
-            self.learn_from(self.draw(teacher_logits, logits, temperature), logits, temperature)
+            self.learn_from(self.sample(teacher_logits, logits, temperature), logits, temperature)
 
-    def learn_from(self, draw: ClassDraw, logits: Tensor, temperature: float) -> None:
-        columns = drawn_columns(logits, draw.row_ids, draw.shared_ids)
-        self.drawer.learn(draw, sampled_distillation_loss(columns, draw, temperature)[1])
+    def learn_from(self, sample: ClassSample, logits: Tensor, temperature: float) -> None:
+        columns = sampled_columns(logits, sample.item_ids, sample.tail_ids)
+        self.drawer.learn(sample, sampled_forward_kl(columns, sample, temperature)[1])
 
 
 @dataclass
@@ -126,7 +117,7 @@ class Task:
     temperature: float
     learning_rate: float
     steps: tuple[int, ...]
-    num_draws: int
+    num_sampled: int
     methods: list[Method]
 
 
@@ -154,7 +145,7 @@ def glyphs(arguments: argparse.Namespace) -> Task:
         temperature=2.0,
         learning_rate=3e-3,
         steps=(0, 100, 480),
-        num_draws=40,
+        num_sampled=40,
         methods=glyph_methods(),
     )
 
@@ -180,7 +171,7 @@ def lm(arguments: argparse.Namespace) -> Task:
         temperature=1.0,
         learning_rate=2e-3,
         steps=(0, 40, 80, 160),
-        num_draws=10,
+        num_sampled=10,
         methods=lm_methods(),
     )
 
@@ -233,30 +224,30 @@ def glyph_methods() -> list[Method]:
 
 
 def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teacher_logits: Tensor) -> dict:
-    """Error and bias of one method on one batch, over many draws."""
+    """Error and bias of one method on one batch, over many samples."""
     features = features.requires_grad_()
     weight, temperature = task.head.weight, task.temperature
     logits = logits.detach().requires_grad_()
     exact = exact_distillation_loss(logits, teacher_logits, temperature).mean()
     (exact_gradient,) = torch.autograd.grad(exact, logits)
-    disagreement = (logits.detach() / temperature).softmax(1) - (teacher_logits / temperature).softmax(1)
+    signal = (logits.detach() / temperature).softmax(1) - (teacher_logits / temperature).softmax(1)
     reference = {"features": exact_gradient @ weight.detach(), "head": exact_gradient.T @ features.detach()}
-    squared, by_row = dict.fromkeys(reference, 0.0), torch.zeros(len(features))
+    squared, by_item = dict.fromkeys(reference, 0.0), torch.zeros(len(features))
     mean = {name: torch.zeros_like(value) for name, value in reference.items()}
-    repeats = 1 if method.proposal == "topk" else task.num_draws
+    repeats = 1 if method.proposal == "topk" else task.num_sampled
     for _ in range(repeats):
-        draw = method.draw(teacher_logits, disagreement, temperature)
-        ids = draw.row_ids, draw.shared_ids
-        columns = drawn_logits(features, weight, task.head.bias, *ids, updates=draw.updates)
-        loss, _ = sampled_distillation_loss(columns, draw, temperature)
+        sample = method.sample(teacher_logits, signal, temperature)
+        ids = sample.item_ids, sample.tail_ids
+        columns = sampled_logits(features, weight, task.head.bias, *ids, updates=sample.updates)
+        loss, _ = sampled_forward_kl(columns, sample, temperature)
         gradients = torch.autograd.grad(loss.mean(), (features, weight))
         for name, value in zip(reference, gradients, strict=True):
             squared[name] += float((value - reference[name]).square().sum()) / repeats
             mean[name] += value / repeats
-        by_row += (gradients[0] - reference["features"]).square().sum(1) / repeats
+        by_item += (gradients[0] - reference["features"]).square().sum(1) / repeats
     size = {name: float(value.square().sum()) for name, value in reference.items()}
     bias2 = float((mean["features"] - reference["features"]).square().sum())
-    if repeats > 1:  # what averaging over finitely many draws leaves of the variance is no bias
+    if repeats > 1:  # what averaging over finitely many samples leaves of the variance is no bias
         bias2 -= (squared["features"] - bias2) / (repeats - 1)
     return {
         "proposal": method.proposal,
@@ -271,7 +262,7 @@ def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teache
         "error_head": squared["head"] / size["head"],
         "bias2": bias2 / size["features"],
         # What more classes for rows with larger errors could save of it, at the same number of classes in all.
-        "between_rows": 1 - float(by_row.sqrt().mean().square() / by_row.mean()),
+        "between_rows": 1 - float(by_item.sqrt().mean().square() / by_item.mean()),
     }
 
 

@@ -38,12 +38,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_dis import RowSparseAdamW, make_sampler
-from hf_dis.distributed import average_rows
-from hf_dis.drawn import drawn_logits
-from hf_dis.losses import sampled_distillation_loss
-from hf_dis.sparse import clip_grad_norm_
-from hf_dis.targets import TeacherTargets
+from hf_dis import SamplerSpec, RowSparseAdamW, make_sampler
+from hf_dis.distributed.sums import average_rows
+from hf_dis.head.row_gradients import clip_grad_norm_
+from hf_dis.head.sampled_linear import sampled_logits
+from hf_dis.loss.divergence import sampled_forward_kl
+from hf_dis.teacher.targets import TeacherTargets
 
 TEMPERATURE, ROWS, FEATURES, CHUNK_ROWS, PARTIAL_FC_SHARE = 2.0, 128, 256, 32, 0.1
 LAYOUTS = {
@@ -79,7 +79,7 @@ class Steps:
         self.features = torch.randn(ROWS, FEATURES, requires_grad=True)
         self.weight = torch.nn.Parameter(torch.randn(num_classes, FEATURES) / FEATURES**0.5)
         self.log_probs = (3 / TEMPERATURE * torch.randn(ROWS, num_classes)).log_softmax(1)
-        self.sampler = make_sampler(num_classes, **LAYOUTS[layout])
+        self.sampler = make_sampler(num_classes, SamplerSpec(**LAYOUTS[layout]))
         self.targets = GivenTargets(self.log_probs, self.sampler.rank_depth)
         self.dense = torch.optim.AdamW([self.weight], lr=1e-3, fused=True)
         self.sparse = RowSparseAdamW([self.weight], lr=1e-3)
@@ -118,9 +118,9 @@ class Steps:
 
     def partial_fc(self) -> None:
         num_classes = len(self.weight)
-        drawn = torch.randperm(num_classes)[: int(PARTIAL_FC_SHARE * num_classes)]
-        rows = F.embedding(drawn, self.weight, sparse=True)
-        self._kl(self.features @ rows.T, self.log_probs[:, drawn].log_softmax(1)).backward()
+        sampled = torch.randperm(num_classes)[: int(PARTIAL_FC_SHARE * num_classes)]
+        rows = F.embedding(sampled, self.weight, sparse=True)
+        self._kl(self.features @ rows.T, self.log_probs[:, sampled].log_softmax(1)).backward()
 
     def dis_dense(self) -> None:
         self._dis(row_sparse=False)
@@ -130,11 +130,11 @@ class Steps:
 
     def _dis(self, row_sparse: bool) -> None:
         with torch.no_grad():
-            draw = self.sampler.draw([self.targets])
-        ids, updates = (draw.row_ids, draw.shared_ids), draw.updates if row_sparse else None
-        logits = drawn_logits(self.features, self.weight, None, *ids, row_sparse, updates)
-        loss, disagreement = sampled_distillation_loss(logits, draw, TEMPERATURE)
-        self.sampler.learn(draw, disagreement)
+            sample = self.sampler.sample([self.targets])
+        ids, updates = (sample.item_ids, sample.tail_ids), sample.updates if row_sparse else None
+        logits = sampled_logits(self.features, self.weight, None, *ids, row_sparse, updates)
+        loss, signal = sampled_forward_kl(logits, sample, TEMPERATURE)
+        self.sampler.learn(sample, signal)
         loss.mean().backward()
 
 

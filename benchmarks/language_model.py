@@ -2,7 +2,7 @@
 
     python benchmarks/language_model.py --json language_model.json
 
-N supervised tokens, a student's head of V tokens without bias, and a teacher of width 512. What is drawn: contexts are
+N supervised tokens, a student's head of V tokens without bias, and a teacher of width 512. What is sampled: contexts are
 64 normal numbers; teacher and student are given fixed random projections of them and a constant, from which the
 teacher's head makes logits with Zipf's marginals (-log r, r the token's frequency rank) plus normal ones of standard
 deviation 1.5 (1 + r^-1/4): 3 for the commonest token and 1.5 for the rare ones, a little more than those of
@@ -20,7 +20,7 @@ liger    LigerFusedLinearJSDLoss with beta 0, if liger-kernel is installed; it a
 dis      16 tokens a row and 1,024 for all of them, row_sparse_head and RowSparseAdamW
 
 error is that of the gradient on the student's features, ‖ĝ-g‖²/‖g‖² against float64 and all tokens, on contexts of
-their own after 50 steps of DIS, mean of five draws. peak_mb is what a step takes beyond what lies there between steps,
+their own after 50 steps of DIS, mean of five samples. peak_mb is what a step takes beyond what lies there between steps,
 measured as in head_scaling.py: the highest resident size over two steps, in a fresh process, less the one before them.
 """
 
@@ -39,12 +39,12 @@ import torch.nn.functional as F
 from head_scaling import milliseconds, peak_mb, peak_of_a_step
 from torch import Tensor
 
-from hf_dis import RowSparseAdamW, make_sampler
-from hf_dis.distributed import average_rows
-from hf_dis.drawn import drawn_logits
-from hf_dis.losses import sampled_distillation_loss
-from hf_dis.streaming import CHUNK_ELEMENTS
-from hf_dis.targets import TeacherTargets
+from hf_dis import SamplerSpec, RowSparseAdamW, make_sampler
+from hf_dis.distributed.sums import average_rows
+from hf_dis.head.sampled_linear import sampled_logits
+from hf_dis.loss.divergence import sampled_forward_kl
+from hf_dis.teacher.stream import CHUNK_ELEMENTS
+from hf_dis.teacher.targets import TeacherTargets
 
 CONTEXT, TEACHER_WIDTH, SPREAD, WARM_STEPS, LEARNING_RATE = 64, 512, 1.5, 50, 5e-3
 SAMPLED, SHARED = 16, 1024
@@ -63,23 +63,21 @@ class Steps:
     def __init__(self, vocab: int, tokens: int, width: int, teacher: str):
         torch.manual_seed(0)
         self.tokens, self.teacher = tokens, teacher
-        self.chunk_rows = max(1, CHUNK_ELEMENTS // vocab)
+        self.chunk_items = max(1, CHUNK_ELEMENTS // vocab)
         self.projections = [torch.randn(CONTEXT, size - 1) / CONTEXT**0.5 for size in (TEACHER_WIDTH, width)]
         frequency_rank = torch.randperm(vocab)[:, None] + 1.0
         spread = SPREAD * (1 + frequency_rank**-0.25)
         self.teacher_weight = torch.randn(vocab, TEACHER_WIDTH) * spread / (TEACHER_WIDTH - 1) ** 0.5
         self.teacher_weight[:, :1] = -frequency_rank.log()
         self.weight = torch.nn.Parameter(0.02 * torch.randn(vocab, width))
-        self.sampler = make_sampler(
-            vocab, num_sampled_classes=SAMPLED, num_shared_classes=SHARED, num_tails=4, rank_depth=SAMPLED
-        )
+        self.sampler = make_sampler(vocab, SamplerSpec(num_sampled_classes=SAMPLED, num_shared_classes=SHARED, num_tails=4, rank_depth=SAMPLED))
         self.dense = torch.optim.AdamW([self.weight], lr=LEARNING_RATE, fused=True)
         self.sparse = RowSparseAdamW([self.weight], lr=LEARNING_RATE)
         self.labels = torch.zeros(tokens, dtype=torch.long)
         self.new_batch()
 
     def new_batch(self) -> None:
-        """Draws contexts anew, and with a given teacher its answers."""
+        """Samples contexts anew, and with a given teacher its answers."""
         context = torch.randn(self.tokens, CONTEXT)
         self.teacher_features, self.features = (
             F.pad(context @ projection, (1, 0), value=1.0) for projection in self.projections
@@ -87,13 +85,13 @@ class Steps:
         self.features.requires_grad_()
         if self.teacher == "given":
             self.log_probs = torch.cat([logits.log_softmax(1) for logits in self._stream()])
-            self.targets = [TeacherTargets(part, 1.0, SAMPLED) for part in self.log_probs.split(self.chunk_rows)]
+            self.targets = [TeacherTargets(part, 1.0, SAMPLED) for part in self.log_probs.split(self.chunk_items)]
 
     def _teacher_logits(self) -> Tensor:
         return self.log_probs if self.teacher == "given" else self.teacher_features @ self.teacher_weight.T
 
     def _stream(self) -> Iterator[Tensor]:
-        return (features @ self.teacher_weight.T for features in self.teacher_features.split(self.chunk_rows))
+        return (features @ self.teacher_weight.T for features in self.teacher_features.split(self.chunk_items))
 
     def _ranked(self) -> Iterable[TeacherTargets]:
         if self.teacher == "given":
@@ -132,14 +130,14 @@ class Steps:
 
     def dis(self) -> Tensor:
         with torch.no_grad():
-            draw = self.sampler.draw(self._ranked())
-        logits = drawn_logits(self.features, self.weight, None, draw.row_ids, draw.shared_ids, True)
-        loss, disagreement = sampled_distillation_loss(logits, draw, 1.0)
-        self.sampler.learn(draw, disagreement)
+            sample = self.sampler.sample(self._ranked())
+        logits = sampled_logits(self.features, self.weight, None, sample.item_ids, sample.tail_ids, True)
+        loss, signal = sampled_forward_kl(logits, sample, 1.0)
+        self.sampler.learn(sample, signal)
         return loss.mean()
 
-    def error(self, draws: int = 5) -> float:
-        """Squared relative error of the sampled gradient on the features, mean over draws for the same batch."""
+    def error(self, samples: int = 5) -> float:
+        """Squared relative error of the sampled gradient on the features, mean over samples for the same batch."""
         exact, start = torch.empty(self.features.shape, dtype=torch.float64), 0
         weight = self.weight.detach().double()
         for logits in self._stream():
@@ -148,10 +146,10 @@ class Steps:
             exact[rows] = (student - logits.double().softmax(1)) @ weight
             start = rows.stop
         total = 0.0
-        for _ in range(draws):
+        for _ in range(samples):
             (sampled,) = torch.autograd.grad(self.dis() * self.tokens, self.features)
             total += float((sampled - exact).square().sum() / exact.square().sum())
-        return total / draws
+        return total / samples
 
 
 def warm_error(vocab: int, tokens: int, width: int) -> float:

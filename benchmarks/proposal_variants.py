@@ -9,9 +9,9 @@ oracle       a density over ranks, over classes, or both that knows s - p
 sketch r     the same from a rank-r approximation of the batch's logits, the best there is: no projection of the head
              to r dimensions can know more
 started      the class memory starts from the teacher's class marginal instead of 1/C
-counted      a class's first draws renew its memory by 1, 1/2, 1/3, then 0.3, instead of 0.3 at once
-aged         what is known of classes that were not drawn is scaled as those that were drawn have changed
-updates      more classes drawn, of which no more update W than are distinct in the default (num_updated_classes)
+counted      a class's first samples renew its memory by 1, 1/2, 1/3, then 0.3, instead of 0.3 at once
+aged         what is known of classes that were not sampled is scaled as those that were sampled have changed
+updates      more classes sampled, of which no more update W than are distinct in the default (num_updated_classes)
 shares       other allocations of the same rows of W between ranked classes and tails; the best of them at a step is
              what an allocation by measured disagreement (Neyman) could reach
 
@@ -32,22 +32,23 @@ import torch
 from estimator_error import Method, OracleProposal, glyphs, lm, run
 from torch import Tensor
 
-from hf_dis.proposal import ClassMemory, DISProposal, Statistics
-from hf_dis.sampling import ClassDraw
-from hf_dis.targets import TeacherTargets
+from hf_dis.sampling.class_memory import ClassMemory
+from hf_dis.sampling.proposal import DISProposal
+from hf_dis.sampling.sample import ClassSample, Statistics
+from hf_dis.teacher.targets import TeacherTargets
 
 MEMORIES = ("started", "counted", "started and counted", "aged", "renewed faster")
 
 
 class KnowingProposal(DISProposal):
-    """DIS that is told s - p, or an approximation of it, where it draws: over ranks, over classes, or both."""
+    """DIS that is told s - p, or an approximation of it, where it samples: over ranks, over classes, or both."""
 
     def __init__(self, of: DISProposal, knows: str):
         super().__init__(of.num_classes, of.num_ranks, of.num_ranks, of.floor, of.memory.decay)
         self.knows, self.oracle = knows, OracleProposal(of.num_classes, of.num_ranks, of.num_ranks)
 
-    def look(self, disagreement: Tensor, targets: TeacherTargets) -> None:
-        self.oracle.look(disagreement, targets)
+    def look(self, signal: Tensor, targets: TeacherTargets) -> None:
+        self.oracle.look(signal, targets)
 
     def rank_density(self, targets: TeacherTargets) -> Tensor:
         return super().rank_density(targets) if self.knows == "tail" else self.oracle.rank_density(targets)
@@ -67,24 +68,24 @@ class VariedMemory(ClassMemory):
 
     def update(self, statistics: Statistics) -> None:
         if self.is_new and "started" in self.how:
-            self.squared_disagreement += (statistics["class_mass"] / statistics["rows"]).float().square()
+            self.squared_signal += (statistics["class_mass"] / statistics["rows"]).float().square()
         self.is_new = False
         tail = statistics["tail"].coalesce()
         ids, (squared, rows) = tail.indices()[0], tail.values().unbind(1)
-        known = self.squared_disagreement[ids]
+        known = self.squared_signal[ids]
         super().update(statistics)
         mean = torch.where(rows > 0, squared / rows.clamp_min(1), known)
         if "faster" in self.how:
-            self.squared_disagreement[ids] = known.lerp(mean, 0.6)
+            self.squared_signal[ids] = known.lerp(mean, 0.6)
         if "counted" in self.how:
             self.times_drawn[ids] += (rows > 0).float()
             renewal = (1 / self.times_drawn[ids].clamp_min(1)).clamp_min(self.RENEWAL)
-            self.squared_disagreement[ids] = known.lerp(mean, renewal)
+            self.squared_signal[ids] = known.lerp(mean, renewal)
         if "aged" in self.how:
-            drawn = self.squared_disagreement[ids]
+            sampled = self.squared_signal[ids]
             change = (squared / rows.clamp_min(1)).sqrt().sum() / known[rows > 0].sqrt().sum()
-            self.squared_disagreement *= change**2
-            self.squared_disagreement[ids] = drawn
+            self.squared_signal *= change**2
+            self.squared_signal[ids] = sampled
 
 
 @dataclass
@@ -107,20 +108,20 @@ class Variant(Method):
         if self.memory:
             fitted.memory = VariedMemory(num_classes, fitted.memory.decay, self.memory)
 
-    def draw(self, teacher_logits: Tensor, disagreement: Tensor, temperature: float) -> ClassDraw:
+    def sample(self, teacher_logits: Tensor, signal: Tensor, temperature: float) -> ClassSample:
         targets = TeacherTargets(teacher_logits, temperature, self.drawer.rank_depth)
         if self.knows:
             teacher = (teacher_logits / temperature).softmax(1)
             if self.rank:
-                disagreement = approximated(disagreement + teacher, self.rank) - teacher
-            self.drawer.proposal.look(disagreement, targets)
-        return self.drawer.draw([targets])
+                signal = approximated(signal + teacher, self.rank) - teacher
+            self.drawer.proposal.look(signal, targets)
+        return self.drawer.sample([targets])
 
     def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
         if self.knows == "both":
             return
         student, teacher = ((values / temperature).softmax(1) for values in (logits, teacher_logits))
-        self.learn_from(self.draw(teacher_logits, student - teacher, temperature), logits, temperature)
+        self.learn_from(self.sample(teacher_logits, student - teacher, temperature), logits, temperature)
 
 
 def approximated(probabilities: Tensor, rank: int) -> Tensor:
@@ -145,7 +146,7 @@ def variants(default: tuple[int, ...], others: list[tuple[int, ...]]) -> list[Me
     return [Method("dis", "pps", *default), *knowing, *memories, *(Method("dis", "pps", *layout) for layout in others)]
 
 
-# 6,144 drawn classes for the 128 glyphs, of which some 2,900 are distinct (U = 22: 2,816), and 12,288 for 512 tokens.
+# 6,144 sampled classes for the 128 glyphs, of which some 2,900 are distinct (U = 22: 2,816), and 12,288 for 512 tokens.
 LAYOUTS = {
     "glyphs": variants(
         (32, 512, 64, 4),

@@ -33,19 +33,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from glyph_task import load_task, student_trainer
 
-from hf_dis.rows import Rows
-from hf_dis.streaming import LogitStream
+from hf_dis.items import Items
+from hf_dis.teacher.stream import LogitStream
 
 CLASSES = 3375
 
 
 def per_row(num_sampled: int, head_rate: float = 20, **settings) -> dict:
-    """Classes drawn row by row, with every rank resolved."""
+    """Classes sampled row by row, with every rank resolved."""
     return {"num_sampled_classes": num_sampled, "rank_depth": CLASSES, "head_rate": head_rate, **settings}
 
 
 def two_strata(num_sampled: int, num_shared: int, num_tails: int = 1, head_rate: float = 20, **settings) -> dict:
-    """Classes drawn from each row's 2 K best, and tails that rows share."""
+    """Classes sampled from each row's 2 K best, and tails that rows share."""
     return {
         "num_sampled_classes": num_sampled,
         "num_shared_classes": num_shared,
@@ -79,8 +79,8 @@ METHODS = {
     "several tails 64+16x256 row-sparse": two_strata(64, 256, 16, 28, row_sparse_head=True),
     "several tails 64+16x256 warm-up": two_strata(64, 256, 16, exact_warmup_steps=0.1),
     "several tails 64+32x256": two_strata(64, 256, 32, 40),
-    "ftis 128": per_row(128, proposal="teacher", sampler="replacement"),
-    "ftis 337": per_row(337, proposal="teacher", sampler="replacement"),
+    "ftis 128": per_row(128, proposal="teacher", design="replacement"),
+    "ftis 337": per_row(337, proposal="teacher", design="replacement"),
     "uniform 128": per_row(128, proposal="uniform"),
     "uniform 337": per_row(337, proposal="uniform"),
     "top-k 128": {"num_sampled_classes": 128, "proposal": "topk", "head_rate": 12},
@@ -94,8 +94,8 @@ def sizes(settings: dict, rows: int = 256) -> dict[str, int]:
     sampled, shared = settings.get("num_sampled_classes", 0), settings.get("num_shared_classes", 0)
     touched = rows * sampled + settings.get("num_tails", 1) * shared
     touched = min(touched, rows * settings.get("num_updated_classes", touched))
-    drawn = {"logits": sampled + shared, "rows_touched": touched}
-    return {name: round(exact * CLASSES + (1 - exact) * number) for name, number in drawn.items()}
+    sampled = {"logits": sampled + shared, "rows_touched": touched}
+    return {name: round(exact * CLASSES + (1 - exact) * number) for name, number in sampled.items()}
 
 
 def train(name: str, seed: int, settings: dict, teacher, task) -> dict:
@@ -120,7 +120,7 @@ class TimedStream:
     def __init__(self, stream: LogitStream):
         self.stream, self.seconds = stream, 0.0
 
-    def __call__(self, inputs: dict[str, Tensor], rows: Rows) -> Iterator[Tensor]:
+    def __call__(self, inputs: dict[str, Tensor], rows: Items) -> Iterator[Tensor]:
         started = time.perf_counter()
         for chunk in self.stream(inputs, rows):
             self.seconds += time.perf_counter() - started
@@ -148,7 +148,7 @@ def student_milliseconds(settings: dict, teacher, task, num_steps: int) -> list[
         trainer = student_trainer(
             teacher, task, output_dir=folder, max_steps=num_steps + 2, disable_tqdm=True, **settings
         )
-        stream = trainer.online_teacher.stream = TimedStream(trainer.online_teacher.stream)
+        stream = trainer.distiller.online_teacher.stream = TimedStream(trainer.distiller.online_teacher.stream)
         times = StudentTime(stream)
         trainer.add_callback(times)
         trainer.train()
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--head_rates", type=float, nargs="+", help="instead of each method's own")
     parser.add_argument("--time", action="store_true", help="time steps instead of training students")
     parser.add_argument("--rounds", type=int, default=3, help="of timing, eight steps each")
-    parser.add_argument("--plot", type=Path, help="draw what the file holds; trains nothing")
+    parser.add_argument("--plot", type=Path, help="sample what the file holds; trains nothing")
     arguments = parser.parse_args()
     versions = (
         f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"

@@ -12,11 +12,11 @@ exact              exact distillation, teacher included; floor: headless and the
 dis_online         row_sparse_head, teacher included; floor: headless and the teacher's bare forward
 dis_given_targets  row_sparse_head, the teacher's answers computed beforehand; floor: headless
 dis_cached         row_sparse_head, from a cache of the teacher's targets at its default of 300 bytes a row (32 ranked
-                   classes and, of 100,000, 75 draws of the tail), look-up included; floor: headless
+                   classes and, of 100,000, 75 samples of the tail), look-up included; floor: headless
 
 DIS in layouts: the default, K = 32 of each row's 64 best-ranked classes (from a cache all that are stored) and 4 tails
 of K_t = 512 that rows share, of which U = 16 a row update the head; the same with all of them updating it; and classes
-drawn row by row, K = 128 (from a cache the stored ones and 512 further).
+sampled row by row, K = 128 (from a cache the stored ones and 512 further).
 
 peak_mb: the highest resident size of the last steps less the resident size between two of them. Linux only.
 """
@@ -149,7 +149,7 @@ def train(method: str, layout: str | None, num_classes: int, teacher, rows: list
                 logits = teacher(torch.stack([row["pixel_values"] for row in rows])).logits
             log_probs = (logits / TEMPERATURE).log_softmax(1)
             # One batch, whose rows come in any order: what is timed does not depend on which row is whose.
-            trainer.teacher = GivenTeacher(GivenTargets(log_probs, trainer.sampler.rank_depth))
+            trainer.distiller.teacher = GivenTeacher(GivenTargets(log_probs, trainer.distiller.sampler.rank_depth))
         trainer.train()
     times.milliseconds = times.milliseconds[1:]
     if cache:

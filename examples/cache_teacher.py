@@ -17,8 +17,9 @@ from accelerate import PartialState
 from transformers import HfArgumentParser, default_data_collator
 
 from hf_dis import cache_teacher_targets
-from hf_dis.data import DataError, SeededViews
-from hf_dis.teachers import load_teacher
+from hf_dis.cache import SeededViews
+from hf_dis.data import DataError
+from hf_dis.teacher.loading import load_teacher
 
 
 @dataclass
@@ -34,13 +35,13 @@ class CacheArguments:
     depth: int | None = field(
         default=None, metadata={"help": "Ranked classes of a row that are stored; 32, 2 of text, if not given."}
     )
-    tail_draws: int | None = field(
+    sample_size: int | None = field(
         default=None,
-        metadata={"help": "Classes drawn from the others; as many as fit into 300 bytes, 60 of text, if not given."},
+        metadata={"help": "Classes sampled from the others; as many as fit into 300 bytes, 60 of text, if not given."},
     )
     batch_size: int = field(default=64, metadata={"help": "Examples that the teacher is given at a time."})
     num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches, for each process."})
-    seed: int = field(default=0, metadata={"help": "Of views and draws."})
+    seed: int = field(default=0, metadata={"help": "Of views and samples."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Data set of the Hub to upload the cache to."})
 
 
@@ -78,7 +79,7 @@ def main() -> None:
             arguments.output_dir,
             temperature=arguments.temperature,
             depth=arguments.depth,
-            tail_draws=arguments.tail_draws,
+            sample_size=arguments.sample_size,
             data_collator=collator,
             processing_class=tokenizer,
             batch_size=arguments.batch_size,

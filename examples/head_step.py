@@ -7,18 +7,18 @@ import time
 
 import torch
 
-from hf_dis import DISLoss, make_sampler
-from hf_dis.losses import exact_distillation_loss
+from hf_dis import SamplerSpec, DISLoss, make_sampler
+from hf_dis.loss.divergence import exact_distillation_loss
 
 
 def time_head_steps(
-    num_classes: int, num_rows: int = 128, num_features: int = 256, repeats: int = 5, **sampler_arguments
+    num_classes: int, num_items: int = 128, num_features: int = 256, repeats: int = 5, **sampler_arguments
 ) -> dict[str, float]:
     """Median milliseconds of exact and DIS steps on the same tensors, measured in turn.
 
     Args:
         num_classes: C.
-        num_rows: N.
+        num_items: N.
         num_features: d.
         repeats: steps of each, after one that is not counted.
         **sampler_arguments: for :func:`hf_dis.make_sampler`.
@@ -29,9 +29,9 @@ def time_head_steps(
     """
     torch.manual_seed(0)
     head = torch.nn.Linear(num_features, num_classes)
-    features = torch.randn(num_rows, num_features, requires_grad=True)
-    teacher_logits = 3 * torch.randn(num_rows, num_classes)
-    dis_loss = DISLoss(make_sampler(num_classes, **sampler_arguments), hard_label_weight=0.0)
+    features = torch.randn(num_items, num_features, requires_grad=True)
+    teacher_logits = 3 * torch.randn(num_items, num_classes)
+    dis_loss = DISLoss(make_sampler(num_classes, SamplerSpec(**sampler_arguments)), hard_label_weight=0.0)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True)
 
     def exact():

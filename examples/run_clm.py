@@ -1,4 +1,4 @@
-"""Distils a language model with DISDistillationTrainer: by drawn tokens, by all of them, or both to compare.
+"""Distils a language model with DISDistillationTrainer: by sampled tokens, by all of them, or both to compare.
 
     accelerate launch examples/run_clm.py --output_dir runs/clm
 
@@ -177,12 +177,12 @@ def distil(method: str, steps: int, models, arguments: ClmArguments, args: DISCo
     trainer.save_metrics("eval", metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
-    exact = trainer.head_mode == "exact"
+    exact = trainer.distiller.mode == "exact"
     probed = [log["probe/relative_error"] for log in trainer.state.log_history if "probe/relative_error" in log]
     return {
         "method": method,
-        "vocab": trainer.num_classes,
-        "sampled": trainer.num_classes if exact else trainer.sampler.columns,
+        "vocab": trainer.distiller.num_classes,
+        "sampled": trainer.distiller.num_classes if exact else trainer.distiller.sampler.columns,
         "exact_steps": trainer.state.max_steps if exact else args.get_exact_warmup_steps(trainer.state.max_steps),
         "learning_rate": args.learning_rate,
         "head_learning_rate": args.head_learning_rate or args.learning_rate,

@@ -22,7 +22,7 @@ from head_step import time_head_steps
 from transformers import HfArgumentParser, ResNetForImageClassification, TrainerCallback, set_seed
 
 from hf_dis import DISDistillationTrainer
-from hf_dis.plots import ProposalSnapshot, plot_proposal
+from hf_dis.report.plots import ProposalSnapshot, plot_proposal
 
 # What sets the methods apart; "head_rate" is the head's learning rate as a multiple of the body's.
 METHODS = {
@@ -30,7 +30,7 @@ METHODS = {
     "exact": {"head_rate": 20, "head_mode": "exact"},
     "dis": {"head_rate": 20, "rank_depth": 3375},
     # Fixed teacher importance sampling, drawn from the teacher's whole distribution with replacement.
-    "ftis": {"head_rate": 20, "proposal": "teacher", "sampler": "replacement", "rank_depth": 3375},
+    "ftis": {"head_rate": 20, "proposal": "teacher", "design": "replacement", "rank_depth": 3375},
     "topk": {"head_rate": 12, "proposal": "topk"},
 }
 
@@ -74,7 +74,7 @@ class ProposalRecorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.STEPS:
-            self.snapshots.append(ProposalSnapshot.of(self.trainer.sampler.proposal.ranks, state.global_step))
+            self.snapshots.append(ProposalSnapshot.of(self.trainer.distiller.sampler.proposal.ranks, state.global_step))
 
 
 def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArguments) -> tuple[dict, ProposalRecorder]:
@@ -103,8 +103,8 @@ def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArgumen
     trainer.save_model()
     record = {
         "method": method,
-        "classes": trainer.num_classes,
-        "sampled": trainer.num_classes if trainer.head_mode == "exact" else trainer.sampler.columns,
+        "classes": trainer.distiller.num_classes,
+        "sampled": trainer.distiller.num_classes if trainer.distiller.mode == "exact" else trainer.distiller.sampler.columns,
         "head_rate": head_rate,
         "top1": round(metrics["eval_top1"], 4),
         "top5": round(metrics["eval_top5"], 4),

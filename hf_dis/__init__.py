@@ -1,24 +1,32 @@
 """hf_dis: knowledge distillation for huge output layers (Dynamic Importance Sampling, arXiv 1812.00914)."""
 
-from .callbacks import DISReportCallback
-from .config import DISConfig
-from .data.cache_writer import cache_teacher_targets
-from .data.teacher_cache import TeacherCache
-from .losses import DISLoss
-from .optim import RowSparseAdamW
-from .sampler import ClassSampler, make_sampler
-from .trainer import DISDistillationTrainer
-from .version import __version__
+from hf_dis.arguments import DISArguments, SamplerSpec
+from hf_dis.build import build_distiller
+from hf_dis.cache import TeacherCache, cache_teacher_targets
+from hf_dis.dis_loss import DISLoss
+from hf_dis.distiller import Distiller
+from hf_dis.head.optimizer import RowSparseAdamW
+from hf_dis.report.callback import DISReportCallback
+from hf_dis.sampling.sampler import ClassSampler, make_sampler
+from hf_dis.trainer.config import DISConfig
+from hf_dis.trainer.mixin import DISTrainerMixin
+from hf_dis.trainer.trainer import DISDistillationTrainer
+from hf_dis.version import __version__
 
 __all__ = [
     "ClassSampler",
+    "DISArguments",
     "DISConfig",
     "DISDistillationTrainer",
     "DISLoss",
     "DISReportCallback",
+    "DISTrainerMixin",
+    "Distiller",
     "RowSparseAdamW",
+    "SamplerSpec",
     "TeacherCache",
     "__version__",
+    "build_distiller",
     "cache_teacher_targets",
     "make_sampler",
 ]

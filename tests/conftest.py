@@ -16,7 +16,7 @@ def fixed_seed():
 
 @pytest.fixture
 def dense_kd():
-    """τ² KL(p ‖ s) of each row straight from the definition: float64, dense, differentiable."""
+    """τ² KL(p ‖ s) of each item straight from the definition: float64, dense, differentiable."""
 
     def kd(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
         student = (logits.double() / temperature).exp()
@@ -30,7 +30,7 @@ def dense_kd():
 
 @pytest.fixture
 def dense_ce():
-    """-log softmax(z)_y of each row straight from the definition: float64, dense, differentiable."""
+    """-log softmax(z)_y of each item straight from the definition: float64, dense, differentiable."""
 
     def ce(logits: Tensor, labels: Tensor) -> Tensor:
         logits = logits.double()
@@ -41,8 +41,8 @@ def dense_ce():
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """Builds a trainer for 8x8 images of 40 classes, drawn from. Keywords: DISConfig's fields, or the trainer's."""
-    from models import labelled_images, vit
+    """Builds a trainer for 8x8 images of 40 classes, sampled from. Keywords: DISConfig's fields, or the trainer's."""
+    from tiny_models import labelled_images, vit
 
     from hf_dis import DISConfig, DISDistillationTrainer
 

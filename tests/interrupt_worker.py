@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from models import labelled_images, patched_modules, vit
+from tiny_models import labelled_images, patched_modules, vit
 from transformers import TrainerCallback
 
 from hf_dis import DISConfig, DISDistillationTrainer

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import labelled_images, labelled_tokens, llama, vit
+from tiny_models import labelled_images, labelled_tokens, llama, vit
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, default_data_collator
 
-from hf_dis import DISConfig, DISDistillationTrainer, DISLoss, cache_teacher_targets, make_sampler
+from hf_dis import DISConfig, DISDistillationTrainer, DISLoss, SamplerSpec, cache_teacher_targets, make_sampler
+from hf_dis.cache.header import HEADER, CacheHeader
 from hf_dis.data import DataError, load_cifar100, load_glyphs, load_market1501
-from hf_dis.data.cache_header import HEADER, CacheHeader
 from hf_dis.data.glyphs import matplotlib_fonts
-from hf_dis.trainer import load_teacher
+from hf_dis.teacher.loading import load_teacher
 
 NAN, INF = float("nan"), float("inf")
 
@@ -61,7 +61,7 @@ CONFIG = [
     ("head_learning_rate", "fast", TypeError, "a number"),
     ("proposal", "laplace", ValueError, "one of dis, teacher"),
     ("proposal", None, ValueError, "one of dis, teacher"),
-    ("sampler", "poisson", ValueError, "one of pps, replacement"),
+    ("design", "poisson", ValueError, "one of pps, replacement"),
     ("head_mode", "fast", ValueError, "one of auto, sampled, exact"),
 ]
 
@@ -78,7 +78,7 @@ def loss(features=(4, 8), weight=(20, 8), bias=None, teacher=(4, 20), labels=Non
     """A call of DISLoss with tensors of these shapes."""
     tensors = [torch.randn(shape) for shape in (features, weight)]
     bias = None if bias is None else torch.randn(bias)
-    sampler = make_sampler(20, num_sampled_classes=5)
+    sampler = make_sampler(20, SamplerSpec(num_sampled_classes=5))
     return DISLoss(sampler, **keywords)(*tensors, bias, torch.randn(teacher), labels)
 
 
@@ -95,9 +95,9 @@ LOSS = {
     "width": (lambda: loss((4, 7)), ValueError, "(4, 7)", "[N, 8]"),
     "classes of the head": (lambda: loss(weight=(21, 8)), ValueError, "has 21", "made for 20"),
     "bias": (lambda: loss(bias=(7,)), ValueError, "(7,)", "[20]"),
-    "rows of the teacher": (lambda: loss(teacher=(3, 20)), ValueError, "(3, 20)", "[4, 20]"),
+    "items of the teacher": (lambda: loss(teacher=(3, 20)), ValueError, "(3, 20)", "[4, 20]"),
     "classes of the teacher": (lambda: loss(teacher=(4, 21)), ValueError, "21 classes", "trained on"),
-    "one row": (lambda: loss(teacher=(20,)), ValueError, "(20,)", "[4, 20]"),
+    "one item": (lambda: loss(teacher=(20,)), ValueError, "(20,)", "[4, 20]"),
     "number of labels": (lambda: loss(labels=long(1, 2, 3)), ValueError, "(3,)", "[4]"),
     "shape of labels": (lambda: loss(labels=long([1], [2], [3], [4])), ValueError, "(4, 1)", "[4]"),
     "kind of labels": (lambda: loss(labels=torch.rand(4)), ValueError, "torch.float32", "class ids"),
@@ -114,7 +114,9 @@ def test_a_loop_of_ones_own(call, error, value, remedy):
 
 def test_no_rows_are_no_error_and_no_gradient():
     features = torch.randn(0, 8, requires_grad=True)
-    value = DISLoss(make_sampler(20, num_sampled_classes=5))(features, torch.randn(20, 8), None, torch.randn(0, 20))
+    value = DISLoss(make_sampler(20, SamplerSpec(num_sampled_classes=5)))(
+        features, torch.randn(20, 8), None, torch.randn(0, 20)
+    )
     value.backward()
     assert float(value.detach()) == 0 and features.grad.shape == (0, 8)
 
@@ -123,7 +125,7 @@ def test_no_rows_are_no_error_and_no_gradient():
 
 
 def changed(**columns):
-    return [{**row, **columns} for row in labelled_images(8, 40)]
+    return [{**item, **columns} for item in labelled_images(8, 40)]
 
 
 TRAINERS = {
@@ -154,12 +156,12 @@ def test_models_and_data(make_trainer, given, error, value, remedy):
 
 
 def test_labels_of_tokens_for_other_tokens(tmp_path):
-    rows = labelled_tokens(8, 40)
-    for row in rows:
-        row["labels"] = row["labels"][:-1]
+    items = labelled_tokens(8, 40)
+    for item in items:
+        item["labels"] = item["labels"][:-1]
     args = DISConfig(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, per_device_train_batch_size=8)
     with pytest.raises(ValueError, match=r"labels have shape \(8, 5\) for tokens of shape \(8, 6\).*-100"):
-        DISDistillationTrainer(llama(40), llama(40, seed=1), args, train_dataset=rows).train()
+        DISDistillationTrainer(llama(40), llama(40, seed=1), args, train_dataset=items).train()
 
 
 def test_an_empty_folder_as_teacher(tmp_path):
@@ -168,12 +170,12 @@ def test_an_empty_folder_as_teacher(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "weight"),
-    [(changed(labels="cat"), 0.25), ([{"pixel_values": row["pixel_values"]} for row in changed()], 0.35)],
+    ("items", "weight"),
+    [(changed(labels="cat"), 0.25), ([{"pixel_values": item["pixel_values"]} for item in changed()], 0.35)],
 )
-def test_labels_that_never_arrive_are_told_once(make_trainer, caplog, rows, weight):
+def test_labels_that_never_arrive_are_told_once(make_trainer, caplog, items, weight):
     """The default collator drops a column of strings; the teacher alone is then learnt from."""
-    trainer = make_trainer(train_dataset=rows, hard_label_weight=weight, max_steps=2)
+    trainer = make_trainer(train_dataset=items, hard_label_weight=weight, max_steps=2)
     with caplog.at_level(logging.WARNING):
         trainer.train()
     (told,) = [record.message for record in caplog.records if "no labels" in record.message]
@@ -193,7 +195,7 @@ def written(tmp_path_factory):
     """Four shards of a teacher's targets about 32 images of 40 named classes."""
     folder = tmp_path_factory.mktemp("caches") / "cache"
     teacher = vit(40, seed=1, spread=30, id2label={number: f"class {number}" for number in range(40)})
-    settings = {"depth": 6, "tail_draws": 8, "shard_examples": 8, "show_progress": False}
+    settings = {"depth": 6, "sample_size": 8, "shard_examples": 8, "show_progress": False}
     cache_teacher_targets(teacher, labelled_images(32, 40), folder, processing_class=words("a", "b"), **settings)
     return folder
 

@@ -54,7 +54,7 @@ def test_the_students_side_of_a_step_is_all_but_the_teachers(monkeypatch):
         nonlocal now
         now += seconds
 
-    def chunks(inputs, rows):
+    def chunks(inputs, items):
         for seconds in (3, 4):
             work(seconds)
             yield seconds
@@ -127,7 +127,7 @@ def test_errors_are_measured_of_glyphs(tmp_path, monkeypatch):
         proposal_variants.Variant("sketch", "pps", *layout, knows="both", rank=8),
         proposal_variants.Variant("started", "pps", *layout, memory="started and counted"),
     ]
-    task = dataclasses.replace(task, steps=(0, 1), num_draws=3, batch_size=16, measured_size=16, methods=methods)
+    task = dataclasses.replace(task, steps=(0, 1), num_sampled=3, batch_size=16, measured_size=16, methods=methods)
     records = estimator_error.run(task)
     assert [record["step"] for record in records] == 5 * [0] + 5 * [1]
     all_update, some, oracle = records[5:8]

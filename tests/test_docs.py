@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from models import labelled_images, vit
 from pages import (
     OTHER_PAGES,
     PAGES,
@@ -23,6 +22,7 @@ from pages import (
     run_page,
     tables,
 )
+from tiny_models import labelled_images, vit
 from transformers import TrainingArguments
 
 import hf_dis

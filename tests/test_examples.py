@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from archives import write_cifar100_archive
 from clm_task import load_texts, tokenized, train_tokenizer
-from models import vit
 from pages import commands
+from tiny_models import vit
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -251,7 +251,7 @@ def test_texts_too_few_for_a_block_and_columns_that_are_not_there(texts):
 def test_blocks_are_the_text_in_order(texts):
     splits = load_texts(train_files=[str(texts)])
     tokenizer = train_tokenizer(splits["train"], 500)
-    rows = tokenized(splits, tokenizer, 32)["train"]
-    assert all(row["labels"] == row["input_ids"] and len(row["input_ids"]) == 32 for row in rows)
-    joined = tokenizer.decode([token for row in rows for token in row["input_ids"]]).replace("<eos>", "")
+    items = tokenized(splits, tokenizer, 32)["train"]
+    assert all(item["labels"] == item["input_ids"] and len(item["input_ids"]) == 32 for item in items)
+    joined = tokenizer.decode([token for item in items for token in item["input_ids"]]).replace("<eos>", "")
     assert texts.read_text().startswith(joined[:5000])

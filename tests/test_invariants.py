@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import labelled_images, vit
+from tiny_models import labelled_images, vit
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import hf_dis
-from hf_dis.targets import TeacherTargets
+from hf_dis.teacher.targets import TeacherTargets
 
 PACKAGE = Path(hf_dis.__file__).parent
-CLASSES, ROWS, WIDTH, CHUNK_ROWS = 20_000, 64, 16, 4
+CLASSES, ITEMS, WIDTH, CHUNK_ROWS = 20_000, 64, 16, 4
 
 
 MATHS = [
@@ -29,9 +29,9 @@ MATHS = [
     "sparse",
     "optim",
     "targets",
-    "rows",
+    "items",
     "diagnostics",
-    "drawn",
+    "sampled",
 ]
 
 
@@ -69,12 +69,12 @@ class Largest(TorchDispatchMode):
 
 
 def largest_of_training(make_trainer, monkeypatch, **keywords):
-    monkeypatch.setattr("hf_dis.streaming.CHUNK_ELEMENTS", CHUNK_ROWS * CLASSES)
+    monkeypatch.setattr("hf_dis.teacher.stream.CHUNK_ELEMENTS", CHUNK_ROWS * CLASSES)
     trainer = make_trainer(
         vit(CLASSES),
         vit(CLASSES, seed=1, spread=30),
-        train_dataset=labelled_images(ROWS, CLASSES),
-        per_device_train_batch_size=ROWS,
+        train_dataset=labelled_images(ITEMS, CLASSES),
+        per_device_train_batch_size=ITEMS,
         max_steps=2,
         **keywords,
     )
@@ -86,7 +86,7 @@ def largest_of_training(make_trainer, monkeypatch, **keywords):
 LAYOUTS = [
     {"num_shared_classes": 64},
     {"num_shared_classes": 0},
-    {"num_shared_classes": 0, "sampler": "replacement"},
+    {"num_shared_classes": 0, "design": "replacement"},
     {"num_shared_classes": 64, "proposal": "teacher"},
 ]
 
@@ -99,14 +99,14 @@ def test_no_tensor_of_a_training_step_exceeds_a_chunk_of_the_teacher(make_traine
 
 def test_exact_distillation_does_exceed_it(make_trainer, monkeypatch):
     """That the measurement sees what it is for."""
-    assert largest_of_training(make_trainer, monkeypatch, head_mode="exact") >= ROWS * CLASSES
+    assert largest_of_training(make_trainer, monkeypatch, head_mode="exact") >= ITEMS * CLASSES
 
 
 def test_one_chunk_of_the_teacher_lives_at_a_time(make_trainer):
     """Logits and ranked targets of the chunk before are gone when the next is asked for."""
     trainer = make_trainer(train_dataset=labelled_images(8, 40), max_steps=1)
-    trainer.teacher.stream.chunk_rows = 2
-    head = trainer.teacher.model.classifier
+    trainer.distiller.teacher.stream.chunk_items = 2
+    head = trainer.distiller.teacher.model.classifier
     logits, alive = [], []
     answer = head.forward
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import interrupt_worker
 import pytest
 import torch
-from models import labelled_images, patched_modules, vit
+from tiny_models import labelled_images, patched_modules, vit
 from transformers import TrainerCallback
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -23,8 +23,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def left_on(model):
     """Modules whose forward is not their class's, hooks, and attributes that hold tensors of a step."""
     hooks = [(name, kind) for name, module in model.named_modules() for kind in HOOKS if getattr(module, kind)]
-    drawn = [name for name, module in model.named_modules() if {"drawn", "undrawn_forward"} & set(vars(module))]
-    return patched_modules(model), hooks, drawn
+    sampled = [name for name, module in model.named_modules() if {"sampled", "full_forward"} & set(vars(module))]
+    return patched_modules(model), hooks, sampled
 
 
 NOTHING = ([], [], [])
@@ -64,7 +64,7 @@ def in_the_students_forward(make_trainer, error, **keywords):
 
 def in_the_teachers_forward(make_trainer, error, **keywords):
     trainer = make_trainer(**keywords)
-    return trainer, trainer.teacher.model.vit.register_forward_hook(raising(error)).remove
+    return trainer, trainer.distiller.teacher.model.vit.register_forward_hook(raising(error)).remove
 
 
 def in_the_backward_pass(make_trainer, error, **keywords):
@@ -83,8 +83,8 @@ def test_an_interrupted_training_leaves_two_ordinary_models(make_trainer, place,
     with pytest.raises(type(error)):
         trainer.train()
     remove()
-    assert left_on(trainer.model) == left_on(trainer.teacher.model) == NOTHING
-    images = torch.stack([row["pixel_values"] for row in labelled_images(4, 40)])
+    assert left_on(trainer.model) == left_on(trainer.distiller.teacher.model) == NOTHING
+    images = torch.stack([item["pixel_values"] for item in labelled_images(4, 40)])
     assert trainer.model.eval()(images).logits.shape == (4, 40)
     trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if not isinstance(c, Stops)]
     trainer.train()  # and it can be trained again
@@ -95,7 +95,7 @@ def test_an_interrupted_training_leaves_two_ordinary_models(make_trainer, place,
 def test_a_training_leaves_two_ordinary_models(make_trainer, keywords):
     trainer = make_trainer(eval_dataset=labelled_images(8, 40), eval_strategy="steps", eval_steps=2, **keywords)
     trainer.train()
-    assert left_on(trainer.model) == left_on(trainer.teacher.model) == NOTHING
+    assert left_on(trainer.model) == left_on(trainer.distiller.teacher.model) == NOTHING
 
 
 # Two trainers
@@ -113,7 +113,7 @@ class Nests(TrainerCallback):
 
 
 def test_two_trainers_in_one_process_do_not_disturb_each_other(make_trainer, tmp_path):
-    """With one teacher between them, one draws by rows and one by strata."""
+    """With one teacher between them, one samples by items and one by strata."""
     teacher = vit(40, seed=1, spread=30)
     layouts = {"one": {}, "other": {"num_shared_classes": 0, "temperature": 3.0}}
 
@@ -160,7 +160,7 @@ class Watches(TrainerCallback):
     ("steps", "layout"),
     [
         pytest.param(2_000, {}, marks=pytest.mark.slow, id="2,000 steps"),
-        pytest.param(2_000, {"num_shared_classes": 0}, marks=pytest.mark.slow, id="2,000 steps per row"),
+        pytest.param(2_000, {"num_shared_classes": 0}, marks=pytest.mark.slow, id="2,000 steps per item"),
         pytest.param(200, {"probe_steps": 5}, id="200 steps"),
     ],
 )

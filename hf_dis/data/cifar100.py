@@ -16,8 +16,8 @@ import datasets
 import numpy as np
 
 from hf_dis.data.content import ContentConfig
-from hf_dis.data.errors import DataError
 from hf_dis.data.safe_pickle import load_plain_pickle
+from hf_dis.errors import DataError
 
 HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 HUB_NAME = "uoft-cs/cifar100"

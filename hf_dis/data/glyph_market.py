@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from hf_dis.data.errors import DataError
 from hf_dis.data.glyphs import load_glyphs, matplotlib_fonts
 from hf_dis.data.market1501 import DISTRACTOR, JUNK, SPLITS
+from hf_dis.errors import DataError
 
 CAMERAS = [
     "DejaVuSans",

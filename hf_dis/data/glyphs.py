@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hf_dis.data.content import ContentConfig
-from hf_dis.data.errors import DataError
+from hf_dis.errors import DataError
 
 MATPLOTLIB_FACES = [
     "DejaVuSans",

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from hf_dis.data.content import ContentConfig
-from hf_dis.data.errors import DataError
+from hf_dis.errors import DataError
 
 logger = logging.get_logger(__name__)
 

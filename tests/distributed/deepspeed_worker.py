@@ -20,8 +20,8 @@ from equality_worker import CLASSES, EXAMPLES, TASKS, WINDOW, DrawsByLabel, data
 
 from hf_dis import DISConfig, DISDistillationTrainer
 
-LAYOUTS = {"exact": {"head_mode": "exact"}, "per row": {"proposal": "teacher"}, "dis": {"num_shared_classes": 8}}
-CASES = [*product(("image", "causal LM"), ("exact", "per row")), ("image", "dis")]
+LAYOUTS = {"exact": {"head_mode": "exact"}, "per item": {"proposal": "teacher"}, "dis": {"num_shared_classes": 8}}
+CASES = [*product(("image", "causal LM"), ("exact", "per item")), ("image", "dis")]
 STAGES = (2, 3)
 
 
@@ -72,9 +72,9 @@ def trainer(
         **({"deepspeed": zero(stage)} if stage else {"use_cpu": True}),
         **{"save_strategy": "no", **keywords},
     )
-    rows = data(task)[: EXAMPLES // WINDOW * WINDOW]
-    student, others = TASKS[task](CLASSES, seed=seed), data(task)[len(rows) :]
-    return DISDistillationTrainer(student, teacher, args, train_dataset=rows, eval_dataset=others)
+    items = data(task)[: EXAMPLES // WINDOW * WINDOW]
+    student, others = TASKS[task](CLASSES, seed=seed), data(task)[len(items) :]
+    return DISDistillationTrainer(student, teacher, args, train_dataset=items, eval_dataset=others)
 
 
 def student(this: DISDistillationTrainer, stage: int) -> dict[str, torch.Tensor]:
@@ -91,16 +91,16 @@ def student(this: DISDistillationTrainer, stage: int) -> dict[str, torch.Tensor]
 def train(output_dir: Path, task: str, layout: str, stage: int, teacher: str) -> dict:
     this = trainer(output_dir, task, layout, stage, teacher)
     assert this.accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
-    if layout == "per row":
-        this.sampler.__class__ = DrawsByLabel
+    if layout == "per item":
+        this.distiller.sampler.__class__ = DrawsByLabel
     this.train()
     sharded = all(parameter.numel() == 0 for parameter in this.model.parameters())
-    held = [parameter.numel() for parameter in this.teacher.model.parameters()]
+    held = [parameter.numel() for parameter in this.distiller.teacher.model.parameters()]
     return {
         "student": student(this, stage),
         "sharded": sharded,
         "teacher": sum(held),
-        "sampler": {name: value.clone() for name, value in this.sampler.state_dict().items()},
+        "sampler": {name: value.clone() for name, value in this.distiller.sampler.state_dict().items()},
         "optimizer": type(this.optimizer).__name__,
         "metrics": this.evaluate(),
     }
@@ -112,7 +112,7 @@ def resume(output_dir: Path, stage: int, teacher: str) -> list[dict[str, torch.T
     for seed, checkpoint in ((0, None), (7, str(output_dir / "checkpoint-2"))):
         this = trainer(output_dir, "image", "dis", stage, teacher, seed, save_strategy="steps", save_steps=2)
         this.train(resume_from_checkpoint=checkpoint)
-        ends.append({**student(this, stage), **this.sampler.state_dict()})
+        ends.append({**student(this, stage), **this.distiller.sampler.state_dict()})
     return ends
 
 

@@ -1,4 +1,4 @@
-"""What test_equality runs in one process and, started by torchrun, in two: the same rows, split differently."""
+"""What test_equality runs in one process and, started by torchrun, in two: the same items, split differently."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models import bert_mlm, bert_tokens, labelled_images, labelled_tokens, llama, vit
+from tiny_models import bert_mlm, bert_tokens, labelled_images, labelled_tokens, llama, vit
 from transformers import TrainerCallback
 
 from hf_dis import ClassSampler, DISConfig, DISDistillationTrainer
-from hf_dis.tasks import find_rows
+from hf_dis.models.tasks import find_items
 
 WINDOW, EXAMPLES, STEPS = 16, 44, 5  # examples of an optimizer step; an epoch is 16, 16 and 12; its end is crossed
 CLASSES, LENGTH = 40, 6
@@ -25,10 +25,10 @@ ACCUMULATION = (1, 4)
 
 TASKS = {"image": vit, "causal LM": llama, "masked LM": bert_mlm, "token classification": bert_tokens}
 # Proposals that do not learn between the micro-batches of a window; "dis" does, so it is compared without them. One
-# tail: which rows share one of several is for their order to say, and that is another where they are split.
+# tail: which items share one of several is for their order to say, and that is another where they are split.
 LAYOUTS = {
     "exact": {"head_mode": "exact"},
-    "per row": {"proposal": "teacher", "num_shared_classes": 0},
+    "per item": {"proposal": "teacher", "num_shared_classes": 0},
     "strata": {"proposal": "uniform", "num_shared_classes": 8},
     "dis": {"proposal": "dis", "num_shared_classes": 8},
 }
@@ -41,40 +41,40 @@ def data(task: str) -> list[dict]:
     of two processes, or some of the micro-batches."""
     if task == "image":
         return labelled_images(EXAMPLES, CLASSES)
-    rows = labelled_tokens(EXAMPLES, CLASSES, LENGTH)
+    items = labelled_tokens(EXAMPLES, CLASSES, LENGTH)
     generator = torch.Generator().manual_seed(5)
-    for number, row in enumerate(rows):
+    for number, item in enumerate(items):
         share = 0 if WINDOW // 2 <= number < WINDOW else (number % 5 + 1) / 5
-        row["labels"] = row["labels"].masked_fill(torch.rand(LENGTH, generator=generator) >= share, -100)
-    return rows
+        item["labels"] = item["labels"].masked_fill(torch.rand(LENGTH, generator=generator) >= share, -100)
+    return items
 
 
 class DrawsByLabel(ClassSampler):
-    """Draws that depend on a row and not on the rows around it, so that they are the same however rows are split."""
+    """Samples that depend on an item and not on the items around it, so that they are the same however items are split."""
 
-    def draw(self, teacher, labels=None):
+    def sample(self, teacher, labels=None):
         self.generator.manual_seed(3)  # of the tail, the same in every micro-batch
-        with mock.patch("hf_dis.sampling.systematic_points", self._points):
-            return super().draw(teacher, labels)
+        with mock.patch("hf_dis.sampling.designs.systematic_points", self._points):
+            return super().sample(teacher, labels)
 
-    def _draw_chunk(self, targets, tails, first_row, labels):
+    def _sample_chunk(self, targets, tails, first_item, labels):
         self.labels = labels
-        return super()._draw_chunk(targets, tails, first_row, labels)
+        return super()._sample_chunk(targets, tails, first_item, labels)
 
-    def _points(self, num_rows, num_draws, generator):
-        return (self.labels.double() * 0.618)[:, None] % 1 + torch.arange(num_draws, dtype=torch.float64)
+    def _points(self, num_items, num_sampled, generator):
+        return (self.labels.double() * 0.618)[:, None] % 1 + torch.arange(num_sampled, dtype=torch.float64)
 
 
 class StandsForTwo(DISDistillationTrainer):
-    """One process in the place of two that count their own rows each: its micro-batches are theirs in turn."""
+    """One process in the place of two that count their own items each: its micro-batches are theirs in turn."""
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        counts = [len(find_rows(self.task, batch, batch.get("labels"))) for batch in batch_samples]
-        self.own_rows = iter([sum(counts[number % 2 :: 2]) for number in range(len(counts))])
+        counts = [len(find_items(self.task, batch, batch.get("labels"))) for batch in batch_samples]
+        self.own_items = iter([sum(counts[number % 2 :: 2]) for number in range(len(counts))])
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _normalise(self, loss, num_items_in_batch):
-        return loss.sum() / max(1, next(self.own_rows)) / 2
+        return loss.sum() / max(1, next(self.own_items)) / 2
 
 
 class Keeps(TrainerCallback):
@@ -92,14 +92,14 @@ class Keeps(TrainerCallback):
         )
 
     def on_step_end(self, args, state, control, **kwargs):
-        proposal = self.trainer.sampler.proposal.state_dict()
+        proposal = self.trainer.distiller.sampler.proposal.state_dict()
         self.proposals.append({name: value.clone() for name, value in proposal.items()})
 
 
-def train(output_dir: Path, task: str, accumulation: int, rows: list[dict], draws_by_label: bool = True, **keywords):
-    """Trains for some steps; returns gradients, proposals, classes drawn and the student."""
+def train(output_dir: Path, task: str, accumulation: int, items: list[dict], draws_by_label: bool = True, **keywords):
+    """Trains for some steps; returns gradients, proposals, classes sampled and the student."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    # Alone, each process's own rows are two times as many micro-batches.
+    # Alone, each process's own items are two times as many micro-batches.
     stands_for_two = processes == 1 and not keywords.get("average_tokens_across_devices", True)
     accumulation *= 2 if stands_for_two else 1
     defaults = {
@@ -124,43 +124,43 @@ def train(output_dir: Path, task: str, accumulation: int, rows: list[dict], draw
         build(CLASSES),
         build(CLASSES, seed=1, spread=30),
         DISConfig(**{**quiet, **defaults, **keywords}),
-        train_dataset=rows,
+        train_dataset=items,
         callbacks=[keeps],
     )
     assert trainer.accelerator.num_processes == processes
-    keeps.trainer, drawn = trainer, []
+    keeps.trainer, sampled = trainer, []
     if draws_by_label:
-        trainer.sampler.__class__ = DrawsByLabel
-    draw = trainer.sampler.draw
+        trainer.distiller.sampler.__class__ = DrawsByLabel
+    sample = trainer.distiller.sampler.sample
 
     def recorded(*args):
-        drawn.append(draw(*args))
-        return drawn[-1]
+        sampled.append(sample(*args))
+        return sampled[-1]
 
-    trainer.sampler.draw = recorded
+    trainer.distiller.sampler.sample = recorded
     trainer.train()
     return {
         "student": {name: value.clone() for name, value in trainer.model.state_dict().items()},
         "gradients": keeps.gradients,
         "proposals": keeps.proposals,
-        "ids": [(one.row_ids, one.shared_ids) for one in drawn],
-        "generator": trainer.sampler.generator.get_state(),
+        "ids": [(one.item_ids, one.tail_ids) for one in sampled],
+        "generator": trainer.distiller.sampler.generator.get_state(),
     }
 
 
 def cases():
     """Name and settings of every run but for how it is split."""
     for task, layout, precision in product(TASKS, LAYOUTS, PRECISIONS):
-        if precision == "fp32" or layout in ("exact", "per row"):
+        if precision == "fp32" or layout in ("exact", "per item"):
             yield (task, layout, precision), {**LAYOUTS[layout], **PRECISIONS[precision]}
     for task in ("image", "causal LM", "token classification"):
-        yield (task, "per row", "row-sparse"), {**LAYOUTS["per row"], **ROW_SPARSE}
+        yield (task, "per item", "item-sparse"), {**LAYOUTS["per item"], **ROW_SPARSE}
 
 
 def apart_cases():
-    """The same where each process divides by its own rows, and the gradient is the mean of theirs."""
+    """The same where each process divides by its own items, and the gradient is the mean of theirs."""
     for (task, layout, precision), keywords in cases():
-        if layout in ("exact", "per row") and (precision == "fp32" or task == "causal LM"):
+        if layout in ("exact", "per item") and (precision == "fp32" or task == "causal LM"):
             yield (task, layout, f"{precision}, apart"), {**keywords, "average_tokens_across_devices": False}
 
 
@@ -169,8 +169,8 @@ def run(output_dir: Path) -> None:
     for (name, keywords), accumulation in product([*cases(), *apart_cases()], ACCUMULATION):
         if name[1] != "dis" or accumulation == 1:
             results[(*name, accumulation)] = train(output_dir, name[0], accumulation, data(name[0]), **keywords)
-    # Its own draws, as a user has them.
-    results["own draws"] = train(output_dir, "causal LM", 4, data("causal LM"), False, **LAYOUTS["dis"])
+    # Its own samples, as a user has them.
+    results["own samples"] = train(output_dir, "causal LM", 4, data("causal LM"), False, **LAYOUTS["dis"])
     torch.save(results, output_dir / f"rank_{os.environ.get('RANK', 0)}.pt")
 
 

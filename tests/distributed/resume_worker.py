@@ -13,8 +13,8 @@ from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models import labelled_images, vit
 from safetensors.torch import load_file
+from tiny_models import labelled_images, vit
 from transformers import TrainerCallback
 
 from hf_dis import DISConfig, DISDistillationTrainer
@@ -27,13 +27,13 @@ RUNS = {
 
 
 class Keeps(TrainerCallback):
-    """The sampler when training starts, once a checkpoint is loaded, and the rows of each step."""
+    """The sampler when training starts, once a checkpoint is loaded, and the items of each step."""
 
     def __init__(self):
-        self.sampler, self.rows = {}, {}
+        self.sampler, self.items = {}, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.sampler = {name: value.clone() for name, value in self.trainer.sampler.state_dict().items()}
+        self.sampler = {name: value.clone() for name, value in self.trainer.distiller.sampler.state_dict().items()}
 
 
 class Told(logging.Handler):
@@ -74,8 +74,8 @@ def train(output_dir: Path, name: str, checkpoint: Path | None = None) -> dict:
     keeps.trainer, compute_loss = trainer, trainer.compute_loss
 
     def recorded(model, inputs, **kwargs):
-        rows = keeps.rows.setdefault(trainer.state.global_step, [])
-        rows += inputs["pixel_values"].sum((1, 2, 3)).tolist()
+        items = keeps.items.setdefault(trainer.state.global_step, [])
+        items += inputs["pixel_values"].sum((1, 2, 3)).tolist()
         return compute_loss(model, inputs, **kwargs)
 
     trainer.compute_loss = recorded
@@ -86,9 +86,9 @@ def train(output_dir: Path, name: str, checkpoint: Path | None = None) -> dict:
     return {
         "saved": load_file(saved) if saved.exists() else None,
         "student": {name: value.clone() for name, value in trainer.model.state_dict().items()},
-        "end": {name: value.clone() for name, value in trainer.sampler.state_dict().items()},
+        "end": {name: value.clone() for name, value in trainer.distiller.sampler.state_dict().items()},
         "begin": keeps.sampler,
-        "rows": keeps.rows,
+        "items": keeps.items,
         "told": told.messages,
         "step": trainer.state.global_step,
     }

@@ -11,14 +11,15 @@ from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models import vit
+from tiny_models import vit
 from worker import trainer
 
-from hf_dis.distributed import average_rows, of_first_process, sum_over_processes
+from hf_dis.distributed.processes import of_first_process
+from hf_dis.distributed.sums import average_rows, sum_over_processes
 
 SETTINGS = {
     "row_sparse_head": True,
-    "exact_warmup_steps": 1,  # all rows of the first step, drawn ones after it
+    "exact_warmup_steps": 1,  # all rows of the first step, sampled ones after it
     "proposal": "topk",
     "num_shared_classes": 0,
     "optim": "adamw_torch",

@@ -9,37 +9,37 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from models import gpt2, images, llama, patched_modules, tokens, vit
+from tiny_models import gpt2, images, llama, patched_modules, tokens, vit
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from hf_dis import make_sampler
-from hf_dis.head_search import find_head_layers
-from hf_dis.heads import SampledHead
-from hf_dis.losses import sampled_distillation_loss
-from hf_dis.rows import Rows
-from hf_dis.teachers import OnlineTeacher
+from hf_dis import SamplerSpec, make_sampler
+from hf_dis.head.switch import SampledHead
+from hf_dis.items import Items
+from hf_dis.loss.divergence import sampled_forward_kl
+from hf_dis.models.head_search import find_head_layers
+from hf_dis.teacher.online import OnlineTeacher
 
-CLASSES, ROWS = 40, 8  # of each process; a row of the language models is the last token of an example
+CLASSES, ITEMS = 40, 8  # of each process; an item of the language models is the last token of an example
 MODELS = {"ViT": vit, "Llama": llama, "GPT-2, tied": gpt2}
 UNITS = ("in the root", "its own unit")
 
 
-def batch(name: str, rank: int) -> tuple[dict[str, torch.Tensor], Rows]:
+def batch(name: str, rank: int) -> tuple[dict[str, torch.Tensor], Items]:
     if name == "ViT":
-        return {"pixel_values": images(ROWS, seed=rank)}, Rows(ROWS)
+        return {"pixel_values": images(ITEMS, seed=rank)}, Items(ITEMS)
     length = 6
-    positions = torch.arange(ROWS) * length + length - 2
-    return tokens(ROWS, CLASSES, length, seed=rank), Rows(ROWS, None, positions, length)
+    positions = torch.arange(ITEMS) * length + length - 2
+    return tokens(ITEMS, CLASSES, length, seed=rank), Items(ITEMS, None, positions, length)
 
 
 def step(student: nn.Module, names: tuple[str, ...], teacher: OnlineTeacher, name: str, rank: int) -> torch.Tensor:
-    """Backward of the mean loss over the rows of a process: its draws depend on its rank alone."""
-    inputs, rows = batch(name, rank)
-    sampler = make_sampler(CLASSES, num_sampled_classes=6, num_shared_classes=8, rank_depth=10, seed=rank)
-    draw = sampler.draw(teacher(inputs, rows))
-    with SampledHead(student, names).only(draw.row_ids, draw.shared_ids, rows.positions):
-        loss, _ = sampled_distillation_loss(student(**inputs).logits, draw, 2.0)
+    """Backward of the mean loss over the items of a process: its samples depend on its rank alone."""
+    inputs, items = batch(name, rank)
+    sampler = make_sampler(CLASSES, SamplerSpec(num_sampled_classes=6, num_shared_classes=8, rank_depth=10), seed=rank)
+    sample = sampler.sample(teacher(inputs, items))
+    with SampledHead(student, names).only(sample.item_ids, sample.tail_ids, items.positions):
+        loss, _ = sampled_forward_kl(student(**inputs).logits, sample, 2.0)
         loss.mean().backward()
     return loss.detach().mean()
 

@@ -1,4 +1,4 @@
-"""Two real processes (gloo) against one: the same gradient, one proposal, different draws, the same metrics."""
+"""Two real processes (gloo) against one: the same gradient, one proposal, different samples, the same metrics."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def assert_near(found, expected, tolerance):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("run", ["exact", "fixed draw"])
+@pytest.mark.parametrize("run", ["exact", "fixed sample"])
 def test_two_processes_train_as_one_that_accumulates(ranks, alone, run):
     untrained = worker.vit(40).state_dict()
     assert not torch.allclose(alone[run]["student"]["classifier.weight"], untrained["classifier.weight"], atol=1e-3)
@@ -34,7 +34,7 @@ def test_two_processes_train_as_one_that_accumulates(ranks, alone, run):
         assert_near(rank[run]["student"], alone[run]["student"], 1e-6)
 
 
-@pytest.mark.parametrize("run", ["exact", "fixed draw"])
+@pytest.mark.parametrize("run", ["exact", "fixed sample"])
 def test_logged_losses_are_means_over_processes(ranks, alone, run):
     for mine, reference in zip(ranks[0][run]["logs"], alone[run]["logs"], strict=True):
         names = [name for name in reference if name.startswith(("kd_", "ce_", "dis/"))]
@@ -56,27 +56,27 @@ def test_processes_share_the_proposal_and_draw_differently(ranks):
         assert torch.equal(value, other["proposal"][name]), name
     assert len(one["ids"]) == len(other["ids"]) == 4
 
-    def ranked(ids):  # the label's column and the classes certain for every row say nothing
+    def ranked(ids):  # the label's column and the classes certain for every item say nothing
         return [step[:, :-1].sort(1).values for step in ids]
 
     assert not any(torch.equal(a, b) for a, b in zip(ranked(one["ids"]), ranked(other["ids"]), strict=True))
 
 
 def test_seeds_differ_by_process(ranks):
-    """The same rows would be given different classes: it is not only that the rows differ."""
+    """The same items would be given different classes: it is not only that the items differ."""
     assert not torch.equal(ranks[0]["saved"]["generator"], ranks[1]["saved"]["generator"])
 
 
-@pytest.mark.parametrize("run", ["exact", "fixed draw"])
+@pytest.mark.parametrize("run", ["exact", "fixed sample"])
 def test_evaluation_counts_every_row_once(ranks, alone, run):
-    """13 rows on two processes: the loader repeats some to fill the last batches."""
+    """13 items on two processes: the loader repeats some to fill the last batches."""
     names = ["eval_loss", "eval_kd_loss", "eval_ce_loss", "eval_kl"]
     expected = [alone[run]["metrics"][name] for name in names]
     for rank in ranks:
         assert [rank[run]["metrics"][name] for name in names] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("run", ["exact", "fixed draw"])
+@pytest.mark.parametrize("run", ["exact", "fixed sample"])
 def test_every_process_has_the_features_of_all_rows_in_their_order(ranks, alone, run):
     expected = alone[run]["features"]
     assert expected.shape == (13, 16) and len(expected.unique(dim=0)) == 13

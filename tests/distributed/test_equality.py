@@ -1,5 +1,5 @@
-"""The same rows give the same gradient and the same student, however they are split over processes (two real ones,
-gloo) and accumulation steps: for every task, sampled and exact, in float32 and bfloat16, dense and row-sparse."""
+"""The same items give the same gradient and the same student, however they are split over processes (two real ones,
+gloo) and accumulation steps: for every task, sampled and exact, in float32 and bfloat16, dense and item-sparse."""
 
 import equality_worker as worker
 import pytest
@@ -18,7 +18,7 @@ SPLITS = [
     if (processes, accumulation) != (1, 1) and (name[1] != "dis" or accumulation == 1)
 ]
 # Of the largest change of a weight over the steps, or of the largest gradient.
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.03, "row-sparse": 1e-3}
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.03, "item-sparse": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_without_average_tokens_each_process_counts_its_own_rows(ranks, alone, n
 
 
 def test_the_proposal_is_one_at_every_step_and_the_draws_are_not(ranks):
-    one, other = (rank["own draws"] for rank in ranks)
+    one, other = (rank["own samples"] for rank in ranks)
     assert len(one["proposals"]) == worker.STEPS and len(one["proposals"][0]) == 5
     for mine, others in zip(one["proposals"], other["proposals"], strict=True):
         assert all(torch.equal(mine[name], others[name]) for name in mine)

@@ -39,10 +39,10 @@ def test_exact_distillation_ends_as_if_the_processes_had_not_changed(runs):
 def test_the_rest_of_the_epoch_and_the_next_are_the_same_examples(runs, name):
     alone, ranks = runs
     for step in range(worker.STEPS):
-        expected = sorted(alone[name, "whole"]["rows"][step])
+        expected = sorted(alone[name, "whole"]["items"][step])
         assert len(expected) == worker.WINDOW
-        split = sorted(row for rank in ranks for row in rank[name, "resumed"]["rows"].get(step, []))
-        joined = sorted(alone[name, "resumed"]["rows"].get(step, []))
+        split = sorted(item for rank in ranks for item in rank[name, "resumed"]["items"].get(step, []))
+        joined = sorted(alone[name, "resumed"]["items"].get(step, []))
         for found in (split, joined):
             assert found == (pytest.approx(expected) if step >= worker.SAVED else [])
 

@@ -13,11 +13,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models import gpt2, labelled_tokens, llama
+from tiny_models import gpt2, labelled_tokens, llama
 
 from hf_dis import DISConfig, DISDistillationTrainer
 
-V, ROWS = 40, 4
+V, ITEMS = 40, 4
 UNSUPERVISED = [1, 2]  # batches: the second process's in the first step, the first one's in the second
 SGD = {"optim": "sgd", "learning_rate": 0.5}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 0.02, "adam_epsilon": 1e-3, "row_sparse_head": True}
@@ -32,17 +32,17 @@ RUNS = {
     "exact": (llama, {"head_mode": "exact", **SGD}),
     "sampled": (llama, SGD),
     "tied": (gpt2, SGD),
-    "row-sparse": (llama, ADAMW),
+    "item-sparse": (llama, ADAMW),
     "adapter on the head": (lambda vocab_size: with_adapter(llama(vocab_size)), SGD),
-    "row-sparse adapter": (lambda vocab_size: with_adapter(llama(vocab_size)), ADAMW),
+    "item-sparse adapter": (lambda vocab_size: with_adapter(llama(vocab_size)), ADAMW),
 }
 
 
-def rows() -> list[dict]:
-    data = labelled_tokens(6 * ROWS, V)
+def items() -> list[dict]:
+    data = labelled_tokens(6 * ITEMS, V)
     for batch in UNSUPERVISED:
-        for row in data[batch * ROWS : (batch + 1) * ROWS]:
-            row["labels"][:] = -100
+        for item in data[batch * ITEMS : (batch + 1) * ITEMS]:
+            item["labels"][:] = -100
     return data
 
 
@@ -51,7 +51,7 @@ def trained(name: str, output_dir: Path) -> dict:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     args = DISConfig(
         output_dir=str(output_dir / name),
-        per_device_train_batch_size=ROWS,
+        per_device_train_batch_size=ITEMS,
         gradient_accumulation_steps=2 // processes,
         max_steps=3,
         max_grad_norm=0.0,
@@ -63,7 +63,7 @@ def trained(name: str, output_dir: Path) -> dict:
         disable_tqdm=True,
         **{"head_mode": "sampled", "num_sampled_classes": 6, "num_shared_classes": 0, "proposal": "topk", **settings},
     )
-    trainer = DISDistillationTrainer(build(V), llama(V, seed=1, spread=30), args, train_dataset=rows())
+    trainer = DISDistillationTrainer(build(V), llama(V, seed=1, spread=30), args, train_dataset=items())
     assert trainer.accelerator.num_processes == processes
     trainer.train()
     return {

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models import labelled_images, vit
+from tiny_models import labelled_images, vit
 
 from hf_dis import DISConfig, DISDistillationTrainer
 
-WINDOW = 8  # rows of an optimizer step, over all processes and accumulation steps
+WINDOW = 8  # items of an optimizer step, over all processes and accumulation steps
 RUNS = {
     "exact": {"head_mode": "exact"},
-    "fixed draw": {"proposal": "topk", "num_shared_classes": 0},
+    "fixed sample": {"proposal": "topk", "num_shared_classes": 0},
     "dis": {},
 }
 
@@ -61,18 +61,18 @@ def run(output_dir: Path) -> None:
     for name, keywords in RUNS.items():
         this = trainer(output_dir / name, **keywords)
         assert this.accelerator.num_processes == results["world_size"]
-        drawn, draw = [], this.sampler.draw
+        sampled, sample = [], this.distiller.sampler.sample
 
-        def record(*args, draw=draw, drawn=drawn):
-            drawn.append(draw(*args))
-            return drawn[-1]
+        def record(*args, sample=sample, sampled=sampled):
+            sampled.append(sample(*args))
+            return sampled[-1]
 
-        this.sampler.draw = record
+        this.distiller.sampler.sample = record
         this.train()
         results[name] = {
             "student": clone(this.model.state_dict()),
-            "proposal": clone(this.sampler.proposal.state_dict()),
-            "ids": [one.row_ids for one in drawn],
+            "proposal": clone(this.distiller.sampler.proposal.state_dict()),
+            "ids": [one.item_ids for one in sampled],
             "logs": [log for log in this.state.log_history if "loss" in log],
             "metrics": this.evaluate(),
             "features": this.extract_features(this.eval_dataset),
@@ -84,7 +84,7 @@ def run(output_dir: Path) -> None:
     whole.train()
     resumed = trainer(output_dir / "resume", seed=5, **saving)
     resumed.train(resume_from_checkpoint=str(output_dir / "resume" / "checkpoint-2"))
-    results["resume"] = [clone({**one.model.state_dict(), **one.sampler.state_dict()}) for one in (whole, resumed)]
+    results["resume"] = [clone({**one.model.state_dict(), **one.distiller.sampler.state_dict()}) for one in (whole, resumed)]
     rank = this.args.process_index
     results["saved"] = load_file(output_dir / "resume" / "checkpoint-4" / f"dis_state_{rank}.safetensors")
     torch.save(results, output_dir / f"rank_{rank}.pt")

@@ -1,0 +1,250 @@
+"""The settings of the method: ``SamplerSpec`` for how classes are sampled, ``DISArguments`` for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from math import ceil, inf
+from typing import Any, Literal
+
+from hf_dis.checks import require, require_number
+
+PROPOSALS = ("dis", "teacher", "uniform", "topk")
+DESIGNS = ("pps", "replacement")
+HEAD_MODES = ("auto", "sampled", "exact")
+
+
+def _setting(default: Any, text: str) -> Any:
+    """A field with a help text for the command line."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """How classes are sampled: sizes, proposal and design. A size of None takes the default of the task.
+
+    Args:
+        num_sampled_classes: K >= 1, classes sampled per item from the teacher's ranking. None: 32 with shared tails,
+            128 without, 16 for language models. From a cache with shared tails: how many classes of an item's stored
+            sample a step uses; None uses all of them. From a cache without: classes besides the stored ones, None: 512.
+        num_shared_classes: K_t >= 0, classes of a shared tail, sampled from all classes below the top of the ranking.
+            0 is the layout of arXiv 1812.00914: all K classes of an item come from all C ranks. None: 512, 1,024 for
+            language models, 0 with ``design="replacement"`` or ``proposal="topk"``.
+        num_tails: G >= 1, shared tails per step; item i uses tail ``i mod G``. More tails make the gradient of a batch
+            less noisy and touch up to G·K_t rows of the head. None: 4, 1 without shared tails.
+        num_updated_classes: U >= 1. At most U·N of the distinct sampled classes update a row-sparse head; they are
+            sampled in backward in proportion to the size of their gradient, which stays unbiased. None: 16, 32 for
+            language models, all classes where the head is dense or there is no shared tail.
+        rank_depth: m >= 1, ranks that are resolved one by one. With shared tails the K classes of an item come from
+            its m best-ranked ones, so m >= K. None: 2 K; K for language models with shared tails.
+        proposal: ``"dis"`` (fitted during training), or a fixed baseline: ``"teacher"`` (FTIS), ``"uniform"``,
+            ``"topk"`` (truncation, biased).
+        design: ``"pps"``: distinct classes, the likeliest ones certain. ``"replacement"``: independent samples, as in
+            arXiv 1812.00914; needs ``num_shared_classes=0``.
+        proposal_floor: uniform share of the proposals, in (0, 1]. It bounds every importance weight.
+        proposal_decay: decay of the running means that the proposals are fitted to, in [0, 1).
+
+    Raises:
+        TypeError: if a value is not a number where a number is expected.
+        ValueError: if a value is outside its range, or two values exclude each other.
+    """
+
+    num_sampled_classes: int | None = _setting(
+        None, "Classes sampled per item; if not given 32, or 16 for language models."
+    )
+    num_shared_classes: int | None = _setting(
+        None,
+        "Classes of a shared tail; 0: no shared tail, all classes are sampled item by item. "
+        "If not given 512, or 1,024 for language models.",
+    )
+    num_tails: int | None = _setting(None, "Shared tails per step, used by the items in turn; if not given 4.")
+    num_updated_classes: int | None = _setting(
+        None, "Classes per item that update a row-sparse head; if not given 16, or 32 for language models."
+    )
+    rank_depth: int | None = _setting(
+        None, "Ranks that are resolved one by one; if not given 2 K, or K for language models."
+    )
+    proposal: Literal["dis", "teacher", "uniform", "topk"] = _setting(
+        "dis", "Where classes are sampled: fitted during training, or a fixed baseline."
+    )
+    design: Literal["pps", "replacement"] = _setting(
+        "pps", "Distinct classes, or independent samples with replacement."
+    )
+    proposal_floor: float = _setting(0.05, "Uniform share of the proposals, in (0, 1].")
+    proposal_decay: float = _setting(0.95, "Decay of the running means that the proposals are fitted to, in [0, 1).")
+
+    def __post_init__(self) -> None:
+        for name in ("num_sampled_classes", "num_shared_classes", "num_tails", "num_updated_classes", "rank_depth"):
+            value, lowest = getattr(self, name), 0 if name == "num_shared_classes" else 1
+            if value is not None:
+                require_number(name, value, int)
+                require(value >= lowest, name, value, f"{lowest} or more, or None for the default of the task")
+        for name in ("proposal_floor", "proposal_decay"):
+            require_number(name, getattr(self, name), float)
+        require(self.proposal in PROPOSALS, "proposal", self.proposal, f"one of {', '.join(PROPOSALS)}")
+        require(self.design in DESIGNS, "design", self.design, f"one of {', '.join(DESIGNS)}")
+        require(0 < self.proposal_floor <= 1, "proposal_floor", self.proposal_floor, "in (0, 1]; 0.05 is usual")
+        require(0 <= self.proposal_decay < 1, "proposal_decay", self.proposal_decay, "in [0, 1); 0.95 is usual")
+        has_tail = self._num_shared(is_lm=False) > 0
+        require(
+            has_tail or self.num_tails in (None, 1),
+            "num_tails",
+            self.num_tails,
+            "1 without a shared tail; set num_shared_classes to the size of a tail",
+        )
+        require(
+            self.design == "pps" or not has_tail or self.proposal == "topk",
+            "design",
+            self.design,
+            "'pps' with shared tails; set num_shared_classes=0 to sample with replacement",
+        )
+
+    def _num_shared(self, is_lm: bool) -> int:
+        if self.num_shared_classes is not None:
+            return self.num_shared_classes
+        if self.proposal == "topk" or self.design == "replacement":
+            return 0
+        return 1024 if is_lm else 512
+
+    def resolved(
+        self, *, is_lm: bool = False, row_sparse: bool = False, stored_sample_size: int | None = None
+    ) -> SamplerSpec:
+        """The same specification with every default of the task filled in.
+
+        ``num_updated_classes`` stays None where all sampled classes update the head, and ``rank_depth`` stays None
+        with a cache, whose depth is fixed.
+
+        Args:
+            is_lm: the classes are a vocabulary.
+            row_sparse: the gradient of the head is row-sparse.
+            stored_sample_size: T of the cache that is trained from; None with a teacher at hand.
+        """
+        num_shared = self._num_shared(is_lm)
+        if stored_sample_size is not None:
+            num_sampled = max(1, stored_sample_size) if num_shared else 512
+        elif is_lm:
+            num_sampled = 16
+        else:
+            num_sampled = 32 if num_shared else 128
+        if self.num_sampled_classes is not None:
+            num_sampled = self.num_sampled_classes
+        num_updated, depth = self.num_updated_classes, self.rank_depth
+        if num_updated is None and row_sparse and num_shared:
+            num_updated = 32 if is_lm else 16
+        if depth is None and stored_sample_size is None:
+            depth = num_sampled if is_lm and num_shared else 2 * num_sampled
+        return replace(
+            self,
+            num_sampled_classes=num_sampled,
+            num_shared_classes=num_shared,
+            num_tails=self.num_tails or (4 if num_shared else 1),
+            num_updated_classes=num_updated,
+            rank_depth=depth,
+        )
+
+
+def _of_spec(name: str) -> Any:
+    """A field of :class:`SamplerSpec` with the default and the help text that it has there."""
+    found = SamplerSpec.__dataclass_fields__[name]
+    return field(default=found.default, metadata=found.metadata)
+
+
+@dataclass
+class DISArguments:
+    """Settings of the method, for any host: the fields of :class:`SamplerSpec` and those below.
+
+    Args:
+        temperature: τ > 0, divides the logits of teacher and student; the loss carries τ² (arXiv 1503.02531).
+        hard_label_weight: λ in [0, 1]; loss = (1 - λ) KD + λ CE. Without labels there is no CE.
+        head_mode: ``"sampled"``, ``"exact"`` (every logit), or ``"auto"``: both are timed at set-up, and sampled is
+            taken where it is clearly faster (:mod:`hf_dis.autotune`).
+        head_name: the output head among ``model.named_modules()``, where it is not found automatically; two names
+            with a comma between them where the logits are the mean of two heads.
+        head_learning_rate: learning rate of the output head; None: ``learning_rate``. A sampled head wants a rate
+            several times larger, and exact distillation gains from it too (docs/how-it-works.md).
+        row_sparse_head: give the head gradients of the sampled rows only and step only these rows with
+            :class:`hf_dis.RowSparseAdamW`, a lazy AdamW (docs/optimizer.md). Trainers need ``optim`` to be
+            ``adamw_torch`` or ``adamw_torch_fused``.
+        exact_warmup_steps: steps at the start that compute all classes while the proposals learn; below 1 a share of
+            all steps. These steps cost the time and memory of exact distillation (docs/choosing-k.md).
+        probe_steps: compare the sampled loss and gradient with the exact ones every so many steps; 0: never.
+
+    Raises:
+        TypeError: if a value is not a number where a number is expected.
+        ValueError: if a value is outside its range, or two values exclude each other.
+    """
+
+    temperature: float = _setting(2.0, "Divides the logits of teacher and student; above 0. The loss has its square.")
+    hard_label_weight: float = _setting(
+        0.1, "Share of cross-entropy in the loss, within [0, 1]; the rest is distillation."
+    )
+    num_sampled_classes: int | None = _of_spec("num_sampled_classes")
+    num_shared_classes: int | None = _of_spec("num_shared_classes")
+    num_tails: int | None = _of_spec("num_tails")
+    num_updated_classes: int | None = _of_spec("num_updated_classes")
+    rank_depth: int | None = _of_spec("rank_depth")
+    proposal: Literal["dis", "teacher", "uniform", "topk"] = _of_spec("proposal")
+    design: Literal["pps", "replacement"] = _of_spec("design")
+    proposal_floor: float = _of_spec("proposal_floor")
+    proposal_decay: float = _of_spec("proposal_decay")
+    head_mode: Literal["auto", "sampled", "exact"] = _setting(
+        "auto", "Compute sampled classes only, all of them, or whichever is faster."
+    )
+    head_name: str | None = _setting(None, "Name of the student's output head, where it is not found automatically.")
+    head_learning_rate: float | None = _setting(
+        None, "Learning rate of the output head; if not given, that of all other parameters."
+    )
+    row_sparse_head: bool = _setting(
+        False, "Gradients and optimizer steps for the sampled rows of the head only (lazy AdamW)."
+    )
+    exact_warmup_steps: float = _setting(
+        0.0, "Steps at the start that compute all classes; below 1: a share of all steps."
+    )
+    probe_steps: int = _setting(0, "Every so many steps compare sampled and exact loss and gradient; 0: never.")
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "hard_label_weight", "exact_warmup_steps"):
+            require_number(name, getattr(self, name), float)
+        require_number("probe_steps", self.probe_steps, int)
+        if self.head_learning_rate is not None:
+            require_number("head_learning_rate", self.head_learning_rate, float)
+        require(0 < self.temperature < inf, "temperature", self.temperature, "above 0 and finite; 1 to 4 is usual")
+        require(0 <= self.hard_label_weight <= 1, "hard_label_weight", self.hard_label_weight, "within [0, 1]")
+        require(self.head_mode in HEAD_MODES, "head_mode", self.head_mode, f"one of {', '.join(HEAD_MODES)}")
+        require(
+            0 <= self.exact_warmup_steps < 1 or self.exact_warmup_steps % 1 == 0 < self.exact_warmup_steps < inf,
+            "exact_warmup_steps",
+            self.exact_warmup_steps,
+            "a whole number of steps, or a share of them within [0, 1)",
+        )
+        require(self.probe_steps >= 0, "probe_steps", self.probe_steps, "0 (never) or more")
+        require(
+            self.head_learning_rate is None or self.head_learning_rate >= 0,
+            "head_learning_rate",
+            self.head_learning_rate,
+            "0 or more, or None for learning_rate",
+        )
+        self.sampler_spec()
+        require(
+            self.num_updated_classes is None or self.row_sparse_head,
+            "num_updated_classes",
+            self.num_updated_classes,
+            "None without row_sparse_head=True: a dense gradient touches every row of the head anyway",
+        )
+
+    @staticmethod
+    def copied(arguments: DISArguments) -> DISArguments:
+        """The settings of the method alone, of any class that has them; later changes do not reach the copy."""
+        return DISArguments(**{one.name: getattr(arguments, one.name) for one in fields(DISArguments)})
+
+    def sampler_spec(self) -> SamplerSpec:
+        """The settings of the sampler, as they were given."""
+        return SamplerSpec(**{spec.name: getattr(self, spec.name) for spec in fields(SamplerSpec)})
+
+    def get_exact_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps at the start that compute all classes.
+
+        Args:
+            num_training_steps: of the whole training.
+        """
+        steps = self.exact_warmup_steps
+        return ceil(steps * num_training_steps) if steps < 1 else int(steps)

@@ -1,0 +1,204 @@
+"""From models and arguments to a Distiller: task, vocabulary, teacher, sampler, head, exact or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_dis.arguments import DISArguments, SamplerSpec
+from hf_dis.autotune import measure_costs
+from hf_dis.cache.attach import cached_teacher, check_cache, open_cache
+from hf_dis.cache.reader import TeacherCache
+from hf_dis.distiller import Distiller
+from hf_dis.distributed.processes import of_first_process, process_index
+from hf_dis.distributed.sums import sum_over_processes
+from hf_dis.head.check import check_row_sparse_head
+from hf_dis.models.columns import separate_columns
+from hf_dis.models.head_search import find_head_layers, find_heads
+from hf_dis.models.tasks import Task, find_task, num_outputs
+from hf_dis.models.vocabulary import shared_classes
+from hf_dis.sampling.cached_sampler import make_cached_sampler
+from hf_dis.sampling.sampler import ClassSampler, make_sampler
+from hf_dis.teacher.loading import check_separate, placed
+from hf_dis.teacher.online import OnlineTeacher
+from hf_dis.teacher.stream import LogitStream
+
+logger = logging.get_logger(__name__)
+
+Context = Callable[[], AbstractContextManager]
+
+
+def build_distiller(
+    student: nn.Module,
+    teacher: nn.Module | None = None,
+    arguments: DISArguments | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_cache: TeacherCache | str | Path | None = None,
+    eval_teacher_cache: TeacherCache | str | Path | None = None,
+    device: torch.device | None = None,
+    seed: int = 0,
+    context: Context = nullcontext,
+    precision: torch.dtype | None = None,
+    label_names: Sequence[str] = ("labels",),
+    is_sharded: bool = False,
+) -> Distiller:
+    """Makes a :class:`hf_dis.Distiller` from models and arguments; run it on every process.
+
+    Args:
+        student: the model that is trained, not wrapped.
+        teacher: a model that returns ``.logits``; it is put on ``device``, frozen and never trained.
+        arguments: the settings of the method; later changes of the object have no effect.
+        tokenizer, teacher_tokenizer: of the models, where their vocabularies have different widths.
+        teacher_cache: stored targets of the training data, or their folder, to train on in place of ``teacher``.
+        eval_teacher_cache: stored targets of the evaluation data.
+        device: of the training; None: that of the student.
+        seed: of the sampler; the index of the process is added.
+        context: entered around the teacher's forwards; ``accelerator.autocast`` for mixed precision.
+        precision: the narrowest type that the student computes in, if narrower than its logits.
+        label_names: columns of a batch that the student is not given.
+        is_sharded: the student's parameters are sharded by FSDP or DeepSpeed.
+
+    Raises:
+        ValueError, TypeError: if models, caches and arguments do not fit; names value, expectation and remedy.
+    """
+    arguments = DISArguments.copied(arguments or DISArguments())
+    device = device or next(student.parameters()).device
+    task = find_task(student)
+    width = num_outputs(student, task)
+    caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
+    num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
+    stored = caches[0].header.layout if caches[0] is not None else None
+    spec = arguments.sampler_spec().resolved(
+        is_lm=task.is_lm,
+        row_sparse=arguments.row_sparse_head,
+        stored_sample_size=None if stored is None else stored.sample_size,
+    )
+    sampling = {"seed": seed + process_index(), "device": device}
+    sampler = (
+        make_sampler(num_classes, spec, **sampling)
+        if stored is None
+        else make_cached_sampler(stored, spec, **sampling)
+    )
+    mode = _choose_mode(student, width, num_classes, arguments, spec, sampler, stored is not None, device, context)
+    layers = _find_head(student, width, arguments, mode)
+    row_sparse = arguments.row_sparse_head and mode == "sampled"
+    if row_sparse:
+        check_row_sparse_head(student, layers, is_sharded)
+    elif arguments.row_sparse_head:
+        logger.warning("row_sparse_head has no effect: all classes are computed, and the head trains densely")
+    online, student_columns, teacher_columns = None, frozenset(), frozenset()
+    if teacher is not None:
+        check_separate(student, teacher)
+        teacher = placed(teacher, device)
+        online = OnlineTeacher(teacher, num_classes, arguments.temperature, sampler.rank_depth, context=context)
+        student_columns, teacher_columns = separate_columns(student, teacher)
+    return Distiller(
+        student,
+        arguments,
+        task=task,
+        num_classes=num_classes,
+        sampler=sampler,
+        teacher=online if caches[0] is None else cached_teacher(caches[0]),
+        head_layers=layers,
+        mode=mode,
+        row_sparse=row_sparse,
+        online_teacher=online,
+        eval_teacher=None if caches[1] is None else cached_teacher(caches[1]),
+        student_stream=LogitStream(student, width, context=context) if len(layers) == 1 and not is_sharded else None,
+        label_names=label_names,
+        student_columns=student_columns,
+        teacher_columns=teacher_columns,
+        precision=precision,
+        reduce=sum_over_processes,
+    )
+
+
+def _count_classes(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    caches: Sequence[TeacherCache | None],
+    task: Task,
+    width: int,
+    arguments: DISArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> int:
+    """C, the classes that the student shares with its teacher and every cache."""
+    if teacher is None and caches[0] is None:
+        raise ValueError("there is no teacher: pass a teacher, or teacher_cache")
+    counts = [
+        check_cache(cache, student, width, task.is_lm, arguments.temperature, tokenizer)
+        for cache in caches
+        if cache is not None
+    ]
+    if teacher is not None:
+        counts.append(shared_classes(student, teacher, tokenizer, teacher_tokenizer))
+    if any(count != counts[0] for count in counts):
+        raise ValueError(f"teacher and caches have different numbers of classes: {counts}; use those of one teacher")
+    return counts[0]
+
+
+def _choose_mode(
+    student: nn.Module,
+    width: int,
+    num_classes: int,
+    arguments: DISArguments,
+    spec: SamplerSpec,
+    sampler: ClassSampler,
+    is_cached: bool,
+    device: torch.device,
+    context: Context,
+) -> str:
+    num_sampled = spec.num_sampled_classes
+    if num_sampled >= num_classes:
+        if num_sampled > num_classes or arguments.head_mode == "sampled":
+            logger.warning(
+                f"num_sampled_classes is {num_sampled} and there are {num_classes} classes: all of them are computed, "
+                "which is exact distillation"
+            )
+        return "exact"
+    if arguments.head_mode != "auto":
+        return arguments.head_mode
+    try:
+        layers = find_head_layers(student, width, arguments.head_name)
+    except ValueError as error:
+        if arguments.head_name is not None:
+            raise
+        logger.warning(f"head_mode='auto' chose 'exact': {error}")
+        return "exact"
+    if is_cached:  # the stored classes of an item are computed too
+        sampled = sampler.columns - sampler.num_shared
+        spec = replace(spec, num_sampled_classes=min(sampled, num_classes), rank_depth=None)
+    num_features = student.get_submodule(layers[0]).in_features
+    where = {"row_sparse": arguments.row_sparse_head, "device": device, "context": context}
+    costs = of_first_process(lambda: measure_costs(num_classes, num_features, spec, **where))
+    mode = "sampled" if costs.sampling_pays else "exact"
+    logger.warning(f"head_mode='auto' chose {mode!r} for {num_classes:,} classes: {costs}")
+    return mode
+
+
+def _find_head(student: nn.Module, width: int, arguments: DISArguments, mode: str) -> tuple[str, ...]:
+    """The layers to switch; in exact mode the head as it is, or none where it cannot be told from the rest."""
+    if mode == "sampled":
+        layers = find_head_layers(student, width, arguments.head_name)
+        if arguments.probe_steps and len(layers) > 1:
+            raise ValueError(
+                f"probe_steps is {arguments.probe_steps}, but the output head is made of {' and '.join(layers)}: the "
+                "probe takes the exact gradient of one layer; set probe_steps to 0"
+            )
+        return layers
+    try:
+        return find_heads(student, width, arguments.head_name)
+    except ValueError:
+        if arguments.head_name is not None or arguments.head_learning_rate is not None:
+            raise
+        return ()

@@ -1,0 +1,212 @@
+"""What a cache of teacher targets says of itself: its header, read with suspicion.
+
+The header is JSON and may come from anywhere. What is read of it is of the types and within the ranges that this
+package writes, and names no file but the shards of its own folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from hf_dis.checks import require
+from hf_dis.errors import DataError
+from hf_dis.teacher.compact import STORED_DESIGNS, TargetLayout
+
+FORMAT, FORMAT_VERSION = "hf_dis teacher cache", 1
+
+
+HEADER = "cache.json"
+
+
+CARD = """---
+tags: [hf_dis, knowledge-distillation]
+configs:
+- config_name: default
+  data_files: "*.arrow"
+---
+# Teacher targets
+
+What {header.teacher[name]} answers about {header.dataset[examples]:,} examples at temperature {header.temperature:g}:
+of each of {items:,} items the {header.depth} likeliest of {header.num_classes:,} classes with their log-probabilities,
+and {header.sample_size} classes ({header.design}) that stand for all others; {item_bytes} bytes an item, {num_bytes:,} in
+all. Written by hf_dis; `hf_dis.TeacherCache` reads it, and `{HEADER}` says what made it.
+""".replace("{HEADER}", HEADER)
+
+
+# Classes that an id may tell apart.
+MAX_CLASSES = 2**31
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a cache.
+
+    Attributes:
+        file: its name.
+        examples, items: how many it holds.
+        num_bytes: its size.
+        xxh3_128: checksum of its content.
+    """
+
+    file: str
+    examples: int
+    items: int
+    num_bytes: int
+    xxh3_128: str
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.file, str), "file", self.file, "a name")
+        for name in ("examples", "items", "num_bytes"):
+            _require_whole(name, getattr(self, name), 0)
+        require(isinstance(self.xxh3_128, str), "xxh3_128", self.xxh3_128, "a checksum")
+
+
+@dataclass(frozen=True)
+class CacheHeader:
+    """What a cache says of itself.
+
+    Attributes:
+        num_classes: C.
+        temperature: τ.
+        depth: m, ranked classes of an item.
+        sample_size: T, classes sampled from its tail.
+        design: how these were sampled, see :mod:`hf_dis.compact`.
+        seed: of the tail's samples.
+        teacher: ``name``, ``revision`` (a commit of the Hub, if known) and ``weights`` (xxh3_128).
+        labels: sha256 of the classes' names, None if they have none.
+        tokenizer: sha256 of the vocabulary, None if there was none.
+        inputs: names of the inputs that the teacher was given, which make up an example's key.
+        dataset: ``examples`` and ``fingerprint`` (a digest of keys of some).
+        views: ``number`` and ``seed`` of :class:`hf_dis.data.SeededViews`, None without augmentation.
+        shard_examples: examples a shard, the last one's aside.
+        shards: the files; empty while the cache is being written.
+    """
+
+    num_classes: int
+    temperature: float
+    depth: int
+    sample_size: int
+    design: str
+    seed: int
+    teacher: dict[str, str | None]
+    labels: str | None
+    tokenizer: str | None
+    inputs: list[str]
+    dataset: dict[str, int | str]
+    views: dict[str, int] | None
+    shard_examples: int
+    shards: list[Shard] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("num_classes", 1), ("depth", 0), ("sample_size", 0), ("shard_examples", 1)):
+            _require_whole(name, getattr(self, name), lowest)
+        require(self.num_classes <= MAX_CLASSES, "num_classes", self.num_classes, f"at most {MAX_CLASSES:,}")
+        require(self.depth <= self.num_classes, "depth", self.depth, f"at most num_classes, {self.num_classes}")
+        require(isinstance(self.seed, int), "seed", self.seed, "a whole number")
+        is_number = isinstance(self.temperature, (int, float)) and 0 < self.temperature <= sys.float_info.max
+        require(is_number, "temperature", self.temperature, "a number above 0 and finite")
+        require(self.design in STORED_DESIGNS, "design", self.design, f"one of {', '.join(STORED_DESIGNS)}")
+        _require_fields("teacher", self.teacher, {"name": str, "revision": (str, NoneType), "weights": str})
+        for name in ("labels", "tokenizer"):
+            require(isinstance(getattr(self, name), (str, NoneType)), name, getattr(self, name), "a digest or None")
+        is_list = isinstance(self.inputs, list) and all(isinstance(name, str) for name in self.inputs)
+        require(is_list and len(self.inputs) > 0, "inputs", self.inputs, "a list of names")
+        _require_fields("dataset", self.dataset, {"examples": int, "fingerprint": str})
+        require(self.dataset["examples"] >= 1, "examples", self.dataset["examples"], "1 or more")
+        if self.views is not None:
+            _require_fields("views", self.views, {"number": int, "seed": int})
+        for number, shard in enumerate(self.shards):
+            require(shard.file == shard_file(number), "file", shard.file, f"{shard_file(number)}, by its place")
+            expected = min(self.shard_examples, self.dataset["examples"] - number * self.shard_examples)
+            require(shard.examples == expected, f"examples of {shard.file}", shard.examples, f"{expected}")
+
+    @property
+    def layout(self) -> TargetLayout:
+        return TargetLayout(self.num_classes, self.depth, self.sample_size)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.dataset["examples"] // self.shard_examples)
+
+    def differences(self, other: CacheHeader) -> list[str]:
+        """What sets two caches apart, but for the shards that are there."""
+        mine, others = (dataclasses.asdict(header) for header in (self, other))
+        return [
+            f"{name} is {mine[name]!r} here and {others[name]!r} there"
+            for name in mine
+            if name != "shards" and mine[name] != others[name]
+        ]
+
+    def card(self) -> str:
+        """The page of the cache as a data set of the Hub, with what ``datasets`` has to know."""
+        items = sum(shard.items for shard in self.shards)
+        return CARD.format(header=self, item_bytes=self.layout.item_bytes, items=items, num_bytes=self.num_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def to_json(self) -> str:
+        content = {"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
+
+    @staticmethod
+    def load(path: Path) -> CacheHeader:
+        """Reads the header of the cache in a folder.
+
+        Raises:
+            DataError: if there is none, it is damaged, or this version cannot read it.
+        """
+        file = path / HEADER
+        try:
+            content = dict(json.loads(file.read_text()))
+            kind, version = content["format"], content["version"]
+            require(kind == FORMAT and _is_whole(version), "format", kind, repr(FORMAT))
+            if version <= FORMAT_VERSION:
+                checksum = content.pop("checksum")
+                require(checksum == _checksum(content), "checksum", checksum, _checksum(content))
+                fields = {name: value for name, value in content.items() if name not in ("format", "version")}
+                return CacheHeader(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
+        except FileNotFoundError as error:
+            raise DataError(
+                f"there is no teacher cache in {path}: it has no {HEADER}; write one with cache_teacher_targets or "
+                "examples/cache_teacher.py"
+            ) from error
+        except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
+            raise DataError(f"{file} is damaged ({error}): copy it again, or write the cache again") from error
+        raise DataError(
+            f"{path} is written in format {version}, and this version of hf_dis reads up to {FORMAT_VERSION}: "
+            "upgrade hf_dis"
+        )
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def shard_file(number: int) -> str:
+    """The name of a shard's file."""
+    return f"shard-{number:06}.arrow"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require_whole(name: str, value: Any, lowest: int) -> None:
+    require(_is_whole(value) and value >= lowest, name, value, f"a whole number, {lowest} or more")
+
+
+def _require_fields(name: str, value: Any, types: dict[str, type | tuple[type, ...]]) -> None:
+    """Raises ValueError unless it is a dictionary of exactly these fields, each of its type."""
+    holds = isinstance(value, dict) and value.keys() == types.keys()
+    holds = holds and all(isinstance(value[key], kind) for key, kind in types.items())
+    require(holds, name, value, f"a dictionary with {', '.join(types)}")

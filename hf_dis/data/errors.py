@@ -1,5 +1,0 @@
-"""What the data sets raise when they are given something they cannot use."""
-
-
-class DataError(ValueError):
-    """A file, folder or setting of a data set is unusable; the message says which, why, and what to do."""

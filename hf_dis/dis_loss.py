@@ -1,0 +1,129 @@
+"""DISLoss: the loss from features, weight and teacher logits, for loops without a model object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from hf_dis.head.sampled_linear import sampled_logits
+from hf_dis.items import check_labels
+from hf_dis.loss.sampled import sampled_loss
+from hf_dis.sampling.sample import Statistics
+from hf_dis.sampling.sampler import ClassSampler
+from hf_dis.teacher.targets import TeacherTargets, check_teacher_logits
+
+
+class DISLoss:
+    """The sampled loss for loops of one's own: samples, computes the sampled logits, learns from what it saw.
+
+    Args:
+        sampler: samples the classes, see :func:`hf_dis.make_sampler`. Its ``state_dict`` belongs in your checkpoints.
+            With several processes give each its own seed, and sum the statistics of the proposal by ``reduce``.
+        temperature: τ > 0.
+        hard_label_weight: λ in [0, 1], the share of cross-entropy; used only where labels are given.
+        reduce: sums a dict of tensors, some of them sparse, over processes, as
+            :func:`hf_dis.distributed.sum_over_processes` does.
+        row_sparse_head: give weight and bias sparse gradients, which hold the sampled rows only; for
+            :class:`hf_dis.RowSparseAdamW`. ``DistributedDataParallel`` cannot reduce them.
+
+    Example::
+
+        dis_loss = DISLoss(make_sampler(num_classes=100_000))
+        loss = dis_loss(features, head.weight, head.bias, teacher_logits, labels)
+        loss.backward()
+    """
+
+    def __init__(
+        self,
+        sampler: ClassSampler,
+        temperature: float = 2.0,
+        hard_label_weight: float = 0.1,
+        reduce: Callable[[Statistics], Statistics] | None = None,
+        row_sparse_head: bool = False,
+    ):
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}: it divides the logits and has to be above 0")
+        if not 0 <= hard_label_weight <= 1:
+            raise ValueError(f"hard_label_weight is {hard_label_weight}: it is a share and has to be within [0, 1]")
+        self.sampler, self.temperature, self.hard_label_weight = sampler, temperature, hard_label_weight
+        self.reduce, self.row_sparse_head = reduce, row_sparse_head
+        self._has_checked_values = False
+
+    def __call__(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher_logits: Tensor | Iterable[Tensor],
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The mean loss of a batch, a scalar.
+
+        Args:
+            features: what the head is given, ``[N, d]``.
+            weight, bias: the head's, ``[C, d]`` and ``[C]`` or None.
+            teacher_logits: ``[N, C]``, or an iterable of chunks of items that need not exist at the same time.
+            labels: class ids ``[N]``.
+
+        Raises:
+            ValueError: if sampler, head and teacher are not of the same number of classes, labels are outside them, or
+                a shape is another one.
+            FloatingPointError: if the teacher's logits hold NaN or Inf. Where looking at values waits for a device,
+                they and the labels are looked at in the first batch only.
+        """
+        num_classes = self.sampler.proposal.num_classes
+        if len(weight) != num_classes:
+            raise ValueError(f"the sampler is made for {num_classes} classes, the head has {len(weight)}")
+        _check_shapes(features, weight, bias, teacher_logits, labels)
+        check_values = features.device.type == "cpu" or not self._has_checked_values
+        self._has_checked_values = True
+        if labels is not None and check_values:
+            check_labels(labels, num_classes)
+
+        chunks = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
+        with torch.no_grad():
+            sample = self.sampler.sample(self._ranked(chunks, check_values), labels)
+        ids = sample.item_ids, sample.tail_ids
+        logits = sampled_logits(features, weight, bias, *ids, self.row_sparse_head, sample.updates)
+        loss, _, divergence = sampled_loss(logits, sample, self.temperature, self.hard_label_weight)
+        self.sampler.learn(sample, divergence.signal, self.reduce)
+        return loss.sum() / max(1, len(features))
+
+    def _ranked(self, chunks: Iterable[Tensor], check_finite: bool) -> Iterator[TeacherTargets]:
+        first_item = 0
+        for logits in chunks:
+            check_teacher_logits(logits, self.sampler.proposal.num_classes, first_item, check_finite)
+            first_item += len(logits)
+            yield TeacherTargets(logits, self.temperature, self.sampler.rank_depth)
+            del logits  # the next chunk may be computed without this one in memory
+
+
+def _check_shapes(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_logits: Tensor | Iterable[Tensor],
+    labels: Tensor | None,
+) -> None:
+    num_classes, width = weight.shape
+    if features.dim() != 2 or features.shape[1] != width:
+        raise ValueError(
+            f"features have shape {tuple(features.shape)}: the head takes [N, {width}], one item an example or token"
+        )
+    num_items = len(features)
+    if bias is not None and bias.shape != (num_classes,):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}: the head has {num_classes} classes, so it is [{num_classes}]"
+        )
+    if isinstance(teacher_logits, Tensor) and (teacher_logits.dim() != 2 or len(teacher_logits) != num_items):
+        raise ValueError(
+            f"teacher_logits have shape {tuple(teacher_logits.shape)} for features of {num_items} items: they have to "
+            f"be [{num_items}, {num_classes}]"
+        )
+    if labels is not None and labels.shape != (num_items,):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} for features of {num_items} items: there has to be one class id a "
+            f"item, [{num_items}]"
+        )

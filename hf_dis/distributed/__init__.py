@@ -1,0 +1,5 @@
+"""Several processes: their number, and sums over them, by torch.distributed."""
+
+from hf_dis.distributed.sums import average_rows, sum_over_processes
+
+__all__ = ["average_rows", "sum_over_processes"]

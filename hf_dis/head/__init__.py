@@ -1,0 +1,1 @@
+"""The student's output head: switched to sampled classes, its gradients and its optimizer."""

@@ -1,0 +1,113 @@
+"""The student's output head, switched to the sampled classes for the length of a training step.
+
+The head module stays the module it is: only the *instance's* forward is replaced while a sample is set, so parameter
+names, ties, wrappers, autocast and checkpoints see an ordinary model, and with no sample set it is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from hf_dis.head.sampled_linear import sampled_columns
+from hf_dis.head.switch import SampledHead
+from hf_dis.models.head_features import evaluating
+
+
+@torch.no_grad()
+def check_head(
+    model: nn.Module, head: SampledHead, inputs: dict[str, Tensor], precision: torch.dtype | None = None
+) -> None:
+    """Compares the switched head with the full one on a few items; run once, at the first step.
+
+    Args:
+        model: the student; it is left as it was, and so is the random state.
+        head: its head.
+        inputs: a few examples, without labels. Where logits are ``[B, S, C]`` the items are some of their tokens.
+        precision: the narrowest type that the model computes in, if narrower than its logits: they agree to that.
+
+    Raises:
+        ValueError: if the student's logits are not those of the head at the same classes: something in the model
+            comes after the head, or the wrong layer was taken for it.
+        FloatingPointError: if they are NaN or Inf.
+    """
+    layers = " and ".join(map(repr, head.layers))
+    remedy = "another layer comes after it. Name the right head with head_name, or use head_mode='exact'"
+    with evaluating(model), _random_state_kept(next(model.parameters()).device):
+        full = model(**inputs).logits
+        positions = None
+        if full.dim() == 3:
+            full = full.flatten(0, 1)
+            positions = torch.arange(0, len(full), 1 + len(full) // 8, device=full.device)
+            full = full[positions]
+        item_ids, tail_ids = _classes_to_compare(*full.shape, full.device)
+        try:
+            with head.only(item_ids, tail_ids, positions):
+                sampled = model(**inputs).logits
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot go on from the output of {layers} at sampled classes ({error}): {remedy}"
+            ) from error
+    if not full.isfinite().all():
+        raise FloatingPointError(
+            f"{type(model).__name__} answers NaN or Inf to the first examples: check these inputs and its weights; "
+            "classes that the model masks after its head need head_mode='exact'"
+        )
+    expected = sampled_columns(full, item_ids, tail_ids)
+    tolerance = 8 * torch.finfo(precision or full.dtype).eps * float(full.abs().max().clamp_min(1))
+    if sampled.shape != expected.shape or not torch.allclose(sampled, expected, rtol=0, atol=tolerance):
+        gap = (
+            "shapes differ"
+            if sampled.shape != expected.shape
+            else f"off by up to {(sampled - expected).abs().max():.3g}"
+        )
+        raise ValueError(
+            f"{type(model).__name__} does not return the output of {layers} as its logits ({gap}): {remedy}"
+        )
+
+
+def _classes_to_compare(num_items: int, num_classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Some classes of each item and some of all, not as many as there are: a bias of all would pass unseen."""
+    columns = torch.arange(min(4, num_classes), device=device)
+    item_ids = (columns * 7 + torch.arange(num_items, device=device)[:, None]) % num_classes
+    tail_ids = (columns * 3 + 1) % num_classes
+    return item_ids, (tail_ids if 2 * len(columns) != num_classes else tail_ids[1:])[None]
+
+
+def _random_state_kept(device: torch.device) -> AbstractContextManager:
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: bool) -> None:
+    """Checks that the gradients of a head can be row-sparse.
+
+    Args:
+        student: the model that is trained.
+        names: the linear layers of its output head.
+        is_sharded: its parameters are sharded by FSDP or DeepSpeed.
+
+    Raises:
+        ValueError: if torch is too old, or the head is sharded or tied.
+    """
+    if torch.__version__ < (2, 14):
+        raise ValueError(
+            f"row_sparse_head is set, but torch is {torch.__version__}, which has no norm of sparse gradients: it "
+            "needs torch 2.14 or newer; or set row_sparse_head=False"
+        )
+    if is_sharded:
+        raise ValueError(
+            "row_sparse_head is set, but FSDP and DeepSpeed shard dense gradients only: set it to False, or use plain "
+            "data parallelism"
+        )
+    for parameter in SampledHead(student, names).parameters():
+        tied = [name for name, other in student.named_parameters(remove_duplicate=False) if other is parameter]
+        if len(tied) > 1 and parameter.requires_grad:
+            raise ValueError(
+                f"row_sparse_head is set, but the head's weight is tied ({', '.join(tied)}) and gets dense gradients "
+                "from its other use: set row_sparse_head=False, or untie it"
+            )

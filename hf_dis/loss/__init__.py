@@ -1,0 +1,1 @@
+"""Losses per item: divergences from the teacher, and cross-entropy."""

@@ -1,0 +1,39 @@
+"""Cross-entropy with the labels, on sampled classes and on all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_dis.sampling.sample import ClassSample
+from hf_dis.teacher.targets import widen
+
+
+def sampled_cross_entropy(logits: Tensor, sample: ClassSample) -> Tensor:
+    """-log softmax(z)_y, with the normaliser estimated from the sampled classes; the label is always among them.
+
+    Args:
+        logits: the student's, of the sampled classes, ``[N, R + K_t]``.
+        sample: made with labels.
+
+    Returns:
+        the loss, ``[N]``.
+    """
+    logits = widen(logits)
+    return (logits + sample.log_weights).logsumexp(1) - logits[:, sample.label_column]
+
+
+def exact_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(z)_y over all classes, and its gradient softmax(z) - onehot(y).
+
+    Args:
+        logits: the student's, ``[n, C]``, float32 or wider.
+        labels: class ids, ``[n]``.
+
+    Returns:
+        the loss ``[n]`` and the gradient ``[n, C]``.
+    """
+    log_student = logits.log_softmax(1)
+    loss = -log_student.gather(1, labels[:, None])[:, 0]
+    minus_one = torch.full_like(loss[:, None], -1)
+    return loss, log_student.exp_().scatter_add_(1, labels[:, None], minus_one)

@@ -1,0 +1,1 @@
+"""Models: their task, vocabulary, output head and provenance."""

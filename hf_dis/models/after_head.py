@@ -1,0 +1,38 @@
+"""A model's logits by chunks of items, so that they never exist as a whole."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class AfterHead(NamedTuple):
+    """What some models do to their logits after the output layer: bias, scale, soft-cap.
+
+    Attributes:
+        bias: added, ``[1, C]`` (Bart, Marian, Pegasus, ...), or None.
+        scale: multiplied by (Cohere; Granite's divisor inverted).
+        soft_cap: c in ``c tanh(z / c)`` (Gemma), or None.
+    """
+
+    bias: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> AfterHead:
+        """Read from a transformers model; whether it is all that the model does is for a comparison to say."""
+        settings = vars(model.config.get_text_config())
+        scale = (settings.get("logit_scale") or 1.0) / (settings.get("logits_scaling") or 1.0)
+        buffers = dict(model.named_buffers(recurse=False))
+        return cls(buffers.get("final_logits_bias"), scale, settings.get("final_logit_softcapping"))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.soft_cap is not None:
+            logits = (logits / self.soft_cap).tanh() * self.soft_cap
+        return logits

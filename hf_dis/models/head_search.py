@@ -1,0 +1,167 @@
+"""Which layers of a model are its output head: by what the model says of itself, by their width, or by name.
+
+PEFT puts its own modules around a layer. The head is then what the model calls, and its *linear layers*, which add up
+to it and are switched to the sampled classes together, are inside. docs/heads.md says for each kind what happens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.utils import is_peft_available
+
+if is_peft_available():
+    from peft import PeftModel
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.utils import ModulesToSaveWrapper
+else:
+    PeftModel = LoraLinear = ModulesToSaveWrapper = ()  # nothing is an instance of these
+
+
+def find_heads(model: nn.Module, num_classes: int, head_name: str | None = None) -> tuple[str, ...]:
+    """Finds the modules whose output a model's logits are, before bias, scale or soft-cap.
+
+    A language model names its head itself (``get_output_embeddings``); for a classifier it is the only layer with C
+    outputs, or two of which one is for distillation, as in DeiT, LeViT and SwiftFormer: the logits are their mean.
+
+    Args:
+        model: teacher or student, in a PEFT model or not.
+        num_classes: C, the head's width.
+        head_name: the head's name among the model's modules, if the rule does not find it; two with a comma between
+            them, if the logits are their mean.
+
+    Returns:
+        the names of the modules among ``model.named_modules()``.
+
+    Raises:
+        ValueError: if there is no head, or more than one candidate; lists them.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+    modules = dict(base.named_modules())
+    candidates = _layers_of_width(modules, num_classes)
+    if head_name is not None:
+        names = tuple(name.strip() for name in head_name.split(","))
+        for name in names:
+            _check_named(base, modules, name, num_classes, candidates)
+    else:
+        embeddings = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        named = [name for name, module in modules.items() if module is embeddings]
+        names = tuple(named or candidates)
+        if len(names) != 1 and not _are_a_pair(names):
+            raise ValueError(
+                f"cannot tell which layer of {type(base).__name__} is the output head with {num_classes} classes: "
+                f"candidates are {candidates or 'none'}; name it with head_name, or use head_mode='exact'"
+            )
+    return tuple(prefix + name for name in names)
+
+
+def find_head(model: nn.Module, num_classes: int, head_name: str | None = None) -> str:
+    """The output head of a model that has one; otherwise as :func:`find_heads`.
+
+    Returns:
+        the name of the module among ``model.named_modules()``.
+
+    Raises:
+        ValueError: if there is no head, or more than one; lists them.
+    """
+    names = find_heads(model, num_classes, head_name)
+    if len(names) > 1:
+        raise ValueError(f"{type(model).__name__} has two output heads, {' and '.join(names)}")
+    return names[0]
+
+
+def find_head_layers(model: nn.Module, num_classes: int, head_name: str | None = None) -> tuple[str, ...]:
+    """Finds the linear layers of a student's output head: what :class:`hf_dis.head.switch.SampledHead` switches.
+
+    That is the head itself; both heads where the logits are the mean of two (``...WithTeacher``); and where an
+    adapter was added to the head, the layer below it and the adapter's second one.
+
+    Args:
+        model: the student, in a PEFT model or not.
+        num_classes, head_name: as for :func:`find_heads`.
+
+    Returns:
+        the names of ``nn.Linear`` modules among ``model.named_modules()``.
+
+    Raises:
+        ValueError: if there is no head or more than one candidate, or if it cannot be switched; says what to do.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"the student learns by {model.active_peft_config.peft_type.value}: prompt learning puts virtual tokens "
+            "among those of the text, which the teacher does not see; use LoRA, or train the whole student"
+        )
+    heads = find_heads(model, num_classes, head_name)
+    return tuple(layer for name in heads for layer in _linear_layers(name, model.get_submodule(name)))
+
+
+def _layers_of_width(modules: dict[str, nn.Module], num_classes: int) -> list[str]:
+    """Names of the layers with so many outputs; what is around such a layer and has its width stands for it."""
+    found: list[str] = []
+    for name, module in modules.items():
+        inside = found and name.startswith(f"{found[-1]}.")
+        if getattr(module, "out_features", None) == num_classes and not inside:
+            found.append(name)
+    return found
+
+
+def _are_a_pair(names: tuple[str, ...]) -> bool:
+    """Whether these are a head and one for distillation, beside it."""
+    return len(names) == 2 and names[0].count(".") == names[1].count(".") and sum("dist" in n for n in names) == 1
+
+
+def _check_named(
+    model: nn.Module, modules: dict[str, nn.Module], name: str, num_classes: int, candidates: list[str]
+) -> None:
+    if name not in modules:
+        raise ValueError(
+            f"head_name is {name!r}, but {type(model).__name__} has no such module; "
+            f"layers with {num_classes} outputs: {candidates or 'none'}"
+        )
+    if getattr(modules[name], "out_features", None) != num_classes:
+        raise ValueError(
+            f"head_name is {name!r}, a {type(modules[name]).__name__}: the head has to be an nn.Linear "
+            f"with {num_classes} outputs; candidates: {candidates or 'none'}"
+        )
+
+
+def _linear_layers(name: str, module: nn.Module) -> list[str]:
+    """The names of the ``nn.Linear`` layers that add up to a head."""
+    exact = "or use head_mode='exact'"
+    if isinstance(module, ModulesToSaveWrapper):
+        (adapter,) = module.active_adapters
+        return _linear_layers(f"{name}.modules_to_save.{adapter}", module.modules_to_save[adapter])
+    if isinstance(module, LoraLinear):
+        if module.merged:
+            raise ValueError(
+                f"the adapters of the output head {name!r} are merged, so they would not be trained: call "
+                "unmerge_adapter() before training"
+            )
+        adapters = [adapter for adapter in module.active_adapters if adapter in module.lora_B]
+        kinds = {type(module.lora_variant[adapter]).__name__ for adapter in adapters if adapter in module.lora_variant}
+        if kinds:
+            raise ValueError(
+                f"the adapter of the output head {name!r} is not a plain LoRA ({', '.join(kinds)}) and needs every "
+                f"class: set use_dora=False, leave the head out of target_modules, {exact}"
+            )
+        below = _linear_layers(f"{name}.base_layer", module.base_layer)
+        return [*below, *(f"{name}.lora_B.{adapter}" for adapter in adapters)]
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"the output head {name!r} is a {_full_name(module)}, of which single classes cannot be computed: it "
+            "has to be an nn.Linear, not quantised, with or without a LoRA adapter, and trained whole if at all; "
+            f"leave it out of quantisation, of other adapters and of trainable_token_indices, {exact}"
+        )
+    weight = module.weight
+    if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
+        raise ValueError(
+            f"the weight of the output head {name!r} is a {type(weight).__name__} of {weight.dtype}: single rows of a "
+            "quantised or tensor-parallel head cannot be computed; load the student with the head left as it is "
+            f"(llm_int8_skip_modules, modules_to_not_convert; no tp_plan), {exact}"
+        )
+    return [name]
+
+
+def _full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -1,0 +1,141 @@
+"""What a model answers: one class an example, or one a token; and which classes teacher and student share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto as auto
+
+from hf_dis.items import Items, token_items
+
+
+class Task(Enum):
+    """A kind of model, after the transformers classes that it is made of."""
+
+    CLASSIFICATION = "classification"
+    TOKEN_CLASSIFICATION = "token classification"
+    MASKED_LM = "masked language model"
+    CAUSAL_LM = "causal language model"
+    SEQ2SEQ_LM = "sequence-to-sequence language model"
+
+    @property
+    def is_lm(self) -> bool:
+        """Whether the classes are a vocabulary."""
+        return self in (Task.MASKED_LM, Task.CAUSAL_LM, Task.SEQ2SEQ_LM)
+
+    @property
+    def has_token_items(self) -> bool:
+        """Whether labels are ``[B, S]``, one class a token, rather than ``[B]``."""
+        return self is not Task.CLASSIFICATION
+
+
+def _names(*mappings: dict[str, str | tuple[str, ...]]) -> frozenset[str]:
+    """Names of classes, of which a type of model may have one or several."""
+    named = [names for mapping in mappings for names in mapping.values()]
+    return frozenset(name for names in named for name in (names if isinstance(names, (tuple, list)) else (names,)))
+
+
+# In this order: transformers lists Bart and T5 as masked language models too.
+CLASSES = {
+    Task.SEQ2SEQ_LM: _names(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    Task.CAUSAL_LM: _names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    Task.MASKED_LM: _names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    Task.TOKEN_CLASSIFICATION: _names(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    Task.CLASSIFICATION: _names(
+        auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
+    ),
+}
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model itself, taken out of PEFT's wrapper if it is in one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def find_task(model: nn.Module) -> Task:
+    """The task of a model, by its class or the first of its base classes that transformers knows.
+
+    A class that is not from transformers is a classifier if its config has ``num_labels`` and it has no output
+    embeddings.
+
+    Raises:
+        ValueError: if it is none of these tasks.
+    """
+    model = base_model(model)
+    for kind in type(model).__mro__:
+        for task, names in CLASSES.items():
+            if kind.__name__ in names:
+                return task
+    is_own = not type(model).__module__.startswith("transformers.")
+    if is_own and hasattr(getattr(model, "config", None), "num_labels") and not _output_embeddings(model):
+        return Task.CLASSIFICATION
+    raise ValueError(
+        f"the task of {type(model).__name__} is not known: it has to be a transformers model, or derive from one, for "
+        f"one of {', '.join(task.value for task in Task)}, or have a config with num_labels; or use DISLoss in a loop "
+        "of your own"
+    )
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def find_items(task: Task, inputs: dict[str, Tensor], labels: Tensor | None) -> Items:
+    """What is distilled of a batch.
+
+    Args:
+        task: of the model.
+        inputs: of the model.
+        labels: ``[B]``, or ``[B, S]`` where a task's items are tokens; or None.
+
+    Raises:
+        ValueError: if the labels are of another shape.
+    """
+    if not task.has_token_items:
+        if labels is not None and labels.dim() != 1:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}: a {task.value} model has one class id an example, [B]"
+            )
+        return Items(len(next(iter(inputs.values())) if labels is None else labels), labels)
+    side = "decoder_" if task is Task.SEQ2SEQ_LM else ""
+    tokens = inputs.get(f"{side}input_ids", inputs.get(f"{side}inputs_embeds", labels))
+    mask = inputs.get(f"{side}attention_mask")
+    return token_items(labels, mask, tokens.shape[:2], shifts_labels=task is Task.CAUSAL_LM)
+
+
+def split_labels(
+    model: nn.Module, task: Task, batch: dict[str, Tensor], label_names: Sequence[str] = ("labels",)
+) -> tuple[Items, dict[str, Tensor]]:
+    """The items of a batch, and its inputs without labels: so that the model computes no loss itself."""
+    labels = batch.get("labels")
+    inputs = {name: value for name, value in batch.items() if name not in label_names}
+    if task is Task.SEQ2SEQ_LM and labels is not None and "decoder_input_ids" not in inputs:
+        # The model would make them from its labels.
+        inputs["decoder_input_ids"] = base_model(model).prepare_decoder_input_ids_from_labels(labels=labels)
+    return find_items(task, inputs, labels), inputs
+
+
+def num_outputs(model: nn.Module, task: Task) -> int:
+    """How many classes a model's output layer answers for: those of its vocabulary, padding included, or its labels.
+
+    Raises:
+        ValueError: if it is no single-label classifier of two or more classes.
+    """
+    model = base_model(model)
+    if task.is_lm:
+        embeddings = _output_embeddings(model)
+        if isinstance(embeddings, nn.Embedding):
+            return embeddings.num_embeddings
+        return getattr(embeddings, "out_features", model.config.get_text_config().vocab_size)
+    config = model.config
+    if config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1:
+        raise ValueError(
+            f"the student's problem_type is {config.problem_type!r} with num_labels={config.num_labels}: distillation "
+            "by sampled classes needs single-label classification with two classes or more"
+        )
+    return config.num_labels

@@ -1,0 +1,1 @@
+"""Diagnostics of a run, and its report."""

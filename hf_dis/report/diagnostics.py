@@ -1,0 +1,127 @@
+"""Numbers that show whether the estimate can be trusted: effective sample size, coverage, and the exact probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_dis.head.sampled_linear import sampled_logits
+from hf_dis.loss.divergence import SampledLoss, sampled_forward_kl
+from hf_dis.loss.exact import exact_loss
+from hf_dis.sampling.sample import ClassSample
+
+
+@torch.no_grad()
+def effective_sample_size(sample: ClassSample, log_student: Tensor) -> Tensor:
+    """How many equally weighted classes the sample of each item is worth, ``[N]``, between 1 and its columns.
+
+    Certain classes count in full. The others count as ``(Σ a)² / Σ a²`` with ``a = ω s``, the share of the student's
+    normaliser that each stands for: 1 if a single sample carries it all, their number if all carry the same.
+    """
+    used = sample.log_weights > -torch.inf
+    share = (log_student + sample.log_weights).exp().masked_fill(sample.certain | ~used, 0)
+    random = share.sum(1).square() / share.square().sum(1).clamp_min(torch.finfo(share.dtype).tiny)
+    return (sample.certain & used).sum(1) + random
+
+
+@torch.no_grad()
+def coverage(sample: ClassSample) -> Tensor:
+    """The teacher's probability of the sampled classes, each counted once, ``[N]``, within [0, 1]."""
+    used = sample.log_weights > -torch.inf
+    if sample.with_replacement:
+        ranks, order = sample.ranks.sort(dim=1)
+        repeated = F.pad(ranks[:, 1:] == ranks[:, :-1], (1, 0))
+        used[:, : ranks.shape[1]] &= torch.zeros_like(repeated).scatter_(1, order, ~repeated)
+    return sample.log_probs.exp().masked_fill(~used, 0).sum(1)
+
+
+@torch.no_grad()
+def certain_share(sample: ClassSample) -> Tensor:
+    """The share of each item's K ranked samples that were certain to be sampled, ``[N]``."""
+    return sample.certain[:, : sample.ranks.shape[1]].float().mean(1)
+
+
+def sample_quality(sample: ClassSample, result: SampledLoss) -> dict[str, Tensor]:
+    """What is logged of a sample: ``ess``, ``coverage`` and ``certain``, of each item, ``[N]``."""
+    return {
+        "ess": effective_sample_size(sample, result.log_student),
+        "coverage": coverage(sample),
+        "certain": certain_share(sample),
+    }
+
+
+def probe(
+    weight: Tensor,
+    bias: Tensor | None,
+    features: Tensor,
+    sample: ClassSample,
+    teacher_logits: Iterable[Tensor],
+    temperature: float,
+    after_head: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Compares the sampled distillation loss of a batch, and its gradient on the features, with the exact ones.
+
+    Args:
+        weight, bias: of the student's output head, ``[C, d]`` and ``[C]`` or None.
+        features: what it is given, ``[N, d]``.
+        sample: the classes sampled for these items.
+        teacher_logits: ``[n, C]`` for consecutive chunks of the items; the exact loss is computed chunk by chunk.
+        temperature: τ.
+        after_head: what the student does to the head's logits, element by element.
+
+    Returns:
+        scalars ``exact_kd_loss``, ``sampled_kd_loss`` (means over items), ``cosine`` and ``relative_error``
+        (‖ĝ - g‖ / ‖g‖) between the gradients.
+    """
+    with torch.enable_grad():
+        features = features.detach().to(weight.dtype).requires_grad_()
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        logits = after_head(sampled_logits(features, weight, bias, sample.item_ids, sample.tail_ids))
+        sampled = sampled_forward_kl(logits, sample, temperature).loss.mean()
+        (sampled_gradient,) = torch.autograd.grad(sampled, features)
+        exact, exact_gradient, first = 0.0, torch.zeros_like(features), 0
+        for chunk in teacher_logits:
+            items = slice(first, first + len(chunk))
+            part = features[items].detach().requires_grad_()
+            logits = after_head(F.linear(part, weight, bias))
+            loss, _ = exact_loss(logits, chunk.shape[1], [chunk], None, temperature, 0.0)
+            loss = loss.sum() / len(features)
+            (exact_gradient[items],) = torch.autograd.grad(loss, part)
+            exact = exact + loss.detach()
+            first = items.stop
+    error = (sampled_gradient - exact_gradient).norm() / exact_gradient.norm()
+    return {
+        "exact_kd_loss": exact,
+        "sampled_kd_loss": sampled.detach(),
+        "cosine": F.cosine_similarity(sampled_gradient.flatten(), exact_gradient.flatten(), dim=0),
+        "relative_error": error,
+    }
+
+
+class RunningMeans:
+    """Means of named values over items and steps, kept on the device until they are asked for."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there was a value since the last call of :meth:`pop`."""
+        return name in self._sums
+
+    def add(self, values: dict[str, Tensor], counts: Tensor | None = None) -> None:
+        """Takes in values of any shape: each element counts as one, or, being a sum, as ``counts`` says."""
+        for name, value in values.items():
+            value = value.detach().double()
+            count = value.new_full((), value.numel()) if counts is None else counts.double().sum()
+            step = torch.stack([value.sum(), count])
+            self._sums[name] = self._sums[name] + step if name in self._sums else step
+
+    def pop(self, reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> dict[str, float]:
+        """The means since the last call, summed over processes by ``reduce``; starts anew."""
+        sums, self._sums = self._sums, {}
+        if reduce is not None and sums:
+            sums = reduce(sums)
+        return {name: float(total / count) for name, (total, count) in sums.items()}

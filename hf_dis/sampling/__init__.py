@@ -1,0 +1,1 @@
+"""Sampling of classes: designs, proposals, samplers."""

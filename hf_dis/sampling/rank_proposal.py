@@ -1,0 +1,98 @@
+"""Where to sample classes: proposals over teacher ranks and over classes.
+
+The dynamic proposal over ranks, a mixture of Laplace distributions fitted to the disagreement of teacher and
+student, is the idea of arXiv 1812.00914; its online fit, and the density over classes for the tails that items
+share, are this project's. The fixed proposals (teacher, uniform, top-K) are the baselines.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_dis.sampling.sample import ClassSample, Statistics
+
+
+class RankProposal:
+    """A mixture of Laplace distributions over ranks, fitted online to where teacher and student disagree.
+
+    ``q(r) = (1 - ε) Σ_j w_j Lap_j(r) + ε / R``: the Laplace densities have their peak at rank 0, are cut to
+    0..R-1 and have scales ½, 2, 8, 32, ... up to R. Of all proposals that depend on the rank alone, ``q ∝ D(r) =
+    sqrt(mean (s - p)²)`` has the least variance; a running mean of the importance-weighted ``(s - p)²`` at the
+    sampled ranks, in bins of ranks, estimates D², and each step moves w by one step of expectation-maximisation.
+
+    Args:
+        num_ranks: R.
+        floor: ε, the uniform share, in (0, 1].
+        decay: of the running mean, in [0, 1).
+    """
+
+    def __init__(self, num_ranks: int, floor: float, decay: float, device: torch.device | str = "cpu"):
+        self.num_ranks, self.floor, self.decay = num_ranks, floor, decay
+        num_scales = 1
+        while 0.5 * 4**num_scales <= num_ranks:
+            num_scales += 1
+        self.scales = 0.5 * 4.0 ** torch.arange(num_scales, dtype=torch.float64, device=device)
+        self.edges = _rank_bins(num_ranks).to(device)
+        self.bin_sizes = self.edges.diff().double()
+        self.component_mass = self._cumulative(self.edges).diff(dim=1)
+        self.weights = torch.full_like(self.scales, 1 / num_scales)
+        self.squared_signal = torch.zeros_like(self.bin_sizes)
+        self.observed = self.bin_sizes.new_zeros(())
+
+    def _cumulative(self, ranks: Tensor) -> Tensor:
+        """Each component's probability of the ranks before the given ones, ``[J, len(ranks)]``."""
+        scales = self.scales[:, None]
+        return torch.expm1(-ranks / scales) / torch.expm1(-self.num_ranks / scales)
+
+    def density(self, num_entries: int) -> Tensor:
+        """q(r) of the first ranks, ``[num_entries]``; the last entry is the mean over all ranks from there on."""
+        edges = torch.arange(num_entries + 1, dtype=torch.float64, device=self.weights.device)
+        edges[-1] = self.num_ranks
+        mixture = self.weights @ (self._cumulative(edges).diff(dim=1) / edges.diff())
+        return (1 - self.floor) * mixture + self.floor / self.num_ranks
+
+    def profile(self) -> Tensor:
+        """The measured disagreement D(r), one value for each bin of ranks between :attr:`edges`."""
+        return (self.squared_signal / self.observed.clamp_min(1e-12)).sqrt()
+
+    def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
+        """Importance-weighted Σ (s - p)² in each bin of ranks, and the number of items."""
+        squared = signal[:, : sample.ranks.shape[1]].double().square() * sample.rank_weights
+        bins = torch.bucketize(sample.ranks, self.edges[1:], right=True)
+        summed = squared.new_zeros(len(self.bin_sizes)).index_add_(0, bins.flatten(), squared.flatten())
+        return {"rank_squared": summed, "items": summed.new_full((), len(sample))}
+
+    def update(self, statistics: Statistics) -> None:
+        """Takes the statistics of a step (summed over processes) into the running mean; one EM step on w."""
+        items = statistics["items"]
+        renewal = (1 - self.decay) * (items > 0)  # a step may have no item: a batch without a supervised token
+        self.squared_signal.lerp_(statistics["rank_squared"] / (items.clamp_min(1) * self.bin_sizes), renewal)
+        self.observed.lerp_(torch.ones_like(self.observed), renewal)
+        wanted = self.bin_sizes * self.profile()
+        joint = (1 - self.floor) * self.weights[:, None] * self.component_mass
+        proposed = joint.sum(0) + self.floor * self.bin_sizes / self.num_ranks
+        # The tiny term keeps the weights where they are while nothing disagrees.
+        weights = (joint / proposed) @ wanted + 1e-12 * self.weights
+        self.weights = weights / weights.sum()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            "rank_weights": self.weights,
+            "rank_squared_signal": self.squared_signal,
+            "rank_observed": self.observed,
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.weights.copy_(state["rank_weights"])
+        self.squared_signal.copy_(state["rank_squared_signal"])
+        self.observed.copy_(state["rank_observed"])
+
+
+def _rank_bins(num_ranks: int) -> Tensor:
+    """Bin edges over ranks, two to an octave: 0, 1, 2, 3, 4, 6, 8, 12, 16, ..., R."""
+    edges, octave = [0, 1, 2, 3], 4
+    while octave < num_ranks:
+        edges += [octave, octave + octave // 2]
+        octave *= 2
+    return torch.tensor([edge for edge in edges if edge < num_ranks] + [num_ranks])

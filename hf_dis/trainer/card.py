@@ -1,0 +1,208 @@
+"""Publishing the student: its model card, and what to do where the Hub does not take it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+from transformers.modelcard import TrainingSummary
+from transformers.utils import logging
+
+from hf_dis.models.provenance import known_as
+from hf_dis.models.tasks import base_model
+from hf_dis.version import __version__
+
+if TYPE_CHECKING:
+    from hf_dis.trainer.mixin import DISTrainerMixin
+
+logger = logging.get_logger(__name__)
+
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+
+# Where the proposals of the method are; a proposal of the user's own is named by its class.
+PACKAGE = "hf_dis."
+UNKNOWN = "unknown"
+
+
+NOT_USED = "not used: every logit was computed"
+
+
+# What an evaluation logs that says nothing about the student.
+NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+def model_card(trainer: DISTrainerMixin, **summary: Any) -> ModelCard:
+    """The card of a trainer's student: teacher, data, every setting of the method, last probe and evaluation.
+
+    What is not known is stated as unknown. Of a teacher or student in a local directory only the directory's name is
+    given, as the card is public.
+
+    Args:
+        trainer: after training, or before.
+        **summary: what the user says of it, see :meth:`DISTrainerMixin.create_model_card`.
+
+    Raises:
+        ValueError: if what was given makes no valid card; says what is wrong.
+    """
+    try:
+        tags = list(dict.fromkeys([*_listed(summary.get("tags")), *trainer._tag_names]))
+        said = TrainingSummary.from_trainer(trainer, **summary | {"tags": tags})
+        return _rendered(trainer, said)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"no valid model card can be made with {summary} ({error}): give text, or lists of it, under the names "
+            "that Trainer.create_model_card has"
+        ) from error
+
+
+def _rendered(trainer: DISTrainerMixin, said: TrainingSummary) -> ModelCard:
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    has_adapter = base_model(student) is not student
+    tasks, dataset, dataset_tags = _listed(said.tasks), _listed(said.dataset), _listed(said.dataset_tags)
+    metrics, metrics_step = _last_evaluation(trainer.state.log_history)
+    measured = [
+        EvalResult(
+            task_type=task,
+            dataset_type=", ".join(dataset_tags) or UNKNOWN,
+            dataset_name=", ".join(dataset) or UNKNOWN,
+            dataset_config=", ".join(_listed(said.dataset_args)) or None,
+            metric_type=name,
+            metric_value=value,
+        )
+        for task in tasks or [UNKNOWN]
+        for name, value in metrics.items()
+        # The table shows the others; the Hub's metadata takes numbers only.
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    ]
+    data = ModelCardData(
+        library_name="peft" if has_adapter else "transformers",
+        language=said.language,
+        license=said.license,
+        base_model=said.finetuned_from or None,
+        tags=said.tags,
+        datasets=dataset_tags or None,
+        pipeline_tag=tasks[0] if tasks else None,
+        model_name=said.model_name,
+        eval_results=measured or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        version=__version__,
+        model_name=said.model_name,
+        kind="an adapter for PEFT" if has_adapter else "an ordinary transformers model",
+        loading=_loading(student, trainer.hub_model_id or said.model_name),
+        facts=_cells(
+            {
+                **_teacher(trainer),
+                "Data set": ", ".join(dataset) or UNKNOWN,
+                **_settings(trainer),
+            }
+        ),
+        probe=_last_probe(trainer.state.log_history),
+        no_probe=_why_no_probe(trainer),
+        metrics=_cells(metrics),
+        metrics_step=metrics_step,
+        hyperparameters=_cells(said.hyperparameters),
+    )
+
+
+def _loading(student: nn.Module, repo_id: str) -> str:
+    """Markdown with the Python that loads a published student; an adapter goes onto the model it was trained on."""
+    model = base_model(student)
+    name = type(model).__name__
+    module = "transformers" if hasattr(transformers, name) else type(model).__module__
+    if model is student:
+        lines = [f"from {module} import {name}", "", f'student = {name}.from_pretrained("{repo_id}")']
+    else:
+        adapted = f'{name}.from_pretrained("{known_as(model)[0] or UNKNOWN}")'
+        lines = ["from peft import PeftModel", f"from {module} import {name}", ""]
+        lines.append(f'student = PeftModel.from_pretrained({adapted}, "{repo_id}")')
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _teacher(trainer: DISTrainerMixin) -> dict[str, str]:
+    if trainer.teacher_cache is None:
+        name, revision = known_as(trainer.distiller.online_teacher.model)
+        return {
+            "Teacher": name or f"{UNKNOWN} ({type(trainer.distiller.online_teacher.model).__name__})",
+            "Teacher's revision": revision or UNKNOWN,
+        }
+    header = trainer.teacher_cache.header
+    return {
+        "Teacher": f"{header.teacher['name']}, by its stored targets",
+        "Teacher's revision": header.teacher["revision"] or UNKNOWN,
+        "Stored targets": f"{header.depth} ranked classes and {header.sample_size} of the tail ({header.design})",
+    }
+
+
+def _settings(trainer: DISTrainerMixin) -> dict[str, Any]:
+    distiller = trainer.distiller
+    args, sampler = trainer.args, distiller.sampler
+    kind = type(sampler.proposal)
+    sampled = {
+        "Classes sampled for each row (K)": sampler.num_sampled,
+        "Classes of a tail that rows share (K_t)": sampler.num_shared,
+        "Tails sampled a step": sampler.num_tails,
+        "Classes updating the head for each row": sampler.num_updated or "all that were sampled",
+        "Rank depth (m)": sampler.rank_depth,
+        "Proposal": args.proposal if kind.__module__.startswith(PACKAGE) else kind.__name__,
+        "Design": sampler.design,
+        "Steps on all classes before": args.get_exact_warmup_steps(trainer.state.max_steps),
+    }
+    if trainer.distiller.mode == "exact":
+        sampled = dict.fromkeys(sampled, NOT_USED)
+    head_rate = args.learning_rate if args.head_learning_rate is None else args.head_learning_rate
+    return {
+        "Classes (C)": trainer.distiller.num_classes,
+        **sampled,
+        "Temperature": args.temperature,
+        "Weight of the hard labels": args.hard_label_weight,
+        "Head mode": trainer.distiller.mode,
+        "Head's learning rate": head_rate,
+    }
+
+
+def _last_probe(log_history: list[dict[str, float]]) -> dict[str, str] | None:
+    """The last log with ``probe/*`` values, which are means since the log before it."""
+    for log in reversed(log_history):
+        if "probe/exact_kd_loss" in log:
+            exact, sampled = log["probe/exact_kd_loss"], log["probe/sampled_kd_loss"]
+            values = {"exact": exact, "sampled": sampled, "gap": sampled - exact}
+            values |= {name: log[f"probe/{name}"] for name in ("cosine", "relative_error")}
+            return {"step": str(log["step"]), **_cells(values)}
+    return None
+
+
+def _why_no_probe(trainer: DISTrainerMixin) -> str:
+    if trainer.distiller.mode == "exact":
+        return "Nothing was sampled: every logit was computed."
+    return f"{UNKNOWN.capitalize()}: they were not compared (`probe_steps={trainer.args.probe_steps}`)."
+
+
+def _last_evaluation(log_history: list[dict[str, float]]) -> tuple[dict[str, float], int | None]:
+    """The metrics of the last step with an evaluation, of all its evaluation sets, and that step."""
+    logs = [log for log in log_history if any(name.startswith("eval_") for name in log)]
+    metrics = {}
+    for log in logs:
+        if log["step"] == logs[-1]["step"]:
+            metrics |= {name.removeprefix("eval_"): value for name, value in log.items() if name.startswith("eval_")}
+    metrics = {name: value for name, value in metrics.items() if not name.endswith(NOT_METRICS)}
+    return metrics, logs[-1]["step"] if logs else None
+
+
+def _cells(values: dict[str, Any]) -> dict[str, str]:
+    """Values as text that fits into a cell of a table."""
+    texts = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return {name: " ".join(text.replace("|", "\\|").split()) for name, text in texts.items()}
+
+
+def _listed(value: str | list[str | None] | None) -> list[str]:
+    """Without None, which stands for the name of a data set that was made in memory."""
+    return [one for one in ([value] if isinstance(value, str) else value or []) if one is not None]

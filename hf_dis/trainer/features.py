@@ -1,0 +1,47 @@
+"""The student as an embedding model: the features that its output head is given, for all items of a dataset."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_dis.models.head_features import head_features
+
+if TYPE_CHECKING:
+    from hf_dis.trainer.mixin import DISTrainerMixin
+
+
+def extract_features(trainer: DISTrainerMixin, dataset: Any) -> Tensor:
+    """The features that the student's output head is given for each example; nothing after them is computed.
+
+    In batches of ``per_device_eval_batch_size``, in evaluation mode and in the precision of training. With several
+    processes each takes its share of the batches; all have to call this.
+
+    Args:
+        trainer: whose student is asked.
+        dataset: examples as for ``evaluate``; labels are not looked at.
+
+    Returns:
+        ``[n, d]`` in the order of ``dataset``, on CPU and on every process, float32 or wider.
+
+    Raises:
+        ValueError: if there is no output head that is one layer, or it is not given one vector per example.
+    """
+    if not trainer.distiller.head_layers:
+        raise ValueError("the output head was not found: name it with head_name")
+    features = []
+    for inputs in trainer.get_test_dataloader(dataset):
+        inputs = trainer._prepare_inputs(inputs)
+        dropped = {*trainer.label_names, *trainer.distiller.teacher_columns}
+        inputs = {name: value for name, value in inputs.items() if name not in dropped}
+        with trainer.accelerator.autocast():
+            batch = head_features(trainer.model, trainer.head.module, inputs)
+        if batch.dim() != 2:
+            raise ValueError(
+                f"the head of {type(trainer.model).__name__} is given features of shape {tuple(batch.shape)}: "
+                "extract_features takes models with one vector per example, [n, d]"
+            )
+        features.append(trainer.accelerator.gather_for_metrics(batch).cpu())
+    return torch.cat(features).to(torch.promote_types(features[0].dtype, torch.float32))

@@ -1,0 +1,318 @@
+"""DISTrainerMixin: the hooks by which a ``transformers.Trainer``, or any subclass of it, trains with a Distiller."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from hf_dis.arguments import DISArguments
+from hf_dis.build import build_distiller
+from hf_dis.cache.attach import check_data, open_cache
+from hf_dis.cache.reader import TeacherCache
+from hf_dis.distiller import Distiller, Step
+from hf_dis.distributed.processes import kept_from_ddp
+from hf_dis.distributed.sums import average_rows, sum_over_processes
+from hf_dis.head.optimizer import RowSparseAdamW
+from hf_dis.head.row_gradients import clip_grad_norm_
+from hf_dis.head.switch import SampledHead
+from hf_dis.loss.exact import Losses
+from hf_dis.models.columns import forward_columns
+from hf_dis.report.diagnostics import RunningMeans
+from hf_dis.teacher.loading import load_teacher, load_tokenizer
+from hf_dis.trainer.checks import check_optimizer, check_process_count, check_trainer_arguments
+from hf_dis.trainer.evaluation import Evaluation, NoItemsCheck
+from hf_dis.trainer.features import extract_features
+from hf_dis.trainer.optimizer import give_head_rate
+from hf_dis.trainer.saving import SavingHooks
+
+logger = logging.get_logger(__name__)
+
+# The sample is looked at every so many steps, and once between two logs at least: it changes slowly.
+QUALITY_STEPS = 10
+
+
+class DISTrainerMixin(SavingHooks):
+    """Trains any ``transformers.Trainer`` with a :class:`hf_dis.Distiller`; put it before the host's class.
+
+    Everything that the host does stays as it is; only the loss changes. Evaluation computes all classes and reports
+    ``eval_loss``, ``eval_kd_loss``, ``eval_ce_loss``, and ``eval_kl``, the KL divergence of the student from the
+    teacher at temperature 1.
+
+    Args:
+        model: the student, or None with ``model_init``.
+        teacher_model: a module that returns ``.logits``, or the name or path of a transformers checkpoint. It is put
+            on the training device, frozen, and never saved.
+        args: the configuration, an instance of :attr:`config_class`.
+        teacher_processing_class: the teacher's tokenizer, where the vocabularies have different widths; it is compared
+            with ``processing_class``. Looked for beside the checkpoint if the teacher is given by name.
+        teacher_cache: targets that :func:`hf_dis.cache_teacher_targets` stored of the training data, or their folder,
+            to train on in place of the teacher. A teacher that is given too only evaluates. See docs/cache.md.
+        eval_teacher_cache: the same of the evaluation data, where there is no teacher.
+        **kwargs: as for the host.
+
+    Attributes:
+        distiller: the engine; made anew where ``model_init`` makes a student, or the settings of the method change.
+
+    Raises:
+        ValueError, TypeError: if student, teacher or an argument cannot be used; names value, expectation and remedy.
+    """
+
+    # compute_loss divides by the items of the whole accumulation window itself.
+    loss_is_scaled_for_ga = True
+    config_class: type[TrainingArguments]
+    _tag_names = ("hf_dis", "knowledge-distillation", "dynamic-importance-sampling")
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        args: Any = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_cache: TeacherCache | str | Path | None = None,
+        eval_teacher_cache: TeacherCache | str | Path | None = None,
+        **kwargs: Any,
+    ):
+        args = self.config_class(output_dir="tmp_trainer") if args is None else args
+        if not isinstance(args, self.config_class):
+            name, found = type(self).__name__, type(args).__name__
+            raise TypeError(f"args is a {found}: {name} needs a {self.config_class.__name__}")
+        check_trainer_arguments(args, teacher_model, teacher_cache, kwargs)
+        super().__init__(model=model, args=args, **kwargs)
+        check_process_count(self)
+        self._teacher = self._open_teacher(teacher_model, teacher_processing_class)
+        self.teacher_cache, self.eval_teacher_cache = map(open_cache, (teacher_cache, eval_teacher_cache))
+        # A forward that takes no labels leaves this empty, and Trainer would drop the column silently.
+        self.label_names = self.label_names or ["labels"]
+        self.distiller = self._make_distiller()
+        check_optimizer(self, kwargs)
+        self.add_callback(NoItemsCheck(self))
+        self._means, self._evaluation = RunningMeans(), Evaluation(holds_logits=True)
+        self._quality_step, self._in_training_step = 0, False
+        self.num_items_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
+        if isinstance(self.model, PreTrainedModel):
+            self.model.add_model_tags(list(self._tag_names))
+
+    # The step
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The distillation loss of a batch: on sampled classes in training, on all classes in evaluation."""
+        step = self._begin(inputs)  # the teacher answers, classes are sampled, the head is switched
+        try:
+            outputs = model(**step.inputs)  # the student computes the sampled logits only
+            losses, terms = step.loss(outputs)  # per item, [N]; the sampler learns from the signal
+        finally:
+            if not self._in_training_step:
+                self.distiller.end()  # training_step does so after backward
+        self._record(step, losses, terms)
+        loss = self._normalise(losses, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the host's, and releases the head after backward."""
+        self._in_training_step = True
+        try:
+            loss = super().training_step(*args, **kwargs)
+            if self.distiller.row_sparse and self.accelerator.sync_gradients:
+                average_rows(self.head.parameters())
+            return loss
+        finally:
+            self._in_training_step = False
+            self.distiller.end()
+
+    def _begin(self, inputs: dict[str, Tensor]) -> Step:
+        if self.args.hard_label_weight and self.model.training and inputs.get("labels") is None:
+            logger.warning_once(
+                f"the batches have no labels, so hard_label_weight={self.args.hard_label_weight} has no effect: where "
+                "the data has some, name their column 'labels' and make them class ids (a collator drops strings)"
+            )
+        warmup = self.args.get_exact_warmup_steps(self.state.max_steps)
+        return self.distiller.begin(
+            inputs,
+            warming_up=self.state.global_step < warmup,
+            holds_logits=self._evaluation.holds_logits,
+            check_values=self._checks_values(),
+        )
+
+    def _checks_values(self) -> bool:
+        """Always on a processor; elsewhere, where a look waits for the device, at steps whose logs are due."""
+        if self.args.device.type == "cpu":
+            return True
+        return self.state.global_step % max(1, int(self.state.logging_steps or 1)) == 0
+
+    def _normalise(self, losses: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Σ loss / items of the window, times the processes that the gradient is averaged over."""
+        if num_items_in_batch is None or not self.model.training:
+            return losses.sum() / max(1, len(losses))
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return losses.sum() / torch.as_tensor(num_items_in_batch).clamp_min(1) * processes
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None
+        num_items = torch.tensor(sum(map(self.distiller.count, batch_samples)), device=device)
+        if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+            num_items = self.accelerator.gather(num_items).sum()
+        self.num_items_seen += num_items
+        return num_items
+
+    # The engine
+
+    @property
+    def head(self) -> SampledHead:
+        """The student's output head."""
+        return self.distiller.head
+
+    def _open_teacher(
+        self, teacher: nn.Module | str | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> tuple[nn.Module | None, PreTrainedTokenizerBase | None]:
+        if isinstance(teacher, str):
+            return load_teacher(teacher), tokenizer or load_tokenizer(teacher)
+        return teacher, tokenizer
+
+    def _make_distiller(self) -> Distiller:
+        tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
+        return build_distiller(
+            self.model,
+            self._teacher[0],
+            self.args,
+            tokenizer=tokenizer,
+            teacher_tokenizer=self._teacher[1],
+            teacher_cache=self.teacher_cache,
+            eval_teacher_cache=self.eval_teacher_cache,
+            device=self.args.device,
+            seed=self.args.seed,
+            context=self.accelerator.autocast,
+            precision={"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision),
+            label_names=self.label_names,
+            is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )
+
+    def _refresh_distiller(self) -> None:
+        """Makes the engine anew for a new student or changed settings, so that trials share nothing."""
+        changed = self.distiller.arguments != DISArguments.copied(self.args)
+        if changed or self.distiller.student is not self.model:
+            self.distiller = self._make_distiller()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._teacher[0] is not None:
+            extra = forward_columns(self._teacher[0]).difference(self._signature_columns)
+            self._signature_columns = [*self._signature_columns, *sorted(extra)]
+
+    def _get_dataloader(self, dataset: Dataset, description: str, *args: Any, **kwargs: Any) -> DataLoader:
+        cache = {"Training": self.teacher_cache, "Evaluation": self.eval_teacher_cache}.get(description)
+        if cache is None:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        collator = self.data_collator
+        self.data_collator = cache.collator(collator)
+        try:
+            loader = super()._get_dataloader(dataset, description, *args, **kwargs)
+        finally:
+            self.data_collator = collator
+        check_data(loader, self.args.seed)
+        return loader
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the host's; with ``head_learning_rate`` the head's parameters form groups of their own."""
+        mine = self.optimizer is None
+        if self.distiller.row_sparse and self.optimizer_cls_and_kwargs is None:
+            self.optimizer_cls_and_kwargs = RowSparseAdamW, self.get_optimizer_cls_and_kwargs(self.args)[1]
+        optimizer = super().create_optimizer(model)
+        if mine and self.args.head_learning_rate is not None:
+            give_head_rate(optimizer, self.head.parameters(), self.args.head_learning_rate)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        if not self.distiller.row_sparse:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._refresh_distiller()
+        names = self.distiller.head_layers if self.distiller.row_sparse else ()
+        with kept_from_ddp(self.model, names) if names else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
+    # Logs
+
+    def _record(self, step: Step, losses: Tensor, terms: Losses) -> None:
+        if not self.model.training:
+            self._evaluation.add(step.items, losses, terms)
+            return
+        number, values = self.state.global_step, dict(terms)
+        if number % QUALITY_STEPS == 0 or number == self._quality_step or "dis/ess" not in self._means:
+            self._quality_step = number  # all batches of the step, where gradients are accumulated
+            values |= {f"dis/{name}": value for name, value in step.quality().items()}
+        if self.args.probe_steps and number % self.args.probe_steps == 0:
+            values |= {f"probe/{name}": value for name, value in step.probe().items()}
+        self._means.add(values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log: kd_loss, ce_loss, dis/*, probe/*, and the proposal's weights."""
+        if "loss" in logs and self.model.training:
+            logs = {**logs, **self._means.pop(sum_over_processes)}
+            if self.distiller.mode == "sampled":
+                logs |= self.distiller.sampler.proposal.scalars()
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        """One evaluation batch on all classes, through :meth:`compute_loss`, an override of it included."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.get("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        self._evaluation.close_batch(loss, self.accelerator.gather_for_metrics)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        ignored = ["loss", *(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", []))]
+        kept = tuple(value.detach() for name, value in outputs.items() if name not in ignored)
+        return loss.detach(), kept[0] if len(kept) == 1 else kept, labels
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the host's, with the means of the losses over items among the metrics."""
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
+        if not self.is_in_train:
+            self._refresh_distiller()
+        self._evaluation = Evaluation(holds_logits=not prediction_loss_only)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            means = self._evaluation.means()
+        finally:
+            self._evaluation = Evaluation(holds_logits=True)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def extract_features(self, dataset: Any) -> Tensor:
+        """The features that the student's head is given; see :func:`hf_dis.trainer.features.extract_features`."""
+        return extract_features(self, dataset)

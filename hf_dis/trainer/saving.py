@@ -1,0 +1,121 @@
+"""The hooks of a distilling trainer that save: checkpoints, the model card, the Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from hf_dis.distiller import Distiller
+from hf_dis.trainer import checkpoints, publishing
+from hf_dis.trainer.card import model_card
+
+
+class SavingHooks:
+    """What :class:`hf_dis.trainer.mixin.DISTrainerMixin` saves, restores and publishes besides what its host does."""
+
+    distiller: Distiller
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the host's; ``resume_from_checkpoint=True`` takes the newest *whole* checkpoint of ``output_dir``.
+
+        Raises:
+            ValueError: if the checkpoint that is named, or every checkpoint there is, is torn; names the file.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoints.find_whole(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            checkpoints.mark_unfinished(os.path.join(self._get_output_dir(trial), folder))
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        checkpoints.save_sampler(self.distiller.sampler, output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that a process saves of its own; ``trainer_state.json`` and the removal of older checkpoints
+        come after it, so here the processes wait for each other."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.write_manifest(output_dir, checkpoints.describe_run(self))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the host's, which would add a step to a run that had ended and is resumed."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        resumed = checkpoints.compare_runs(self, checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        resumed(self.distiller.sampler)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if checkpoints.saves_plain_weights(self, model):
+            checkpoints.load_as_from_pretrained(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if checkpoints.saves_plain_weights(self, self.model):
+            checkpoints.load_as_from_pretrained(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    # Publishing
+
+    def create_model_card(self, **summary: Any) -> None:
+        """Writes the model card to ``README.md`` in ``output_dir``; see :func:`hf_dis.trainer.card.model_card`.
+
+        Args:
+            **summary: as for ``Trainer``, by name: ``language``, ``license``, ``tags``, ``model_name``,
+                ``finetuned_from``, ``tasks``, ``dataset_tags``, ``dataset``, ``dataset_args``.
+        """
+        if self.is_world_process_zero():
+            model_card(self, **summary).save(Path(self.args.output_dir) / "README.md")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's, but the student is saved before anything that needs the network.
+
+        Raises:
+            RuntimeError: if it could not be published; names the cause, the remedy and the student's folder.
+        """
+        self.save_model(_internal_call=True)
+        with publishing.explained(
+            f"The trained student is saved in {self.args.output_dir}; then call push_to_hub() again."
+        ):
+            publishing.check_upload(Path(self.args.output_dir))
+            return super().push_to_hub(*args, **kwargs)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As the host's, which calls it when it is made with ``push_to_hub=True``.
+
+        Raises:
+            RuntimeError: if there is no repository to publish to; names the cause and the remedy.
+        """
+        if not self.args.push_to_hub:  # called by push_to_hub, which explains
+            super().init_hf_repo(*args, **kwargs)
+            return
+        with publishing.explained("Training has not started; push_to_hub=False trains without publishing."):
+            publishing.check_upload(Path(self.args.output_dir))
+            super().init_hf_repo(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        """Waits as the host does; a checkpoint's upload that failed in the background is reported."""
+        super()._finish_current_push()
+        if self.hub_model_id is not None and self.push_in_progress is not None:
+            publishing.report_failures(self.push_in_progress.jobs, self.args.output_dir)

@@ -1,0 +1,103 @@
+"""The teacher's ranked answers, chunk by chunk, and what is wrong with a teacher's answers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import images, resnet
+from torch import nn
+
+from hf_dis.items import Items
+from hf_dis.teacher.online import OnlineTeacher
+from hf_dis.teacher.targets import TeacherTargets
+
+
+class Echo(nn.Module):
+    """A teacher whose logits are its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.dropout = nn.Dropout(0.5)
+        self.chunks = []
+
+    def forward(self, logits, **others):
+        self.chunks.append(len(logits))
+        return SimpleNamespace(logits=self.dropout(logits * self.scale))
+
+
+@pytest.mark.parametrize("chunk_items", [1, 3, 10, 99])
+def test_chunks_join_to_the_targets_of_the_whole_batch(chunk_items):
+    logits, model = torch.randn(10, 12), Echo()
+    teacher = OnlineTeacher(model, 12, 2.0, 5, chunk_items=chunk_items)
+    chunks = list(teacher({"logits": logits}, Items(len(logits))))
+    whole = TeacherTargets(logits, 2.0, 5)
+    assert max(model.chunks) <= chunk_items and sum(model.chunks) == 10
+    assert torch.equal(torch.cat([chunk.ids for chunk in chunks]), whole.ids)
+    torch.testing.assert_close(torch.cat([chunk.log_probs for chunk in chunks]), whole.log_probs)
+
+
+def test_a_chunk_is_asked_for_only_when_it_is_needed():
+    model = Echo()
+    answers = OnlineTeacher(model, 12, 2.0, 5, chunk_items=2)({"logits": torch.randn(10, 12)}, Items(10))
+    next(answers)
+    assert model.chunks == [2]
+
+
+def test_chunks_fit_the_budget_of_elements(monkeypatch):
+    monkeypatch.setattr("hf_dis.teacher.stream.CHUNK_ELEMENTS", 100)
+    assert OnlineTeacher(Echo(), 12, 2.0, 5).stream.chunk_items == 8
+    assert OnlineTeacher(Echo(), 1_000, 2.0, 5).stream.chunk_items == 1
+
+
+def test_the_teacher_is_in_evaluation_mode_and_frozen():
+    model = resnet(9).train()
+    teacher = OnlineTeacher(model, 9, 2.0, 5)
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logits = next(teacher.logits({"pixel_values": images(4, 32)}, Items(4)))
+    assert not logits.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_finite_logits_whose_sum_is_not_are_taken():
+    logits = torch.full((3, 12), 3e38)
+    assert torch.equal(next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Items(len(logits)))), logits)
+
+
+def test_infinities_that_cancel_are_found():
+    logits = torch.zeros(3, 12)
+    logits[1, 2], logits[1, 3] = torch.inf, -torch.inf
+    with pytest.raises(FloatingPointError, match=r"items \[1\]"):
+        next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Items(len(logits))))
+
+
+def test_masked_classes_are_taken_and_a_row_without_any_class_is_not():
+    logits = torch.randn(3, 12)
+    logits[:, 4:] = -torch.inf
+    assert torch.equal(next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Items(3))), logits)
+    logits[2] = -torch.inf
+    with pytest.raises(FloatingPointError, match=r"items \[2\] of the batch, or are -inf for all classes"):
+        next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Items(3)))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_with_nan_or_inf_are_named(bad):
+    """Items 6 and 9 of a batch in chunks of 4: they are in the second and the third."""
+    logits = torch.randn(10, 12)
+    logits[6, 3] = logits[9, 0] = bad
+    teacher = OnlineTeacher(Echo(), 12, 2.0, 5, chunk_items=4)
+    answers = teacher({"logits": logits}, Items(10))
+    next(answers)
+    with pytest.raises(FloatingPointError, match=r"NaN or Inf in items \[6\] of the batch.*bfloat16"):
+        next(answers)
+    whole = OnlineTeacher(Echo(), 12, 2.0, 5)
+    with pytest.raises(FloatingPointError, match=r"items \[6, 9\]"):
+        list(whole({"logits": logits}, Items(10)))
+    assert len(list(teacher({"logits": logits}, Items(10), check_finite=False))) == 3
+
+
+def test_another_number_of_classes_is_refused():
+    with pytest.raises(ValueError, match=r"answers for 12 classes, the student for 13.*teacher trained on"):
+        list(OnlineTeacher(Echo(), 13, 2.0, 5)({"logits": torch.randn(4, 12)}, Items(4)))

@@ -1,0 +1,66 @@
+"""Which items of a batch are distilled."""
+
+import pytest
+import torch
+
+from hf_dis.items import Items, token_items
+
+LABELS = torch.tensor([[5, -100, 7, 8], [-100, 2, 3, -100]])
+SHAPE = LABELS.shape
+
+
+def test_supervised_tokens_have_a_label():
+    items = token_items(LABELS, None, SHAPE, shifts_labels=False)
+    assert len(items) == 5 and items.num_examples == 2 and items.length == 4
+    assert items.positions.tolist() == [0, 2, 3, 5, 6]
+    assert items.labels.tolist() == [5, 7, 8, 2, 3]
+
+
+def test_a_causal_model_answers_for_the_next_token():
+    items = token_items(LABELS, None, SHAPE, shifts_labels=True)
+    assert items.positions.tolist() == [1, 2, 4, 5]
+    assert items.labels.tolist() == [7, 8, 2, 3]
+
+
+@pytest.mark.parametrize("shifts_labels", [False, True])
+def test_without_labels_every_token_but_padding_is_a_row(shifts_labels):
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    items = token_items(None, mask, SHAPE, shifts_labels)
+    assert items.labels is None and items.positions.tolist() == [0, 1, 2, 5, 6, 7]
+    assert len(token_items(None, None, SHAPE, shifts_labels)) == 8
+
+
+def test_no_supervised_token():
+    items = token_items(torch.full(SHAPE, -100), None, SHAPE, shifts_labels=True)
+    assert len(items) == 0 and len(items.labels) == 0 and items.of(torch.randn(2, 4, 3)).shape == (0, 3)
+    assert items.sums_by_example(torch.empty(0)).tolist() == [0, 0]
+
+
+def test_values_of_rows():
+    values = torch.arange(8).view(2, 4, 1)
+    assert token_items(LABELS, None, SHAPE, False).of(values)[:, 0].tolist() == [0, 2, 3, 5, 6]
+    assert torch.equal(Items(2).of(values), values) and len(Items(2)) == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3), (2, 3, 3), (8, 3)], ids=["more", "fewer", "flat"])
+def test_values_of_other_tokens_are_refused(shape):
+    items = token_items(LABELS, None, SHAPE, shifts_labels=False)
+    with pytest.raises(ValueError, match=rf"answers for \({shape[0]}, {shape[1]}\) tokens of \(2, 4\).*LoRA"):
+        items.of(torch.zeros(shape))
+
+
+def test_sums_by_example():
+    items = token_items(LABELS, None, SHAPE, shifts_labels=False)
+    assert items.sums_by_example(torch.tensor([1.0, 2, 3, 10, 20])).tolist() == [6, 30]
+    assert Items(2).sums_by_example(torch.tensor([1.0, 2])).tolist() == [1, 2]
+
+
+def test_labels_of_another_shape():
+    with pytest.raises(ValueError, match=r"labels have shape \(2,\) for tokens of shape \(2, 4\).*-100"):
+        token_items(torch.tensor([1, 2]), None, SHAPE, shifts_labels=False)
+
+
+def test_sequences_of_length_one():
+    with pytest.raises(ValueError, match=r"length 1.*two tokens or more"):
+        token_items(LABELS[:, :1], None, LABELS[:, :1].shape, shifts_labels=True)
+    assert len(token_items(LABELS[:, :1], None, LABELS[:, :1].shape, shifts_labels=False)) == 1
