@@ -6,10 +6,11 @@ DEEPSPEED := .deepspeed
 CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# What the lowest supported versions are tried with: the trainer, the maths, data and metrics.
+# Tests that run with the lowest supported versions: trainer, maths, caches, data and metrics.
 OLDEST_TESTS := tests/trainer/test_trainer.py tests/trainer/test_text.py tests/trainer/test_checkpoints.py \
-	tests/trainer/test_evaluation.py tests/trainer/test_resume.py tests/loss/test_divergence.py tests/sampling/test_sampler.py tests/loss/test_extremes.py \
-	tests/data tests/metrics tests/distributed/test_ddp.py
+	tests/trainer/test_evaluation.py tests/trainer/test_resume.py tests/loss/test_divergence.py \
+	tests/loss/test_extremes.py tests/sampling/test_sampler.py tests/cache tests/data tests/metrics \
+	tests/distributed/test_ddp.py
 
 .PHONY: demo test test-slow test-oldest test-deepspeed test-all lint clean
 
@@ -39,6 +40,7 @@ test-all: test test-slow test-oldest test-deepspeed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hf_dis needs Python 3.10 or newer, found " + sys.version)'

@@ -1,4 +1,4 @@
-"""What a teacher's answers lose when few bytes are kept of them: four designs at equal bytes, on two tasks.
+"""The loss in quality where few bytes are kept of a teacher's answers: four designs at equal bytes, on two tasks.
 
     python benchmarks/cache_quality.py --teacher runs/glyphs/teacher --json cache_quality.json
 
@@ -7,221 +7,125 @@ topk              the top k with their log-probabilities, made to sum to one
 topk_tail_bucket  the same, and one more class that stands for all others, for teacher and student
 hf_dis            the top m with their log-probabilities, and T systematic samples from the others
 
-Glyphs: 3,375 characters, images as they are, temperature 2. Text: the task of examples/run_clm.py, 32,000 tokens,
-temperature 1. The student computes every logit, so that only the targets differ. A student is distilled exactly; at
-some of its steps the gradient of all its parameters, for one batch, is compared with the exact one: angle in degrees,
-error ‖ĝ - g‖² / ‖g‖², means over samples and steps, and bias2, the part of error that no number of samples averages away.
-Then a student is trained from a cache of each design. A row of rs_kd is counted as an id and a count of 7 bits for
-each distinct class, or as an id for each sample, whichever is less; 8 bytes a row are common to all (12 an example for
-key and place in the file are not counted).
+Glyphs: 3,375 characters, images without augmentation, temperature 2. Text: the task of examples/run_clm.py, 32,000
+tokens, temperature 1. The student computes every logit, so that only the targets differ.
+
+A student is distilled exactly. At some of its steps the gradient of all its parameters, for one batch, is compared
+with the exact one. angle is in degrees, and error is ‖ĝ - g‖² / ‖g‖²; both are means over samples and steps. bias² is
+the part of error that no number of samples averages away. Then a student is trained from a cache of each design.
+
+An item of rs_kd is counted as an id and a count of 7 bits for each distinct class, or as an id for each sample,
+whichever is less. 8 bytes per item are common to all designs. The 12 bytes per example for its key and its place in
+the file are not counted.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import cache_tasks
 import torch
+from cache_tasks import LAYOUTS, Task
+from common import header, parser, row, write
 from torch import Tensor, nn
-from transformers import PreTrainedModel, default_data_collator, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-from hf_dis import DISConfig, DISDistillationTrainer, cache_teacher_targets
-from hf_dis.loss.divergence import exact_distillation_loss, sparse_distillation_loss
+from hf_dis import DISDistillationTrainer, cache_teacher_targets
+from hf_dis.loss.exact import exact_loss
 from hf_dis.models.tasks import find_task, split_labels
 from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.compact import CompactTargets, TargetLayout, compact_targets
 
-DESIGNS = ("rs_kd", "topk", "topk_tail_bucket", "hf_dis")
-COUNT_BITS, DRAWS, BLOCK_TOKENS = 7, 8, 128
-# Ranked classes and tail samples of hf_dis, the defaults of cache_teacher_targets, which set the bytes of every design.
-LAYOUTS = {"glyphs": (32, 120), "text": (2, 23)}
+COUNT_BITS, NUM_SAMPLES = 7, 8
 
 
-@dataclass
-class Task:
-    """A teacher, its data, and how students are trained."""
+class Design(NamedTuple):
+    """The stored part of a teacher's answer.
 
-    name: str
-    teacher: PreTrainedModel
-    student: Callable[[], PreTrainedModel]
-    train_dataset: Any
-    eval_dataset: Any
-    collator: Callable
-    temperature: float
-    depth: int
-    sample_size: int
-    settings: dict[str, Any]
-    snapshots: tuple[int, ...]
-    metrics: dict[str, Any]
+    Attributes:
+        layout: in bytes.
+        sampling: of the stored sample, ``"systematic"`` or ``"independent"``.
+        item_bytes: mean bytes per item.
+        has_bucket: one more class stands for all that are not stored.
+    """
 
+    layout: TargetLayout
+    sampling: str
+    item_bytes: float
+    has_bucket: bool = False
 
-def glyph_task(teacher: str | None, epochs: float) -> Task:
-    from glyph_task import NORMALISE, GlyphImages, build_student, build_teacher, train_teacher, whole_batch
-    from glyph_task import load_task as load_augmented
-    from transformers import ResNetForImageClassification
+    def targets(self, logits: Tensor, temperature: float, seed: int) -> CompactTargets:
+        """The stored answer for the teacher's logits ``[N, C]``, in full precision."""
+        generator = torch.Generator().manual_seed(seed)
+        layout = self.layout
+        return compact_targets(logits, temperature, layout.depth, layout.sample_size, generator, self.sampling)
 
-    from hf_dis.data import load_glyphs
-    from hf_dis.metrics import TopKAccuracy
-
-    glyphs = load_glyphs()
-    num_classes = glyphs["train"].features["label"].num_classes
-    if teacher:
-        model = ResNetForImageClassification.from_pretrained(teacher)
-    else:
-        model = build_teacher(num_classes)
-        train_teacher(model, load_augmented()[0], 8, "runs/cache_quality/teacher")
-    settings = {
-        "num_train_epochs": epochs,
-        "per_device_train_batch_size": 256,
-        "per_device_eval_batch_size": 512,
-        "learning_rate": 4e-3,
-        "head_learning_rate": 8e-2,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.2,
-        "weight_decay": 0.02,
-        "remove_unused_columns": False,
-    }
-    metrics = {
-        "compute_metrics": lambda predicted: TopKAccuracy().compute(
-            predictions=predicted.predictions, references=predicted.label_ids
-        ),
-        "preprocess_logits_for_metrics": lambda logits, labels: logits.topk(5).indices,
-    }
-    return Task(
-        "glyphs",
-        model.to(memory_format=torch.channels_last),
-        lambda: build_student(num_classes),
-        GlyphImages(glyphs["train"], NORMALISE),
-        GlyphImages(glyphs["test"], NORMALISE),
-        whole_batch,
-        temperature=2.0,
-        depth=LAYOUTS["glyphs"][0],
-        sample_size=LAYOUTS["glyphs"][1],
-        settings=settings,
-        snapshots=(0, 100, 400),
-        metrics=metrics,
-    )
+    def loss(self, logits: Tensor, targets: CompactTargets, temperature: float) -> Tensor:
+        """The student's loss ``[N]`` on the stored answer."""
+        if self.has_bucket:
+            return bucket_loss(logits, targets, temperature)
+        num_classes = self.layout.num_classes
+        return exact_loss(logits, num_classes, [CachedTargets(targets, num_classes)], None, temperature, 0.0)[0]
 
 
-def text_task(teacher: str | None, steps: int) -> Task:
-    from clm_task import build_student, load_texts, tokenized, train_teacher, train_tokenizer
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    texts = load_texts()
-    if teacher:
-        tokenizer, model = AutoTokenizer.from_pretrained(teacher), AutoModelForCausalLM.from_pretrained(teacher)
-    else:
-        tokenizer = train_tokenizer(texts["train"], 32_000)
-    blocks = tokenized(texts, tokenizer, BLOCK_TOKENS)
-    if not teacher:
-        args = DISConfig(output_dir="runs/cache_quality", disable_tqdm=True, report_to="none")
-        model = train_teacher(blocks["train"], tokenizer, 400, args)
-    settings = {
-        "max_steps": max(1, steps),
-        "per_device_train_batch_size": 8,
-        "learning_rate": 2e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-    }
-    # As many blocks as the student is going to see, and no more.
-    used = blocks["train"].shuffle(seed=0).select(range(8 * max(16, steps)))
-    return Task(
-        "text",
-        model,
-        lambda: build_student(len(tokenizer)),
-        used,
-        blocks["validation"].select(range(min(256, len(blocks["validation"])))),
-        default_data_collator,
-        temperature=1.0,
-        depth=LAYOUTS["text"][0],
-        sample_size=LAYOUTS["text"][1],
-        settings=settings,
-        snapshots=(0, 40),
-        metrics={},
-    )
-
-
-def layouts(task: Task, logits: Tensor) -> dict[str, tuple[TargetLayout, str, float]]:
-    """Layout, kind of tail, and mean bytes of a row of each design, as near below the budget as it gets."""
-    num_classes = logits.shape[1]
-    ours = TargetLayout(num_classes, task.depth, task.sample_size)
-    top = (ours.item_bytes - 8) * 8 // (ours.id_bits + 16)
-    samples, spent = ours.sample_size, 0.0
-    while True:
-        compact = compact_targets(logits, task.temperature, 0, samples, torch.Generator().manual_seed(0), "sampled")
-        distinct = float(CachedTargets(compact, num_classes).used.sum(1).float().mean())
-        needed = 8 + min(samples * ours.id_bits, distinct * (ours.id_bits + COUNT_BITS)) / 8
-        if needed > ours.item_bytes:
-            break
-        samples, spent = samples + max(1, samples // 50), needed
-    topk = TargetLayout(num_classes, top, 0), "systematic", TargetLayout(num_classes, top, 0).item_bytes
-    return {
-        "rs_kd": (TargetLayout(num_classes, 0, samples), "sampled", spent),
-        "topk": topk,
-        "topk_tail_bucket": topk,
-        "hf_dis": (ours, "systematic", ours.item_bytes),
-    }
-
-
-def bucket_loss(logits: Tensor, compact: CompactTargets, temperature: float) -> Tensor:
-    """τ² KL over the top k and one class for all others."""
+def bucket_loss(logits: Tensor, targets: CompactTargets, temperature: float) -> Tensor:
+    """τ² KL over the top k and one class for all others, ``[N]``."""
     scaled = logits.float() / temperature
     log_probs = scaled.log_softmax(1)
-    student_tail = scaled.scatter(1, compact.ids, -torch.inf).logsumexp(1) - scaled.logsumexp(1)
-    top = compact.log_probs.exp() * (compact.log_probs - log_probs.gather(1, compact.ids))
-    tail = compact.log_tail_mass.exp() * (compact.log_tail_mass.clamp_min(-1e4) - student_tail)
+    student_tail = scaled.scatter(1, targets.ids, -torch.inf).logsumexp(1) - scaled.logsumexp(1)
+    top = targets.log_probs.exp() * (targets.log_probs - log_probs.gather(1, targets.ids))
+    tail = targets.log_tail_mass.exp() * (targets.log_tail_mass.clamp_min(-1e4) - student_tail)
     return temperature**2 * (top.sum(1) + tail)
 
 
-def stored_loss(design: str, logits: Tensor, compact: CompactTargets, temperature: float) -> Tensor:
-    if design == "topk_tail_bucket":
-        return bucket_loss(logits, compact, temperature)
-    targets = CachedTargets(compact, logits.shape[1])
-    return sparse_distillation_loss(logits, targets.ids, targets.log_probs, targets.target, temperature)
+class BucketTrainer(DISDistillationTrainer):
+    """Trains on a cache with one more class for all that are not stored."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        step = self.distiller.begin(inputs)
+        outputs = model(**step.inputs)
+        (targets,) = self.distiller.teacher.all_classes(step.inputs, step.items)
+        return bucket_loss(outputs.logits, targets.compact, self.args.temperature).sum() / num_items_in_batch
 
 
-class StoredTrainer(DISDistillationTrainer):
-    """Trains on stored targets with every logit of the student, and can tell a bucket from a class."""
+def designs(task: Task, logits: Tensor) -> dict[str, Design]:
+    """The designs at nearly equal bytes, for the teacher's logits ``[N, C]``."""
+    ours = TargetLayout(logits.shape[1], *LAYOUTS[task.name])
+    top = TargetLayout(ours.num_classes, (ours.item_bytes - 8) * 8 // (ours.id_bits + 16), 0)
+    return {
+        "rs_kd": rs_kd(logits, task.temperature, ours),
+        "topk": Design(top, "systematic", top.item_bytes),
+        "topk_tail_bucket": Design(top, "systematic", top.item_bytes, has_bucket=True),
+        "hf_dis": Design(ours, "systematic", ours.item_bytes),
+    }
 
-    design = "hf_dis"
 
-    def _stored_loss(self, logits, compact):
-        return stored_loss(self.design, logits, compact, self.args.temperature)
-
-
-def arguments_of(task: Task, folder: str, **changes: Any) -> DISConfig:
-    return DISConfig(
-        output_dir=folder,
-        temperature=task.temperature,
-        hard_label_weight=0.0,
-        head_mode="exact",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_drop_last=True,
-        logging_steps=100,
-        **{**task.settings, **changes},
-    )
+def rs_kd(logits: Tensor, temperature: float, ours: TargetLayout) -> Design:
+    """As many independent samples as fit into the bytes of another layout, in the mean over items."""
+    design, samples = None, ours.sample_size
+    while True:
+        candidate = Design(TargetLayout(ours.num_classes, 0, samples), "independent", 0.0)
+        stored = CachedTargets(candidate.targets(logits, temperature, seed=0), ours.num_classes)
+        distinct = float(stored.used.sum(1).float().mean())
+        needed = 8 + min(samples * ours.id_bits, distinct * (ours.id_bits + COUNT_BITS)) / 8
+        if needed > ours.item_bytes:
+            return design
+        design, samples = candidate._replace(item_bytes=needed), samples + max(1, samples // 50)
 
 
 def students(task: Task, folder: str) -> list[PreTrainedModel]:
-    """A student as it is at each snapshot of exact distillation."""
+    """A student at each snapshot of exact distillation."""
     found = []
     for steps in task.snapshots:
         set_seed(0)
         student = task.student()
         if steps:
-            args = arguments_of(task, folder, max_steps=steps, lr_scheduler_type="constant_with_warmup")
+            args = task.arguments(folder, max_steps=steps, lr_scheduler_type="constant_with_warmup")
             DISDistillationTrainer(
                 student, task.teacher, args, train_dataset=task.train_dataset, data_collator=task.collator
             ).train()
@@ -230,12 +134,40 @@ def students(task: Task, folder: str) -> list[PreTrainedModel]:
 
 
 def gradient(student: nn.Module, loss: Tensor) -> Tensor:
+    """The gradient of all parameters, flat, float64."""
     parts = torch.autograd.grad(loss, list(student.parameters()), retain_graph=True, allow_unused=True)
     return torch.cat([part.flatten() for part in parts if part is not None]).double()
 
 
-def compare(task: Task, folder: str) -> dict[str, dict[str, float]]:
-    """Bytes, angle, error and bias of each design."""
+def gradient_errors(
+    student: nn.Module, logits: Tensor, teacher_logits: Tensor, exact: Tensor, design: Design, temperature: float
+) -> tuple[float, float, float]:
+    """Angle in degrees, squared error and bias of the gradient on stored targets, means over samples.
+
+    Args:
+        student: the model.
+        logits, teacher_logits: of one batch, ``[N, C]``.
+        exact: the exact gradient, flat.
+        design: of the stored targets.
+        temperature: τ.
+    """
+    repeats = NUM_SAMPLES if design.layout.sample_size else 1
+    size, mean, angle, squared = exact.square().sum(), torch.zeros_like(exact), 0.0, 0.0
+    for seed in range(repeats):
+        targets = design.layout.unpack(design.layout.pack(design.targets(teacher_logits, temperature, seed)))
+        estimate = gradient(student, design.loss(logits, targets, temperature).mean())
+        cosine = torch.nn.functional.cosine_similarity(estimate, exact, dim=0)
+        angle += math.degrees(math.acos(min(1.0, float(cosine)))) / repeats
+        squared += float((estimate - exact).square().sum() / size) / repeats
+        mean += estimate / repeats
+    bias2 = float((mean - exact).square().sum() / size)
+    if repeats > 1:  # the mean over finitely many samples still has some of the variance, which is no bias
+        bias2 -= (squared - bias2) / (repeats - 1)
+    return angle, squared, bias2
+
+
+def compare(task: Task, folder: str) -> dict[str, tuple[Design, dict[str, float]]]:
+    """Every design with its record: bytes, angle, error and bias."""
     loader = torch.utils.data.DataLoader(
         task.train_dataset,
         batch_size=task.settings["per_device_train_batch_size"],
@@ -243,127 +175,98 @@ def compare(task: Task, folder: str) -> dict[str, dict[str, float]]:
         generator=torch.Generator().manual_seed(0),
         collate_fn=task.collator,
     )
-    kind = find_task(task.teacher)
-    rows, inputs = split_labels(task.teacher, kind, next(iter(loader)))
+    items, inputs = split_labels(task.teacher, find_task(task.teacher), next(iter(loader)))
     with torch.no_grad():
-        teacher_logits = rows.of(task.teacher.eval()(**inputs).logits)
-    designs = layouts(task, teacher_logits)
-    found = {
-        design: {"bytes_per_row": spent, "angle_deg": 0.0, "error": 0.0} for design, (_, _, spent) in designs.items()
-    }
+        teacher_logits = items.of(task.teacher.eval()(**inputs).logits)
+    compared = designs(task, teacher_logits)
+    errors = {name: torch.zeros(3, dtype=torch.float64) for name in compared}
     for student in students(task, folder):
-        logits = rows.of(student(**inputs).logits)
-        exact = gradient(student, exact_distillation_loss(logits, teacher_logits, task.temperature).mean())
-        size = exact.square().sum()
-        for design, (layout, tail, _) in designs.items():
-            record, mean, squared = found[design], torch.zeros_like(exact), 0.0
-            repeats = DRAWS if layout.sample_size else 1
-            for seed in range(repeats):
-                compact = compact_targets(
-                    teacher_logits,
-                    task.temperature,
-                    layout.depth,
-                    layout.sample_size,
-                    torch.Generator().manual_seed(seed),
-                    tail,
-                )
-                compact = layout.unpack(layout.pack(compact))
-                estimate = gradient(student, stored_loss(design, logits, compact, task.temperature).mean())
-                cosine = torch.nn.functional.cosine_similarity(estimate, exact, dim=0)
-                record["angle_deg"] += math.degrees(math.acos(min(1.0, float(cosine)))) / repeats / len(task.snapshots)
-                squared += float((estimate - exact).square().sum() / size) / repeats
-                mean += estimate / repeats
-            bias2 = float((mean - exact).square().sum() / size)
-            if repeats > 1:  # what averaging over finitely many samples leaves of the variance is no bias
-                bias2 -= (squared - bias2) / (repeats - 1)
-            record["error"] += squared / len(task.snapshots)
-            record["bias2"] = record.get("bias2", 0.0) + bias2 / len(task.snapshots)
-    return {design: {**record, "layout": designs[design][:2]} for design, record in found.items()}
+        logits = items.of(student(**inputs).logits)
+        loss, _ = exact_loss(logits, logits.shape[1], [teacher_logits], None, task.temperature, 0.0)
+        exact = gradient(student, loss.mean())
+        for name, design in compared.items():
+            found = gradient_errors(student, logits, teacher_logits, exact, design, task.temperature)
+            errors[name] += torch.tensor(found, dtype=torch.float64) / len(task.snapshots)
+    names = ("angle_deg", "error", "bias2")
+    return {
+        name: (
+            design,
+            {"bytes_per_item": design.item_bytes, **dict(zip(names, errors[name].tolist(), strict=True))},
+        )
+        for name, design in compared.items()
+    }
 
 
-def train(task: Task, design: str, layout: TargetLayout, tail: str, folder: str, seed: int) -> dict[str, float]:
-    """What the student trained from a cache of this design reaches."""
+def train(task: Task, design: Design, folder: str, seed: int) -> float:
+    """Top-1, or perplexity of text, of the student that is trained from a cache of this design."""
+    layout = design.layout
     cache = cache_teacher_targets(
         task.teacher,
         task.train_dataset,
-        f"{folder}/{layout.depth}-{layout.sample_size}-{tail}",
+        f"{folder}/{layout.depth}-{layout.sample_size}-{design.sampling}",
         temperature=task.temperature,
         depth=layout.depth,
         sample_size=layout.sample_size,
-        tail=tail,
+        design=design.sampling,
         data_collator=task.collator,
         batch_size=task.settings["per_device_train_batch_size"],
         show_progress=False,
     )
     set_seed(0)
-    trainer = StoredTrainer(
+    trainer = (BucketTrainer if design.has_bucket else DISDistillationTrainer)(
         task.student(),
         task.teacher,
-        arguments_of(task, folder, seed=seed),
+        task.arguments(folder, seed=seed),
         teacher_cache=cache,
         train_dataset=task.train_dataset,
         eval_dataset=task.eval_dataset,
         data_collator=task.collator,
         **task.metrics,
     )
-    trainer.design = design
     set_seed(seed)
     trainer.train()
-    return trainer.evaluate()
+    metrics = trainer.evaluate()
+    return math.exp(metrics["eval_ce_loss"]) if task.name == "text" else metrics["eval_top1"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
-    parser.add_argument("--teacher", help="of the glyphs, saved by examples/run_glyphs.py; trained first if not given")
-    parser.add_argument("--text_teacher", help="of the text, with its tokenizer; trained first if not given")
-    parser.add_argument("--epochs", type=float, default=4.0, help="of a glyph student; 0: gradients only")
-    parser.add_argument("--steps", type=int, default=160, help="of a text student; 0: gradients only")
-    parser.add_argument("--seeds", type=int, default=1, help="students of each design")
-    parser.add_argument("--json", type=Path, help="where to write the records")
-    arguments = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--tasks", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
+    made.add_argument("--teacher", help="of the glyphs, saved by examples/run_glyphs.py; trained first if not given")
+    made.add_argument("--text_teacher", help="of the text, with its tokenizer; trained first if not given")
+    made.add_argument("--epochs", type=float, default=4.0, help="of a glyph student; 0: gradients only")
+    made.add_argument("--steps", type=int, default=160, help="of a text student; 0: gradients only")
+    made.add_argument("--seeds", type=int, default=1, help="students of each design")
+    arguments = made.parse_args()
     logging.set_verbosity_error()
     records = []
-    print("| task | design | m | T | bytes a row | angle | error | bias² | top-1 or perplexity |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print(header("task", "design", "m", "T", "bytes per item", "angle", "error", "bias²", "top-1 or perplexity"))
     for name in arguments.tasks:
         is_text = name == "text"
+        length = arguments.steps if is_text else arguments.epochs
         task = (
-            text_task(arguments.text_teacher, arguments.steps)
+            cache_tasks.text(arguments.text_teacher, length)
             if is_text
-            else glyph_task(arguments.teacher, arguments.epochs)
+            else cache_tasks.glyphs(arguments.teacher, length)
         )
-        trains = arguments.steps if is_text else arguments.epochs
         with tempfile.TemporaryDirectory() as folder:
-            for design, record in compare(task, folder).items():
-                layout, tail = record.pop("layout")
-                reached = []
-                for seed in range(arguments.seeds if trains else 0):
-                    metrics = train(task, design, layout, tail, folder, seed)
-                    reached.append(math.exp(metrics["eval_ce_loss"]) if is_text else metrics["eval_top1"])
-                record = {
-                    "task": name,
-                    "design": design,
-                    "depth": layout.depth,
-                    "sample_size": layout.sample_size,
-                    **record,
-                    "top1_or_ppl": sum(reached) / len(reached) if reached else None,
-                }
-                records.append(record)
-                quality = (
-                    ""
-                    if not reached
-                    else f"{record['top1_or_ppl']:.1f}"
-                    if is_text
-                    else f"{record['top1_or_ppl']:.1%}"
-                )
-                print(
-                    f"| {name} | {design} | {layout.depth} | {layout.sample_size} | {record['bytes_per_row']:.0f} "
-                    f"| {record['angle_deg']:.1f}° | {record['error']:.3f} | {record['bias2']:.4f} | {quality} |",
-                    flush=True,
-                )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+            for kind, (design, record) in compare(task, folder).items():
+                reached = [train(task, design, folder, seed) for seed in range(arguments.seeds if length else 0)]
+                quality = sum(reached) / len(reached) if reached else None
+                sizes = {"depth": design.layout.depth, "sample_size": design.layout.sample_size}
+                records.append({"task": name, "design": kind, **sizes, **record, "top1_or_ppl": quality})
+                print_record(records[-1])
+    write(records, arguments.json)
+
+
+def print_record(record: dict) -> None:
+    """Prints one line of the table."""
+    quality = record["top1_or_ppl"]
+    if quality is not None:
+        quality = f"{quality:.1f}" if record["task"] == "text" else f"{quality:.1%}"
+    errors = f"{record['angle_deg']:.1f}°", f"{record['error']:.3f}", f"{record['bias2']:.4f}"
+    setting = [record[key] for key in ("task", "design", "depth", "sample_size")]
+    print(row(*setting, f"{record['bytes_per_item']:.0f}", *errors, quality), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,21 @@
-"""What storing targets costs: a teacher's bare forward against the whole of cache_teacher_targets, images a second.
+"""The cost of storing targets: a teacher's bare forward against the whole of cache_teacher_targets, images per second.
 
     python benchmarks/cache_speed.py --json cache_speed.json
 
-Teachers with random weights, images in memory, batches of 64, rows of 300 bytes as by default; the bare forward is
-that of the same batches, output layer included, in turn with the caching, medians of the rounds. ratio is caching's
-share of the bare forward's images a second: reading, keys, ranking, sampling, packing and writing are the rest.
+Teachers with random weights, images in memory, batches of 64, the default of 300 bytes per item. The bare forward
+takes the same batches, output layer included, in turn with the caching; figures are medians of the rounds. ratio is
+the images per second of caching over those of the bare forward: reading, keys, ranking, sampling, packing and writing
+are the rest.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
+from common import header, machine, parser, row, write
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_dis import cache_teacher_targets
@@ -26,10 +24,12 @@ BATCH = 64
 
 
 def resnet(num_classes: int, depths: list[int]) -> ResNetForImageClassification:
+    """A ResNet with bottlenecks."""
     return ResNetForImageClassification(ResNetConfig(depths=depths, num_labels=num_classes))
 
 
 def vit(num_classes: int, layers: int) -> ViTForImageClassification:
+    """A small vision transformer."""
     return ViTForImageClassification(
         ViTConfig(
             image_size=112,
@@ -50,6 +50,7 @@ TEACHERS = {
 
 @torch.no_grad()
 def bare_forward(teacher, images: torch.Tensor) -> float:
+    """Images per second of the forward alone."""
     started = time.perf_counter()
     for batch in images.split(BATCH):
         teacher(pixel_values=batch)
@@ -57,22 +58,22 @@ def bare_forward(teacher, images: torch.Tensor) -> float:
 
 
 def caching(teacher, images: torch.Tensor) -> float:
-    rows = [{"pixel_values": image} for image in images]
+    """Images per second of the caching."""
+    examples = [{"pixel_values": image} for image in images]
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        cache_teacher_targets(teacher, rows, folder, batch_size=BATCH, show_progress=False)
+        cache_teacher_targets(teacher, examples, folder, batch_size=BATCH, show_progress=False)
         return len(images) / (time.perf_counter() - started)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where to write the records")
-    arguments = parser.parse_args()
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| teacher | C | bare forward, images/s | caching, images/s | ratio |\n|---|---|---|---|---|", flush=True)
+    made = parser(__doc__)
+    made.add_argument("--classes", type=int, nargs="+", default=[10_000, 100_000])
+    made.add_argument("--images", type=int, default=256)
+    made.add_argument("--rounds", type=int, default=3)
+    arguments = made.parse_args()
+    print(f"{machine()}\n")
+    print(header("teacher", "C", "bare forward, images/s", "caching, images/s", "ratio"), flush=True)
     records = []
     for name, (build, size) in TEACHERS.items():
         for num_classes in arguments.classes:
@@ -89,9 +90,8 @@ def main() -> None:
                 "ratio": cached / bare,
             }
             records.append(record)
-            print(f"| {name} | {num_classes:,} | {bare:.1f} | {cached:.1f} | {cached / bare:.0%} |", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+            print(row(name, f"{num_classes:,}", f"{bare:.1f}", f"{cached:.1f}", f"{cached / bare:.0%}"), flush=True)
+    write(records, arguments.json)
 
 
 if __name__ == "__main__":

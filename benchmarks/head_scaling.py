@@ -1,250 +1,244 @@
-"""What a training step of the output head costs by the number of classes: loss, backward, clipping and optimizer.
+"""Time and memory of a training step of the output head by the number of classes: loss, backward, clipping, optimizer.
 
     python benchmarks/head_scaling.py --json head_scaling.json
 
-Random features, a random head without bias, and a teacher whose answers are given: its log-probabilities, ranking and
-class marginal are computed once, outside of what is measured. All methods step the same weight in turn; medians. The
-dense ones share one fused AdamW. Methods:
+The features are random, the head is random and has no bias, and the teacher's answers are given: its logits, ranking
+and class marginal are computed once, outside of the measurement. All methods step the same weight in turn; the times
+are medians. The dense methods share one fused AdamW. Methods:
 
-exact           every logit, KL divergence by F.kl_div
-chunked_exact   the same by chunks of 32 rows, each with its backward at once, so that no [N, C] outlives a chunk
-liger           LigerFusedLinearJSDLoss with beta 0, if liger-kernel is installed, teacher head included
-partial_fc      a uniform tenth of the classes for all rows, softmax over these; sparse gradients, RowSparseAdamW
-dis_dense       DIS with a dense gradient
-dis_row_sparse  DIS with row_sparse_head and RowSparseAdamW
+exact                 every logit, the library's own exact loss, whose gradient is computed in forward
+exact (materialised)  every logit, KL divergence by F.kl_div and autograd; earlier tables call this method exact
+chunked_exact         the same by chunks of 32 items, each with its backward at once: no [N, C] outlives a chunk
+liger                 LigerFusedLinearJSDLoss with beta 0, if liger-kernel is installed, teacher head included
+partial_fc            a uniform tenth of the classes for all items, softmax over these; RowSparseAdamW
+dis_dense             DIS with a dense gradient
+dis_row_sparse        DIS with row_sparse_head and RowSparseAdamW
 
-peak_mb is what a step takes beyond what lies there between steps (weight, moments, the teacher's answers): the highest
-resident size over two steps, in a fresh process for each method, less the resident size before them. Linux only. From
---dense_up_to classes on the methods with a dense gradient are not run; exact is extrapolated in proportion to C.
+exact normalises the teacher's logits in each step; the other exact methods are given log-probabilities.
+
+peak_mb is the memory that a step takes beyond the memory in use between steps (weight, moments, teacher's answers):
+the highest resident size over two steps, in a fresh process for each method, less the resident size before them.
+Linux only. Beyond --dense_up_to classes the methods with a dense gradient are not run; exact is extrapolated in
+proportion to C.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import importlib.util
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from common import header, machine, parser, row, write
+from timing import add_arguments, available, clock, milliseconds, peak_mb, peak_of_a_step
 from torch import Tensor
 
-from hf_dis import SamplerSpec, RowSparseAdamW, make_sampler
+from hf_dis import DISLoss, RowSparseAdamW, SamplerSpec, make_sampler
 from hf_dis.distributed.sums import average_rows
 from hf_dis.head.row_gradients import clip_grad_norm_
-from hf_dis.head.sampled_linear import sampled_logits
-from hf_dis.loss.divergence import sampled_forward_kl
+from hf_dis.loss.exact import exact_loss
 from hf_dis.teacher.targets import TeacherTargets
 
-TEMPERATURE, ROWS, FEATURES, CHUNK_ROWS, PARTIAL_FC_SHARE = 2.0, 128, 256, 32, 0.1
+TEMPERATURE, ITEMS, FEATURES, CHUNK_ITEMS, PARTIAL_FC_SHARE = 2.0, 128, 256, 32, 0.1
 LAYOUTS = {
-    "default": {"num_sampled_classes": 32, "num_shared_classes": 512, "num_tails": 4, "num_updated_classes": 16},
-    "per row": {"num_sampled_classes": 128, "num_shared_classes": 0, "num_tails": 1},
+    "default": SamplerSpec(num_sampled_classes=32, num_shared_classes=512, num_tails=4, num_updated_classes=16),
+    "per item": SamplerSpec(num_sampled_classes=128, num_shared_classes=0, num_tails=1),
 }
-# Those without a layout compute the same whatever it is.
-DENSE = ["exact", "chunked_exact", "liger", "dis_dense"]
-METHODS = ["exact", "chunked_exact", "liger", "partial_fc", "dis_dense", "dis_row_sparse"]
 
 
 class GivenTargets(TeacherTargets):
-    """A teacher's answers, all of them computed beforehand.
+    """A teacher's answers, all of them computed beforehand; arguments as for ``TeacherTargets``."""
 
-    Args:
-        log_probs: at the temperature, ``[N, C]``.
-        depth: m, how many ranks to resolve.
-    """
-
-    def __init__(self, log_probs: Tensor, depth: int):
-        super().__init__(log_probs, 1.0, depth)
+    def __init__(self, logits: Tensor, temperature: float, depth: int):
+        super().__init__(logits, temperature, depth)
         self.mass = super().class_mass()
 
     def class_mass(self) -> Tensor:
+        """The class marginal, computed at construction."""
         return self.mass
 
 
+class RankedLoss(DISLoss):
+    """The library's sampled step for a teacher whose answers are ranked already; call it with targets, not logits."""
+
+    def _ranked(self, chunks: Iterable[TeacherTargets], check_finite: bool) -> Iterable[TeacherTargets]:
+        return chunks
+
+
+def kl_divergence(logits: Tensor, log_probs: Tensor, temperature: float, reduction: str = "batchmean") -> Tensor:
+    """τ² KL by autograd, for log-probabilities of the teacher at the temperature, ``[N, C]``."""
+    student = (logits / temperature).log_softmax(1)
+    return temperature**2 * F.kl_div(student, log_probs, reduction=reduction, log_target=True)
+
+
 class Steps:
-    """Training steps of a head by each method, on the same tensors."""
+    """Training steps of a head by each method, on the same tensors.
+
+    Args:
+        num_classes: C.
+        layout: a key of ``LAYOUTS``.
+    """
 
     def __init__(self, num_classes: int, layout: str):
         torch.manual_seed(0)
-        self.features = torch.randn(ROWS, FEATURES, requires_grad=True)
+        self.num_classes = num_classes
+        self.features = torch.randn(ITEMS, FEATURES, requires_grad=True)
         self.weight = torch.nn.Parameter(torch.randn(num_classes, FEATURES) / FEATURES**0.5)
-        self.log_probs = (3 / TEMPERATURE * torch.randn(ROWS, num_classes)).log_softmax(1)
-        self.sampler = make_sampler(num_classes, SamplerSpec(**LAYOUTS[layout]))
-        self.targets = GivenTargets(self.log_probs, self.sampler.rank_depth)
+        self.teacher_logits = 3 * torch.randn(ITEMS, num_classes)
+        spec = LAYOUTS[layout]
+        sampler, dense_sampler = (
+            make_sampler(num_classes, one) for one in (spec, replace(spec, num_updated_classes=None))
+        )
+        self.targets = GivenTargets(self.teacher_logits, TEMPERATURE, sampler.rank_depth)
+        self.row_sparse_loss = RankedLoss(sampler, TEMPERATURE, row_sparse_head=True)
+        self.dense_loss = RankedLoss(dense_sampler, TEMPERATURE)
         self.dense = torch.optim.AdamW([self.weight], lr=1e-3, fused=True)
         self.sparse = RowSparseAdamW([self.weight], lr=1e-3)
 
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """The teacher's log-probabilities at the temperature, ``[N, C]``."""
+        return (self.teacher_logits / TEMPERATURE).log_softmax(1)
+
     def run(self, method: str) -> None:
         """One step: loss, backward, clipping, optimizer."""
-        getattr(self, method)()
+        METHODS[method](self)
         optimizer = self.dense
         if self.weight.grad.is_sparse:
-            average_rows([self.weight])  # over one process: as the trainer does it, each row once
+            average_rows([self.weight])  # over one process: as in the trainer, each row once
             optimizer = self.sparse
         clip_grad_norm_([self.weight], 1.0)
         optimizer.step()
         self.weight.grad = self.features.grad = None
 
-    def _kl(self, logits: Tensor, log_probs: Tensor) -> Tensor:
-        loss = F.kl_div((logits / TEMPERATURE).log_softmax(1), log_probs, reduction="sum", log_target=True)
-        return TEMPERATURE**2 * loss / ROWS
-
     def exact(self) -> None:
-        self._kl(self.features @ self.weight.T, self.log_probs).backward()
+        """All classes, by the library."""
+        logits = self.features @ self.weight.T
+        loss, _ = exact_loss(logits, self.num_classes, [self.teacher_logits], None, TEMPERATURE, 0.0)
+        loss.mean().backward()
+
+    def materialised(self) -> None:
+        """All classes, by autograd."""
+        kl_divergence(self.features @ self.weight.T, self.log_probs, TEMPERATURE).backward()
 
     def chunked_exact(self) -> None:
-        for features, log_probs in zip(self.features.split(CHUNK_ROWS), self.log_probs.split(CHUNK_ROWS), strict=True):
-            self._kl(features @ self.weight.T, log_probs).backward()
+        """All classes by autograd, chunk by chunk."""
+        chunks = zip(self.features.split(CHUNK_ITEMS), self.log_probs.split(CHUNK_ITEMS), strict=True)
+        for features, log_probs in chunks:
+            loss = kl_divergence(features @ self.weight.T, log_probs, TEMPERATURE, reduction="sum")
+            (loss / ITEMS).backward()
 
     def liger(self) -> None:
+        """All classes, by Liger."""
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         loss = LigerFusedLinearJSDLoss(
             weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=TEMPERATURE, compiled=False
         )
-        labels = torch.zeros(ROWS, dtype=torch.long)
+        labels = torch.zeros(ITEMS, dtype=torch.long)
         teacher = self.weight.detach()
         loss(self.features, self.weight, self.features.detach(), teacher, labels).backward()
 
     def partial_fc(self) -> None:
-        num_classes = len(self.weight)
-        sampled = torch.randperm(num_classes)[: int(PARTIAL_FC_SHARE * num_classes)]
+        """A uniform share of the classes."""
+        sampled = torch.randperm(self.num_classes)[: int(PARTIAL_FC_SHARE * self.num_classes)]
         rows = F.embedding(sampled, self.weight, sparse=True)
-        self._kl(self.features @ rows.T, self.log_probs[:, sampled].log_softmax(1)).backward()
+        log_probs = self.log_probs[:, sampled].log_softmax(1)
+        kl_divergence(self.features @ rows.T, log_probs, TEMPERATURE).backward()
 
     def dis_dense(self) -> None:
-        self._dis(row_sparse=False)
+        """Sampled classes, by the library, with a dense gradient."""
+        self.dense_loss(self.features, self.weight, None, [self.targets]).backward()
 
     def dis_row_sparse(self) -> None:
-        self._dis(row_sparse=True)
-
-    def _dis(self, row_sparse: bool) -> None:
-        with torch.no_grad():
-            sample = self.sampler.sample([self.targets])
-        ids, updates = (sample.item_ids, sample.tail_ids), sample.updates if row_sparse else None
-        logits = sampled_logits(self.features, self.weight, None, *ids, row_sparse, updates)
-        loss, signal = sampled_forward_kl(logits, sample, TEMPERATURE)
-        self.sampler.learn(sample, signal)
-        loss.mean().backward()
+        """Sampled classes, by the library, with a row-sparse gradient."""
+        self.row_sparse_loss(self.features, self.weight, None, [self.targets]).backward()
 
 
-def milliseconds(
-    steps: Steps, methods: list[str], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
-    """Median time of a step of each method, measured in turn, after a round that is not counted."""
-    times: dict[str, list[float]] = {method: [] for method in methods}
-    for _ in range(repeats + 1):
-        for method in methods:
-            started = clock()
-            steps.run(method)
-            times[method].append(1000 * (clock() - started))
-    return {method: statistics.median(values[1:]) for method, values in times.items()}
+METHODS = {
+    "exact": Steps.exact,
+    "exact (materialised)": Steps.materialised,
+    "chunked_exact": Steps.chunked_exact,
+    "liger": Steps.liger,
+    "partial_fc": Steps.partial_fc,
+    "dis_dense": Steps.dis_dense,
+    "dis_row_sparse": Steps.dis_row_sparse,
+}
+# The gradient of these methods is [C, d]; all but dis_dense compute the same in every layout.
+DENSE = ["exact", "exact (materialised)", "chunked_exact", "liger", "dis_dense"]
 
-
-def resident_mb(name: str) -> float:
-    """VmRSS or VmHWM of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
-
-
-def peak_of_a_step(steps: Steps, method: str) -> float:
-    """Megabytes that a step needs on top of what is there between steps; to be run in a process of its own."""
-    steps.run(method)  # makes the moments
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    floor = resident_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
-    for _ in range(2):
-        steps.run(method)
-    return resident_mb("VmHWM") - floor
-
-
-def peak_mb(script: str, method: str, *setting: str) -> float | None:
-    """:func:`peak_of_a_step`, which ``script --peak METHOD`` prints, in a fresh process; None without a /proc."""
-    if platform.system() != "Linux":
-        return None
-    # So that glibc gives back what is freed, and only what is in use is counted.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, script, "--peak", method, *setting]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+# The packages that must be installed.
+NEEDS = {"liger": "liger_kernel"}
 
 
 def extrapolated(records: list[dict], num_classes: int) -> float | None:
-    """Exact at more classes than were run, in proportion from the most that were."""
+    """Milliseconds of exact at more classes than were run, in proportion from the most that were."""
     exact = [record for record in records if record["method"] == "exact" and not record["extrapolated"]]
     most = max(exact, key=lambda record: record["classes"], default=None)
     return None if most is None else most["ms"] * num_classes / most["classes"]
 
 
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    made = parser(__doc__)
+    made.add_argument("--classes", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
+    made.add_argument("--layouts", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))
+    made.add_argument("--dense_up_to", type=int, default=300_000, help="classes; exact at 300,000 takes 2 GB")
+    made.add_argument("--repeats", type=int, default=7)
+    made.add_argument("--no_peaks", action="store_true", help="times only")
+    add_arguments(made, list(METHODS))
+    return made.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
-    parser.add_argument("--layouts", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))
-    parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
-    parser.add_argument("--dense_up_to", type=int, default=300_000, help="classes; exact at 300,000 takes 2 GB")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="where to write the records")
-    parser.add_argument(
-        "--cpu_time", action="store_true", help="processor time of all threads, where other work runs beside"
-    )
-    parser.add_argument("--no_peaks", action="store_true", help="times only")
-    parser.add_argument("--peak", choices=METHODS, help="print the peak of one method's step, and nothing else")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     if arguments.peak:
-        steps = Steps(arguments.classes[0], arguments.layouts[0])
-        print(peak_of_a_step(steps, arguments.peak))
+        print(peak_of_a_step(Steps(arguments.classes[0], arguments.layouts[0]), arguments.peak))
         return
-    methods = arguments.methods
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    if "liger" in methods and importlib.util.find_spec("liger_kernel") is None:
-        methods = [method for method in methods if method != "liger"]
-        print("liger is left out: liger-kernel is not installed")
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    kind = "processor time" if arguments.cpu_time else "time"
-    print(f"{kind}; {threads}, torch {torch.__version__}, Python {platform.python_version()}\n")
-    print("| C | layout | method | ms | exact / method | peak MB |")
-    print("|---|---|---|---|---|---|")
+    methods = available(arguments.methods, NEEDS)
+    kind, now = clock(arguments.cpu_time)
+    print(f"{kind}; {machine()}")
+    print("exact: the library's own exact loss; exact (materialised): what earlier tables call exact\n")
+    print(header("C", "layout", "method", "ms", "exact / method", "peak MB"))
     records: list[dict] = []
     for layout in arguments.layouts:
         for num_classes in arguments.classes:
             too_many = num_classes > arguments.dense_up_to
             here = [method for method in methods if not (too_many and method in DENSE)]
-            times = milliseconds(Steps(num_classes, layout), here, arguments.repeats, clock)
+            times = milliseconds(Steps(num_classes, layout), here, arguments.repeats, now)
             if too_many and "exact" in methods and (guess := extrapolated(records, num_classes)):
                 times = {"exact": guess, **times}
             for method, ms in times.items():
-                was_run = method in here
-                setting = ["--classes", str(num_classes), "--layouts", layout]
-                record = {
-                    "method": method,
-                    "layout": layout,
-                    "classes": num_classes,
-                    "rows": ROWS,
-                    "features": FEATURES,
-                    "sampled": LAYOUTS[layout]["num_sampled_classes"],
-                    "shared": LAYOUTS[layout]["num_shared_classes"],
-                    "tails": LAYOUTS[layout]["num_tails"],
-                    "ms": ms,
-                    "peak_mb": peak_mb(__file__, method, *setting) if was_run and not arguments.no_peaks else None,
-                    "extrapolated": not was_run,
-                }
+                record = make_record(num_classes, layout, method, ms, was_run=method in here)
+                if method in here and not arguments.no_peaks:
+                    setting = ["--classes", str(num_classes), "--layouts", layout]
+                    record["peak_mb"] = peak_mb(__file__, method, *setting)
                 records.append(record)
-                ratio = f"{times['exact'] / ms:.1f}" if "exact" in times else ""
-                peak = "" if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
-                name = method if was_run else f"{method} (extrapolated)"
-                print(f"| {num_classes:,} | {layout} | {name} | {ms:,.1f} | {ratio} | {peak} |", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+                ratio = f"{times['exact'] / ms:.1f}" if "exact" in times else None
+                peak = None if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
+                name = method if method in here else f"{method} (extrapolated)"
+                print(row(f"{num_classes:,}", layout, name, f"{ms:,.1f}", ratio, peak), flush=True)
+    write(records, arguments.json)
+
+
+def make_record(num_classes: int, layout: str, method: str, ms: float, was_run: bool) -> dict:
+    """The record of one line of the table, its peak not measured yet."""
+    spec = LAYOUTS[layout]
+    return {
+        "method": method,
+        "layout": layout,
+        "classes": num_classes,
+        "items": ITEMS,
+        "features": FEATURES,
+        "sampled": spec.num_sampled_classes,
+        "shared": spec.num_shared_classes,
+        "tails": spec.num_tails,
+        "ms": ms,
+        "peak_mb": None,
+        "extrapolated": not was_run,
+    }
 
 
 if __name__ == "__main__":

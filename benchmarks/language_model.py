@@ -1,54 +1,52 @@
-"""What a training step of a language model's output head costs: loss, backward, clipping and optimizer.
+"""Time and memory of a training step of a language model's output head: loss, backward, clipping and optimizer.
 
     python benchmarks/language_model.py --json language_model.json
 
-N supervised tokens, a student's head of V tokens without bias, and a teacher of width 512. What is sampled: contexts are
-64 normal numbers; teacher and student are given fixed random projections of them and a constant, from which the
-teacher's head makes logits with Zipf's marginals (-log r, r the token's frequency rank) plus normal ones of standard
-deviation 1.5 (1 + r^-1/4): 3 for the commonest token and 1.5 for the rare ones, a little more than those of
+N supervised tokens, a student's head of V tokens without bias, and a teacher of width 512. Contexts are 64 normal
+numbers. Teacher and student are given fixed random projections of them and a constant. The teacher's head turns these
+into logits with Zipf's marginals (-log r, r the token's frequency rank) plus normal ones of standard deviation
+1.5 (1 + r^-1/4): 3 for the commonest token and 1.5 for the rare ones. That is a little more than in the logits of
 run_clm.py's teacher on text, which `estimator_error.py --task lm` prints. The student's head starts at random, normal
 with standard deviation 0.02. Two settings of the teacher:
 
-given   its log-probabilities, ranking and class marginal are computed once, outside of what is measured
-online  its features are given, and its head is applied within the step; for DIS by chunks that are ranked and dropped
+given   its log-probabilities, ranking and class marginal are computed once, outside of the measurement
+online  its features are given, and its head is applied within the step; for exact and dis by chunks that are dropped
 
 Methods, all on the same tensors in turn; medians. The dense ones share one fused AdamW:
 
-exact    every logit, KL divergence by F.kl_div
-trl_gkd  GKDTrainer.generalized_jsd_loss with beta 0 on every logit, if trl is installed
-liger    LigerFusedLinearJSDLoss with beta 0, if liger-kernel is installed; it always applies the teacher's head
-dis      16 tokens a row and 1,024 for all of them, row_sparse_head and RowSparseAdamW
+exact                 every logit, the library's own exact loss, whose gradient is computed in forward
+exact (materialised)  every logit, KL divergence by F.kl_div and autograd; earlier tables call this method exact
+trl_gkd               GKDTrainer.generalized_jsd_loss with beta 0 on every logit, if trl is installed
+liger                 LigerFusedLinearJSDLoss with beta 0, if liger-kernel is installed; applies the teacher's head
+dis                   16 tokens per item and 1,024 for all items, row_sparse_head and RowSparseAdamW
 
-error is that of the gradient on the student's features, ‖ĝ-g‖²/‖g‖² against float64 and all tokens, on contexts of
-their own after 50 steps of DIS, mean of five samples. peak_mb is what a step takes beyond what lies there between steps,
-measured as in head_scaling.py: the highest resident size over two steps, in a fresh process, less the one before them.
+error is the error of the gradient on the student's features, ‖ĝ-g‖²/‖g‖² against float64 and all tokens, on new
+contexts after 50 steps of DIS, mean of five samples. peak_mb is the memory that a step takes beyond the memory in use
+between steps, measured as in head_scaling.py: the highest resident size over two steps, in a fresh process, less the
+resident size before them.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
-import os
-import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from head_scaling import milliseconds, peak_mb, peak_of_a_step
+from common import header, machine, parser, row, write
+from head_scaling import RankedLoss, kl_divergence
+from timing import add_arguments, available, clock, milliseconds, peak_mb, peak_of_a_step
 from torch import Tensor
 
-from hf_dis import SamplerSpec, RowSparseAdamW, make_sampler
+from hf_dis import RowSparseAdamW, SamplerSpec, make_sampler
 from hf_dis.distributed.sums import average_rows
-from hf_dis.head.sampled_linear import sampled_logits
-from hf_dis.loss.divergence import sampled_forward_kl
-from hf_dis.teacher.stream import CHUNK_ELEMENTS
-from hf_dis.teacher.targets import TeacherTargets
+from hf_dis.loss.exact import exact_loss
+from hf_dis.teacher.targets import CHUNK_ELEMENTS, TeacherTargets
 
 CONTEXT, TEACHER_WIDTH, SPREAD, WARM_STEPS, LEARNING_RATE = 64, 512, 1.5, 50, 5e-3
 SAMPLED, SHARED = 16, 1024
-METHODS = ["exact", "trl_gkd", "liger", "dis"]
+SPEC = SamplerSpec(num_sampled_classes=SAMPLED, num_shared_classes=SHARED, num_tails=4, rank_depth=SAMPLED)
+# The packages that must be installed.
 NEEDS = {"trl_gkd": "trl", "liger": "liger_kernel"}
 
 
@@ -62,7 +60,7 @@ class Steps:
 
     def __init__(self, vocab: int, tokens: int, width: int, teacher: str):
         torch.manual_seed(0)
-        self.tokens, self.teacher = tokens, teacher
+        self.vocab, self.tokens, self.teacher = vocab, tokens, teacher
         self.chunk_items = max(1, CHUNK_ELEMENTS // vocab)
         self.projections = [torch.randn(CONTEXT, size - 1) / CONTEXT**0.5 for size in (TEACHER_WIDTH, width)]
         frequency_rank = torch.randperm(vocab)[:, None] + 1.0
@@ -70,7 +68,7 @@ class Steps:
         self.teacher_weight = torch.randn(vocab, TEACHER_WIDTH) * spread / (TEACHER_WIDTH - 1) ** 0.5
         self.teacher_weight[:, :1] = -frequency_rank.log()
         self.weight = torch.nn.Parameter(0.02 * torch.randn(vocab, width))
-        self.sampler = make_sampler(vocab, SamplerSpec(num_sampled_classes=SAMPLED, num_shared_classes=SHARED, num_tails=4, rank_depth=SAMPLED))
+        self.dis_loss = RankedLoss(make_sampler(vocab, SPEC), temperature=1.0, row_sparse_head=True)
         self.dense = torch.optim.AdamW([self.weight], lr=LEARNING_RATE, fused=True)
         self.sparse = RowSparseAdamW([self.weight], lr=LEARNING_RATE)
         self.labels = torch.zeros(tokens, dtype=torch.long)
@@ -100,56 +98,68 @@ class Steps:
 
     def run(self, method: str) -> None:
         """One step: loss, backward, clipping, optimizer."""
-        getattr(self, method)().backward()
+        METHODS[method](self).backward()
         optimizer = self.dense
         if self.weight.grad.is_sparse:
-            average_rows([self.weight])  # over one process: as the trainer does it, each row once
+            average_rows([self.weight])  # over one process: as in the trainer, each row once
             optimizer = self.sparse
         torch.nn.utils.clip_grad_norm_([self.weight], 1.0)
         optimizer.step()
         self.weight.grad = self.features.grad = None
 
     def exact(self) -> Tensor:
+        """All tokens, by the library."""
+        chunks = [self.log_probs] if self.teacher == "given" else self._stream()
+        return exact_loss(self.features @ self.weight.T, self.vocab, chunks, None, 1.0, 0.0)[0].mean()
+
+    def materialised(self) -> Tensor:
+        """All tokens, by autograd."""
         teacher = self._teacher_logits()
         if self.teacher == "online":
             teacher = teacher.log_softmax(1)
-        student = (self.features @ self.weight.T).log_softmax(1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return kl_divergence(self.features @ self.weight.T, teacher, temperature=1.0)
 
     def trl_gkd(self) -> Tensor:
+        """All tokens, by TRL."""
         from trl.experimental.gkd import GKDTrainer
 
         student, teacher = self.features @ self.weight.T, self._teacher_logits()
         return GKDTrainer.generalized_jsd_loss(student[None], teacher[None], self.labels[None], beta=0)
 
     def liger(self) -> Tensor:
+        """All tokens, by Liger."""
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
         return loss(self.features, self.weight, self.teacher_features, self.teacher_weight, self.labels)
 
     def dis(self) -> Tensor:
-        with torch.no_grad():
-            sample = self.sampler.sample(self._ranked())
-        logits = sampled_logits(self.features, self.weight, None, sample.item_ids, sample.tail_ids, True)
-        loss, signal = sampled_forward_kl(logits, sample, 1.0)
-        self.sampler.learn(sample, signal)
-        return loss.mean()
+        """Sampled tokens, by the library."""
+        return self.dis_loss(self.features, self.weight, None, self._ranked())
 
     def error(self, samples: int = 5) -> float:
         """Squared relative error of the sampled gradient on the features, mean over samples for the same batch."""
         exact, start = torch.empty(self.features.shape, dtype=torch.float64), 0
         weight = self.weight.detach().double()
         for logits in self._stream():
-            rows = slice(start, start + len(logits))
-            student = (self.features[rows].detach().double() @ weight.T).softmax(1)
-            exact[rows] = (student - logits.double().softmax(1)) @ weight
-            start = rows.stop
+            items = slice(start, start + len(logits))
+            student = (self.features[items].detach().double() @ weight.T).softmax(1)
+            exact[items] = (student - logits.double().softmax(1)) @ weight
+            start = items.stop
         total = 0.0
         for _ in range(samples):
             (sampled,) = torch.autograd.grad(self.dis() * self.tokens, self.features)
             total += float((sampled - exact).square().sum() / exact.square().sum())
         return total / samples
+
+
+METHODS = {
+    "exact": Steps.exact,
+    "exact (materialised)": Steps.materialised,
+    "trl_gkd": Steps.trl_gkd,
+    "liger": Steps.liger,
+    "dis": Steps.dis,
+}
 
 
 def warm_error(vocab: int, tokens: int, width: int) -> float:
@@ -161,66 +171,68 @@ def warm_error(vocab: int, tokens: int, width: int) -> float:
     return steps.error()
 
 
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    made = parser(__doc__)
+    made.add_argument("--vocab", type=int, nargs="+", default=[32_000, 50_257, 151_936])
+    made.add_argument("--tokens", type=int, default=2048)
+    made.add_argument("--width", type=int, nargs="+", default=[256, 512])
+    made.add_argument("--teacher", choices=["given", "online"], nargs="+", default=["given", "online"])
+    made.add_argument("--repeats", type=int, default=5)
+    add_arguments(made, list(METHODS))
+    return made.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 50_257, 151_936])
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--width", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--teacher", choices=["given", "online"], nargs="+", default=["given", "online"])
-    parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--cpu_time", action="store_true", help="processor time of all threads, where other work runs beside"
-    )
-    parser.add_argument("--json", type=Path, help="where to write the records")
-    parser.add_argument("--peak", choices=METHODS, help="print the peak of one method's step, and nothing else")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     tokens = arguments.tokens
     if arguments.peak:
         steps = Steps(arguments.vocab[0], tokens, arguments.width[0], arguments.teacher[0])
         print(peak_of_a_step(steps, arguments.peak))
         return
-    missing = {method for method, package in NEEDS.items() if importlib.util.find_spec(package) is None}
-    for method in missing & set(arguments.methods):
-        print(f"{method} is left out: {NEEDS[method]} is not installed")
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    kind = "processor time" if arguments.cpu_time else "time"
-    machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{machine}, N={tokens:,}; {kind}, median of {arguments.repeats}\n")
-    print("| V | width | teacher | method | ms | method / dis | peak MB | error |")
-    print("|---|---|---|---|---|---|---|---|")
+    methods = available(arguments.methods, NEEDS)
+    kind, now = clock(arguments.cpu_time)
+    print(f"{machine()}, N={tokens:,}; {kind}, median of {arguments.repeats}")
+    print("exact: the library's own exact loss; exact (materialised): what earlier tables call exact\n")
+    print(header("V", "width", "teacher", "method", "ms", "method / dis", "peak MB", "error"))
     records: list[dict] = []
     for vocab in arguments.vocab:
         for width in arguments.width:
-            error = warm_error(vocab, tokens, width) if "dis" in arguments.methods else None
+            error = warm_error(vocab, tokens, width) if "dis" in methods else None
             for teacher in arguments.teacher:
-                left_out = missing | ({"liger"} if teacher == "given" else set())
-                methods = [method for method in arguments.methods if method not in left_out]
-                times = milliseconds(Steps(vocab, tokens, width, teacher), methods, arguments.repeats, clock)
-                sizes = {"--vocab": vocab, "--tokens": tokens, "--width": width, "--teacher": teacher}
-                setting = [str(part) for pair in sizes.items() for part in pair]
+                here = [method for method in methods if method != "liger" or teacher == "online"]
+                times = milliseconds(Steps(vocab, tokens, width, teacher), here, arguments.repeats, now)
                 for method, ms in times.items():
-                    record = {
-                        "method": method,
-                        "vocab": vocab,
-                        "tokens": tokens,
-                        "width": width,
-                        "teacher": teacher,
-                        "sampled": SAMPLED + SHARED if method == "dis" else vocab,
-                        "ms": ms,
-                        "peak_mb": peak_mb(__file__, method, *setting),
-                        "error": error if method == "dis" else 0.0,
-                    }
-                    records.append(record)
-                    ratio = f"{ms / times['dis']:.1f}" if "dis" in times else ""
-                    peak = "" if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
-                    print(
-                        f"| {vocab:,} | {width} | {teacher} | {method} | {ms:,.0f} | {ratio} | {peak} "
-                        f"| {record['error']:.4f} |",
-                        flush=True,
-                    )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+                    records.append(make_record(method, vocab, tokens, width, teacher, ms, error))
+                    ratio = f"{ms / times['dis']:.1f}" if "dis" in times else None
+                    print_record(records[-1], ratio)
+    write(records, arguments.json)
+
+
+def make_record(
+    method: str, vocab: int, tokens: int, width: int, teacher: str, ms: float, error: float | None
+) -> dict:
+    """The record of one line of the table; measures the peak memory of the method."""
+    sizes = {"--vocab": vocab, "--tokens": tokens, "--width": width, "--teacher": teacher}
+    setting = [str(part) for pair in sizes.items() for part in pair]
+    return {
+        "method": method,
+        "vocab": vocab,
+        "tokens": tokens,
+        "width": width,
+        "teacher": teacher,
+        "sampled": SAMPLED + SHARED if method == "dis" else vocab,
+        "ms": ms,
+        "peak_mb": peak_mb(__file__, method, *setting),
+        "error": error if method == "dis" else 0.0,
+    }
+
+
+def print_record(record: dict, ratio: str | None) -> None:
+    """Prints one line of the table."""
+    peak = None if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
+    setting = f"{record['vocab']:,}", record["width"], record["teacher"], record["method"]
+    print(row(*setting, f"{record['ms']:,.0f}", ratio, peak, f"{record['error']:.4f}"), flush=True)
 
 
 if __name__ == "__main__":

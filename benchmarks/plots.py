@@ -1,9 +1,9 @@
-"""Draws what the benchmarks wrote with --json.
+"""Plots the records that the benchmarks wrote with --json.
 
     python benchmarks/plots.py --head_scaling head_scaling.json --training_step training_step.json \\
         --crossover crossover.json --output_dir docs/images
 
-One PNG for each file, named as the benchmark. benchmarks/quality_vs_k.py draws its own.
+One PNG for each file, named as the benchmark. benchmarks/quality_vs_k.py makes its own plot.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 
 TITLES = {
     "exact": "exact",
+    "exact (materialised)": "exact, by autograd",
     "chunked_exact": "exact, by chunks",
     "liger": "Liger",
     "partial_fc": "uniform tenth (PartialFC)",
@@ -41,21 +42,19 @@ def plot_head_scaling(records: list[dict]) -> plt.Figure:
         here = [record for record in records if record["layout"] == layout]
         for method in dict.fromkeys(record["method"] for record in here):
             measured = [r for r in here if r["method"] == method and not r["extrapolated"]]
-            drawn = axis.plot(
-                [r["classes"] for r in measured], [r["ms"] for r in measured], "o-", label=TITLES[method]
-            )
+            line = axis.plot([r["classes"] for r in measured], [r["ms"] for r in measured], "o-", label=TITLES[method])
             beyond = [r for r in here if r["method"] == method and r["extrapolated"]]
             for record in beyond:
                 ends = [measured[-1], record]
-                axis.plot([r["classes"] for r in ends], [r["ms"] for r in ends], ":", color=drawn[0].get_color())
+                axis.plot([r["classes"] for r in ends], [r["ms"] for r in ends], ":", color=line[0].get_color())
         axis.set(xscale="log", yscale="log", xlabel="classes", title=layout)
-    axes[0, 0].set_ylabel("ms a step (dotted: extrapolated)")
+    axes[0, 0].set_ylabel("ms per step (dotted: extrapolated)")
     axes[0, -1].legend(fontsize="small")
     return figure
 
 
 def plot_training_step(records: list[dict]) -> plt.Figure:
-    """Time of a whole training step over that of its floor."""
+    """Time of a whole training step over the time of its floor."""
     figure, axis = plt.subplots(figsize=(6, 3.2))
     names = [", ".join(filter(None, (TITLES[record["method"]], record["layout"]))) for record in records]
     bars = axis.barh(names, [record["ratio_to_floor"] for record in records], color="tab:gray")
@@ -67,13 +66,13 @@ def plot_training_step(records: list[dict]) -> plt.Figure:
 
 
 def plot_crossover(records: list[dict]) -> plt.Figure:
-    """Exact over DIS by the number of classes, a line for each setting."""
+    """The ratio of exact to DIS by the number of classes, a line for each setting."""
     figure, axis = plt.subplots(figsize=(6, 4))
-    keys = ("features", "rows", "sampled", "shared", "tails")
+    keys = ("features", "items", "sampled", "shared", "tails")
     for setting in dict.fromkeys(tuple(record[key] for key in keys) for record in records):
         here = [record for record in records if tuple(record[key] for key in keys) == setting]
-        features, rows, sampled, shared, tails = setting
-        label = f"d={features}, N={rows}, K={sampled}" + (f", {tails} x {shared}" if shared else "")
+        features, items, sampled, shared, tails = setting
+        label = f"d={features}, N={items}, K={sampled}" + (f", {tails} x {shared}" if shared else "")
         axis.plot([r["classes"] for r in here], [r["ratio"] for r in here], "o-", label=label)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set(xscale="log", yscale="log", xlabel="classes", ylabel="exact / DIS, time of a head step")
@@ -91,7 +90,7 @@ PLOTS: dict[str, Callable[[list[dict]], plt.Figure]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in PLOTS:
-        parser.add_argument(f"--{name}", type=Path, help=f"what {name}.py wrote")
+        parser.add_argument(f"--{name}", type=Path, help=f"records of {name}.py")
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args()
     for name, plot in PLOTS.items():

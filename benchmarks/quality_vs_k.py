@@ -1,51 +1,52 @@
-"""How good a student each method makes, against the logits it computes and the time it takes: the glyph task.
+"""The quality of the student that each method makes, against its computed logits and its time: the glyph task.
 
     python benchmarks/quality_vs_k.py --teacher runs/glyphs/teacher --json quality_vs_k.jsonl --seeds 0 1 2
     python benchmarks/quality_vs_k.py --teacher runs/glyphs/teacher --json quality_vs_k.jsonl --time
     python benchmarks/quality_vs_k.py --json quality_vs_k.jsonl --plot docs/images/quality_vs_k.png
 
 The demo's task and schedule (4 epochs, batches of 256), no hard labels. The first command trains one student for each
-method and seed, each method at its best head learning rate, and writes a line for each; what the file has already is
-not run again. The second times the student's side of a training step, methods in turn: all of the step but the
-teacher's forward and the images. Every call prints the table of what the file holds.
+method and seed, each method at its best head learning rate, and writes a line for each student. A run that is in the
+file already is not run again. The second command times the student's side of a training step, methods in turn: all of
+the step but the teacher's forward and the images. Every call prints the table of the file's records.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
-import torch
 import transformers
+from common import header, machine, row
 from torch import Tensor
-from transformers import ResNetForImageClassification, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from glyph_task import load_task, student_trainer
+from glyph_task import load_task, load_teacher, student_trainer
 
+from hf_dis import SamplerSpec, make_sampler
 from hf_dis.items import Items
 from hf_dis.teacher.stream import LogitStream
 
 CLASSES = 3375
 
 
-def per_row(num_sampled: int, head_rate: float = 20, **settings) -> dict:
-    """Classes sampled row by row, with every rank resolved."""
-    return {"num_sampled_classes": num_sampled, "rank_depth": CLASSES, "head_rate": head_rate, **settings}
+def per_item(num_sampled: int, head_rate: float = 20, **settings) -> dict:
+    """Classes sampled item by item, with every rank resolved."""
+    sizes = {"num_sampled_classes": num_sampled, "num_shared_classes": 0, "rank_depth": CLASSES}
+    return {**sizes, "head_rate": head_rate, **settings}
 
 
 def two_strata(num_sampled: int, num_shared: int, num_tails: int = 1, head_rate: float = 20, **settings) -> dict:
-    """Classes sampled from each row's 2 K best, and tails that rows share."""
+    """Classes sampled from each item's 2 K best-ranked ones, and shared tails."""
     return {
         "num_sampled_classes": num_sampled,
         "num_shared_classes": num_shared,
@@ -55,16 +56,16 @@ def two_strata(num_sampled: int, num_shared: int, num_tails: int = 1, head_rate:
     }
 
 
-# The arguments of each training; head rates as multiples of the body's, each the best of those tried.
+# The settings of each training. Head rates are multiples of the body's rate, each the best of several.
 METHODS = {
     "exact": {"head_mode": "exact", "head_rate": 28},
-    "dis 32": per_row(32),
-    "dis 64": per_row(64),
-    "dis 128": per_row(128),
-    "dis 256": per_row(256, 28),
-    "dis 337": per_row(337, 40),
-    "dis 128 row-sparse": per_row(128, row_sparse_head=True),
-    "dis 128 warm-up": per_row(128, exact_warmup_steps=0.1),
+    "dis 32": per_item(32),
+    "dis 64": per_item(64),
+    "dis 128": per_item(128),
+    "dis 256": per_item(256, 28),
+    "dis 337": per_item(337, 40),
+    "dis 128 row-sparse": per_item(128, row_sparse_head=True),
+    "dis 128 warm-up": per_item(128, exact_warmup_steps=0.1),
     "two strata 32+256": two_strata(32, 256),
     "two strata 64+512": two_strata(64, 512),
     "two strata 64+512 row-sparse": two_strata(64, 512, row_sparse_head=True),
@@ -79,23 +80,25 @@ METHODS = {
     "several tails 64+16x256 row-sparse": two_strata(64, 256, 16, 28, row_sparse_head=True),
     "several tails 64+16x256 warm-up": two_strata(64, 256, 16, exact_warmup_steps=0.1),
     "several tails 64+32x256": two_strata(64, 256, 32, 40),
-    "ftis 128": per_row(128, proposal="teacher", design="replacement"),
-    "ftis 337": per_row(337, proposal="teacher", design="replacement"),
-    "uniform 128": per_row(128, proposal="uniform"),
-    "uniform 337": per_row(337, proposal="uniform"),
+    "ftis 128": per_item(128, proposal="teacher", design="replacement"),
+    "ftis 337": per_item(337, proposal="teacher", design="replacement"),
+    "uniform 128": per_item(128, proposal="uniform"),
+    "uniform 337": per_item(337, proposal="uniform"),
     "top-k 128": {"num_sampled_classes": 128, "proposal": "topk", "head_rate": 12},
     "top-k 337": {"num_sampled_classes": 337, "proposal": "topk", "head_rate": 12},
 }
 
 
-def sizes(settings: dict, rows: int = 256) -> dict[str, int]:
-    """Student logits computed for each row, and the rows of W that a batch touches at most: means over the steps."""
+def sizes(settings: dict, items: int = 256) -> dict[str, int]:
+    """Student logits computed per item, and the rows of W that a batch touches at most: means over the steps."""
     exact = 1 if settings.get("head_mode") == "exact" else settings.get("exact_warmup_steps", 0)
-    sampled, shared = settings.get("num_sampled_classes", 0), settings.get("num_shared_classes", 0)
-    touched = rows * sampled + settings.get("num_tails", 1) * shared
-    touched = min(touched, rows * settings.get("num_updated_classes", touched))
-    sampled = {"logits": sampled + shared, "rows_touched": touched}
-    return {name: round(exact * CLASSES + (1 - exact) * number) for name, number in sampled.items()}
+    of_sampler = {one.name: settings[one.name] for one in fields(SamplerSpec) if one.name in settings}
+    spec = SamplerSpec(**of_sampler).resolved(row_sparse=settings.get("row_sparse_head", False))
+    sampler = make_sampler(CLASSES, spec)
+    touched = items * sampler.num_sampled + sampler.num_tails * sampler.num_shared
+    touched = min(touched, items * (spec.num_updated_classes or touched))
+    numbers = {"logits": sampler.columns, "rows_touched": touched}
+    return {name: round(exact * CLASSES + (1 - exact) * number) for name, number in numbers.items()}
 
 
 def train(name: str, seed: int, settings: dict, teacher, task) -> dict:
@@ -115,14 +118,14 @@ def train(name: str, seed: int, settings: dict, teacher, task) -> dict:
 
 
 class TimedStream:
-    """A teacher's stream of logits that notes the time it takes."""
+    """A teacher's stream of logits that measures its own time."""
 
     def __init__(self, stream: LogitStream):
         self.stream, self.seconds = stream, 0.0
 
-    def __call__(self, inputs: dict[str, Tensor], rows: Items) -> Iterator[Tensor]:
+    def __call__(self, inputs: dict[str, Tensor], items: Items) -> Iterator[Tensor]:
         started = time.perf_counter()
-        for chunk in self.stream(inputs, rows):
+        for chunk in self.stream(inputs, items):
             self.seconds += time.perf_counter() - started
             yield chunk
             started = time.perf_counter()
@@ -148,25 +151,28 @@ def student_milliseconds(settings: dict, teacher, task, num_steps: int) -> list[
         trainer = student_trainer(
             teacher, task, output_dir=folder, max_steps=num_steps + 2, disable_tqdm=True, **settings
         )
-        stream = trainer.distiller.online_teacher.stream = TimedStream(trainer.distiller.online_teacher.stream)
-        times = StudentTime(stream)
+        teacher = trainer.distiller.online_teacher
+        teacher.stream = TimedStream(teacher.stream)
+        times = StudentTime(teacher.stream)
         trainer.add_callback(times)
         trainer.train()
     return times.milliseconds[2:]
 
 
 def read(path: Path) -> list[dict]:
+    """The records of a file of JSON lines; none if there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def append(path: Path, record: dict) -> None:
+    """Adds a record to a file of JSON lines, and prints it."""
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(record, flush=True)
 
 
 def summary(records: list[dict]) -> list[dict]:
-    """One entry for each method and head rate: means over seeds, and the latest time of a step."""
+    """One entry per method and head rate: means over seeds, and the latest time of a step."""
     times = {record["method"]: record["student_ms"] for record in records if "student_ms" in record}
     runs: dict[tuple[str, float], list[dict]] = {}
     for record in records:
@@ -188,18 +194,15 @@ def summary(records: list[dict]) -> list[dict]:
 
 
 def table(entries: list[dict]) -> str:
-    """Markdown."""
-    lines = [
-        "| method | logits a row | rows of W | head rate | seeds | top-1 | spread | top-5 | KL | student ms a step |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """The entries as Markdown."""
+    names = ("method", "logits per item", "rows of W", "head rate", "seeds", "top-1", "spread", "top-5", "KL")
+    lines = [header(*names, "student ms per step")]
     for entry in entries:
-        ms = "" if entry["student_ms"] is None else f"{entry['student_ms']:.0f}"
-        lines.append(
-            f"| {entry['method']} | {entry['logits']:,} ({entry['logits'] / CLASSES:.1%}) | {entry['rows_touched']:,} "
-            f"| x{entry['head_rate']:g} | {entry['seeds']} | {entry['top1']:.1%} | {entry['spread']:.1%} "
-            f"| {entry['top5']:.1%} | {entry['kl']:.3f} | {ms} |"
-        )
+        logits = f"{entry['logits']:,} ({entry['logits'] / CLASSES:.1%})"
+        setting = entry["method"], logits, f"{entry['rows_touched']:,}", f"x{entry['head_rate']:g}", entry["seeds"]
+        quality = *(f"{entry[key]:.1%}" for key in ("top1", "spread", "top5")), f"{entry['kl']:.3f}"
+        ms = None if entry["student_ms"] is None else f"{entry['student_ms']:.0f}"
+        lines.append(row(*setting, *quality, ms))
     return "\n".join(lines)
 
 
@@ -220,7 +223,7 @@ def plot(entries: list[dict], path: Path) -> None:
         families.setdefault(family, []).append(entry)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for axis, key, label in zip(
-        axes, ("logits", "student_ms"), ("student logits a row", "student ms a step"), strict=True
+        axes, ("logits", "student_ms"), ("student logits per item", "student ms per step"), strict=True
     ):
         for number, (family, members) in enumerate(families.items()):
             members = sorted((entry for entry in members if entry[key]), key=lambda entry: entry[key])
@@ -234,42 +237,49 @@ def plot(entries: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, help="a teacher saved by examples/run_glyphs.py")
-    parser.add_argument("--json", type=Path, required=True, help="JSON lines: read, and added to")
+    parser.add_argument("--json", type=Path, required=True, help="JSON lines, read and appended to")
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--head_rates", type=float, nargs="+", help="instead of each method's own")
+    parser.add_argument("--head_rates", type=float, nargs="+", help="in place of each method's own")
     parser.add_argument("--time", action="store_true", help="time steps instead of training students")
-    parser.add_argument("--rounds", type=int, default=3, help="of timing, eight steps each")
-    parser.add_argument("--plot", type=Path, help="sample what the file holds; trains nothing")
-    arguments = parser.parse_args()
-    versions = (
-        f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    )
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}", flush=True)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of timing, eight steps each")
+    parser.add_argument("--plot", type=Path, help="file of a plot of the records; trains nothing")
+    return parser.parse_args()
+
+
+def time_students(arguments: argparse.Namespace, teacher, task) -> None:
+    """Appends the time of a step of each method."""
+    times: dict[str, list[float]] = {name: [] for name in arguments.methods}
+    for _ in range(arguments.rounds):
+        for name in arguments.methods:
+            times[name] += student_milliseconds(METHODS[name], teacher, task, num_steps=8)
+    for name, values in times.items():
+        append(arguments.json, {"method": name, "student_ms": statistics.median(values)})
+
+
+def train_students(arguments: argparse.Namespace, teacher, task) -> None:
+    """Appends the quality of each student that the file does not have yet."""
+    done = {(r["method"], r["head_rate"], r["seed"]) for r in read(arguments.json) if "seed" in r}
+    for seed in arguments.seeds:
+        for name in arguments.methods:
+            for head_rate in arguments.head_rates or [METHODS[name]["head_rate"]]:
+                if (name, head_rate, seed) not in done:
+                    run = train(name, seed, {**METHODS[name], "head_rate": head_rate}, teacher, task)
+                    append(arguments.json, run)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    print(f"{machine()}, transformers {transformers.__version__}", flush=True)
     if arguments.plot is None:
         if arguments.teacher is None:
             raise SystemExit("--teacher is needed: train one with examples/run_glyphs.py")
-        task = load_task()
-        teacher = ResNetForImageClassification.from_pretrained(arguments.teacher).to(memory_format=torch.channels_last)
-        chosen = {name: METHODS[name] for name in arguments.methods}
-        if arguments.time:
-            times: dict[str, list[float]] = {name: [] for name in chosen}
-            for _ in range(arguments.rounds):
-                for name, settings in chosen.items():
-                    times[name] += student_milliseconds(settings, teacher, task, num_steps=8)
-            for name, values in times.items():
-                append(arguments.json, {"method": name, "student_ms": statistics.median(values)})
-        else:
-            done = {(r["method"], r["head_rate"], r["seed"]) for r in read(arguments.json) if "seed" in r}
-            for seed in arguments.seeds:
-                for name, settings in chosen.items():
-                    for head_rate in arguments.head_rates or [settings["head_rate"]]:
-                        if (name, head_rate, seed) not in done:
-                            run = train(name, seed, {**settings, "head_rate": head_rate}, teacher, task)
-                            append(arguments.json, run)
+        run = time_students if arguments.time else train_students
+        run(arguments, load_teacher(arguments.teacher), load_task())
     entries = summary(read(arguments.json))
     print(table(entries))
     if arguments.plot is not None:

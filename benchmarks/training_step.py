@@ -1,63 +1,72 @@
-"""What distillation adds to a training step of a small network with a huge output layer, through the real Trainer.
+"""Time of a training step of a small network with a huge output layer, against the step's floor, in the real Trainer.
 
     python benchmarks/training_step.py --json training_step.json
 
-A RegNet of 0.6 M parameters and 256 features on 32x32 images, batches of 128, AdamW; teacher of the same kind. Each
-method trains for some steps in turn, several rounds, and its floor right before it, since machines change their pace:
-ratio_to_floor is the median over rounds of the two medians' ratio; ms the median of a step's time from its batch to
-the cleared gradient. Methods and their floors:
+A RegNet of 0.6 M parameters and 256 features on 32x32 images, batches of 128, AdamW; the teacher is of the same kind.
+Each method trains for some steps in turn, for several rounds. Its floor is measured right before it, because machines
+change their pace: ratio_to_floor is the median over rounds of the ratio of the two medians. ms is the median time of a
+step from its batch to the cleared gradient. Methods and their floors:
 
-headless           a loss on the features alone, the head neither run nor stepped: the floor itself
-exact              exact distillation, teacher included; floor: headless and the teacher's bare forward
-dis_online         row_sparse_head, teacher included; floor: headless and the teacher's bare forward
-dis_given_targets  row_sparse_head, the teacher's answers computed beforehand; floor: headless
-dis_cached         row_sparse_head, from a cache of the teacher's targets at its default of 300 bytes a row (32 ranked
-                   classes and, of 100,000, 75 samples of the tail), look-up included; floor: headless
+headless              a loss on the features alone, the head neither run nor stepped: the floor itself
+exact                 exact distillation by the library, whose gradient is computed in forward, teacher included;
+                      floor: headless and the teacher's bare forward
+exact (materialised)  the same with a loss by autograd, which earlier tables call exact; floor: as for exact
+dis_online            row_sparse_head, teacher included; floor: headless and the teacher's bare forward
+dis_given_targets     row_sparse_head, the teacher's answers computed beforehand; floor: headless
+dis_cached            row_sparse_head, from a cache of the teacher's targets at its default of 300 bytes per item (32
+                      ranked classes and, of 100,000, 75 samples of the tail), look-up included; floor: headless
 
-DIS in layouts: the default, K = 32 of each row's 64 best-ranked classes (from a cache all that are stored) and 4 tails
-of K_t = 512 that rows share, of which U = 16 a row update the head; the same with all of them updating it; and classes
-sampled row by row, K = 128 (from a cache the stored ones and 512 further).
+Layouts of DIS: the default has K = 32 of each item's 64 best-ranked classes (from a cache all stored classes) and 4
+shared tails of K_t = 512; U = 16 classes per item update the head. In "all update" all sampled classes update it. In
+"per item" classes are sampled item by item, K = 128 (from a cache the stored ones and 512 further).
 
-peak_mb: the highest resident size of the last steps less the resident size between two of them. Linux only.
+peak_mb is the highest resident size of the last step less the resident size before it. Linux only.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import gc
-import json
-import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from head_scaling import GivenTargets, resident_mb
+from common import header, machine, parser, row, write
+from head_scaling import GivenTargets
+from timing import PeakMemory
 from transformers import RegNetConfig, RegNetForImageClassification, TrainerCallback
 
-from hf_dis import DISConfig, DISDistillationTrainer, TeacherCache, cache_teacher_targets
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-ROWS, FEATURES, TEMPERATURE = 128, 256, 2.0
-PER_ROW = {"num_shared_classes": 0}
+from head_step import materialised_loss
+
+from hf_dis import DISConfig, DISDistillationTrainer, TeacherCache, cache_teacher_targets
+from hf_dis.items import Items
+
+ITEMS, FEATURES, TEMPERATURE = 128, 256, 2.0
+PER_ITEM = {"num_shared_classes": 0}
 ALL_UPDATE = {"num_updated_classes": 1000}
 METHODS = {
     ("headless", None): {},
     ("exact", None): {},
+    ("exact (materialised)", None): {},
     ("dis_online", "default"): {},
-    ("dis_online", "per row"): PER_ROW,
+    ("dis_online", "per item"): PER_ITEM,
     ("dis_given_targets", "default"): {},
     ("dis_given_targets", "all update"): ALL_UPDATE,
-    ("dis_given_targets", "per row"): PER_ROW,
+    ("dis_given_targets", "per item"): PER_ITEM,
     ("dis_cached", "default"): {},
     ("dis_cached", "all update"): ALL_UPDATE,
-    ("dis_cached", "per row"): PER_ROW,
+    ("dis_cached", "per item"): PER_ITEM,
 }
+# The floor of these methods includes the teacher's forward.
+WITH_TEACHER = ("exact", "exact (materialised)", "dis_online")
 
 
 def regnet(num_classes: int, seed: int) -> RegNetForImageClassification:
+    """The student or teacher; the same seed gives the same weights."""
     torch.manual_seed(seed)
     return RegNetForImageClassification(
         RegNetConfig(
@@ -78,44 +87,55 @@ class HeadlessTrainer(DISDistillationTrainer):
         return model.regnet(inputs["pixel_values"]).pooler_output.square().mean()
 
 
+class MaterialisedTrainer(DISDistillationTrainer):
+    """The same trainer with the exact loss by autograd, chunk by chunk of the teacher's answers."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        teacher, items = self.distiller.online_teacher, Items(len(inputs["pixel_values"]))
+        parts = model(**inputs).logits.split(teacher.stream.chunk_items)
+        chunks = zip(parts, teacher.all_classes(inputs, items), strict=True)
+        return sum(materialised_loss(part, chunk, TEMPERATURE).sum() for part, chunk in chunks) / len(items)
+
+
+TRAINERS = {"headless": HeadlessTrainer, "exact (materialised)": MaterialisedTrainer}
+
+
 class GivenTeacher:
     """Stands for the online teacher: the answers for the one batch that there is."""
 
     def __init__(self, targets: GivenTargets):
         self.targets = targets
 
-    def __call__(self, inputs, rows, check_finite: bool = True):
+    def __call__(self, inputs, items, check_values: bool = True):
         yield self.targets
 
 
 class StepTimes(TrainerCallback):
-    """Times steps, and notes what the memory was in them."""
+    """Times steps, and measures the memory of the last one."""
 
     def __init__(self):
         self.milliseconds: list[float] = []
+        self.peak: PeakMemory | None = None
         self.peak_mb: float | None = None
 
     def on_step_begin(self, args, state, control, **kwargs):
         if platform.system() == "Linux" and state.global_step == state.max_steps - 1:
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            self.floor = resident_mb("VmRSS")
+            self.peak = PeakMemory()
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, optimizer, **kwargs):
         self.milliseconds.append(1000 * (time.perf_counter() - self.started))
         if state.global_step == 1:
-            # Moments that were never written are not in memory yet: each of the first steps would wait for the pages
-            # of the rows that it is the first to touch, which is over after some tens of steps.
+            # Moments that were never written are not in memory yet. Each of the first tens of steps would wait for
+            # the pages of the rows that it is the first to touch.
             for moments in optimizer.state.values():
                 for tensor in filter(torch.is_tensor, moments.values()):
                     tensor.add_(0)
-        if platform.system() == "Linux" and state.global_step == state.max_steps:
-            self.peak_mb = resident_mb("VmHWM") - self.floor
+        if self.peak is not None and state.global_step == state.max_steps:
+            self.peak_mb = self.peak.megabytes()
 
 
-def train(method: str, layout: str | None, num_classes: int, teacher, rows: list[dict], num_steps: int) -> StepTimes:
+def train(method: str, layout: str | None, num_classes: int, teacher, images: list[dict], num_steps: int) -> StepTimes:
     """Trains for a few steps; the first, after which the optimizer's state is in memory, is not counted."""
     times = StepTimes()
     sampled = layout is not None
@@ -123,7 +143,7 @@ def train(method: str, layout: str | None, num_classes: int, teacher, rows: list
         args = DISConfig(
             output_dir=folder,
             max_steps=num_steps + 1,
-            per_device_train_batch_size=ROWS,
+            per_device_train_batch_size=ITEMS,
             head_mode="sampled" if sampled else "exact",
             row_sparse_head=sampled,
             hard_label_weight=0.0,
@@ -134,46 +154,47 @@ def train(method: str, layout: str | None, num_classes: int, teacher, rows: list
             disable_tqdm=True,
             **METHODS[method, layout],
         )
-        cache = write_cache(teacher, rows, folder) if method == "dis_cached" else None
-        kind = HeadlessTrainer if method == "headless" else DISDistillationTrainer
-        trainer = kind(
+        cache = write_cache(teacher, images, folder) if method == "dis_cached" else None
+        trainer = TRAINERS.get(method, DISDistillationTrainer)(
             regnet(num_classes, 0),
             None if cache else teacher,
             args,
             teacher_cache=cache,
-            train_dataset=rows,
+            train_dataset=images,
             callbacks=[times],
         )
         if method == "dis_given_targets":
             with torch.no_grad():
-                logits = teacher(torch.stack([row["pixel_values"] for row in rows])).logits
-            log_probs = (logits / TEMPERATURE).log_softmax(1)
-            # One batch, whose rows come in any order: what is timed does not depend on which row is whose.
-            trainer.distiller.teacher = GivenTeacher(GivenTargets(log_probs, trainer.distiller.sampler.rank_depth))
+                logits = teacher(torch.stack([image["pixel_values"] for image in images])).logits
+            # One batch, whose items come in any order: the time does not depend on which item is whose.
+            targets = GivenTargets(logits, TEMPERATURE, trainer.distiller.sampler.rank_depth)
+            trainer.distiller.teacher = GivenTeacher(targets)
         trainer.train()
     times.milliseconds = times.milliseconds[1:]
     if cache:
-        times.milliseconds = [ms + look_up_ms(cache, rows) for ms in times.milliseconds]
+        times.milliseconds = [ms + look_up_ms(cache, images) for ms in times.milliseconds]
     return times
 
 
-def write_cache(teacher, rows: list[dict], folder: str) -> TeacherCache:
+def write_cache(teacher, images: list[dict], folder: str) -> TeacherCache:
+    """The teacher's targets of all images, at the default size."""
     return cache_teacher_targets(
-        teacher, rows, f"{folder}/cache", temperature=TEMPERATURE, batch_size=ROWS, show_progress=False
+        teacher, images, f"{folder}/cache", temperature=TEMPERATURE, batch_size=ITEMS, show_progress=False
     )
 
 
-def look_up_ms(cache: TeacherCache, rows: list[dict]) -> float:
-    """A dataloader does it before the step, or in its workers; here it counts."""
-    batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+def look_up_ms(cache: TeacherCache, images: list[dict]) -> float:
+    """Milliseconds of a look-up, which a dataloader does before the step or in its workers; here it counts."""
+    batch = {"pixel_values": torch.stack([image["pixel_values"] for image in images])}
     started = time.perf_counter()
     cache.look_up(batch)
     return 1000 * (time.perf_counter() - started)
 
 
 @torch.no_grad()
-def teacher_forward(teacher, rows: list[dict], num_steps: int) -> list[float]:
-    pixels, times = torch.stack([row["pixel_values"] for row in rows]), []
+def teacher_forward(teacher, images: list[dict], num_steps: int) -> list[float]:
+    """Milliseconds of the teacher's bare forward, a few times."""
+    pixels, times = torch.stack([image["pixel_values"] for image in images]), []
     for _ in range(num_steps):
         started = time.perf_counter()
         teacher(pixels)
@@ -181,56 +202,57 @@ def teacher_forward(teacher, rows: list[dict], num_steps: int) -> list[float]:
     return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=int, default=100_000)
-    parser.add_argument("--steps", type=int, default=4, help="of each method in a round")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--json", type=Path, help="where to write the records")
-    arguments = parser.parse_args()
+def measure(num_classes: int, num_steps: int, rounds: int) -> tuple[list[dict], float]:
+    """Records of all methods, and the median milliseconds of the teacher's bare forward."""
     generator = torch.Generator().manual_seed(0)
-    rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator)} for _ in range(ROWS)]
-    teacher = regnet(arguments.classes, 1).eval()
+    images = [{"pixel_values": torch.randn(3, 32, 32, generator=generator)} for _ in range(ITEMS)]
+    teacher = regnet(num_classes, 1).eval()
     bare_forward: list[float] = []
     times: dict[tuple[str, str | None], list[float]] = {method: [] for method in METHODS}
     ratios: dict[tuple[str, str | None], list[float]] = {method: [] for method in METHODS}
     peaks = {}
-    for _ in range(arguments.rounds):
+    for _ in range(rounds):
         for method in METHODS:
-            floor = train("headless", None, arguments.classes, teacher, rows, arguments.steps).milliseconds
-            floor_ms = statistics.median(floor)
-            if method[0] in ("exact", "dis_online"):
-                forward = teacher_forward(teacher, rows, arguments.steps)
-                floor_ms += statistics.median(forward)
+            floor = statistics.median(train("headless", None, num_classes, teacher, images, num_steps).milliseconds)
+            if method[0] in WITH_TEACHER:
+                forward = teacher_forward(teacher, images, num_steps)
+                floor += statistics.median(forward)
                 bare_forward += forward
-            measured = train(*method, arguments.classes, teacher, rows, arguments.steps)
+            measured = train(*method, num_classes, teacher, images, num_steps)
             times[method] += measured.milliseconds
-            ratios[method].append(statistics.median(measured.milliseconds) / floor_ms)
+            ratios[method].append(statistics.median(measured.milliseconds) / floor)
             peaks[method] = measured.peak_mb
-    median = {method: statistics.median(values) for method, values in times.items()}
-    teacher_ms = statistics.median(bare_forward)
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    print(f"{threads}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{arguments.classes:,} classes; the teacher's bare forward: {teacher_ms:.0f} ms\n")
-    print("| method | layout | ms | samples/s | ratio to floor | peak MB |\n|---|---|---|---|---|---|")
-    records = []
-    for (method, layout), ms in median.items():
-        record = {
+    records = [
+        {
             "method": method,
             "layout": layout,
-            "classes": arguments.classes,
-            "samples_per_s": 1000 * ROWS / ms,
+            "classes": num_classes,
+            "ms": statistics.median(values),
+            "samples_per_s": 1000 * ITEMS / statistics.median(values),
             "ratio_to_floor": statistics.median(ratios[method, layout]),
             "peak_mb": peaks[method, layout],
         }
-        records.append(record)
-        peak = "" if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
-        print(
-            f"| {method} | {layout or ''} | {ms:,.0f} | {record['samples_per_s']:.1f} "
-            f"| {record['ratio_to_floor']:.2f} | {peak} |"
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+        for (method, layout), values in times.items()
+    ]
+    return records, statistics.median(bare_forward)
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--classes", type=int, default=100_000)
+    made.add_argument("--steps", type=int, default=4, help="per method and round")
+    made.add_argument("--rounds", type=int, default=6)
+    arguments = made.parse_args()
+    records, teacher_ms = measure(arguments.classes, arguments.steps, arguments.rounds)
+    print(machine())
+    print(f"{arguments.classes:,} classes; the teacher's bare forward: {teacher_ms:.0f} ms")
+    print("exact: the library's own exact loss; exact (materialised): what earlier tables call exact\n")
+    print(header("method", "layout", "ms", "samples/s", "ratio to floor", "peak MB"))
+    for record in records:
+        peak = None if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
+        speed = f"{record['ms']:,.0f}", f"{record['samples_per_s']:.1f}", f"{record['ratio_to_floor']:.2f}"
+        print(row(record["method"], record["layout"], *speed, peak))
+    write(records, arguments.json)
 
 
 if __name__ == "__main__":

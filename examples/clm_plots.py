@@ -17,17 +17,18 @@ COLOURS = {"exact": "tab:gray", "dis": "tab:orange", "exact_in_time": "tab:blue"
 
 
 def write_report(output: Path, records: list[dict], minutes: float) -> None:
-    """Writes results.json, and report.md with a row for each student."""
+    """Writes results.json, and report.md with a line per student."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     lines = [
         f"# Distilling a language model of {records[0]['vocab']:,} tokens",
         "",
-        f"{torch.get_num_threads()} threads; the whole run took {minutes:.1f} minutes. On texts held out; KL to the "
-        "teacher at temperature 1; seconds are those of training, the teacher's forward included; the error is that "
-        "of the gradient on the student's features, ‖ĝ - g‖ / ‖g‖, when it was last compared.",
+        f"{torch.get_num_threads()} threads; the whole run took {minutes:.1f} minutes. Quality is measured on texts "
+        "held out of training, KL to the teacher at temperature 1. Seconds are the training time, the teacher's "
+        "forward included. Error is the error of the gradient on the student's features, ‖ĝ - g‖ / ‖g‖, at the last "
+        "comparison.",
         "",
-        "| method | student logits a token | rate, head's | steps | on all tokens | seconds | perplexity "
+        "| method | student logits per token | rate, head's | steps | on all tokens | seconds | perplexity "
         "| KL to teacher | error |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -45,8 +46,8 @@ def write_report(output: Path, records: list[dict], minutes: float) -> None:
 def plot_curves(path: Path, records: list[dict]) -> None:
     """KL to the teacher and perplexity of the held-out texts, against steps and against seconds of training."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharey="row")
-    for row, (quality, title) in zip(axes, (("kl", "KL to teacher"), ("perplexity", "perplexity")), strict=True):
-        for axis, progress in zip(row, ("step", "seconds"), strict=True):
+    for line, (quality, title) in zip(axes, (("kl", "KL to teacher"), ("perplexity", "perplexity")), strict=True):
+        for axis, progress in zip(line, ("step", "seconds"), strict=True):
             for record in records:
                 points = [[point[name] for point in record["curve"]] for name in (progress, quality)]
                 axis.plot(*points, "o-", markersize=3, color=COLOURS[record["method"]], label=TITLES[record["method"]])

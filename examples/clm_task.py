@@ -1,7 +1,7 @@
-"""The text task: Python's own standard library as a corpus, a tokenizer trained on it, and small Llama models.
+"""The text task: Python's standard library as a corpus, a tokenizer trained on this corpus, and small Llama models.
 
-Everything is on the machine already, so the default of run_clm.py needs no network. Text data of one's own goes the
-same way: :func:`load_texts`, then :func:`tokenized`.
+Everything is on the machine already, so the default of run_clm.py needs no network. Your own texts take the same two
+functions: :func:`load_texts`, then :func:`tokenized`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HELD_OUT = 0.05
 
 
 def standard_library() -> list[str]:
-    """The files of Python's standard library without its tests, in an order that is mixed but always the same."""
+    """The files of Python's standard library without its tests, shuffled, always in the same order."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(str(path) for path in root.rglob("*.py") if not NOT_LIBRARY & set(path.relative_to(root).parts))
     random.Random(0).shuffle(files)
@@ -45,12 +45,12 @@ def load_texts(
     """Texts to train on and texts held out, splits ``train`` and ``validation`` with the one column ``text``.
 
     Args:
-        name, config: a data set and its configuration, as for ``datasets.load_dataset``.
-        train_files, validation_files: text files instead; lines keep their line breaks.
-        column: where the texts are.
+        name, config: a dataset and its configuration, as for ``datasets.load_dataset``.
+        train_files, validation_files: text files in place of a dataset; lines keep their line breaks.
+        column: the column with the texts.
 
-    Without a data set or files it is the standard library, one text a file. Without a validation split the last
-    twentieth of the training texts is held out.
+    Without a dataset or files the texts are those of the standard library, one text per file. Without a validation
+    split the last twentieth of the training texts is held out.
 
     Raises:
         ValueError: if there is no such column.
@@ -65,7 +65,7 @@ def load_texts(
         splits = load_dataset("text", data_files=files, sample_by="document", encoding_errors="replace")
     if column not in splits["train"].column_names:
         raise ValueError(
-            f"text_column is {column!r}, but the data set has the columns {splits['train'].column_names}: name the "
+            f"text_column is {column!r}, but the dataset has the columns {splits['train'].column_names}: name the "
             "one with the texts"
         )
     if "validation" not in splits:
@@ -90,17 +90,17 @@ def train_tokenizer(texts: Dataset, num_tokens: int) -> PreTrainedTokenizerFast:
 
 
 def tokenized(texts: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int) -> DatasetDict:
-    """Texts as blocks of ``block_size`` tokens with as many labels, one text running on into the next.
+    """The texts, joined one after another, as blocks of ``block_size`` tokens with as many labels.
 
     Raises:
-        ValueError: if a split does not have the tokens for one block.
+        ValueError: if a split has fewer tokens than one block.
     """
 
     def blocks(batch: dict[str, list]) -> dict[str, list]:
         ids = [token for text in tokenizer(batch["text"])["input_ids"] for token in text]
-        whole = len(ids) - len(ids) % block_size  # what is left over of a thousand texts is dropped
-        rows = [ids[start : start + block_size] for start in range(0, whole, block_size)]
-        return {"input_ids": rows, "labels": rows}
+        whole = len(ids) - len(ids) % block_size  # the rest of a batch of a thousand texts is dropped
+        parts = [ids[start : start + block_size] for start in range(0, whole, block_size)]
+        return {"input_ids": parts, "labels": parts}
 
     splits = texts.map(blocks, batched=True, remove_columns="text", desc="tokenizing")
     for name, split in splits.items():
@@ -113,7 +113,7 @@ def tokenized(texts: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size
 
 
 def build_model(num_tokens: int, width: int, num_layers: int, seed: int) -> LlamaForCausalLM:
-    """A small Llama with a head of its own, not tied to the embedding; the same seed gives the same weights."""
+    """A small Llama whose head is not tied to the embedding; the same seed gives the same weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=num_tokens,
@@ -130,10 +130,12 @@ def build_model(num_tokens: int, width: int, num_layers: int, seed: int) -> Llam
 
 
 def build_teacher(num_tokens: int) -> LlamaForCausalLM:
+    """The larger model."""
     return build_model(num_tokens, width=256, num_layers=4, seed=0)
 
 
 def build_student(num_tokens: int) -> LlamaForCausalLM:
+    """The smaller model."""
     return build_model(num_tokens, width=128, num_layers=2, seed=1)
 
 
@@ -141,14 +143,17 @@ def train_teacher(train_dataset: Dataset, tokenizer: PreTrainedTokenizerBase, st
     """Trains the teacher on the texts with the stock Trainer, and saves it with its tokenizer.
 
     Args:
-        train_dataset: of :func:`tokenized`.
-        tokenizer: that made it.
-        steps: of four blocks, 512 tokens.
-        args: where to save it (``_teacher`` in ``output_dir``), and on what device to train.
+        train_dataset: a split that :func:`tokenized` returned.
+        tokenizer: of the split.
+        steps: optimizer steps of four blocks, 512 tokens.
+        args: of the student's run: folder (the teacher goes to ``_teacher`` in ``output_dir``), device and precision.
+
+    Returns:
+        the teacher.
     """
     teacher = build_teacher(len(tokenizer))
     teacher_args = TrainingArguments(
-        output_dir=str(Path(args.output_dir) / "_teacher"),  # push_to_hub leaves out what starts with _
+        output_dir=str(Path(args.output_dir) / "_teacher"),  # push_to_hub leaves out names that start with _
         max_steps=steps,
         per_device_train_batch_size=4,
         learning_rate=2e-3,

@@ -19,14 +19,14 @@ TITLES = {"hard_labels": "hard labels", "exact": "exact KD", "dis": "DIS", "ftis
 def write_report(
     output: Path, records: list[dict], steps: dict[str, float], millions: dict[str, float], minutes: float
 ) -> None:
-    """Writes the table of methods, the models' parameters in millions, and what took how long."""
+    """Writes the table of methods, the models' parameters in millions, and the times."""
     lines = [
         f"# Five ways to distil {records[0]['classes']:,} characters",
         "",
         f"Teacher: {millions['teacher']:.2f} M parameters; students: {millions['student']:.2f} M. The whole run took "
         f"{minutes:.0f} minutes.",
         "",
-        "| method | student logits a row | head rate | top-1 | top-5 | KL to teacher | seconds |",
+        "| method | student logits per item | head rate | top-1 | top-5 | KL to teacher | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for record in records:
@@ -37,11 +37,11 @@ def write_report(
         )
     lines += [
         "",
-        "Typefaces held out of training; KL at temperature 1. Seconds are those of the whole training run, the "
-        "teacher's forward included. At this number of classes exact distillation costs about the same: "
-        "sampling is there for larger output layers.",
+        "Quality is measured on typefaces held out of training, KL at temperature 1. Seconds are the time of the "
+        "whole training run, the teacher's forward included. At this number of classes exact distillation costs about "
+        "the same: sampling pays for larger output layers.",
         "",
-        f"One head step at 100,000 classes (128 rows, 256 features, teacher logits given, {torch.get_num_threads()} "
+        f"One head step at 100,000 classes (128 items, 256 features, teacher logits given, {torch.get_num_threads()} "
         "threads): loss forward and backward",
         f"exact {steps['exact']:.0f} ms, DIS {steps['dis']:.0f} ms: {steps['exact'] / steps['dis']:.1f} times faster. "
         f"A dense AdamW pass over the head adds {steps['adamw']:.0f} ms to either.",
@@ -65,22 +65,22 @@ def plot_quality(path: Path, records: list[dict]) -> None:
 
 
 def plot_confusions(path: Path, student, test_dataset: GlyphImages, names: list[str], num_pairs: int = 24) -> None:
-    """The pairs of characters that a student confuses most often: each image, and one of what it took it for."""
+    """The pairs of characters that a student confuses most often: an image of each character and of its prediction."""
     student.eval()
     with torch.no_grad():
         chunks = test_dataset.images.split(512)
         predicted = torch.cat([student(pixel_values=NORMALISE(images)).logits.argmax(1) for images in chunks])
     wrong = (predicted != test_dataset.labels).nonzero()[:, 0].tolist()
-    pairs = Counter((int(test_dataset.labels[row]), int(predicted[row])) for row in wrong)
-    image_of = {int(label): row for row, label in enumerate(test_dataset.labels)}
+    pairs = Counter((int(test_dataset.labels[index]), int(predicted[index])) for index in wrong)
+    image_of = {int(label): index for index, label in enumerate(test_dataset.labels)}
     shown = [pair for pair, _ in pairs.most_common() if pair[1] in image_of][:num_pairs]
     figure, axes = plt.subplots(4, (len(shown) + 3) // 4, figsize=(12, 6.2), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (label, taken_for) in zip(axes.flat, shown, strict=False):
-        both = [test_dataset.images[image_of[index], 0] for index in (label, taken_for)]
+        both = [test_dataset.images[image_of[name], 0] for name in (label, taken_for)]
         axis.imshow(255 - torch.cat(both, 1), cmap="gray", vmin=0, vmax=255)
         axis.set_title(f"{names[label]} for {names[taken_for]}", fontsize=8)
-    figure.suptitle("Left: a character the student got wrong; right: what it took it for")
+    figure.suptitle("Left: a character that the student got wrong; right: its prediction")
     figure.savefig(path, dpi=120)
     plt.close(figure)

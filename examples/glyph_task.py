@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ LEARNING_RATE = 4e-3
 AFFINE = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.85, 1.1), shear=10)
 NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.15], [0.3])])
 NOISE = v2.GaussianNoise(sigma=0.1, clip=False)
-# Images that share one random affine map: one call for each image would take longer than the student.
+# Images that share one random affine map: a call for each image would take longer than the student's step.
 AFFINE_GROUP = 16
 
 
@@ -27,11 +29,11 @@ def augment(images: Tensor) -> Tensor:
 
 
 class GlyphImages(torch.utils.data.Dataset):
-    """Images and labels in memory; a batch is fetched, and augmented, as a whole.
+    """Images and labels in memory; a batch is fetched and augmented as a whole.
 
     Args:
-        split: of :func:`hf_dis.data.load_glyphs`.
-        transform: from uint8 ``[N, 1, 32, 32]`` to the model's ``pixel_values``.
+        split: a split that :func:`hf_dis.data.load_glyphs` returned.
+        transform: turns uint8 ``[N, 1, 32, 32]`` into the model's ``pixel_values``.
     """
 
     def __init__(self, split, transform):
@@ -51,12 +53,12 @@ class GlyphImages(torch.utils.data.Dataset):
 
 
 def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The data collator for :class:`GlyphImages`, whose batches are made already."""
+    """The data collator for :class:`GlyphImages`, which returns whole batches."""
     return batch
 
 
 def load_task() -> tuple[GlyphImages, GlyphImages, list[str]]:
-    """Training set (augmented), test set (typefaces never trained on), and the classes' names."""
+    """The augmented training set, the test set of other typefaces, and the names of the classes."""
     glyphs = load_glyphs()
     names = glyphs["train"].features["label"].names
     return GlyphImages(glyphs["train"], augment), GlyphImages(glyphs["test"], NORMALISE), names
@@ -77,15 +79,22 @@ def build_model(num_classes: int, hidden_sizes: list[int], seed: int) -> ResNetF
 
 
 def build_teacher(num_classes: int) -> ResNetForImageClassification:
+    """The larger model."""
     return build_model(num_classes, hidden_sizes=[32, 64, 128], seed=0)
 
 
 def build_student(num_classes: int, seed: int = 1) -> ResNetForImageClassification:
+    """The smaller model."""
     return build_model(num_classes, hidden_sizes=[16, 32, 64], seed=seed)
 
 
+def load_teacher(path: str | Path) -> ResNetForImageClassification:
+    """A teacher that run_glyphs.py saved."""
+    return ResNetForImageClassification.from_pretrained(path).to(memory_format=torch.channels_last)
+
+
 def train_teacher(model, train_dataset: GlyphImages, epochs: float, output_dir: str) -> None:
-    """Trains the teacher on the labels, with the stock Trainer."""
+    """Trains the teacher on the labels with the stock Trainer."""
     args = TrainingArguments(
         output_dir=output_dir,
         per_device_train_batch_size=256,
@@ -107,11 +116,11 @@ def student_trainer(teacher, task, head_rate: float, teacher_cache=None, **setti
     """The trainer of one student, on the schedule that all methods share.
 
     Args:
-        teacher: as :func:`build_teacher` makes it, trained.
-        task: what :func:`load_task` returns.
+        teacher: a trained teacher from :func:`build_teacher`.
+        task: the result of :func:`load_task`.
         head_rate: the head's learning rate as a multiple of ``LEARNING_RATE``.
-        teacher_cache: of the training set, to train on; the teacher then only evaluates.
-        **settings: of DISConfig; ``output_dir`` is needed.
+        teacher_cache: stored targets of the training set to train on; the teacher then only evaluates.
+        **settings: fields of DISConfig; ``output_dir`` is required.
     """
     train_dataset, test_dataset, names = task
     common = {

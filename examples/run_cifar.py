@@ -3,9 +3,9 @@
     accelerate launch examples/run_cifar.py --output_dir runs/cifar --data_dir cifar-100-python.tar.gz \\
         --head_mode sampled --num_sampled_classes 16 --num_shared_classes 0 --num_train_epochs 30
 
-Without --teacher_model_name_or_path a teacher is trained first. All flags of DISConfig and TrainingArguments are
-understood. A hundred classes are too few for sampling to save time; this example is about correctness, and a start
-for your own script.
+Without --teacher_model_name_or_path a teacher is trained first. The script takes all flags of DISConfig and
+TrainingArguments. A hundred classes are too few for sampling to save time: the example shows correctness, and is a
+start for your own script.
 """
 
 from __future__ import annotations
@@ -36,27 +36,31 @@ MEAN, STD = [0.5071, 0.4866, 0.4409], [0.2673, 0.2564, 0.2762]
 
 @dataclass
 class CifarArguments:
-    """Where data and models come from."""
+    """Sources of data and models."""
 
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "The official archive, or a folder with it or its files; the Hub's copy if not given."},
+        metadata={
+            "help": "The official archive, or a folder with the archive or its files; the Hub's copy if not given."
+        },
     )
     verify_checksum: bool = field(
-        default=True, metadata={"help": "Refuse an archive that is not the official one; see --no_verify_checksum."}
+        default=True, metadata={"help": "Refuse any other than the official archive; see --no_verify_checksum."}
     )
     teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A teacher with CIFAR-100's classes; trained first if not given."}
+        default=None, metadata={"help": "A teacher of CIFAR-100's classes; trained first if not given."}
     )
-    teacher_num_train_epochs: float = field(default=30.0, metadata={"help": "Epochs to train a teacher for."})
+    teacher_num_train_epochs: float = field(default=30.0, metadata={"help": "Epochs of the teacher's training."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A student to start from; a small RegNet with random weights if not given."}
+        default=None, metadata={"help": "The initial student; a small RegNet with random weights if not given."}
     )
 
 
 class LabelTrainer(Trainer):
-    """The stock Trainer for models that take, but ignore, ``num_items_in_batch``: without this their loss counts
-    once for each process and accumulation step."""
+    """The stock Trainer for models that take ``num_items_in_batch`` and ignore it.
+
+    In the stock Trainer their loss would count once for each process and accumulation step.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -64,7 +68,7 @@ class LabelTrainer(Trainer):
 
 
 def load_splits(arguments: CifarArguments, args: TrainingArguments):
-    """Training and test split that yield ``pixel_values`` and ``labels``, the former augmented; the class names."""
+    """The augmented training split and the test split, with ``pixel_values`` and ``labels``; the class names."""
     with args.main_process_first(desc="loading CIFAR-100"):
         splits = load_cifar100(arguments.data_dir, verify_checksum=arguments.verify_checksum)
     to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
@@ -100,9 +104,9 @@ def build_regnet(names: list[str], hidden_sizes: list[int], depths: list[int], l
 
 
 def train_teacher(arguments: CifarArguments, args: DISConfig, train_dataset, names) -> RegNetForImageClassification:
-    """Trains a teacher on the labels, with the batch size, precision and device of the student's run."""
+    """Trains a teacher on the labels with the batch size, precision and device of the student's run."""
     teacher_args = TrainingArguments(
-        output_dir=str(Path(args.output_dir) / "_teacher"),  # push_to_hub leaves out what starts with _
+        output_dir=str(Path(args.output_dir) / "_teacher"),  # push_to_hub leaves out names that start with _
         num_train_epochs=arguments.teacher_num_train_epochs,
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -130,7 +134,7 @@ def train_teacher(arguments: CifarArguments, args: DISConfig, train_dataset, nam
 def main() -> None:
     parser = HfArgumentParser((CifarArguments, DISConfig))
     arguments, args = parser.parse_args_into_dataclasses()
-    args.remove_unused_columns = False  # the columns are made by the splits' transforms
+    args.remove_unused_columns = False  # the splits' transforms make the columns
     try:
         train_dataset, eval_dataset, names = load_splits(arguments, args)
     except DataError as error:

@@ -1,18 +1,18 @@
-"""Distils a language model with DISDistillationTrainer: by sampled tokens, by all of them, or both to compare.
+"""Distils a language model with DISDistillationTrainer: by sampled tokens, by all tokens, or both to compare.
 
     accelerate launch examples/run_clm.py --output_dir runs/clm
 
-Without models and data of your own everything is made here, offline: the text of Python's standard library, a
-tokenizer of 32,000 tokens, a small Llama as teacher, trained for some minutes, and two smaller ones that are distilled
-from it, by exact distillation and by DIS. Both start from the same weights and see the same batches, and the first
-tenth of DIS's steps computes all tokens; exact distillation is run once more, for the time that DIS took. Writes
-results.json, report.md and a plot.
+Without models and data of your own the script makes everything offline: the text of Python's standard library, a
+tokenizer of 32,000 tokens, a small Llama as teacher, trained for some minutes, and two smaller students. One student
+is distilled exactly, one by DIS. Both start from the same weights and see the same batches, and the first tenth of
+DIS's steps computes all tokens. A third student is distilled exactly for the time that DIS took. Writes results.json,
+report.md and a plot.
 
     accelerate launch examples/run_clm.py --output_dir runs/mine --teacher_model_name_or_path big \\
         --model_name_or_path small --train_files train.txt --num_train_epochs 1 --learning_rate 1e-4 --row_sparse_head
 
-distils a model of your own. All flags of DISConfig and TrainingArguments are understood; --use_peft trains LoRA
-adapters, --mlm is for masked language models. docs/language-models.md tells more.
+distils a model of your own. The script takes all flags of DISConfig and TrainingArguments. --use_peft trains LoRA
+adapters, and --mlm is for masked language models. More in docs/language-models.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from transformers import (
 from hf_dis import DISConfig, DISDistillationTrainer
 
 METHODS = ("exact", "dis", "exact_in_time")
-# For students that start from nothing; with --model_name_or_path the defaults are those of DISConfig.
+# For students with random weights; with --model_name_or_path the defaults are those of DISConfig.
 FROM_SCRATCH = {
     "methods": list(METHODS),
     "max_steps": 180,
@@ -67,18 +67,18 @@ FROM_SCRATCH = {
 
 @dataclass
 class ClmArguments:
-    """Where models and data come from, and what to compare."""
+    """Sources of models and data, and the methods to compare."""
 
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The teacher; a small Llama, trained first, if not given."}
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A student to start from; a small Llama with random weights if not given."}
+        default=None, metadata={"help": "The initial student; a small Llama with random weights if not given."}
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "A data set of texts; Python's standard library if there are no files either."}
+        default=None, metadata={"help": "A dataset of texts; Python's standard library if there are no files either."}
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_files: list[str] | None = field(default=None, metadata={"help": "Text files to train on."})
     validation_files: list[str] | None = field(
         default=None, metadata={"help": "Text files to evaluate on; a twentieth of the texts if not given."}
@@ -88,10 +88,10 @@ class ClmArguments:
     max_eval_blocks: int = field(default=32, metadata={"help": "Sequences to evaluate on, at most."})
     methods: list[str] = field(
         default_factory=lambda: ["dis"],
-        metadata={"help": f"Which of {', '.join(METHODS)} to run; all of them with the student made here."},
+        metadata={"help": f"Methods to run, of {', '.join(METHODS)}; all of them without model_name_or_path."},
     )
-    teacher_steps: int = field(default=360, metadata={"help": "Steps to train a teacher for."})
-    mlm: bool = field(default=False, metadata={"help": "Masked rather than causal language models."})
+    teacher_steps: int = field(default=360, metadata={"help": "Steps of the teacher's training."})
+    mlm: bool = field(default=False, metadata={"help": "Masked language models in place of causal ones."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked."})
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters of the student only."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
@@ -99,7 +99,7 @@ class ClmArguments:
 
 
 class Stopwatch(TrainerCallback):
-    """Notes what each evaluation found, after how many steps and how many seconds of nothing but training."""
+    """Records the results of each evaluation with the steps and seconds of training before it."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -117,7 +117,7 @@ class Stopwatch(TrainerCallback):
 
 
 def load_models(arguments: ClmArguments, args: DISConfig, texts: DatasetDict):
-    """Teacher (or its name), a function that makes a student, the student's tokenizer, and the tokenized texts."""
+    """The teacher or its name, a function that makes a student, the tokenizer, and the tokenized texts."""
     from_hub = AutoModelForMaskedLM if arguments.mlm else AutoModelForCausalLM
     name = arguments.model_name_or_path or arguments.teacher_model_name_or_path
     with args.main_process_first(desc="tokenizing"):
@@ -147,7 +147,7 @@ def load_models(arguments: ClmArguments, args: DISConfig, texts: DatasetDict):
 
 
 def distil(method: str, steps: int, models, arguments: ClmArguments, args: DISConfig) -> dict:
-    """Trains and evaluates one student; returns its record for results.json."""
+    """Trains and evaluates one student; returns the record for results.json."""
     teacher, student, tokenizer, splits = models
     args = copy.copy(args)
     args.max_steps = steps
@@ -177,12 +177,12 @@ def distil(method: str, steps: int, models, arguments: ClmArguments, args: DISCo
     trainer.save_metrics("eval", metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
-    exact = trainer.distiller.mode == "exact"
+    distiller, exact = trainer.distiller, trainer.distiller.mode == "exact"
     probed = [log["probe/relative_error"] for log in trainer.state.log_history if "probe/relative_error" in log]
     return {
         "method": method,
-        "vocab": trainer.distiller.num_classes,
-        "sampled": trainer.distiller.num_classes if exact else trainer.distiller.sampler.columns,
+        "vocab": distiller.num_classes,
+        "sampled": distiller.num_classes if exact else distiller.sampler.columns,
         "exact_steps": trainer.state.max_steps if exact else args.get_exact_warmup_steps(trainer.state.max_steps),
         "learning_rate": args.learning_rate,
         "head_learning_rate": args.head_learning_rate or args.learning_rate,
@@ -202,7 +202,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown methods {sorted(unknown)}: choose from {', '.join(METHODS)}")
     if "exact_in_time" in given.methods and set(given.methods) != set(METHODS):
-        parser.error("exact_in_time gets the time of dis and the speed of exact: name all three in --methods")
+        parser.error("exact_in_time needs the time of dis and the speed of exact: name all three in --methods")
     if given.model_name_or_path is None:
         parser.set_defaults(**FROM_SCRATCH)
     arguments, args = parser.parse_args_into_dataclasses()

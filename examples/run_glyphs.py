@@ -3,8 +3,8 @@
     accelerate launch --num_processes 1 examples/run_glyphs.py --output_dir runs/glyphs
 
 Teacher and students are small ResNets; training and test typefaces are disjoint. All students start from the same
-weights and see the same number of images. Each method runs at the head learning rate that suited it best in the
-sweep recorded in docs/how-it-works.md. Writes results.json, report.md and PNG plots to --output_dir.
+weights and see the same number of images. Each method runs at its best head learning rate in the sweep of
+docs/how-it-works.md. Writes results.json, report.md and PNG plots to --output_dir.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import glyph_plots
-import torch
 from accelerate import PartialState
-from glyph_task import build_student, build_teacher, load_task, student_trainer, train_teacher
+from glyph_task import build_student, build_teacher, load_task, load_teacher, student_trainer, train_teacher
 from head_step import time_head_steps
 from transformers import HfArgumentParser, ResNetForImageClassification, TrainerCallback, set_seed
 
 from hf_dis import DISDistillationTrainer
 from hf_dis.report.plots import ProposalSnapshot, plot_proposal
 
-# What sets the methods apart; "head_rate" is the head's learning rate as a multiple of the body's.
+# The settings of each method; "head_rate" is the head's learning rate as a multiple of the body's.
 METHODS = {
     "hard_labels": {"head_rate": 16, "head_mode": "exact", "hard_label_weight": 1.0},
     "exact": {"head_rate": 20, "head_mode": "exact"},
     "dis": {"head_rate": 20, "rank_depth": 3375},
-    # Fixed teacher importance sampling, drawn from the teacher's whole distribution with replacement.
+    # Fixed teacher importance sampling, from the teacher's whole distribution with replacement.
     "ftis": {"head_rate": 20, "proposal": "teacher", "design": "replacement", "rank_depth": 3375},
     "topk": {"head_rate": 12, "proposal": "topk"},
 }
@@ -37,34 +36,34 @@ METHODS = {
 
 @dataclass
 class GlyphArguments:
-    """The demo's own arguments."""
+    """The arguments of the demo."""
 
-    output_dir: str = field(default="runs/glyphs", metadata={"help": "Where results, report and plots go."})
+    output_dir: str = field(default="runs/glyphs", metadata={"help": "Folder of results, report and plots."})
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Which of {', '.join(METHODS)} to run."}
+        default_factory=lambda: list(METHODS), metadata={"help": f"Methods to run, of {', '.join(METHODS)}."}
     )
     teacher: str | None = field(
         default=None, metadata={"help": "Path of a teacher saved by an earlier run; trained first if not given."}
     )
-    teacher_epochs: float = field(default=8.0, metadata={"help": "Epochs that the teacher is trained for."})
-    epochs: float = field(default=4.0, metadata={"help": "Epochs that each student is trained for."})
+    teacher_epochs: float = field(default=8.0, metadata={"help": "Epochs of the teacher's training."})
+    epochs: float = field(default=4.0, metadata={"help": "Epochs of each student's training."})
     num_sampled_classes: int = field(
-        default=128, metadata={"help": "K: classes that each sampling method draws for a row, out of 3,375."}
+        default=128, metadata={"help": "K: classes that each sampling method samples per item, out of 3,375."}
     )
-    num_shared_classes: int = field(
-        default=0, metadata={"help": "K_t: classes of a tail that rows of a batch share; 0 as in the paper."}
+    num_shared_classes: int = field(default=0, metadata={"help": "K_t: classes of a shared tail; 0 as in the paper."})
+    num_tails: int = field(
+        default=1, metadata={"help": "G: shared tails of a batch, where num_shared_classes is above 0."}
     )
-    num_tails: int = field(default=1, metadata={"help": "Tails of a batch, where classes are shared."})
     head_rates: list[float] = field(
         default_factory=list,
         metadata={"help": "Run every method at each of these multiples of the head learning rate (the sweep)."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of data order, augmentation and draws."})
-    report_to: str = field(default="none", metadata={"help": "A logger of transformers, tensorboard say."})
+    seed: int = field(default=0, metadata={"help": "Seed of data order, augmentation and sampling."})
+    report_to: str = field(default="none", metadata={"help": "A logger of transformers, such as tensorboard."})
 
 
 class ProposalRecorder(TrainerCallback):
-    """Keeps what the proposal over ranks looks like at a few steps, for the plot."""
+    """Keeps the proposal over ranks at a few steps, for the plot."""
 
     STEPS = (10, 100, 400)
 
@@ -74,11 +73,12 @@ class ProposalRecorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.STEPS:
-            self.snapshots.append(ProposalSnapshot.of(self.trainer.distiller.sampler.proposal.ranks, state.global_step))
+            ranks = self.trainer.distiller.sampler.proposal.ranks
+            self.snapshots.append(ProposalSnapshot.of(ranks, state.global_step))
 
 
 def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArguments) -> tuple[dict, ProposalRecorder]:
-    """Trains one student; returns its record for results.json, and what its proposal looked like."""
+    """Trains one student; returns the record for results.json, and the recorder of the proposal."""
     trainer = student_trainer(
         teacher,
         task,
@@ -101,10 +101,11 @@ def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArgumen
     seconds = time.perf_counter() - started
     metrics = trainer.evaluate()
     trainer.save_model()
+    distiller = trainer.distiller
     record = {
         "method": method,
-        "classes": trainer.distiller.num_classes,
-        "sampled": trainer.distiller.num_classes if trainer.distiller.mode == "exact" else trainer.distiller.sampler.columns,
+        "classes": distiller.num_classes,
+        "sampled": distiller.num_classes if distiller.mode == "exact" else distiller.sampler.columns,
         "head_rate": head_rate,
         "top1": round(metrics["eval_top1"], 4),
         "top5": round(metrics["eval_top5"], 4),
@@ -131,14 +132,12 @@ def main() -> None:
 
     set_seed(arguments.seed)
     if arguments.teacher:
-        teacher = ResNetForImageClassification.from_pretrained(arguments.teacher)
+        teacher = load_teacher(arguments.teacher)
     else:
         print(f"Training the teacher for {arguments.teacher_epochs:g} epochs ...", flush=True)
         teacher = build_teacher(len(names))
         train_teacher(teacher, train_dataset, arguments.teacher_epochs, str(output / "teacher"))
         teacher.save_pretrained(output / "teacher")
-    teacher.to(memory_format=torch.channels_last)
-
     millions = {"teacher": teacher.num_parameters() / 1e6, "student": build_student(len(names)).num_parameters() / 1e6}
     print(f"Teacher: {millions['teacher']:.2f} M parameters; students: {millions['student']:.2f} M", flush=True)
 

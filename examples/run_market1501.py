@@ -1,15 +1,15 @@
-"""Distils a person re-identification model: classes are the identities, features are what the output head is given.
+"""Distils a person re-identification model: the classes are identities, the features are the input of the head.
 
     accelerate launch examples/run_market1501.py --output_dir runs/market --data_dir Market-1501-v15.09.15.zip \\
         --teacher_backbone microsoft/resnet-50 --model_name_or_path microsoft/resnet-18
 
-Without the data set and offline, on characters in the same format:
+Offline and without the dataset, on characters in the same format:
 
     accelerate launch examples/run_market1501.py --output_dir runs/glyph-market/dis \\
         --glyph_dir runs/glyph-market/data --head_mode sampled --num_sampled_classes 64 --num_shared_classes 0
 
 Evaluation ranks the gallery for each query and reports CMC and mAP. Without --teacher_model_name_or_path a teacher is
-trained first. All flags of DISConfig and TrainingArguments are understood.
+trained first. The script takes all flags of DISConfig and TrainingArguments.
 """
 
 from __future__ import annotations
@@ -42,14 +42,16 @@ PERSON_SIZE, GLYPH_SIZE = [256, 128], [32, 32]
 
 @dataclass
 class MarketArguments:
-    """Where data and models come from."""
+    """Sources of data and models."""
 
     data_dir: str | None = field(
-        default=None, metadata={"help": "The official archive, or a folder with it or its extracted folder."}
+        default=None, metadata={"help": "The official archive, or a folder with the archive or its extracted folder."}
     )
     glyph_dir: str | None = field(
         default=None,
-        metadata={"help": "Instead of data_dir: a folder of characters in the same format, written first if new."},
+        metadata={
+            "help": "In place of data_dir: a folder of characters in the same format, written first if missing."
+        },
     )
     image_size: list[int] | None = field(
         default=None,
@@ -59,13 +61,13 @@ class MarketArguments:
         default=None, metadata={"help": "A teacher of the training identities; trained first if not given."}
     )
     teacher_backbone: str | None = field(
-        default=None, metadata={"help": "An image classifier to train the teacher from; a small ResNet if not given."}
+        default=None, metadata={"help": "An image classifier, the initial teacher; a small ResNet if not given."}
     )
-    teacher_num_train_epochs: float = field(default=20.0, metadata={"help": "Epochs to train a teacher for."})
-    teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate to train a teacher with."})
+    teacher_num_train_epochs: float = field(default=20.0, metadata={"help": "Epochs of the teacher's training."})
+    teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the teacher's training."})
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "An image classifier for the student to start from; a small ResNet if not given."},
+        metadata={"help": "An image classifier, the initial student; a small ResNet if not given."},
     )
 
 
@@ -83,17 +85,17 @@ class ReIDTrainer(DISDistillationTrainer):
 
 
 def load_splits(arguments: MarketArguments, args: TrainingArguments, size: list[int]):
-    """The splits, which yield ``pixel_values`` and, of ``train``, ``labels``; the names of the training identities."""
+    """The splits with ``pixel_values`` and, in ``train``, ``labels``; the names of the training identities."""
     if (arguments.data_dir is None) == (arguments.glyph_dir is None):
         raise DataError(
             "give either --data_dir, the path of Market-1501-v15.09.15.zip, or --glyph_dir runs/glyph-market/data to "
-            "generate a data set of characters in the same format and try the example without a download"
+            "generate a dataset of characters in the same format and try the example without a download"
         )
     with args.main_process_first(desc="loading the images"):
         if arguments.glyph_dir and not Path(arguments.glyph_dir).exists():
             write_glyph_market(arguments.glyph_dir)
         splits = load_market1501(arguments.data_dir or arguments.glyph_dir)
-    # A character in the mirror, or without a part, is another one; a person is not.
+    # A mirrored character, or a character without a part, is another character; a person stays the same person.
     often = 0.0 if arguments.glyph_dir else 0.5
     resize, erase = v2.Resize(size), v2.RandomErasing(often)
     augment = v2.Compose([resize, v2.RandomHorizontalFlip(often), v2.RandomCrop(size, padding=size[1] // 12)])
@@ -106,7 +108,7 @@ def load_splits(arguments: MarketArguments, args: TrainingArguments, size: list[
         pixels = stacked([augment(image) for image in batch["image"]])
         return {"pixel_values": [erase(image) for image in pixels], "labels": batch["label"]}
 
-    def testing(batch):  # nobody was trained on these identities: no labels
+    def testing(batch):  # no model was trained on these identities: no labels
         return {"pixel_values": list(stacked([resize(image) for image in batch["image"]]))}
 
     names = splits["train"].features["label"].names
@@ -125,9 +127,9 @@ def build_model(backbone: str | None, names: list[str], hidden_sizes: list[int])
 
 
 def train_teacher(arguments: MarketArguments, args: DISConfig, train_dataset, names: list[str]) -> PreTrainedModel:
-    """Trains a teacher on the labels, with the batch size, precision and device of the student's run."""
+    """Trains a teacher on the labels with the batch size, precision and device of the student's run."""
     teacher_args = TrainingArguments(
-        output_dir=str(Path(args.output_dir) / "_teacher"),  # push_to_hub leaves out what starts with _
+        output_dir=str(Path(args.output_dir) / "_teacher"),  # push_to_hub leaves out names that start with _
         num_train_epochs=arguments.teacher_num_train_epochs,
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -156,7 +158,7 @@ def train_teacher(arguments: MarketArguments, args: DISConfig, train_dataset, na
 def main() -> None:
     parser = HfArgumentParser((MarketArguments, DISConfig))
     arguments, args = parser.parse_args_into_dataclasses()
-    args.remove_unused_columns = False  # the columns are made by the splits' transforms
+    args.remove_unused_columns = False  # the splits' transforms make the columns
     size = arguments.image_size or (GLYPH_SIZE if arguments.glyph_dir else PERSON_SIZE)
     try:
         train_dataset, test, names = load_splits(arguments, args, size)

@@ -223,6 +223,11 @@ class DISArguments:
             self.head_learning_rate,
             "0 or more, or None for learning_rate",
         )
+        if self.row_sparse_head and self.head_mode == "exact":
+            raise ValueError(
+                "row_sparse_head is set and head_mode is 'exact', which touches every row of the head: set "
+                "row_sparse_head=False, or another head_mode"
+            )
         self.sampler_spec()
         require(
             self.num_updated_classes is None or self.row_sparse_head,

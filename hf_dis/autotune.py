@@ -1,4 +1,4 @@
-"""Exact or sampled: both steps of an output head are timed where they will run."""
+"""The choice between exact and sampled: both steps of an output head are timed on the device of the run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hf_dis.teacher.targets import TeacherTargets
 
 ITEMS, TEMPERATURE, REPEATS = 128, 2.0, 3
 
-# Multiplications of the product that is timed for all classes: on CPU, and where starting a kernel takes longer.
+# Multiplications of the timed product over all classes: on CPU, and where the start of a kernel takes longer.
 PRODUCT, ACCELERATOR_PRODUCT = 2**28, 2**33
 # Elements of the teacher's logits that are ranked.
 RANKED_ELEMENTS = 2**20
 
-# Sampled classes have to be this many times faster: below, the noise of the estimate is not worth it, and near the
-# crossover the noise of the clock should not decide.
+# Sampled classes have to be this many times faster: below, the gain is not worth the noise of the estimate. Near the
+# crossover the noise of the clock should not decide either.
 MARGIN = 1.2
 
 
@@ -40,6 +40,7 @@ class HeadCosts(NamedTuple):
 
     @property
     def sampling_pays(self) -> bool:
+        """True if sampled classes are faster by more than ``MARGIN``."""
         return self.exact > MARGIN * self.sampled
 
     def __str__(self) -> str:
@@ -68,50 +69,83 @@ def measure_costs(
         spec: how classes are sampled.
         row_sparse: the head's gradient is to be row-sparse; a dense one is filled with C·d zeros.
         device: of the head.
-        context: entered around what is timed; ``accelerator.autocast`` for mixed precision.
+        context: entered around each timed part; ``accelerator.autocast`` for mixed precision.
     """
-    device, spec = torch.device(device), spec.resolved()
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    product = PRODUCT if device.type == "cpu" else ACCELERATOR_PRODUCT
-    sampled_classes = spec.num_sampled_classes + spec.num_shared_classes * spec.num_tails
-    part = min(num_classes, max(4 * sampled_classes, product // (ITEMS * num_features)))
-    sampler = make_sampler(part, spec, device=device)
-    features, weight = random(ITEMS, num_features).requires_grad_(), random(part, num_features).requires_grad_()
-    teacher_logits = random(ITEMS, part)
-    ranked_items = min(ITEMS, max(1, RANKED_ELEMENTS // num_classes))
-    ranked_logits = random(ranked_items, num_classes)
-    dis_loss = DISLoss(sampler, TEMPERATURE, row_sparse_head=True)
-
-    def exact() -> None:
-        exact_loss(features @ weight.T, part, [teacher_logits], None, TEMPERATURE, 0.0)[0].mean().backward()
-
-    def rank(logits: torch.Tensor = ranked_logits) -> None:
-        TeacherTargets(logits, TEMPERATURE, sampler.rank_depth)
-
-    def sampled() -> None:
-        dis_loss(features, weight, None, teacher_logits).backward()
-
-    def fill() -> None:
-        weight.grad = torch.empty_like(weight).zero_()
+    steps = _HeadSteps(num_classes, num_features, spec.resolved(), torch.device(device))
 
     def cost(step: Callable[[], None]) -> float:
-        times = []
-        for _ in range(1 + REPEATS):
-            features.grad = weight.grad = None
-            with torch.enable_grad(), context():
-                times.append(_milliseconds(step, device))
-        return min(times[1:])
+        return _fastest(step, steps, context)
 
-    parts = num_classes / part
-    filling = 0 if row_sparse else cost(fill) * parts
-    ranking = cost(rank) * ITEMS / ranked_items
-    # The sampled step ranks the slice; its ranking is replaced by that of all classes.
-    sampling = max(0.0, cost(sampled) - cost(lambda: rank(teacher_logits)))
-    return HeadCosts(cost(exact) * parts, sampling + ranking + filling)
+    parts = num_classes / steps.part
+    filling = 0 if row_sparse else cost(steps.fill) * parts
+    # The sampled step ranks the slice of the classes; all classes are to be ranked in its place.
+    ranking = cost(steps.rank) * ITEMS / len(steps.ranked_logits)
+    sampling = max(0.0, cost(steps.sampled) - cost(steps.rank_part))
+    return HeadCosts(cost(steps.exact) * parts, sampling + ranking + filling)
+
+
+class _HeadSteps:
+    """The timed parts, on random data.
+
+    Args:
+        num_classes: C.
+        num_features: d, the width of the features.
+        spec: how classes are sampled, with every size filled in.
+        device: of the head.
+
+    Attributes:
+        part: the number of classes of the slice that the head is made of.
+    """
+
+    def __init__(self, num_classes: int, num_features: int, spec: SamplerSpec, device: torch.device):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        product = PRODUCT if device.type == "cpu" else ACCELERATOR_PRODUCT
+        sampled_classes = spec.num_sampled_classes + spec.num_shared_classes * spec.num_tails
+        self.device = device
+        self.part = min(num_classes, max(4 * sampled_classes, product // (ITEMS * num_features)))
+        self.features = random(ITEMS, num_features).requires_grad_()
+        self.weight = random(self.part, num_features).requires_grad_()
+        self.teacher_logits = random(ITEMS, self.part)
+        self.ranked_logits = random(min(ITEMS, max(1, RANKED_ELEMENTS // num_classes)), num_classes)
+        self.dis_loss = DISLoss(make_sampler(self.part, spec, device=device), TEMPERATURE, row_sparse_head=True)
+
+    def exact(self) -> None:
+        """Loss and gradients on all classes of the slice."""
+        logits = self.features @ self.weight.T
+        exact_loss(logits, self.part, [self.teacher_logits], None, TEMPERATURE, 0.0)[0].mean().backward()
+
+    def sampled(self) -> None:
+        """Ranking, sample, loss and gradients on sampled classes of the slice."""
+        self.dis_loss(self.features, self.weight, None, self.teacher_logits).backward()
+
+    def rank_part(self) -> None:
+        """The ranking that the sampled step does."""
+        self._rank(self.teacher_logits)
+
+    def rank(self) -> None:
+        """The ranking of all C classes, for some items."""
+        self._rank(self.ranked_logits)
+
+    def _rank(self, logits: torch.Tensor) -> None:
+        TeacherTargets(logits, TEMPERATURE, self.dis_loss.sampler.rank_depth)
+
+    def fill(self) -> None:
+        """A dense gradient of zeros."""
+        self.weight.grad = torch.empty_like(self.weight).zero_()
+
+
+def _fastest(step: Callable[[], None], steps: _HeadSteps, context: Callable[[], AbstractContextManager]) -> float:
+    """Milliseconds of the fastest of several runs of a step, after a first run that is not counted."""
+    times = []
+    for _ in range(1 + REPEATS):
+        steps.features.grad = steps.weight.grad = None
+        with torch.enable_grad(), context():
+            times.append(_milliseconds(step, steps.device))
+    return min(times[1:])
 
 
 def _milliseconds(step: Callable[[], None], device: torch.device) -> float:

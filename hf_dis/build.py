@@ -26,6 +26,7 @@ from hf_dis.models.tasks import Task, find_task, num_outputs
 from hf_dis.models.vocabulary import shared_classes
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.sampling.sampler import ClassSampler, make_sampler
+from hf_dis.teacher.compact import TargetLayout
 from hf_dis.teacher.loading import check_separate, placed
 from hf_dis.teacher.online import OnlineTeacher
 from hf_dis.teacher.stream import LogitStream
@@ -51,7 +52,7 @@ def build_distiller(
     label_names: Sequence[str] = ("labels",),
     is_sharded: bool = False,
 ) -> Distiller:
-    """Makes a :class:`hf_dis.Distiller` from models and arguments; run it on every process.
+    """Makes a :class:`hf_dis.Distiller` from models and arguments; run it on every process, once these are joined.
 
     Args:
         student: the model that is trained, not wrapped.
@@ -82,37 +83,28 @@ def build_distiller(
         row_sparse=arguments.row_sparse_head,
         stored_sample_size=None if stored is None else stored.sample_size,
     )
-    sampling = {"seed": seed + process_index(), "device": device}
-    sampler = (
-        make_sampler(num_classes, spec, **sampling)
-        if stored is None
-        else make_cached_sampler(stored, spec, **sampling)
-    )
+    sampler = _make_sampler(num_classes, stored, spec, seed + process_index(), device)
     mode = _choose_mode(student, width, num_classes, arguments, spec, sampler, stored is not None, device, context)
     layers = _find_head(student, width, arguments, mode)
-    row_sparse = arguments.row_sparse_head and mode == "sampled"
-    if row_sparse:
-        check_row_sparse_head(student, layers, is_sharded)
-    elif arguments.row_sparse_head:
-        logger.warning("row_sparse_head has no effect: all classes are computed, and the head trains densely")
     online, student_columns, teacher_columns = None, frozenset(), frozenset()
     if teacher is not None:
         check_separate(student, teacher)
         teacher = placed(teacher, device)
         online = OnlineTeacher(teacher, num_classes, arguments.temperature, sampler.rank_depth, context=context)
         student_columns, teacher_columns = separate_columns(student, teacher)
+    training, evaluation = (None if cache is None else cached_teacher(cache) for cache in caches)
     return Distiller(
         student,
         arguments,
         task=task,
         num_classes=num_classes,
         sampler=sampler,
-        teacher=online if caches[0] is None else cached_teacher(caches[0]),
+        teacher=training or online,
         head_layers=layers,
         mode=mode,
-        row_sparse=row_sparse,
+        row_sparse=_is_row_sparse(student, layers, arguments, mode, is_sharded),
         online_teacher=online,
-        eval_teacher=None if caches[1] is None else cached_teacher(caches[1]),
+        eval_teacher=evaluation,
         student_stream=LogitStream(student, width, context=context) if len(layers) == 1 and not is_sharded else None,
         label_names=label_names,
         student_columns=student_columns,
@@ -135,6 +127,11 @@ def _count_classes(
     """C, the classes that the student shares with its teacher and every cache."""
     if teacher is None and caches[0] is None:
         raise ValueError("there is no teacher: pass a teacher, or teacher_cache")
+    if teacher is None and arguments.probe_steps:
+        raise ValueError(
+            f"probe_steps is {arguments.probe_steps}, but a teacher_cache does not know every class: set probe_steps "
+            "to 0, or pass teacher_model too"
+        )
     counts = [
         check_cache(cache, student, width, task.is_lm, arguments.temperature, tokenizer)
         for cache in caches
@@ -145,6 +142,26 @@ def _count_classes(
     if any(count != counts[0] for count in counts):
         raise ValueError(f"teacher and caches have different numbers of classes: {counts}; use those of one teacher")
     return counts[0]
+
+
+def _make_sampler(
+    num_classes: int, stored: TargetLayout | None, spec: SamplerSpec, seed: int, device: torch.device
+) -> ClassSampler:
+    if stored is None:
+        return make_sampler(num_classes, spec, seed=seed, device=device)
+    return make_cached_sampler(stored, spec, seed=seed, device=device)
+
+
+def _is_row_sparse(
+    student: nn.Module, layers: Sequence[str], arguments: DISArguments, mode: str, is_sharded: bool
+) -> bool:
+    if not arguments.row_sparse_head:
+        return False
+    if mode == "exact":
+        logger.warning("row_sparse_head has no effect: all classes are computed, and the head trains densely")
+        return False
+    check_row_sparse_head(student, layers, is_sharded)
+    return True
 
 
 def _choose_mode(

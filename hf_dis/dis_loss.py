@@ -1,12 +1,14 @@
-"""DISLoss: the loss from features, weight and teacher logits, for loops without a model object."""
+"""DISLoss: the loss from features, weight and teacher logits, for training loops without a model object."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from math import inf
 
 import torch
 from torch import Tensor
 
+from hf_dis.checks import require
 from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.items import check_labels
 from hf_dis.loss.sampled import sampled_loss
@@ -16,17 +18,20 @@ from hf_dis.teacher.targets import TeacherTargets, check_teacher_logits
 
 
 class DISLoss:
-    """The sampled loss for loops of one's own: samples, computes the sampled logits, learns from what it saw.
+    """The sampled loss: samples classes, computes the sampled logits, and lets the sampler learn from each batch.
 
     Args:
         sampler: samples the classes, see :func:`hf_dis.make_sampler`. Its ``state_dict`` belongs in your checkpoints.
             With several processes give each its own seed, and sum the statistics of the proposal by ``reduce``.
         temperature: τ > 0.
-        hard_label_weight: λ in [0, 1], the share of cross-entropy; used only where labels are given.
+        hard_label_weight: λ in [0, 1], the share of cross-entropy; has no effect without labels.
         reduce: sums a dict of tensors, some of them sparse, over processes, as
-            :func:`hf_dis.distributed.sum_over_processes` does.
+            :func:`hf_dis.distributed.sums.sum_over_processes` does.
         row_sparse_head: give weight and bias sparse gradients, which hold the sampled rows only; for
-            :class:`hf_dis.RowSparseAdamW`. ``DistributedDataParallel`` cannot reduce them.
+            :class:`hf_dis.RowSparseAdamW`. ``DistributedDataParallel`` cannot reduce sparse gradients.
+
+    Raises:
+        ValueError: if ``temperature`` or ``hard_label_weight`` is out of range.
 
     Example::
 
@@ -43,10 +48,8 @@ class DISLoss:
         reduce: Callable[[Statistics], Statistics] | None = None,
         row_sparse_head: bool = False,
     ):
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}: it divides the logits and has to be above 0")
-        if not 0 <= hard_label_weight <= 1:
-            raise ValueError(f"hard_label_weight is {hard_label_weight}: it is a share and has to be within [0, 1]")
+        require(0 < temperature < inf, "temperature", temperature, "above 0 and finite; 1 to 4 is usual")
+        require(0 <= hard_label_weight <= 1, "hard_label_weight", hard_label_weight, "within [0, 1]")
         self.sampler, self.temperature, self.hard_label_weight = sampler, temperature, hard_label_weight
         self.reduce, self.row_sparse_head = reduce, row_sparse_head
         self._has_checked_values = False
@@ -62,20 +65,23 @@ class DISLoss:
         """The mean loss of a batch, a scalar.
 
         Args:
-            features: what the head is given, ``[N, d]``.
+            features: input of the head, ``[N, d]``.
             weight, bias: the head's, ``[C, d]`` and ``[C]`` or None.
             teacher_logits: ``[N, C]``, or an iterable of chunks of items that need not exist at the same time.
             labels: class ids ``[N]``.
 
         Raises:
-            ValueError: if sampler, head and teacher are not of the same number of classes, labels are outside them, or
-                a shape is another one.
-            FloatingPointError: if the teacher's logits hold NaN or Inf. Where looking at values waits for a device,
-                they and the labels are looked at in the first batch only.
+            ValueError: if sampler, head and teacher have different numbers of classes, labels are outside 0..C-1, or a
+                shape is another one.
+            FloatingPointError: if the teacher's logits hold NaN or Inf. On an accelerator, where a check of values
+                waits for the device, teacher and labels are checked in the first batch only.
         """
         num_classes = self.sampler.proposal.num_classes
         if len(weight) != num_classes:
-            raise ValueError(f"the sampler is made for {num_classes} classes, the head has {len(weight)}")
+            raise ValueError(
+                f"the sampler is made for {num_classes} classes, the head has {len(weight)}: call "
+                f"make_sampler({len(weight)})"
+            )
         _check_shapes(features, weight, bias, teacher_logits, labels)
         check_values = features.device.type == "cpu" or not self._has_checked_values
         self._has_checked_values = True
@@ -110,12 +116,12 @@ def _check_shapes(
     num_classes, width = weight.shape
     if features.dim() != 2 or features.shape[1] != width:
         raise ValueError(
-            f"features have shape {tuple(features.shape)}: the head takes [N, {width}], one item an example or token"
+            f"features have shape {tuple(features.shape)}: the head takes [N, {width}], one vector per item"
         )
     num_items = len(features)
     if bias is not None and bias.shape != (num_classes,):
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)}: the head has {num_classes} classes, so it is [{num_classes}]"
+            f"bias has shape {tuple(bias.shape)}: the head has {num_classes} classes, so its bias is [{num_classes}]"
         )
     if isinstance(teacher_logits, Tensor) and (teacher_logits.dim() != 2 or len(teacher_logits) != num_items):
         raise ValueError(
@@ -124,6 +130,6 @@ def _check_shapes(
         )
     if labels is not None and labels.shape != (num_items,):
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)} for features of {num_items} items: there has to be one class id a "
-            f"item, [{num_items}]"
+            f"labels have shape {tuple(labels.shape)} for features of {num_items} items: they have to be one class id "
+            f"per item, [{num_items}]"
         )

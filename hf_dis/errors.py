@@ -1,7 +1,7 @@
-"""What the data sets raise when they are given something they cannot use."""
+"""The error that datasets and teacher caches raise."""
 
 from __future__ import annotations
 
 
 class DataError(ValueError):
-    """A file, folder or setting of a data set is unusable; the message says which, why, and what to do."""
+    """Tells that a file, folder or setting of a dataset or cache is unusable; the message gives cause and remedy."""

@@ -1,4 +1,4 @@
-"""The items of a batch: its examples, or those of its tokens that are supervised."""
+"""The items of a batch: its examples, or its supervised tokens."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The label of a token that is not supervised.
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Items:
-    """What is distilled of a batch of B examples; ``N`` items.
+    """The ``N`` items that are distilled of a batch of B examples.
 
     Attributes:
         num_examples: B.
         labels: the class of each item, ``[N]``, or None.
-        positions: where the items are among the ``B·S`` tokens, ascending, ``[N]``; None where each example is an item.
-        length: S, tokens an example; 1 where each example is an item.
-        targets: what a cache of teacher targets holds of each item, uint8 ``[N, bytes]``; None without one.
+        positions: places of the items among the ``B·S`` tokens, ascending, ``[N]``; None where an item is an example.
+        length: S, tokens per example; 1 where an item is an example.
+        targets: stored teacher targets of each item, uint8 ``[N, bytes]``; None without a cache.
     """
 
     num_examples: int
@@ -34,7 +35,14 @@ class Items:
         return self.num_examples if self.positions is None else len(self.positions)
 
     def of(self, values: Tensor, chunk: slice = slice(None)) -> Tensor:
-        """The values of all items, or of some: ``[N, ...]`` of ``[B, ...]`` or, with positions, ``[B, S, ...]``.
+        """Selects the values of all items, or of a slice of the items.
+
+        Args:
+            values: of a model, ``[B, ...]``, or ``[B, S, ...]`` where items have positions.
+            chunk: the items wanted.
+
+        Returns:
+            ``[n, ...]`` for n items.
 
         Raises:
             ValueError: if a model answers for more or fewer tokens than it was given.
@@ -44,52 +52,68 @@ class Items:
         if values.shape[:2] != (self.num_examples, self.length):
             raise ValueError(
                 f"a model answers for {tuple(values.shape[:2])} tokens of {(self.num_examples, self.length)} that it "
-                "was given: which answer is about which token cannot be told. Prompt learning adds tokens: use LoRA"
+                "was given: every token needs one answer, in order. Prompt learning adds tokens: use LoRA"
             )
         return values.flatten(0, 1)[self.positions[chunk]]
 
     def sums_by_example(self, values: Tensor) -> Tensor:
-        """Sums of a value an item, ``[N]``, over each example: ``[B]``."""
+        """Sums one value per item, ``[N]``, over the items of each example: ``[B]``."""
         if self.positions is None:
             return values
         return values.new_zeros(self.num_examples).index_add_(0, self.positions // self.length, values)
 
 
-def token_items(labels: Tensor | None, mask: Tensor | None, shape: torch.Size, shifts_labels: bool) -> Items:
-    """The supervised tokens of a batch of sequences.
+def token_items(
+    labels: Tensor | None,
+    mask: Tensor | None,
+    shape: torch.Size,
+    shifts_labels: bool,
+    device: torch.device | None = None,
+) -> Items:
+    """Finds the supervised tokens of a batch of sequences.
 
     Args:
-        labels: class ids ``[B, S]``, -100 where there is none; or None.
-        mask: ``[B, S]``, 0 at padding; looked at where there are no labels. None: there is no padding.
+        labels: class ids ``[B, S]``, -100 at tokens that are not supervised; or None.
+        mask: ``[B, S]``, 0 at padding; read where there are no labels. None: there is no padding.
         shape: (B, S).
-        shifts_labels: whether the model's answer at a token is about the next one, as a causal language model's is.
+        shifts_labels: the model's answer at a token is about the next token, as in a causal language model.
+        device: of the positions where there are neither labels nor a mask; None: the processor.
 
     Raises:
         ValueError: if labels are not ``[B, S]``, or a sequence is too short to have a next token.
     """
     num_examples, length = shape
-    if labels is not None and labels.shape != shape:
+    if labels is None:
+        # Without a mask nothing is looked up, so an accelerator is not waited for.
+        every = mask is None
+        positions = torch.arange(num_examples * length, device=device) if every else mask.flatten().nonzero()[:, 0]
+        return Items(num_examples, positions=positions, length=length)
+    if labels.shape != shape:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} for tokens of shape {tuple(shape)}: there has to be one class "
-            f"id a token, {IGNORED} where there is none"
+            f"id per token, {IGNORED} where there is none"
         )
-    if labels is None:
-        supervised = torch.ones(shape, dtype=torch.bool) if mask is None else mask != 0
-    else:
-        if shifts_labels:
-            if length < 2:
-                raise ValueError(
-                    "the sequences have length 1: a causal language model learns to tell the next token, so they have "
-                    "to be of two tokens or more"
-                )
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        supervised = labels != IGNORED
-    positions = supervised.flatten().nonzero()[:, 0]
-    return Items(num_examples, None if labels is None else labels.flatten()[positions], positions, length)
+    if shifts_labels:
+        if length < 2:
+            raise ValueError(
+                "the sequences have length 1: a causal language model learns the next token, so the sequences need "
+                "two tokens or more"
+            )
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    positions = (labels != IGNORED).flatten().nonzero()[:, 0]
+    return Items(num_examples, labels.flatten()[positions], positions, length)
 
 
 def split_examples(inputs: dict[str, Tensor], num_examples: int, chunk_examples: int) -> Iterator[dict[str, Tensor]]:
-    """Splits model inputs into chunks of examples; what does not have one entry for each is passed whole."""
+    """Yields model inputs in chunks of examples.
+
+    A value without one entry per example is passed whole.
+
+    Args:
+        inputs: of a model.
+        num_examples: B.
+        chunk_examples: examples per chunk.
+    """
     for start in range(0, num_examples, chunk_examples):
         yield {
             name: value[start : start + chunk_examples]
@@ -102,8 +126,12 @@ def split_examples(inputs: dict[str, Tensor], num_examples: int, chunk_examples:
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Checks that class ids are within 0..C-1; on an accelerator this waits for the device.
 
+    Args:
+        labels: class ids, ``[N]``.
+        num_classes: C.
+
     Raises:
-        ValueError: names the ids that are not, or that they are no whole numbers.
+        ValueError: if labels are not integers, or are outside 0..C-1; names the ids.
     """
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype}: they have to be class ids, whole numbers 0..{num_classes - 1}")

@@ -1,8 +1,9 @@
-"""Trains with worker processes until it is interrupted: what test_leaks starts, and sends Ctrl-C."""
+"""Trains with worker processes until it is interrupted: started by test_leaks, which sends Ctrl-C."""
 
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 from pathlib import Path
 
@@ -15,12 +16,16 @@ from hf_dis import DISConfig, DISDistillationTrainer
 
 
 class Announce(TrainerCallback):
+    """Prints the number of worker processes once training is under way."""
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
             print("training", len(multiprocessing.active_children()), flush=True)
 
 
 def main(output_dir: str) -> None:
+    # A shell starts background jobs with interrupts ignored, and Python leaves an inherited choice as it is.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     args = DISConfig(
         output_dir=output_dir,
         max_steps=100_000,

@@ -29,19 +29,23 @@ def run_page(page: Path, namespace: dict) -> dict:
     """Runs a page's blocks in order in one namespace; an error's traceback has the page's name and lines."""
     namespace.setdefault("__name__", page.stem)
     for line, code in python_blocks(page):
-        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+        exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), namespace)
     return namespace
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The shell commands of a page, or of a script's docstring: indented by four, or in a block that is not Python."""
+    """The shell commands of a page, or of a script's docstring.
+
+    They are indented by four spaces, continued after a backslash, or in a block that is not Python.
+    """
     text = page.read_text()
     if page.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
     text = re.sub(r"^```(?:python|bibtex)\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"\\\n *", " ", text)
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    indented = re.findall(r"^ {4}(.*)", text, re.MULTILINE)
-    lines = "\n".join([*fenced, *indented]).replace("\\\n", " ").splitlines()
+    indented = re.findall(r"^ {4}(\S.*)", text, re.MULTILINE)
+    lines = "\n".join([*fenced, *indented]).splitlines()
     inline = [code for code in re.findall(r"`([^`\n]+)`", text) if code.startswith(("python ", "accelerate "))]
     return [shlex.split(line, comments=True) for line in [*lines, *inline] if re.match(r"[\w=./ ]*\S", line)]
 

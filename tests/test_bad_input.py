@@ -1,32 +1,26 @@
-"""What is given wrong is refused early, by a message that names it and says what to do.
+"""Wrong input is refused early, by a message that names the value, the expectation and the remedy.
 
-Other refusals are beside what they are of: test_trainer_refusals, test_heads, test_tasks, test_resume (torn
-checkpoints), data/test_cifar100_hostile, data/test_market1501, data/test_glyphs, data/test_teacher_cache.
+Caches are in test_bad_caches; other refusals are tested in the folders of the modules that refuse.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from test_bad_caches import CACHES
 from tiny_models import labelled_images, labelled_tokens, llama, vit
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, default_data_collator
 
-from hf_dis import DISConfig, DISDistillationTrainer, DISLoss, SamplerSpec, cache_teacher_targets, make_sampler
-from hf_dis.cache.header import HEADER, CacheHeader
+from hf_dis import DISConfig, DISDistillationTrainer, DISLoss, SamplerSpec, make_sampler
 from hf_dis.data import DataError, load_cifar100, load_glyphs, load_market1501
 from hf_dis.data.glyphs import matplotlib_fonts
 from hf_dis.teacher.loading import load_teacher
 
 NAN, INF = float("nan"), float("inf")
 
-# Configuration: field, value, error, what the message says it has to be.
+# Configuration: field, value, error, a part of the expectation in the message.
 CONFIG = [
     ("temperature", 0.0, ValueError, "above 0"),
     ("temperature", -2.0, ValueError, "above 0"),
@@ -112,7 +106,7 @@ def test_a_loop_of_ones_own(call, error, value, remedy):
     assert value in str(refused.value) and remedy in str(refused.value)
 
 
-def test_no_rows_are_no_error_and_no_gradient():
+def test_no_items_are_no_error_and_no_gradient():
     features = torch.randn(0, 8, requires_grad=True)
     value = DISLoss(make_sampler(20, SamplerSpec(num_sampled_classes=5)))(
         features, torch.randn(20, 8), None, torch.randn(0, 20)
@@ -174,7 +168,7 @@ def test_an_empty_folder_as_teacher(tmp_path):
     [(changed(labels="cat"), 0.25), ([{"pixel_values": item["pixel_values"]} for item in changed()], 0.35)],
 )
 def test_labels_that_never_arrive_are_told_once(make_trainer, caplog, items, weight):
-    """The default collator drops a column of strings; the teacher alone is then learnt from."""
+    """The default collator drops a column of strings; the student then learns from the teacher alone."""
     trainer = make_trainer(train_dataset=items, hard_label_weight=weight, max_steps=2)
     with caplog.at_level(logging.WARNING):
         trainer.train()
@@ -182,116 +176,7 @@ def test_labels_that_never_arrive_are_told_once(make_trainer, caplog, items, wei
     assert f"hard_label_weight={weight} has no effect" in told and "'labels'" in told
 
 
-# Caches of a teacher's targets
-
-
-def words(*tokens):
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token=tokens[0])))
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """Four shards of a teacher's targets about 32 images of 40 named classes."""
-    folder = tmp_path_factory.mktemp("caches") / "cache"
-    teacher = vit(40, seed=1, spread=30, id2label={number: f"class {number}" for number in range(40)})
-    settings = {"depth": 6, "sample_size": 8, "shard_examples": 8, "show_progress": False}
-    cache_teacher_targets(teacher, labelled_images(32, 40), folder, processing_class=words("a", "b"), **settings)
-    return folder
-
-
-def edited(name, edit):
-    """Replaces what is in a file of the cache."""
-    return lambda folder: (folder / name).write_bytes(edit((folder / name).read_bytes()))
-
-
-def removed(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def unfinished(folder):
-    """As it is while its last shard is being written."""
-    (folder / "shard-000003.arrow").unlink()
-    header = dataclasses.replace(CacheHeader.load(folder), shards=[])
-    (folder / HEADER).write_text(header.to_json())
-
-
-OTHER_LABELS = {"id2label": {number: f"other {number}" for number in range(40)}}
-FLIPPED = edited("shard-000001.arrow", lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-AS_IT_IS = edited(HEADER, lambda content: content)
-
-# What is done to the folder, what the trainer is given besides, error, value, remedy.
-CACHES = {
-    "another C": (AS_IT_IS, {"student": vit(41)}, ValueError, "the cache has 40, the student 41", "write another"),
-    "other labels": (
-        AS_IT_IS,
-        {"student": vit(40, **OTHER_LABELS)},
-        ValueError,
-        "label names: id2label",
-        "write another",
-    ),
-    "another tokenizer": (AS_IT_IS, {"processing_class": words("a", "c")}, ValueError, "tokenizer", "write another"),
-    "another temperature": (AS_IT_IS, {"temperature": 3.0}, ValueError, "has 2, the training 3", "write another"),
-    "another data set": (
-        AS_IT_IS,
-        {"train_dataset": labelled_images(32, 40, seed=3)},
-        DataError,
-        "16 of 16 examples are not in the cache",
-        "Train on the same data set",
-    ),
-    "another depth": (AS_IT_IS, {"rank_depth": 5}, ValueError, "rank_depth is 5", "None or 6"),
-    "a proposal without its sums": (AS_IT_IS, {"proposal": "topk"}, ValueError, "proposal is 'topk'", "another"),
-    "a flipped byte": (FLIPPED, {}, DataError, "shard-000001.arrow is damaged", "Copy it again"),
-    "a shard cut short": (
-        edited("shard-000002.arrow", lambda content: content[:-100]),
-        {},
-        DataError,
-        "shard-000002.arrow is damaged",
-        "Copy it again",
-    ),
-    "a missing shard": (removed("shard-000002.arrow"), {}, DataError, "shard-000002.arrow", "missing: copy it again"),
-    "a missing header": (removed(HEADER), {}, DataError, f"has no {HEADER}", "cache_teacher_targets"),
-    "a damaged header": (edited(HEADER, lambda content: content[:-20]), {}, DataError, HEADER, "copy it again"),
-    "a header of another make": (
-        edited(HEADER, lambda _: b"{}"),
-        {},
-        DataError,
-        "is damaged ('format')",
-        "copy it again",
-    ),
-    "an edited header": (
-        edited(HEADER, lambda content: content.replace(b'"temperature": 2.0', b'"temperature": 3.0')),
-        {"temperature": 3.0},
-        DataError,
-        "checksum",
-        "write the cache again",
-    ),
-    "a newer format": (
-        edited(HEADER, lambda content: content.replace(b'"version": 1', b'"version": 2')),
-        {},
-        DataError,
-        "in format 2",
-        "upgrade hf_dis",
-    ),
-    "half-written": (unfinished, {}, DataError, "3 of 4 shards are there", "Run what wrote it again"),
-}
-
-
-@pytest.mark.parametrize(("alter", "given", "error", "value", "remedy"), CACHES.values(), ids=CACHES)
-def test_caches(make_trainer, written, tmp_path, alter, given, error, value, remedy):
-    folder = shutil.copytree(written, tmp_path / "cache")
-    alter(folder)
-    given = {"processing_class": words("a", "b"), "data_collator": default_data_collator, "rank_depth": None, **given}
-    with pytest.raises(error) as refused:
-        make_trainer(teacher_cache=folder, **{"train_dataset": labelled_images(32, 40), **given}).train()
-    assert value in str(refused.value) and remedy in str(refused.value)
-
-
-def test_the_cache_of_the_table_is_a_good_one(make_trainer, written):
-    make_trainer(teacher_cache=written, rank_depth=None, max_steps=1).train()
-
-
-# Checkpoints and data sets
+# Checkpoints and datasets
 
 
 def torn_checkpoint(make, folder):

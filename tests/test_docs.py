@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import inspect
 import re
 import runpy
 import sys
@@ -23,7 +24,7 @@ from pages import (
     tables,
 )
 from tiny_models import labelled_images, vit
-from transformers import TrainingArguments
+from transformers import TrainingArguments, default_data_collator
 
 import hf_dis
 
@@ -32,18 +33,34 @@ RUNNABLE = [page for page in PAGES if python_blocks(page)]
 
 @pytest.fixture
 def namespace():
-    """What the pages take as given: the reader's own models and data."""
+    """The names that the pages take as given: the reader's own models and data."""
     num_classes = 40
+    train_dataset = labelled_images(16, num_classes)
     return {
         "student": vit(num_classes, seed=0),
         "teacher": vit(num_classes, seed=1, spread=30),
-        "train_dataset": labelled_images(16, num_classes),
+        "train_dataset": train_dataset,
         "eval_dataset": labelled_images(8, num_classes),
+        "batch": default_data_collator(train_dataset),
     }
 
 
-def step_of_a_loop_of_ones_own(num_classes):
-    """The names of the README's second block, which speaks of 100,000 classes."""
+def chats(monkeypatch):
+    """The names that the page about TRL takes as given."""
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "integrations"))
+    made = importlib.import_module("chats")
+    return {
+        "student": made.student(),
+        "teacher": made.teacher(),
+        "tokenizer": made.tokenizer(),
+        "train_dataset": made.chats(16),
+        "eval_dataset": made.chats(4, seed=1),
+    }
+
+
+def step_of_a_loop_without_models(num_classes):
+    """The names of the README's last block, which has 100,000 classes."""
     return {
         "head": torch.nn.Linear(4, num_classes),
         "features": torch.randn(4, 4, requires_grad=True),
@@ -55,7 +72,8 @@ def step_of_a_loop_of_ones_own(num_classes):
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
 def test_the_blocks_run(page, namespace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_page(page, {**namespace, **step_of_a_loop_of_ones_own(100_000)})
+    given = {**namespace, **step_of_a_loop_without_models(100_000)}
+    run_page(page, given | (chats(monkeypatch) if page.name == "trl.md" else {}))
 
 
 def test_the_readme_and_the_recipes_are_among_them():
@@ -69,6 +87,63 @@ def test_an_error_names_the_page_and_its_line(tmp_path):
         run_page(page, {})
     last = told.traceback[-1]
     assert (str(last.path), last.lineno + 1) == (str(page), 9)
+
+
+@pytest.fixture(scope="module")
+def subclassing(tmp_path_factory):
+    """The names that docs/subclassing.md defines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("page"))
+        return run_page(ROOT / "docs" / "subclassing.md", {})
+
+
+def test_an_added_term_is_counted_once_per_optimizer_step_and_in_evaluation(subclassing, tmp_path):
+    gained = []
+    for steps in (1, 4):
+        losses = []
+        for penalty in (0.0, 1.0):
+            args = hf_dis.DISConfig(
+                output_dir=str(tmp_path / "out"),
+                use_cpu=True,
+                head_mode="exact",
+                max_steps=1,
+                per_device_train_batch_size=8 // steps,
+                gradient_accumulation_steps=steps,
+                logging_steps=1,
+                save_strategy="no",
+                learning_rate=0.0,
+            )
+            data = {name: labelled_images(8, 40) for name in ("train_dataset", "eval_dataset")}
+            trainer = subclassing["PenalisedTrainer"](vit(40), vit(40, seed=1, spread=30), args, **data)
+            trainer.penalty = penalty
+            trainer.train()
+            losses += [(trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"])]
+        gained += [after - before for before, after in zip(*losses, strict=True)]
+    norm = vit(40).classifier.weight.square().sum().item()
+    assert norm > 0.1 and gained == pytest.approx([norm] * 4, rel=1e-3)
+
+
+def test_a_window_of_the_loop_is_one_large_batch(subclassing, tmp_path):
+    """All classes are sampled for certain, so nothing depends on how the items are split."""
+    examples, weights = labelled_images(9, 40), []
+    for sizes in ([9], [5, 4], [2, 6, 1]):
+        student = vit(40)
+        arguments = hf_dis.DISArguments(
+            head_mode="sampled", num_sampled_classes=10, rank_depth=10, num_shared_classes=40
+        )
+        subclassing |= {
+            "model": student.train(),
+            "distiller": hf_dis.build_distiller(student, vit(40, seed=1, spread=30), arguments),
+            "optimizer": torch.optim.SGD(student.parameters(), lr=0.1),
+        }
+        taken = iter(examples)
+        batches = [default_data_collator([next(taken) for _ in range(size)]) for size in sizes]
+        subclassing["train_window"](batches)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in student.parameters()]))
+    start = torch.cat([parameter.detach().flatten() for parameter in vit(40).parameters()])
+    assert (weights[0] - start).abs().max() > 1e-3
+    for others in weights[1:]:
+        torch.testing.assert_close(others, weights[0], rtol=0, atol=1e-6)
 
 
 # Commands
@@ -159,16 +234,19 @@ API = tables(ROOT / "docs" / "api.md")
 
 def test_the_api_page_names_every_public_name():
     assert set(API["hf_dis"]) == set(hf_dis.__all__)
-    for module in ("hf_dis.data", "hf_dis.metrics"):
+    for module in ("hf_dis.cache", "hf_dis.data", "hf_dis.distributed", "hf_dis.metrics"):
         assert set(API[module]) == set(importlib.import_module(module).__all__)
 
 
 def test_the_api_page_names_nothing_that_does_not_exist():
     assert len(API) >= 7
     for heading, names in API.items():
+        if heading == "hf_dis.integrations.trl":
+            pytest.importorskip("trl")
         owner = getattr(hf_dis, heading, None) or importlib.import_module(heading)
+        attributes = inspect.signature(owner).parameters if heading == "Distiller" else ()
         for name in names if heading != "DISConfig" else ():
-            assert hasattr(owner, name), f"{heading}.{name}"
+            assert hasattr(owner, name) or name in attributes, f"{heading}.{name}"
 
 
 def test_the_api_page_has_every_field_of_the_configuration_and_its_default():

@@ -1,4 +1,4 @@
-"""The package as a user gets it: built, installed without the repository, and used; and what it reads from files."""
+"""The package as a user gets it: built, installed without the repository, and used; files that it reads are safe."""
 
 import ast
 import os
@@ -17,12 +17,12 @@ USE = """
 import hf_dis, torch
 from pathlib import Path
 assert "site" in hf_dis.__file__, hf_dis.__file__
-assert (Path(hf_dis.__file__).parent / "model_card_template.md").is_file()
+assert (Path(hf_dis.__file__).parent / "trainer" / "model_card_template.md").is_file()
 assert (Path(hf_dis.__file__).parent / "py.typed").is_file()
 from hf_dis.data import load_cifar100, load_glyphs
 from hf_dis.metrics import ReID, TopKAccuracy
 head = torch.nn.Linear(8, 100)
-loss = hf_dis.DISLoss(hf_dis.make_sampler(100, num_sampled_classes=8))
+loss = hf_dis.DISLoss(hf_dis.make_sampler(100, hf_dis.SamplerSpec(num_sampled_classes=8)))
 loss(torch.randn(4, 8), head.weight, head.bias, torch.randn(4, 100), torch.arange(4)).backward()
 print("used", hf_dis.__version__, head.weight.grad.abs().sum() > 0)
 """
@@ -37,10 +37,10 @@ def run(*command, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Source distribution, and the wheel made from it, of a copy of what git has."""
+    """Source distribution, and the wheel made from it, of a copy of the files that git does not ignore."""
     folder = tmp_path_factory.mktemp("dist")
-    files = run("git", "ls-files", "-z", cwd=ROOT).split("\0")[:-1]
-    for name in files:
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")[:-1]
+    for name in [name for name in listed if (ROOT / name).is_file()]:
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
     backend = "from setuptools import build_meta as b; import sys; "
@@ -55,7 +55,7 @@ def built(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_it_installs_and_works_without_the_repository(built, kind, tmp_path):
-    """Its dependencies are those of this environment, which are no part of the package."""
+    """Dependencies come from this environment: the package does not contain them."""
     site = tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
     run(*pip, "--target", str(site), str(built[kind]), cwd=tmp_path)
@@ -71,7 +71,7 @@ def calls(path):
 
 
 def test_no_file_is_unpickled_and_no_remote_code_run():
-    """Weights are safetensors; torch loads weights only; pickles meet the restricted reader alone."""
+    """Weights are safetensors; torch loads weights only; only the restricted reader reads pickles."""
     for path in SOURCES:
         for name, keywords in calls(path):
             where = f"{path.relative_to(ROOT)}: {name}"

@@ -1,4 +1,4 @@
-"""Invariants of the package as a whole: what is imported, what is allocated, what waits for the device."""
+"""Invariants of the package as a whole: imports, allocations, and waiting for the device."""
 
 import ast
 import gc
@@ -13,46 +13,52 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import hf_dis
+from hf_dis.head import row_gradients, sampled_linear
 from hf_dis.teacher.targets import TeacherTargets
 
 PACKAGE = Path(hf_dis.__file__).parent
-CLASSES, ITEMS, WIDTH, CHUNK_ROWS = 20_000, 64, 16, 4
+CLASSES, ITEMS, WIDTH, CHUNK_ITEMS = 20_000, 64, 16, 4
+
+# Folders and files that need torch alone: with them, a loss can be computed where there is no transformers.
+MATHS = (
+    *("arguments.py", "autotune.py", "checks.py", "dis_loss.py", "errors.py", "items.py", "precision.py"),
+    *("distributed", "head", "loss", "sampling"),
+    *("models/after_head.py", "models/head_features.py", "report/diagnostics.py"),
+    *("teacher/cached.py", "teacher/compact.py", "teacher/targets.py"),
+)
+MATHS_FILES = sorted(
+    file for path in MATHS for file in [PACKAGE / path, *(PACKAGE / path).glob("*.py")] if file.is_file()
+)
 
 
-MATHS = [
-    "checks",
-    "sampling",
-    "sampler",
-    "proposal",
-    "losses",
-    "heads",
-    "sparse",
-    "optim",
-    "targets",
-    "items",
-    "diagnostics",
-    "sampled",
-]
+def module_name(file):
+    return ".".join(["hf_dis", *file.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("module", MATHS)
-def test_the_maths_imports_neither_transformers_nor_accelerate(module):
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+@pytest.mark.parametrize("file", MATHS_FILES, ids=module_name)
+def test_the_maths_imports_neither_transformers_nor_accelerate(file):
+    tree = ast.parse(file.read_text())
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            imported.add("." * node.level + (node.module or ""))
+            assert node.level == 0, "imports are absolute"
+            imported.add(node.module)
     foreign = {name for name in imported if name.split(".")[0] not in {"torch", "numpy", *sys.stdlib_module_names}}
-    assert foreign <= {f".{name}" for name in MATHS}
+    assert foreign <= set(map(module_name, MATHS_FILES))
+
+
+def test_every_part_of_the_maths_is_there():
+    assert [path for path in MATHS if not (PACKAGE / path).exists()] == []
+    assert len(MATHS_FILES) > 25
 
 
 # Memory
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor created, but for those of the head's own shapes: its weight's and bias's gradient."""
+    """The largest tensor created, except tensors of the shape of the head's weight, such as its gradient."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +67,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
-            # Places of a sparse product have the shape of all logits, and nothing of their size.
+            # A sparse matrix of places in all logits has their shape, and nothing of their size.
             is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
             if is_dense and tensor.shape not in ((CLASSES, WIDTH), (WIDTH, CLASSES)):
                 self.shape = max(self.shape, tensor.shape, key=torch.Size.numel)
@@ -69,7 +75,7 @@ class Largest(TorchDispatchMode):
 
 
 def largest_of_training(make_trainer, monkeypatch, **keywords):
-    monkeypatch.setattr("hf_dis.teacher.stream.CHUNK_ELEMENTS", CHUNK_ROWS * CLASSES)
+    monkeypatch.setattr("hf_dis.teacher.stream.CHUNK_ELEMENTS", CHUNK_ITEMS * CLASSES)
     trainer = make_trainer(
         vit(CLASSES),
         vit(CLASSES, seed=1, spread=30),
@@ -93,17 +99,17 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_tensor_of_a_training_step_exceeds_a_chunk_of_the_teacher(make_trainer, monkeypatch, layout):
-    """No N x C of the student, in forward, backward or the optimizer; of the teacher never more than a chunk."""
-    assert largest_of_training(make_trainer, monkeypatch, **layout) <= CHUNK_ROWS * CLASSES
+    """The student has no N x C tensor in forward, backward or the optimizer; the teacher has one chunk of it."""
+    assert largest_of_training(make_trainer, monkeypatch, **layout) <= CHUNK_ITEMS * CLASSES
 
 
 def test_exact_distillation_does_exceed_it(make_trainer, monkeypatch):
-    """That the measurement sees what it is for."""
+    """The measurement sees a tensor that is too large."""
     assert largest_of_training(make_trainer, monkeypatch, head_mode="exact") >= ITEMS * CLASSES
 
 
 def test_one_chunk_of_the_teacher_lives_at_a_time(make_trainer):
-    """Logits and ranked targets of the chunk before are gone when the next is asked for."""
+    """Logits and ranked targets of a chunk are gone when the next chunk is computed."""
     trainer = make_trainer(train_dataset=labelled_images(8, 40), max_steps=1)
     trainer.distiller.teacher.stream.chunk_items = 2
     head = trainer.distiller.teacher.model.classifier
@@ -125,12 +131,13 @@ def test_one_chunk_of_the_teacher_lives_at_a_time(make_trainer):
 # Waiting for the device
 
 WAITING = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
-ON_PROCESSORS = ("_row_products", "_sorted")  # what these look into, they do where there is nothing to wait for
-COPYING = ("new_tensor",)  # from Python numbers: a copy to the device, and the stream is waited for
+# These look into tensors on the processor only.
+ON_PROCESSORS = {function.__name__ for function in (sampled_linear._item_products, row_gradients._sorted)}
+COPYING = ("new_tensor",)  # copies Python numbers to the device, and waits for its stream
 
 
 class CallsFromPackage:
-    """Counts calls of tensor methods that were made by a line of hf_dis, not by Trainer's or torch's."""
+    """Counts calls of tensor methods by a line of hf_dis, not of Trainer or torch."""
 
     def __init__(self, monkeypatch, names):
         self.calls, self.counting = [], False
@@ -151,7 +158,7 @@ class CallsFromPackage:
 
 
 class SecondStep(TrainerCallback):
-    """The first step checks the head, and the last one logs."""
+    """Counts in the second step only: the first step checks the head, and the last step logs."""
 
     def __init__(self, calls):
         self.calls = calls
@@ -181,7 +188,7 @@ def test_a_step_between_logs_never_waits_for_the_device(make_trainer, monkeypatc
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_that_looks_into_tensors_is_noticed(make_trainer, monkeypatch, mode):
-    """That the count sees what it is for."""
+    """The count sees calls that wait."""
     assert calls_of_a_step(make_trainer, monkeypatch, WAITING, checks_values=True, **mode) != []
 
 

@@ -1,4 +1,4 @@
-"""Which items of a batch are distilled."""
+"""The items of a batch: supervised tokens or examples, on the device of the batch."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_a_causal_model_answers_for_the_next_token():
 
 
 @pytest.mark.parametrize("shifts_labels", [False, True])
-def test_without_labels_every_token_but_padding_is_a_row(shifts_labels):
+def test_without_labels_every_token_but_padding_is_an_item(shifts_labels):
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
     items = token_items(None, mask, SHAPE, shifts_labels)
     assert items.labels is None and items.positions.tolist() == [0, 1, 2, 5, 6, 7]
@@ -36,7 +36,7 @@ def test_no_supervised_token():
     assert items.sums_by_example(torch.empty(0)).tolist() == [0, 0]
 
 
-def test_values_of_rows():
+def test_values_of_items():
     values = torch.arange(8).view(2, 4, 1)
     assert token_items(LABELS, None, SHAPE, False).of(values)[:, 0].tolist() == [0, 2, 3, 5, 6]
     assert torch.equal(Items(2).of(values), values) and len(Items(2)) == 2

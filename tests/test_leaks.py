@@ -18,13 +18,15 @@ from tiny_models import labelled_images, patched_modules, vit
 from transformers import TrainerCallback
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+MARKS = {"_is_accelerate_prepared", "model_tags"}  # of Trainer, and for the model card
 
 
 def left_on(model):
-    """Modules whose forward is not their class's, hooks, and attributes that hold tensors of a step."""
+    """Modules whose forward is not their class's, hooks, and attributes that a new ViT does not have."""
     hooks = [(name, kind) for name, module in model.named_modules() for kind in HOOKS if getattr(module, kind)]
-    sampled = [name for name, module in model.named_modules() if {"sampled", "full_forward"} & set(vars(module))]
-    return patched_modules(model), hooks, sampled
+    new = {name: vars(module).keys() for name, module in vit(40).named_modules()}
+    added = [(name, vars(module).keys() - new[name] - MARKS) for name, module in model.named_modules()]
+    return patched_modules(model), hooks, [(name, names) for name, names in added if names]
 
 
 NOTHING = ([], [], [])
@@ -113,7 +115,7 @@ class Nests(TrainerCallback):
 
 
 def test_two_trainers_in_one_process_do_not_disturb_each_other(make_trainer, tmp_path):
-    """With one teacher between them, one samples by items and one by strata."""
+    """They share one teacher; one samples with a shared tail, and one item by item."""
     teacher = vit(40, seed=1, spread=30)
     layouts = {"one": {}, "other": {"num_shared_classes": 0, "temperature": 3.0}}
 
@@ -131,9 +133,10 @@ def test_two_trainers_in_one_process_do_not_disturb_each_other(make_trainer, tmp
     one.train()
     for together, reference in zip((one, other), alone, strict=True):
         assert together.state.global_step == 4
-        for tensors in ("model", "sampler"):
-            found, expected = getattr(together, tensors).state_dict(), getattr(reference, tensors).state_dict()
-            assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+        found, expected = (
+            {**one.model.state_dict(), **one.distiller.sampler.state_dict()} for one in (together, reference)
+        )
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 # Memory
@@ -194,13 +197,15 @@ def _interrupt(process):
     pytest.fail("the training goes on after Ctrl-C")
 
 
-def test_ctrl_c_ends_the_training_and_all_its_processes(tmp_path):
+@pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN], ids=["as in a shell", "in the background"])
+def test_ctrl_c_ends_the_training_and_all_its_processes(tmp_path, inherited):
     process = subprocess.Popen(
         [sys.executable, interrupt_worker.__file__, str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # its workers are of its group, as in a shell
+        preexec_fn=lambda: signal.signal(signal.SIGINT, inherited),
     )
     lines = iter(process.stdout.readline, "")
     assert next(line for line in lines if line.startswith("training")) == "training 2\n"

@@ -33,7 +33,7 @@ def _built(kind: type[nn.Module], config: hf.PreTrainedConfig, seed: int, spread
         return spread_out(kind(config), spread)
 
 
-def tail_ids(tail_ids: Tensor, num_items: int) -> Tensor:
+def tails_of_items(tail_ids: Tensor, num_items: int) -> Tensor:
     """The classes of each item's tail, ``[N, K_t]``: item i uses tail i mod G."""
     items = [tail_ids[item % len(tail_ids)] for item in range(num_items)]
     return torch.stack(items) if items else tail_ids[:0]
@@ -41,7 +41,7 @@ def tail_ids(tail_ids: Tensor, num_items: int) -> Tensor:
 
 def column_ids(sample) -> Tensor:
     """The class of every column of a sample, ``[N, R + K_t]``."""
-    return torch.cat([sample.item_ids, tail_ids(sample.tail_ids, len(sample))], 1)
+    return torch.cat([sample.item_ids, tails_of_items(sample.tail_ids, len(sample))], 1)
 
 
 def spread_out(model: nn.Module, spread: float) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Training on a cache of teacher targets: the checks that it is the right one, and its targets in the batches."""
+"""Training on a cache of teacher targets: opening it, and the checks that it fits the student and the dataset."""
 
 from __future__ import annotations
 
@@ -15,36 +15,42 @@ from hf_dis.distributed.processes import is_first_of_machine
 from hf_dis.models.provenance import labels_digest, tokenizer_digest
 from hf_dis.teacher.cached import CachedTeacher
 
-# Examples of a training set that are looked up before it is trained on.
+# Examples of a training set that are looked up before the training.
 PROBED = 16
 
 
+def open_cache(cache: TeacherCache | str | Path | None) -> TeacherCache | None:
+    """Opens the cache in a folder; returns an open cache, or None, as it is.
+
+    One process of each machine compares all shards with their checksums.
+
+    Raises:
+        DataError: as :class:`hf_dis.TeacherCache`.
+    """
+    is_path = isinstance(cache, (str, Path))
+    return TeacherCache(cache, verify=is_first_of_machine()) if is_path else cache
+
+
 def cached_teacher(cache: TeacherCache) -> CachedTeacher:
-    """The teacher of a cache; another teacher has another fingerprint."""
+    """Makes the teacher that answers from a cache; its fingerprint is that of the teacher's weights."""
     return CachedTeacher(cache.header.layout, cache.header.teacher["weights"][:16])
 
 
 def check_data(loader: DataLoader, seed: int) -> None:
-    """Looks up some examples of a training set before it is trained on, spread over all of it.
+    """Looks up some examples of a dataset, spread over all of it, before the training; a stream is not looked at.
 
     Args:
-        loader: of the training, which collates with a cache.
-        seed: of the training: a run from a cache shuffles as a run without.
+        loader: of the training or the evaluation, which collates with a cache.
+        seed: of the training; the global generators are left as they were.
 
     Raises:
         DataError: if an example is not in the cache.
     """
-    if not isinstance(loader.dataset, IterableDataset):
-        spread = np.unique(np.linspace(0, len(loader.dataset) - 1, PROBED).astype(int)).tolist()
-        with seeded((seed,)):
-            next(iter(DataLoader(loader.dataset, batch_sampler=[spread], collate_fn=loader.collate_fn)))
-
-
-def open_cache(cache: TeacherCache | str | Path | None) -> TeacherCache | None:
-    """The cache in a folder; one that is open already, or None, as it is. One process of a machine reads all shards to
-    check them."""
-    is_path = isinstance(cache, (str, Path))
-    return TeacherCache(cache, verify=is_first_of_machine()) if is_path else cache
+    if isinstance(loader.dataset, IterableDataset):
+        return
+    spread = np.unique(np.linspace(0, len(loader.dataset) - 1, PROBED).astype(int)).tolist()
+    with seeded((seed,)):
+        next(iter(DataLoader(loader.dataset, batch_sampler=[spread], collate_fn=loader.collate_fn)))
 
 
 def check_cache(
@@ -55,18 +61,18 @@ def check_cache(
     temperature: float,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> int:
-    """C, after checking that a cache was made for this student.
+    """Checks that a cache was made for this student, and returns C, the number of its classes.
 
     Args:
         cache: to be trained on or evaluated with.
         student: the model.
-        num_outputs: classes that it answers for.
-        is_lm: whether these are a vocabulary, which may be padded beyond the classes of the cache.
+        num_outputs: classes that the student answers for.
+        is_lm: the classes are a vocabulary, which the student may pad beyond the classes of the cache.
         temperature: τ of the training.
-        tokenizer: the student's, if known.
+        tokenizer: of the student, if known.
 
     Raises:
-        ValueError: says everything in which they differ.
+        ValueError: names every difference between cache and training.
     """
     header, wrong = cache.header, []
     if num_outputs < header.num_classes or (num_outputs > header.num_classes and not is_lm):
@@ -75,12 +81,12 @@ def check_cache(
         wrong.append(f"temperature: the cache has {header.temperature:g}, the training {temperature:g}")
     labels = labels_digest(student)
     if None not in (header.labels, labels) and header.labels != labels:
-        wrong.append("label names: id2label of the student's configuration is not that of the teacher's")
+        wrong.append("label names: id2label of the student's configuration differs from the teacher's")
     if None not in (header.tokenizer, tokenizer) and header.tokenizer != tokenizer_digest(tokenizer):
-        wrong.append("tokenizer: its vocabulary is not the one that the cache was made with")
+        wrong.append("tokenizer: its vocabulary differs from that of the cache's tokenizer")
     if wrong:
         raise ValueError(
-            f"the teacher cache {cache.path} does not fit. {'; '.join(wrong)}. Train with what it was made with, or "
-            "write another with cache_teacher_targets"
+            f"the teacher cache {cache.path} does not fit. {'; '.join(wrong)}. Train with the settings of the cache, "
+            "or write another cache with cache_teacher_targets"
         )
     return header.num_classes

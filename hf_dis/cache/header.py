@@ -1,7 +1,7 @@
-"""What a cache of teacher targets says of itself: its header, read with suspicion.
+"""The header of a cache of teacher targets: how the targets were made, and the files that hold them.
 
-The header is JSON and may come from anywhere. What is read of it is of the types and within the ranges that this
-package writes, and names no file but the shards of its own folder.
+The header is JSON and may come from an untrusted place. Every value that is read has to be of the type and within the
+range that this package writes. A header names no file but the shards of its own folder.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from hf_dis.checks import require
 from hf_dis.errors import DataError
 from hf_dis.teacher.compact import STORED_DESIGNS, TargetLayout
 
-FORMAT, FORMAT_VERSION = "hf_dis teacher cache", 1
-
+# Version 1 left the place of the supervised tokens out of the keys, so its caches may hold targets of other tokens.
+FORMAT, FORMAT_VERSION = "hf_dis teacher cache", 2
 
 HEADER = "cache.json"
-
 
 CARD = """---
 tags: [hf_dis, knowledge-distillation]
@@ -33,12 +32,12 @@ configs:
 ---
 # Teacher targets
 
-What {header.teacher[name]} answers about {header.dataset[examples]:,} examples at temperature {header.temperature:g}:
-of each of {items:,} items the {header.depth} likeliest of {header.num_classes:,} classes with their log-probabilities,
-and {header.sample_size} classes ({header.design}) that stand for all others; {item_bytes} bytes an item, {num_bytes:,} in
-all. Written by hf_dis; `hf_dis.TeacherCache` reads it, and `{HEADER}` says what made it.
+Targets of {header.teacher[name]} for {header.dataset[examples]:,} examples at temperature {header.temperature:g}.
+Each of the {items:,} items holds the {header.depth} likeliest of {header.num_classes:,} classes, with their
+log-probabilities, and {header.sample_size} classes sampled from all others (design: {header.design}).
+An item takes {item_bytes} bytes, and the shards take {num_bytes:,} bytes.
+Written by hf_dis, read by `hf_dis.TeacherCache`; `{HEADER}` holds the settings.
 """.replace("{HEADER}", HEADER)
-
 
 # Classes that an id may tell apart.
 MAX_CLASSES = 2**31
@@ -49,10 +48,13 @@ class Shard:
     """A file of a cache.
 
     Attributes:
-        file: its name.
-        examples, items: how many it holds.
-        num_bytes: its size.
-        xxh3_128: checksum of its content.
+        file: name of the file.
+        examples, items: how many the file holds.
+        num_bytes: size of the file.
+        xxh3_128: checksum of the file's content.
+
+    Raises:
+        ValueError: if a value is not of its type or is below 0.
     """
 
     file: str
@@ -70,23 +72,26 @@ class Shard:
 
 @dataclass(frozen=True)
 class CacheHeader:
-    """What a cache says of itself.
+    """The settings of a cache and its shards.
 
     Attributes:
-        num_classes: C.
-        temperature: τ.
-        depth: m, ranked classes of an item.
-        sample_size: T, classes sampled from its tail.
-        design: how these were sampled, see :mod:`hf_dis.compact`.
-        seed: of the tail's samples.
+        num_classes: C, from 1 to 2^31.
+        temperature: τ > 0.
+        depth: m, ranked classes of an item, from 0 to C.
+        sample_size: T >= 0, classes of an item's stored sample.
+        design: how the stored sample was taken, see :mod:`hf_dis.teacher.compact`.
+        seed: of the stored samples.
         teacher: ``name``, ``revision`` (a commit of the Hub, if known) and ``weights`` (xxh3_128).
-        labels: sha256 of the classes' names, None if they have none.
-        tokenizer: sha256 of the vocabulary, None if there was none.
-        inputs: names of the inputs that the teacher was given, which make up an example's key.
-        dataset: ``examples`` and ``fingerprint`` (a digest of keys of some).
-        views: ``number`` and ``seed`` of :class:`hf_dis.data.SeededViews`, None without augmentation.
-        shard_examples: examples a shard, the last one's aside.
+        labels: sha256 of the classes' names; None if they have none.
+        tokenizer: sha256 of the vocabulary; None if there was no tokenizer.
+        inputs: names of the inputs that make up an example's key, see :mod:`hf_dis.cache.keys`.
+        dataset: ``examples``, their number, and ``fingerprint``, a digest of some keys.
+        views: ``number`` and ``seed`` of :class:`hf_dis.cache.SeededViews`; None for other datasets.
+        shard_examples: examples per shard; the last shard may have fewer.
         shards: the files; empty while the cache is being written.
+
+    Raises:
+        ValueError: if a value is not of its type or out of its range.
     """
 
     num_classes: int
@@ -129,32 +134,39 @@ class CacheHeader:
 
     @property
     def layout(self) -> TargetLayout:
+        """How the targets of an item are laid out in bytes."""
         return TargetLayout(self.num_classes, self.depth, self.sample_size)
 
     @property
     def num_shards(self) -> int:
+        """The number of shards of the whole cache, written or not."""
         return -(-self.dataset["examples"] // self.shard_examples)
-
-    def differences(self, other: CacheHeader) -> list[str]:
-        """What sets two caches apart, but for the shards that are there."""
-        mine, others = (dataclasses.asdict(header) for header in (self, other))
-        return [
-            f"{name} is {mine[name]!r} here and {others[name]!r} there"
-            for name in mine
-            if name != "shards" and mine[name] != others[name]
-        ]
-
-    def card(self) -> str:
-        """The page of the cache as a data set of the Hub, with what ``datasets`` has to know."""
-        items = sum(shard.items for shard in self.shards)
-        return CARD.format(header=self, item_bytes=self.layout.item_bytes, items=items, num_bytes=self.num_bytes)
 
     @property
     def num_bytes(self) -> int:
-        """Of all shards."""
+        """The size of all shards."""
         return sum(shard.num_bytes for shard in self.shards)
 
+    def examples_of(self, shard: int) -> range:
+        """The indices in the dataset of the examples of a shard."""
+        return range(shard * self.shard_examples, min((shard + 1) * self.shard_examples, self.dataset["examples"]))
+
+    def differences(self, other: CacheHeader) -> list[str]:
+        """Describes every field in which two caches differ, shards left out; one text per field."""
+        mine, theirs = (dataclasses.asdict(header) for header in (self, other))
+        return [
+            f"{name} is {mine[name]!r} here and {theirs[name]!r} there"
+            for name in mine
+            if name != "shards" and mine[name] != theirs[name]
+        ]
+
+    def card(self) -> str:
+        """The README of the cache as a dataset of the Hub, with the metadata that ``datasets`` needs."""
+        items = sum(shard.items for shard in self.shards)
+        return CARD.format(header=self, item_bytes=self.layout.item_bytes, items=items, num_bytes=self.num_bytes)
+
     def to_json(self) -> str:
+        """The content of the header's file, with a checksum."""
         content = {"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}
         return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
 
@@ -163,14 +175,15 @@ class CacheHeader:
         """Reads the header of the cache in a folder.
 
         Raises:
-            DataError: if there is none, it is damaged, or this version cannot read it.
+            DataError: if there is no header, or it is damaged, or it is of an older or newer format.
         """
         file = path / HEADER
         try:
             content = dict(json.loads(file.read_text()))
             kind, version = content["format"], content["version"]
-            require(kind == FORMAT and _is_whole(version), "format", kind, repr(FORMAT))
-            if version <= FORMAT_VERSION:
+            require(kind == FORMAT, "format", kind, repr(FORMAT))
+            _require_whole("version", version, 1)
+            if version == FORMAT_VERSION:
                 checksum = content.pop("checksum")
                 require(checksum == _checksum(content), "checksum", checksum, _checksum(content))
                 fields = {name: value for name, value in content.items() if name not in ("format", "version")}
@@ -182,14 +195,15 @@ class CacheHeader:
             ) from error
         except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
             raise DataError(f"{file} is damaged ({error}): copy it again, or write the cache again") from error
+        if version < FORMAT_VERSION:
+            raise DataError(
+                f"{path} is written in format {version}, and this version of hf_dis reads format {FORMAT_VERSION}: "
+                "write the cache again with cache_teacher_targets, in another folder or after deleting this one"
+            )
         raise DataError(
             f"{path} is written in format {version}, and this version of hf_dis reads up to {FORMAT_VERSION}: "
             "upgrade hf_dis"
         )
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def shard_file(number: int) -> str:
@@ -197,16 +211,17 @@ def shard_file(number: int) -> str:
     return f"shard-{number:06}.arrow"
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _require_whole(name: str, value: Any, lowest: int) -> None:
-    require(_is_whole(value) and value >= lowest, name, value, f"a whole number, {lowest} or more")
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    require(is_whole and value >= lowest, name, value, f"a whole number, {lowest} or more")
 
 
 def _require_fields(name: str, value: Any, types: dict[str, type | tuple[type, ...]]) -> None:
-    """Raises ValueError unless it is a dictionary of exactly these fields, each of its type."""
+    """Raises ValueError unless the value is a dictionary of exactly these fields, each of its type."""
     holds = isinstance(value, dict) and value.keys() == types.keys()
     holds = holds and all(isinstance(value[key], kind) for key, kind in types.items())
     require(holds, name, value, f"a dictionary with {', '.join(types)}")

@@ -1,9 +1,9 @@
-"""A cache of teacher targets on disk: its checks, and the look-up of a batch's examples.
+"""A cache of teacher targets on disk: the checks when it is opened, and the look-up of a batch's examples.
 
-A cache is a folder that ``datasets.load_dataset`` opens and the Hub holds as it is: ``cache.json``, the header (see
-:mod:`hf_dis.data.cache_header`), and shards in Arrow's stream format with the columns ``key`` (int64, see
-:mod:`hf_dis.data.keys`) and ``targets`` (binary: the items of the example, one after another, as
-:class:`hf_dis.teacher.compact.TargetLayout` lays them out).
+A cache is a folder that ``datasets.load_dataset`` opens and that the Hub stores as it is. The folder holds
+``cache.json``, the header (see :mod:`hf_dis.cache.header`), and shards in Arrow's stream format with two columns.
+``key`` is int64, see :mod:`hf_dis.cache.keys`. ``targets`` is binary: the items of the example, one after another, as
+:class:`hf_dis.teacher.compact.TargetLayout` lays them out.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from hf_dis.cache.header import CacheHeader, Shard
-from hf_dis.cache.keys import content_keys
+from hf_dis.cache.keys import content_keys, is_joined, restarts
 from hf_dis.errors import DataError
 from hf_dis.teacher.cached import FILLER, TARGETS
 
 SCHEMA = pa.schema({"key": pa.int64(), "targets": pa.binary()})
+# The remedy where a training packs examples and the cache holds others.
+PACKED = (
+    "cache the packed dataset (trainer.train_dataset, with data_collator=trainer.data_collator), or set packing=False"
+)
 
 
 class TeacherCache:
@@ -34,14 +38,14 @@ class TeacherCache:
 
     Args:
         path: of the folder.
-        verify: compare every shard with its checksum, which reads all of them once.
+        verify: compare every shard with its checksum, which reads all shards once.
 
     Attributes:
         path: as given.
-        header: what the cache says of itself.
+        header: the settings of the cache.
 
     Raises:
-        DataError: if the cache is missing, half-written, damaged, or of a newer format; says which and what to do.
+        DataError: if the cache is missing, half-written, damaged, or of an older or newer format.
     """
 
     def __init__(self, path: str | Path, verify: bool = True):
@@ -51,7 +55,7 @@ class TeacherCache:
             written = len(list(self.path.glob("*.arrow")))
             raise DataError(
                 f"the cache in {path} is half-written: {written} of {self.header.num_shards} shards are there. Run "
-                "what wrote it again with the same arguments: it goes on where it stopped"
+                "cache_teacher_targets again with the same arguments: it continues where it stopped"
             )
         item_bytes = self.header.layout.item_bytes
         self._shards = [_ShardReader(self.path, shard, item_bytes, verify) for shard in self.header.shards]
@@ -64,27 +68,32 @@ class TeacherCache:
         return partial(TeacherCache, verify=False), (self.path,)
 
     def __len__(self) -> int:
-        """Examples in the cache."""
+        """The number of examples in the cache."""
         return len(self._keys)
 
-    def look_up(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The stored targets of a batch's examples: uint8, ``[B, R, layout.item_bytes]``, R the most items that one has;
-        :func:`stored_items` takes out what fills up the others.
+    def look_up(self, batch: Mapping[str, Any]) -> Tensor:
+        """Looks up the stored targets of a batch's examples.
+
+        Args:
+            batch: as collated, on the CPU; its tensors are ``[B, ...]``.
+
+        Returns:
+            uint8 ``[B, R, layout.item_bytes]``, where R is the largest number of items of an example. Examples with
+            fewer items are filled up; :func:`hf_dis.teacher.cached.stored_items` takes the items out.
 
         Raises:
-            DataError: if the teacher was not given one of them when the cache was written.
+            DataError: if an example is not among those that the teacher was given when the cache was written.
         """
         keys = np.array(content_keys(batch, self.header.inputs), dtype=np.int64)
+        if "position_ids" not in self.header.inputs and restarts(batch):
+            raise DataError(
+                "the batch packs several sequences into one example (its position_ids start anew), and the cache "
+                f"{self.path} holds examples that are not packed in this way: {PACKED}"
+            )
         place = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         missing = np.flatnonzero(self._keys[place] != keys)
         if len(missing):
-            views = self.header.views
-            made_of = "un-augmented examples" if views is None else f"SeededViews of seed {views['seed']}"
-            raise DataError(
-                f"{len(missing)} of {len(keys)} examples are not in the cache {self.path}, the first at "
-                f"{missing[0]} of the batch: it holds {made_of}, and only what the teacher was given then. Train on "
-                "the same data set, prepared and tokenized in the same way, without augmentation at random"
-            )
+            raise DataError(self._not_found(missing.tolist(), len(keys)))
         examples = self._order[place]
         shards = np.searchsorted(self._first, examples, side="right") - 1
         parts = [
@@ -92,14 +101,32 @@ class TeacherCache:
             for shard, example in zip(shards, examples, strict=True)
         ]
         found = np.full((len(parts), max(map(len, parts))), FILLER, np.uint8)
-        for item, part in zip(found, parts, strict=True):
-            item[: len(part)] = part
+        for example, part in zip(found, parts, strict=True):
+            example[: len(part)] = part
         return torch.from_numpy(found).unflatten(1, (-1, self.header.layout.item_bytes))
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-        """Uploads the folder as a data set of the Hub, which is made if it is not there; returns its address.
+    def _not_found(self, missing: list[int], num_examples: int) -> str:
+        views = self.header.views
+        held = "un-augmented examples" if views is None else f"SeededViews of seed {views['seed']}"
+        message = (
+            f"{len(missing)} of {num_examples} examples are not in the cache {self.path}, the first at index "
+            f"{missing[0]} of the batch. The cache holds {held}, exactly as the teacher was given them. Train on the "
+            "same dataset, prepared and tokenized in the same way, without random augmentation"
+        )
+        return f"{message}. If the training packs examples: {PACKED}" if "input_ids" in self.header.inputs else message
 
-        ``TeacherCache(huggingface_hub.snapshot_download(repo_id, repo_type="dataset"))`` opens it elsewhere.
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads the folder as a dataset of the Hub, which is created if needed.
+
+        ``TeacherCache(huggingface_hub.snapshot_download(repo_id, repo_type="dataset"))`` opens the dataset elsewhere.
+
+        Args:
+            repo_id: name of the dataset, with or without its owner.
+            private: create a private dataset; None: the default of the owner.
+            token: of the Hub; None: the one that is stored on this machine.
+
+        Returns:
+            the address of the dataset.
         """
         api = HfApi(token=token)
         url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
@@ -107,20 +134,41 @@ class TeacherCache:
         return str(url)
 
     def collator(self, collate: Callable[[Any], Mapping[str, Any]]) -> CachedCollator:
-        """A data collator that puts the targets of a batch's examples beside what another makes of them."""
+        """Wraps a data collator: the new one adds the targets of a batch's examples to the batch."""
         return CachedCollator(collate, self)
 
 
 @dataclass
 class CachedCollator:
-    """Collates, then adds the examples' targets as ``batch["teacher_targets"]``; works within dataloader workers."""
+    """Collates, then adds the examples' targets as ``batch["teacher_targets"]``; works within dataloader workers.
+
+    A padding-free collator joins the examples of a batch into one. Each example is then collated alone too, and its
+    targets are looked up by that.
+
+    Args:
+        collate: makes the batch.
+        cache: holds the targets.
+
+    Raises:
+        DataError: if an example is not in the cache, or nothing tells joined examples apart.
+    """
 
     collate: Callable[[Any], Mapping[str, Any]]
     cache: TeacherCache
 
     def __call__(self, features: Any) -> Mapping[str, Any]:
         batch = self.collate(features)
-        batch[TARGETS] = self.cache.look_up(batch)
+        if not (isinstance(features, list) and is_joined(batch, self.cache.header.inputs, len(features))):
+            batch[TARGETS] = self.cache.look_up(batch)
+            return batch
+        if not restarts(batch):
+            raise DataError(
+                f"the collator joined {len(features)} examples into one sequence without position_ids that start anew "
+                "at each example, so the examples attend to each other. The cache holds targets of single examples: "
+                "use a collator that makes position_ids (as TRL's does with padding_free=True) or pads, or set "
+                "per_device_train_batch_size=1"
+            )
+        batch[TARGETS] = torch.cat([self.cache.look_up(self.collate([feature])) for feature in features], 1)
         return batch
 
 
@@ -131,14 +179,14 @@ class _ShardReader:
         path = folder / shard.file
         if not path.is_file():
             raise DataError(
-                f"the shard {shard.file} of the cache {folder} is missing: copy it again, or run what wrote the cache "
-                "again with the same arguments, which writes what is missing"
+                f"the shard {shard.file} of the cache {folder} is missing: copy it again, or run "
+                "cache_teacher_targets again with the same arguments, which writes missing shards"
             )
         if path.stat().st_size != shard.num_bytes or (verify and checksum(path) != shard.xxh3_128):
             raise DataError(
-                f"the shard {path} is damaged: it is not what was written ({shard.num_bytes} bytes, xxh3_128 "
-                f"{shard.xxh3_128}). Copy it again, or run what wrote the cache again with the same arguments, which "
-                "writes what is damaged"
+                f"the shard {path} is damaged: its content differs from what was written ({shard.num_bytes} bytes, "
+                f"xxh3_128 {shard.xxh3_128}). Copy it again, or run cache_teacher_targets again with the same "
+                "arguments, which writes damaged shards"
             )
         try:
             self.keys, self._offsets, self._data = _columns(path)
@@ -154,11 +202,15 @@ class _ShardReader:
             ) from error
 
     def targets(self, example: int) -> np.ndarray:
+        """The bytes of an example's items, one after another."""
         return self._data[self._offsets[example] : self._offsets[example + 1]]
 
 
 def _columns(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys, offsets into the targets, and the targets' bytes of a shard; Arrow itself would believe any offset."""
+    """Reads keys, offsets into the targets, and the targets' bytes of a shard.
+
+    Arrow does not check offsets when it opens a file, so the table is validated in full.
+    """
     with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
         if stream.schema.remove_metadata() != SCHEMA:
             raise ValueError(f"its columns are {', '.join(map(str, stream.schema))}")
@@ -174,7 +226,7 @@ def _columns(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def checksum(path: Path) -> str:
-    """xxh3_128 of a file's content."""
+    """Computes xxh3_128 of a file's content."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(2**22):

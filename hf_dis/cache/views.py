@@ -1,4 +1,4 @@
-"""Augmentation that can be replayed: the same view of an example, whoever asks for it and however often."""
+"""Random augmentation that can be replayed: an example's view is the same for every reader and every time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from torch.utils.data import Dataset
 
 
 class SeededViews(Dataset):
-    """A data set that augments at random, as n fixed views of each example: n times as long, and repeatable.
+    """A dataset with random augmentation, as n fixed views of each example: n times as long, and repeatable.
 
-    Item ``v * len(dataset) + i`` is view v of example i, made with the generators of Python, NumPy and PyTorch seeded
-    by (seed, v, i) and put back as they were. One epoch over it is n epochs over the data set. The views repeat
-    with the same versions of the libraries on the same kind of machine.
+    Element ``v * len(dataset) + i`` is view v of example i. The generators of Python, NumPy and PyTorch are seeded by
+    (seed, v, i) for each view and restored after it. One epoch over the views is n epochs over the dataset. The views
+    repeat with the same versions of the libraries on the same kind of machine.
 
     Args:
-        dataset: whose items are augmented, with a length.
+        dataset: with a length, whose elements are augmented at random.
         number: n >= 1, views of each example.
         seed: of the views.
+
+    Raises:
+        ValueError: if ``number`` is below 1.
     """
 
     def __init__(self, dataset: Dataset, number: int, seed: int = 0):
@@ -35,7 +38,9 @@ class SeededViews(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):
-            raise IndexError(f"there is no item {index} among {len(self)}")
+            raise IndexError(
+                f"there is no view {index} among {len(self)}: the index has to be from 0 to {len(self) - 1}"
+            )
         view, example = divmod(index, len(self.dataset))
         with seeded((self.seed, view, example)):
             return self.dataset[example]
@@ -43,7 +48,7 @@ class SeededViews(Dataset):
 
 @contextmanager
 def seeded(entropy: tuple[int, ...]) -> Iterator[None]:
-    """Within it the CPU generators of Python, NumPy and PyTorch are seeded; after it they are as they were."""
+    """Seeds the CPU generators of Python, NumPy and PyTorch within the context, and restores their state after it."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint32)[0])
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""CIFAR-100 as a Hugging Face data set, from the official archive or from the Hub."""
+"""CIFAR-100 as a Hugging Face dataset, from the official archive or from the Hub."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FILE_MD5 = {
 }
 REMEDY = f"Download {ARCHIVE} from {HOMEPAGE} again and pass its path as data_dir= (--data_dir)."
 MAX_BYTES = 512 << 20  # the official archive unpacks to 186 MB
-SHARDS = 32  # units of work that num_proc processes share out
+SHARDS = 32  # units of work that are shared out to num_proc processes
 
 # fmt: off
 FINE_NAMES = [
@@ -75,21 +75,23 @@ def load_cifar100(
 
     Args:
         data_dir: the official ``cifar-100-python.tar.gz``, a folder that holds it, a folder that holds the
-            extracted ``cifar-100-python/``, or that extracted folder itself (an archive is preferred where
+            extracted ``cifar-100-python/``, or that extracted folder itself (the archive is preferred where
             there are both). None: the Hub's copy, ``uoft-cs/cifar100``.
         verify_checksum: refuse files other than the official ones; False accepts any in the official format.
-            Neither trusts them: nothing in them is executed, and nothing is extracted to disk.
-        cache_dir: where the built data set is kept; None: the cache of Hugging Face Datasets.
-        num_proc: processes that build it; None: this one.
+            In both cases nothing in the files is executed, and nothing is extracted to disk.
+        cache_dir: folder of the built dataset; None: the cache of Hugging Face Datasets.
+        num_proc: processes that build the dataset; None: this process alone.
 
     Raises:
-        DataError: the files are missing, not the official ones, damaged or hostile; or there is no
+        DataError: if the files are missing, not the official ones, damaged or hostile, or if there is no
             ``data_dir`` and the Hub is out of reach.
     """
     cache_dir = None if cache_dir is None else str(cache_dir)
     if data_dir is None:
         if not verify_checksum:
-            raise DataError("verify_checksum=False is about files in data_dir, and no data_dir was given: drop one.")
+            raise DataError(
+                "verify_checksum=False is about files in data_dir, and data_dir is None: pass data_dir, or drop verify_checksum."
+            )
         return _load_from_hub(cache_dir, num_proc)
     builder = Cifar100(cache_dir=cache_dir, data_dir=str(data_dir), verify_checksum=verify_checksum)
     builder.download_and_prepare(num_proc=num_proc)
@@ -110,9 +112,9 @@ def _load_from_hub(cache_dir: str | None, num_proc: int | None) -> datasets.Data
 
 @dataclass
 class Cifar100Config(ContentConfig):
-    """Which files to build from: ``data_dir`` and ``verify_checksum`` as in [`load_cifar100`].
+    """The files to build from: ``data_dir`` and ``verify_checksum`` as in :func:`load_cifar100`.
 
-    ``digest`` is taken from the files' content and names the cache, so other files never meet a stale cache.
+    ``digest`` is that of the files' content.
     """
 
     verify_checksum: bool = True
@@ -125,7 +127,7 @@ class Cifar100Config(ContentConfig):
 
 
 class Cifar100(datasets.GeneratorBasedBuilder):
-    """Builds CIFAR-100 from local files; [`load_cifar100`] is the short way to it."""
+    """Builds CIFAR-100 from local files; :func:`load_cifar100` is the short way to the dataset."""
 
     VERSION = datasets.Version("1.0.0")
     BUILDER_CONFIG_CLASS = Cifar100Config
@@ -138,7 +140,7 @@ class Cifar100(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        # Read once, here, where errors reach the caller as they are; workers are sent their rows.
+        # Read once, here, where errors reach the caller as they are; workers are sent their images.
         source = _locate(self.config.data_dir)
         files = {name: _unpickle(data, source, name) for name, data in _read_files(source)}
         if missing := [name for name in FILE_MD5 if name not in files]:
@@ -151,12 +153,12 @@ class Cifar100(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, shards: list[tuple[np.ndarray, ...]]) -> Iterator[tuple[int, dict[str, Any]]]:
         for shard in shards:
-            for row, image, fine, coarse in zip(*shard, strict=True):
-                yield int(row), {"img": image, "fine_label": int(fine), "coarse_label": int(coarse)}
+            for number, image, fine, coarse in zip(*shard, strict=True):
+                yield int(number), {"img": image, "fine_label": int(fine), "coarse_label": int(coarse)}
 
 
 def _locate(data_dir: str | Path) -> Path:
-    """Finds the archive or the extracted folder that ``data_dir`` stands for."""
+    """Finds the archive or the extracted folder in ``data_dir``."""
     given = Path(data_dir).expanduser()
     if given.is_file():
         return given
@@ -192,7 +194,7 @@ def _content_digest(source: Path, verify_checksum: bool) -> str:
 
 
 class _BoundedReader:
-    """Stops a small archive from unpacking to an endless stream."""
+    """Raises DataError where a small archive unpacks to an endless stream."""
 
     def __init__(self, stream: BinaryIO, source: Path) -> None:
         self.stream, self.source, self.left = stream, source, MAX_BYTES
@@ -210,7 +212,7 @@ def _too_large(source: Path) -> DataError:
 
 
 def _read_files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields the name and content of those files among train, test and meta that ``source`` has."""
+    """Yields name and content of those of the files train, test and meta that ``source`` has."""
     if source.is_dir():
         for name in FILE_MD5:
             if (source / name).stat().st_size > MAX_BYTES:
@@ -252,13 +254,13 @@ def _check_meta(meta: dict[str, Any], source: Path) -> None:
 
 
 def _shards(content: dict[str, Any], source: Path, split: str) -> list[tuple[np.ndarray, ...]]:
-    """Checks a split and parts it: row numbers, images [rows, 32, 32, 3], fine labels and coarse labels."""
+    """Checks a split and splits it: numbers, images ``[n, 32, 32, 3]``, fine labels and coarse labels."""
     if missing := [key for key in ("data", "fine_labels", "coarse_labels") if key not in content]:
         raise DataError(f"{source}: {split} has no {missing[0]}. {REMEDY}")
     data = content["data"]
     if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072):
         found = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data).__name__
-        raise DataError(f"{source}: data in {split} should be uint8 [rows, 3072], found {found}. {REMEDY}")
+        raise DataError(f"{source}: data in {split} should be uint8 [images, 3072], found {found}. {REMEDY}")
     if len(data) == 0:
         raise DataError(f"{source}: {split} holds no images. {REMEDY}")
     fine = _labels(content, "fine_labels", FINE_NAMES, len(data), source, split)
@@ -268,13 +270,13 @@ def _shards(content: dict[str, Any], source: Path, split: str) -> list[tuple[np.
     return list(zip(*(np.array_split(column, min(SHARDS, len(data))) for column in columns), strict=True))
 
 
-def _labels(content: dict[str, Any], key: str, names: list[str], rows: int, source: Path, split: str) -> np.ndarray:
-    where = f"{source}: {key} in {split} should be {rows} whole numbers below {len(names)}"
+def _labels(content: dict[str, Any], key: str, names: list[str], count: int, source: Path, split: str) -> np.ndarray:
+    where = f"{source}: {key} in {split} should be {count} whole numbers below {len(names)}"
     try:
         labels = np.asarray(content[key])
     except ValueError as error:
         raise DataError(f"{where}, found a ragged list. {REMEDY}") from error
-    if labels.dtype.kind not in "iu" or labels.shape != (rows,):
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise DataError(f"{where}, found {labels.dtype} {list(labels.shape)}. {REMEDY}")
     if labels.min() < 0 or labels.max() >= len(names):
         raise DataError(f"{where}, found {labels.min()} to {labels.max()}. {REMEDY}")

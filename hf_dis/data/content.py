@@ -1,4 +1,4 @@
-"""Caches of data sets named by what their files hold."""
+"""Caches of datasets named by the content of their files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import datasets
 
 @dataclass
 class ContentConfig(datasets.BuilderConfig):
-    """A configuration whose ``digest``, which each data set takes of its files, names the cache: other files under the
-    same path never meet a stale one."""
+    """A configuration whose ``digest`` names the cache: other files under the same path never meet a stale cache.
+
+    Attributes:
+        digest: of the files' content, set by each dataset.
+    """
 
     digest: str = field(init=False)
 

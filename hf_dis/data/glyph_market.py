@@ -1,4 +1,4 @@
-"""A stand-in for Market-1501 that needs no download: the same folders and names, with characters as identities."""
+"""A replacement for Market-1501 without a download: the same folders and names, with characters as identities."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def write_glyph_market(
     """Writes a folder in the format of Market-1501 in which a character is an identity and a typeface a camera.
 
     Six cameras see every identity, each image moved, turned and scaled a little. No character is in both training and
-    test. Of a test identity there are two images under each camera, one of them a query and one in the gallery, with
-    distractors, which are other characters, and junk, which shows a character in part. Identities and distractors are
-    drawn from the characters that all six typefaces have, by ``seed``.
+    test. A test identity has two images under each camera, a query and one in the gallery. The gallery also has
+    distractors, which are other characters, and junk, which shows a part of a character. Identities and distractors
+    are chosen at random from the characters that all six typefaces have.
 
     Args:
-        folder: to be made; has to be new.
-        train_identities, test_identities: how many characters, 1 or more.
+        folder: is made; has to be new.
+        train_identities, test_identities: numbers of characters, 1 or more.
         size: height and width of the images in pixels, at least 8.
         seed: the same seed and numbers give the same images.
 
@@ -43,12 +43,12 @@ def write_glyph_market(
         the folder, for :func:`hf_dis.data.load_market1501`.
 
     Raises:
-        DataError: the folder exists, or there are not so many characters.
-        ImportError: matplotlib or fonttools is not installed.
+        DataError: if the folder exists, or the typefaces share too few characters.
+        ImportError: if matplotlib or fonttools is not installed.
     """
     folder = Path(folder)
     if folder.exists():
-        raise DataError(f"{folder} exists: name a folder that is to be made, or remove it.")
+        raise DataError(f"{folder} exists: name a new folder, or remove this one.")
     if min(train_identities, test_identities) < 1:
         raise DataError(f"train_identities={train_identities}, test_identities={test_identities}: give 1 or more.")
     characters = _characters(size)
@@ -111,6 +111,6 @@ def _characters(size: int) -> list[list[Image.Image]]:
     glyphs = load_glyphs(files, size=size, min_faces=len(files), test_faces=CAMERAS[-1:])
     faces = defaultdict(list)
     for split in ("train", "test"):
-        for row in glyphs[split]:
-            faces[row["label"]].append(row["image"])
+        for example in glyphs[split]:
+            faces[example["label"]].append(example["image"])
     return [images for _, images in sorted(faces.items()) if len(images) == len(CAMERAS)]

@@ -37,7 +37,7 @@ MATPLOTLIB_FACES = [
 TEST_FACES = ("DejaVuSerif-Bold", "DejaVuSansMono-Oblique")
 MAX_CHARACTERS = 0x110000
 MIN_SIZE = 8
-MIN_INK = 10  # the brightest pixel of a glyph that counts as drawn, of 255
+MIN_INK = 10  # of 255: a glyph whose brightest pixel is darker counts as blank
 
 
 def load_glyphs(
@@ -53,20 +53,20 @@ def load_glyphs(
 
     The columns are ``image`` (``size`` x ``size``, grey), ``label`` (the character, named like ``U+0041``)
     and ``face`` (the typeface, named like its file). By default there are 3,375 classes and 38,603 images,
-    5,683 of them in ``test``. Blank images are left out, so 57 of the classes (kinds of space and other
+    5,683 of the images in ``test``. Blank images are left out, so 57 of the classes (kinds of space and other
     invisible characters) have a label but no image.
 
     Args:
         font_files: .ttf or .otf files; None: fourteen that matplotlib installs.
         size: height and width of the images in pixels, at least 8.
-        min_faces: characters that fewer typefaces contain are left out.
+        min_faces: a character that fewer typefaces contain is left out.
         test_faces: the typefaces held out for ``test``; None: DejaVuSerif-Bold and DejaVuSansMono-Oblique.
-        cache_dir: where the built data set is kept; None: the cache of Hugging Face Datasets.
-        num_proc: processes that build it; None: this one.
+        cache_dir: folder of the built dataset; None: the cache of Hugging Face Datasets.
+        num_proc: processes that build the dataset; None: this process alone.
 
     Raises:
-        DataError: a file is missing or no font, or the settings leave no classes, training or test images.
-        ImportError: matplotlib or fonttools is not installed.
+        DataError: if a file is missing or no font, or the settings leave no classes, training or test images.
+        ImportError: if matplotlib or fonttools is not installed.
     """
     builder = Glyphs(
         cache_dir=None if cache_dir is None else str(cache_dir),
@@ -81,11 +81,7 @@ def load_glyphs(
 
 @dataclass
 class GlyphsConfig(ContentConfig):
-    """What to render: the arguments of [`load_glyphs`].
-
-    ``digest`` is taken from these and the fonts' content and names the cache, so a changed font never meets a
-    stale cache.
-    """
+    """The arguments of :func:`load_glyphs`; ``digest`` is that of these arguments and the fonts' content."""
 
     font_files: Sequence[str | Path] | None = None
     size: int = 32
@@ -133,7 +129,7 @@ class GlyphsConfig(ContentConfig):
 
 
 class _Face(NamedTuple):
-    """What one typeface draws of the classes: their labels, and as many images ``[characters, size, size]``."""
+    """The glyphs of one typeface: labels of the classes, and as many images ``[characters, size, size]``."""
 
     file: Path
     labels: list[int]
@@ -145,14 +141,14 @@ class _Face(NamedTuple):
 
 
 class Glyphs(datasets.GeneratorBasedBuilder):
-    """Builds the glyph images; [`load_glyphs`] is the short way to it."""
+    """Builds the glyph images; :func:`load_glyphs` is the short way to the dataset."""
 
     VERSION = datasets.Version("1.0.1")
     BUILDER_CONFIG_CLASS = GlyphsConfig
 
     def _info(self) -> datasets.DatasetInfo:
         # The classes are known once the fonts have been read: _split_generators adds the features.
-        return datasets.DatasetInfo(description="Characters drawn in several typefaces, one class a character.")
+        return datasets.DatasetInfo(description="Characters in several typefaces, one class per character.")
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         config = self.config
@@ -171,9 +167,9 @@ class Glyphs(datasets.GeneratorBasedBuilder):
                 "face": datasets.ClassLabel(names=config.faces),
             }
         )
-        # Drawn here, where errors reach the caller as they are; workers are sent the images, and encode them.
+        # Rendered here, where errors reach the caller as they are; workers are sent the images, and encode them.
         faces = [
-            _drawn(path, config.size, [pair for pair in enumerate(classes) if pair[1] in content])
+            _rendered(path, config.size, [pair for pair in enumerate(classes) if pair[1] in content])
             for path, content in zip(config.font_files, contents, strict=True)
         ]
         held_out = set(config.test_faces)
@@ -181,11 +177,11 @@ class Glyphs(datasets.GeneratorBasedBuilder):
             "train": [face for face in faces if face.name not in held_out],
             "test": [face for face in faces if face.name in held_out],
         }
-        for split, drawn in splits.items():
-            if not any(face.labels for face in drawn):
-                told = ", ".join(str(face.file) for face in drawn)
-                raise DataError(f"The fonts of {split} draw nothing, so drop them from font_files: {told}")
-        return [datasets.SplitGenerator(split, {"faces": drawn}) for split, drawn in splits.items()]
+        for split, used in splits.items():
+            if not any(face.labels for face in used):
+                told = ", ".join(str(face.file) for face in used)
+                raise DataError(f"The fonts of {split} have no visible glyph, so drop them from font_files: {told}")
+        return [datasets.SplitGenerator(split, {"faces": used}) for split, used in splits.items()]
 
     def _generate_examples(self, faces: list[_Face]) -> Iterator[tuple[str, dict[str, Any]]]:
         for face in faces:
@@ -193,10 +189,10 @@ class Glyphs(datasets.GeneratorBasedBuilder):
                 yield f"{face.name} {label}", {"image": image, "label": label, "face": face.name}
 
 
-def _drawn(path: Path, size: int, characters: list[tuple[int, int]]) -> _Face:
-    """Draws characters, pairs of label and code point, but for those that leave no ink."""
+def _rendered(path: Path, size: int, characters: list[tuple[int, int]]) -> _Face:
+    """Renders characters, pairs of label and code point; those without ink are left out."""
     try:
-        # The other layout engine needs a system library, and draws some invisible characters where it is found.
+        # The other layout engine needs a system library, and renders some invisible characters.
         font = ImageFont.truetype(str(path), int(size * 0.72), layout_engine=ImageFont.Layout.BASIC)
         labels, images = [], []
         for label, code_point in characters:
@@ -205,12 +201,17 @@ def _drawn(path: Path, size: int, characters: list[tuple[int, int]]) -> _Face:
             if image.getextrema()[1] >= MIN_INK:
                 labels.append(label)
                 images.append(np.asarray(image))
-    except Exception as error:  # Pillow raises whatever its library stumbles over
+    except Exception as error:  # Pillow raises any kind of error of its library
         raise _unusable(path, error) from error
     return _Face(path, labels, np.stack(images) if images else np.empty((0, size, size), np.uint8))
 
 
 def matplotlib_fonts() -> list[Path]:
+    """The files of fourteen typefaces that matplotlib installs.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -222,7 +223,7 @@ def matplotlib_fonts() -> list[Path]:
 
 
 def _code_points(path: Path) -> set[int]:
-    """The characters a font contains, but for controls, the space, and what a line of text cannot hold."""
+    """The characters of a font, without controls, the space, and characters that a line of text cannot hold."""
     try:
         from fontTools.ttLib import TTFont
     except ImportError as error:
@@ -232,16 +233,16 @@ def _code_points(path: Path) -> set[int]:
         with TTFont(path, lazy=True) as font:
             _check_ranges(font.getTableData("cmap"))
             characters = font.getBestCmap()
-    except Exception as error:  # fontTools raises whatever its parsers stumble over
+    except Exception as error:  # the parsers of fontTools raise any kind of error
         raise _unusable(path, error) from error
     if characters is None:
-        raise DataError(f"{path} does not say which Unicode characters it draws: drop it from font_files.")
+        raise DataError(f"{path} does not say which Unicode characters it has: drop it from font_files.")
     # Paragraph separators (bidirectional class B) have no glyph, and text layout refuses them.
     return {code for code in characters if code > 32 and unicodedata.bidirectional(chr(code)) != "B"}
 
 
 def _check_ranges(cmap: bytes) -> None:
-    """Refuses a character map that unfolds to far more than it has: each of its groups may name billions."""
+    """Raises ValueError if a character map unfolds to more characters than Unicode has: a group may name billions."""
     (num_tables,) = struct.unpack_from(">H", cmap, 2)
     for record in range(num_tables):
         (offset,) = struct.unpack_from(">L", cmap, 8 + 8 * record)

@@ -1,4 +1,4 @@
-"""Market-1501 as a Hugging Face data set, from the official archive or its extracted folder."""
+"""Market-1501 as a Hugging Face dataset, from the official archive or its extracted folder."""
 
 from __future__ import annotations
 
@@ -35,35 +35,35 @@ KINDS = ["person", "distractor", "junk"]
 # Identity, camera, sequence, frame, box. The official 1488_c1s6_023021_00.jpg.jpg has its ending twice.
 NAME = re.compile(r"(-1|\d{4})_c(\d)s\d_\d+_\d+(?:\.jpg){1,2}", re.ASCII)
 FORMAT = "should be named like 0002_c1s1_000451_03.jpg: identity, camera, sequence, frame, box"
-NO_IMAGES = {"Thumbs.db", ".DS_Store"}  # what file browsers leave behind, the official archive's too
+NO_IMAGES = {"Thumbs.db", ".DS_Store"}  # left behind by file browsers, in the official archive too
 REMEDY = f"Download {ARCHIVE}, which {HOMEPAGE} links to, again and pass its path as data_dir= (--data_dir)."
 # The official archive holds 150 MB, and its largest image is far smaller than these.
 MAX_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS = 1 << 30, 4 << 20, 1 << 24
 # What zipfile and the file system raise where an archive is damaged, in its list of members too.
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, UnicodeDecodeError, struct.error)
-LISTED = 10  # so many names are told when there are more
+LISTED = 10  # names in a message, at most
 
 
 def load_market1501(data_dir: str | Path, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
     """Loads Market-1501 (Zheng et al., ICCV 2015), splits ``train``, ``query`` and ``gallery``.
 
-    The columns are ``image``; ``pid``, the identity; ``camid``, the camera, from 1 on, both as in the file's name;
-    ``label``, the class of the identity among those of ``train``, in their order; and ``kind``. Identities that
-    ``train`` lacks, so all of the official ``query`` and ``gallery``, have the label -1, which is how Datasets marks a
-    missing label. The gallery keeps its distractors (false detections: pid 0, kind ``distractor``) and its junk
-    (boxes that count neither way: pid -1, kind ``junk``).
+    The columns are ``image``; ``pid``, the identity, and ``camid``, the camera, from 1 on, both as in the file's name;
+    ``label``, the class of the identity among the sorted identities of ``train``; and ``kind``. Identities that
+    ``train`` lacks have the label -1, the mark of Datasets for a missing label. These are all identities of the
+    official ``query`` and ``gallery``. The gallery keeps its distractors (false detections: pid 0, kind
+    ``distractor``) and its junk (boxes that count neither as right nor as wrong: pid -1, kind ``junk``).
 
-    Where the numbers of images and training identities are not the official ones, a warning says how they differ.
+    A warning gives the differences where the numbers of images and training identities are not the official ones.
 
     Args:
         data_dir: the official ``Market-1501-v15.09.15.zip``, a folder that holds it, a folder that holds the extracted
-            ``Market-1501-v15.09.15/``, or that extracted folder itself (an archive is preferred where there are both).
-            Nothing is extracted to disk.
-        cache_dir: where the built data set is kept; None: the cache of Hugging Face Datasets.
+            ``Market-1501-v15.09.15/``, or that extracted folder itself (the archive is preferred where there are
+            both). Nothing is extracted to disk.
+        cache_dir: folder of the built dataset; None: the cache of Hugging Face Datasets.
 
     Raises:
-        DataError: a split's folder is missing or empty, files are not named in the official format or are no images,
-            or the archive is damaged or hostile. Names them.
+        DataError: if a split's folder is missing or empty, files are not named in the official format or are no
+            images, or the archive is damaged or hostile; names the files.
     """
     builder = Market1501(cache_dir=None if cache_dir is None else str(cache_dir), data_dir=str(data_dir))
     builder.download_and_prepare()
@@ -89,9 +89,9 @@ def _warn_of_differences(loaded: datasets.DatasetDict, data_dir: str | Path) -> 
 
 @dataclass
 class Market1501Config(ContentConfig):
-    """Which files to build from: ``data_dir`` as in [`load_market1501`].
+    """The files to build from: ``data_dir`` as in :func:`load_market1501`.
 
-    ``digest`` is taken from the files' names and content and names the cache, so other files never meet a stale cache.
+    ``digest`` is that of the files' names and content.
     """
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class Market1501Config(ContentConfig):
 
 
 class Market1501(datasets.GeneratorBasedBuilder):
-    """Builds Market-1501 from local files; [`load_market1501`] is the short way to it."""
+    """Builds Market-1501 from local files; :func:`load_market1501` is the short way to the dataset."""
 
     VERSION = datasets.Version("1.0.0")
     BUILDER_CONFIG_CLASS = Market1501Config
@@ -114,7 +114,7 @@ class Market1501(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        # Everything is looked at here, where errors reach the caller as they are, and all of them at once.
+        # Everything is checked here, where errors reach the caller as they are, and all of them at once.
         path = _locate(self.config.data_dir)
         with _opened(path) as source:
             entries = {split: _parsed(source, folder) for split, folder in SPLITS.items()}
@@ -143,12 +143,12 @@ class Market1501(datasets.GeneratorBasedBuilder):
                 image = {"bytes": source.read(entry), "path": entry.name}
                 kind = {JUNK: "junk", DISTRACTOR: "distractor"}.get(entry.pid, "person")
                 label = labels.get(entry.pid, -1)
-                row = {"image": image, "pid": entry.pid, "camid": entry.camid, "label": label, "kind": kind}
-                yield f"{entry.folder}/{entry.name}", row
+                example = {"image": image, "pid": entry.pid, "camid": entry.camid, "label": label, "kind": kind}
+                yield f"{entry.folder}/{entry.name}", example
 
 
 class _Entry(NamedTuple):
-    """An image: its split's folder, its name, and what the name tells."""
+    """An image: the folder of the split, the name of the file, and identity and camera from this name."""
 
     folder: str
     name: str
@@ -160,7 +160,7 @@ class _Entry(NamedTuple):
 
 
 class _Archive:
-    """The official archive, read in memory: no member's name decides where anything is written."""
+    """The official archive, read in memory: nothing is written, whatever the names of the members."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.archive = path, zipfile.ZipFile(path)
@@ -174,13 +174,13 @@ class _Archive:
             raise DataError(f"{path} unpacks to more than {MAX_BYTES >> 20} MiB: it is not {ARCHIVE}. {REMEDY}")
 
     def names(self, folder: str) -> list[str] | None:
-        """What the folder of a split holds; None if there is no such folder."""
+        """The names of the files in the folder of a split; None if there is no such folder."""
         prefix = f"{FOLDER}/{folder}/"
         inside = [name.removeprefix(prefix) for name in self.members if name.startswith(prefix)]
         return [name for name in inside if name] if inside else None
 
     def read(self, entry: _Entry) -> bytes:
-        # No more than the size that the directory names, and a checksum: both are zipfile's.
+        # zipfile reads no more than the size in the directory, and compares a checksum.
         return self.archive.read(self.members[f"{FOLDER}/{entry}"])
 
     def close(self) -> None:
@@ -194,7 +194,7 @@ class _Folder:
         self.path = path
 
     def names(self, folder: str) -> list[str] | None:
-        """What the folder of a split holds; None if there is no such folder."""
+        """The names of the files in the folder of a split; None if there is no such folder."""
         split = self.path / folder
         return [item.name for item in split.iterdir()] if split.is_dir() else None
 
@@ -238,7 +238,7 @@ def _opened(path: Path) -> Iterator[_Archive | _Folder]:
 
 
 def _locate(data_dir: str | Path) -> Path:
-    """Finds the archive or the extracted folder that ``data_dir`` stands for."""
+    """Finds the archive or the extracted folder in ``data_dir``."""
     given = Path(data_dir).expanduser()
     if given.is_file():
         return given
@@ -266,7 +266,7 @@ def _content_digest(path: Path) -> str:
 
 
 def _parsed(source: _Archive | _Folder, folder: str) -> list[_Entry]:
-    """The images of a split by name, each with what its name tells."""
+    """The images of a split, sorted by name, with identity and camera from the name."""
     names = source.names(folder)
     if names is None:
         raise DataError(f"{source.path} has no folder {folder}/: it is not the whole of {FOLDER}. {REMEDY}")
@@ -295,7 +295,7 @@ def _check_images(source: _Archive | _Folder, entries: list[_Entry]) -> None:
                 image.load()
         except DataError:
             raise
-        except Exception as error:  # whatever zipfile and Pillow stumble over
+        except Exception as error:  # zipfile and Pillow raise any kind of error
             broken.append(f"{entry} ({type(error).__name__}: {str(error)[:80]})")
     if broken:
         raise DataError(f"{source.path}: {len(broken)} images cannot be read: {_listed(broken)}. {REMEDY}")

@@ -1,9 +1,9 @@
-"""Reads pickled dictionaries of plain data without running anything a pickle asks for.
+"""Reads pickled dictionaries of plain data without running anything that a pickle asks for.
 
-A pickle is a program: ``pickle.load`` on a hostile one runs whatever its author likes. Here the globals that
-pickled NumPy arrays refer to stand for the small classes below, which only record numbers, and every other
-global is refused. NumPy's own constructors stay out of reach too: given a forged dtype they build arrays of
-raw pointers. And a pickle of a few bytes cannot claim gigabytes of memory.
+A pickle is a program: ``pickle.load`` runs any function that a hostile pickle names. Here the globals in pickled
+NumPy arrays stand for the small classes below, which only record numbers, and every other global is refused.
+NumPy's own constructors are out of reach too, because with a forged dtype they build arrays of raw pointers. A
+pickle of a few bytes cannot claim gigabytes of memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_INSTRUCTIONS = 5_000_000  # CIFAR-100 takes some 300,000; each may make an o
 
 
 class _Dtype:
-    """Stands for ``numpy.dtype``: a plain number type, whatever else the pickle asks for is an error."""
+    """Stands for ``numpy.dtype``: a plain number type; any other type is an error."""
 
     def __init__(self, code: bytes | str, *_flags: Any) -> None:
         code = code.decode("ascii") if isinstance(code, bytes) else code
@@ -36,7 +36,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for ``numpy.ndarray``: holds the array that the pickled state describes."""
+    """Stands for ``numpy.ndarray``: holds the array of the pickled state."""
 
     def __init__(self, *_placeholder: Any) -> None:
         pass
@@ -47,7 +47,7 @@ class _Array:
 
 
 class _Encode:
-    """Stands for ``_codecs.encode``, how Python 3 writes bytes up to protocol 2."""
+    """Stands for ``_codecs.encode``, by which Python 3 writes bytes up to protocol 2."""
 
     def __init__(self, limit: int) -> None:
         self.left = limit
@@ -96,16 +96,16 @@ def _check_instructions(data: bytes) -> None:
 def load_plain_pickle(data: bytes) -> dict[str, Any]:
     """Unpickles a dictionary of numbers, strings, lists and number arrays, and nothing else.
 
-    Reads what Python 2 wrote (its strings come back as ``bytes``) and what Python 3 writes up to protocol 4.
+    Reads pickles of Python 2, whose strings come back as ``bytes``, and those of Python 3 up to protocol 4.
 
     Args:
         data: the whole pickle.
 
     Returns:
-        The dictionary, its keys decoded to ``str`` and the arrays among its values read-only.
+        the dictionary, its keys decoded to ``str`` and the arrays among its values read-only.
 
     Raises:
-        pickle.UnpicklingError: it is damaged, not a dictionary, or asks for anything but plain data.
+        pickle.UnpicklingError: if it is damaged, not a dictionary, or asks for anything but plain data.
     """
     try:
         _check_instructions(data)

@@ -1,4 +1,4 @@
-"""Several processes: their number, and sums over them, by torch.distributed."""
+"""Several processes: their number, and sums over processes, by torch.distributed."""
 
 from hf_dis.distributed.sums import average_rows, sum_over_processes
 

@@ -1,6 +1,7 @@
 """Sums over processes of tensors that are sparse in their rows: gradients and statistics of sampled classes.
 
-``DistributedDataParallel`` cannot reduce such gradients.
+``DistributedDataParallel`` cannot reduce such gradients. Every tensor has to be on the device of its process, which
+the backend of torch.distributed serves: NCCL has no sums of tensors on the processor.
 """
 
 from __future__ import annotations
@@ -9,41 +10,42 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_dis.distributed.processes import num_processes
 from hf_dis.head.row_gradients import coalesced
 
+PADDING = -1  # below every row
+
 
 @torch.no_grad()
 def average_rows(parameters: Iterable[nn.Parameter]) -> None:
-    """Makes row-sparse gradients their mean over processes, coalesced and the same on each; run it on all processes.
+    """Makes gradients the mean over processes of their rows, sparse, coalesced and the same on every process.
+
+    Call it on every process, with the same parameters in the same order.
 
     Args:
-        parameters: with sparse gradients, dense ones, which are of all rows, or None where a process has none; those
-            that are not trained are left out.
+        parameters: of shape ``[C, ...]``. A gradient may be sparse in its rows or dense, which counts as all rows. It
+            may be None where a process has none, which counts as no rows. Parameters that are not trained are left
+            out.
     """
     processes = num_processes()
     for parameter in parameters:
         if not parameter.requires_grad:
             continue
-        if parameter.grad is None:
-            parameter.grad = _sparse(
-                parameter.new_empty(0, dtype=torch.long), torch.empty_like(parameter[:0]), parameter
-            )
-        elif not parameter.grad.is_sparse:
-            parameter.grad = _sparse(torch.arange(len(parameter), device=parameter.device), parameter.grad, parameter)
-        gradient = coalesced(parameter.grad)
-        if processes > 1:
-            gradient = _sum_rows(gradient)
-            gradient._values().div_(processes)
-        parameter.grad = gradient
+        gradient = coalesced(_row_sparse(parameter))
+        parameter.grad = gradient if processes == 1 else _sum_rows(gradient, processes)
 
 
 def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums of tensors over processes, the same on each process; run it on all processes.
+    """Sums of tensors over processes, the same on every process.
 
-    Of a tensor that is sparse in its rows only these rows are sent.
+    Call it on every process, with the same names in the same order. A tensor that is sparse in its rows may have
+    others on each process; only these rows are sent. With one process the tensors are returned as they are.
+
+    Args:
+        tensors: dense, of the same shape on every process, or sparse in their rows.
     """
     if num_processes() == 1:
         return tensors
@@ -52,31 +54,48 @@ def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _row_sparse(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a parameter as a tensor that is sparse in its rows."""
+    gradient = parameter.grad
+    if gradient is None:
+        return _sparse(parameter.new_empty(0, dtype=torch.long), torch.empty_like(parameter[:0]), parameter)
+    if gradient.is_sparse:
+        return gradient
+    return _sparse(torch.arange(len(parameter), device=parameter.device), gradient, parameter)
+
+
 def _sum(tensor: Tensor) -> Tensor:
-    total = tensor.clone()
+    total = tensor.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
 
 
-def _sum_rows(tensor: Tensor) -> Tensor:
-    """The sum over processes of coalesced tensors that are sparse in their rows."""
+def _sum_rows(tensor: Tensor, divisor: int = 1) -> Tensor:
+    """The sum over processes of coalesced tensors that are sparse in their rows, divided by a number.
+
+    Every process sends the rows that any process has. Narrow floating-point types are summed in float32 and rounded
+    once: small terms are not lost, and float16 does not overflow where the mean does not.
+    """
     ids, rows = tensor._indices()[0], tensor._values()
-    counts = _gathered(torch.tensor([len(ids)], device=ids.device))
-    longest = int(counts.max())
-    # The padding is no row: in a gradient, a row of zeros would still be moved by its momentum.
-    is_row = torch.arange(longest, device=ids.device) < counts[:, None]
-    padding = longest - len(ids)
-    ids = _gathered(torch.cat([ids, ids.new_zeros(padding)]))[is_row.flatten()]
-    rows = _gathered(torch.cat([rows, rows.new_zeros(padding, *rows.shape[1:])]))[is_row.flatten()]
-    return _sparse(ids, rows, tensor).coalesce()
+    counts = _gathered(ids.new_full((1,), len(ids))).tolist()
+    longest = max(counts)
+    all_ids = _gathered(F.pad(ids, (0, longest - len(ids)), value=PADDING)).unique()
+    if min(counts) < longest:
+        all_ids = all_ids[1:]  # without the padding: momentum would still move a row whose gradient is zero
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    total = wide.new_zeros(len(all_ids), *rows.shape[1:])
+    total.index_copy_(0, torch.searchsorted(all_ids, ids), wide)
+    if len(all_ids):
+        dist.all_reduce(total)
+    return _sparse(all_ids, total.div_(divisor).to(rows.dtype), tensor, is_coalesced=True)
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    """Tensors of one shape of all processes, one after another."""
+    """The tensors of all processes, of one shape, one after another along their first dimension."""
     gathered = tensor.new_empty(num_processes() * len(tensor), *tensor.shape[1:])
     dist.all_gather_into_tensor(gathered, tensor.contiguous())
     return gathered
 
 
-def _sparse(ids: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-    return torch.sparse_coo_tensor(ids[None], rows, like.shape, check_invariants=False)
+def _sparse(ids: Tensor, rows: Tensor, like: Tensor, is_coalesced: bool | None = None) -> Tensor:
+    return torch.sparse_coo_tensor(ids[None], rows, like.shape, check_invariants=False, is_coalesced=is_coalesced)

@@ -1,8 +1,4 @@
-"""The student's output head, switched to the sampled classes for the length of a training step.
-
-The head module stays the module it is: only the *instance's* forward is replaced while a sample is set, so parameter
-names, ties, wrappers, autocast and checkpoints see an ordinary model, and with no sample set it is one.
-"""
+"""Checks of a student's output head: that it computes the model's logits, and that its gradients can be row-sparse."""
 
 from __future__ import annotations
 
@@ -21,18 +17,20 @@ from hf_dis.models.head_features import evaluating
 def check_head(
     model: nn.Module, head: SampledHead, inputs: dict[str, Tensor], precision: torch.dtype | None = None
 ) -> None:
-    """Compares the switched head with the full one on a few items; run once, at the first step.
+    """Compares the switched head with the full head on a few items; run once, at the first step.
+
+    Model and random state are left as they were.
 
     Args:
-        model: the student; it is left as it was, and so is the random state.
-        head: its head.
-        inputs: a few examples, without labels. Where logits are ``[B, S, C]`` the items are some of their tokens.
-        precision: the narrowest type that the model computes in, if narrower than its logits: they agree to that.
+        model: the student.
+        head: the student's head.
+        inputs: a few examples, without labels. Where logits are ``[B, S, C]`` the items are some of the tokens.
+        precision: the narrowest type that the model computes in, if narrower than its logits; sets the tolerance.
 
     Raises:
-        ValueError: if the student's logits are not those of the head at the same classes: something in the model
-            comes after the head, or the wrong layer was taken for it.
-        FloatingPointError: if they are NaN or Inf.
+        ValueError: if the student's logits are not those of the head at the same classes: another layer comes after
+            the head, or the wrong layer was taken for it.
+        FloatingPointError: if the logits are NaN or Inf.
     """
     layers = " and ".join(map(repr, head.layers))
     remedy = "another layer comes after it. Name the right head with head_name, or use head_mode='exact'"
@@ -47,9 +45,12 @@ def check_head(
         try:
             with head.only(item_ids, tail_ids, positions):
                 sampled = model(**inputs).logits
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError too, and no fault of the head
         except RuntimeError as error:
             raise ValueError(
-                f"{type(model).__name__} cannot go on from the output of {layers} at sampled classes ({error}): {remedy}"
+                f"{type(model).__name__} cannot go on from the output of {layers} at sampled classes ({error}): "
+                f"{remedy}"
             ) from error
     if not full.isfinite().all():
         raise FloatingPointError(
@@ -69,27 +70,13 @@ def check_head(
         )
 
 
-def _classes_to_compare(num_items: int, num_classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Some classes of each item and some of all, not as many as there are: a bias of all would pass unseen."""
-    columns = torch.arange(min(4, num_classes), device=device)
-    item_ids = (columns * 7 + torch.arange(num_items, device=device)[:, None]) % num_classes
-    tail_ids = (columns * 3 + 1) % num_classes
-    return item_ids, (tail_ids if 2 * len(columns) != num_classes else tail_ids[1:])[None]
-
-
-def _random_state_kept(device: torch.device) -> AbstractContextManager:
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
-
-
 def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: bool) -> None:
     """Checks that the gradients of a head can be row-sparse.
 
     Args:
         student: the model that is trained.
         names: the linear layers of its output head.
-        is_sharded: its parameters are sharded by FSDP or DeepSpeed.
+        is_sharded: the student's parameters are sharded by FSDP or DeepSpeed.
 
     Raises:
         ValueError: if torch is too old, or the head is sharded or tied.
@@ -111,3 +98,20 @@ def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: 
                 f"row_sparse_head is set, but the head's weight is tied ({', '.join(tied)}) and gets dense gradients "
                 "from its other use: set row_sparse_head=False, or untie it"
             )
+
+
+def _classes_to_compare(num_items: int, num_classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Chooses classes of each item and a tail, together not C columns.
+
+    With C columns a bias of all classes, added after the head, would fit the shape and pass unseen while it is zero.
+    """
+    columns = torch.arange(min(4, num_classes), device=device)
+    item_ids = (columns * 7 + torch.arange(num_items, device=device)[:, None]) % num_classes
+    tail_ids = (columns * 3 + 1) % num_classes
+    return item_ids, (tail_ids if 2 * len(columns) != num_classes else tail_ids[1:])[None]
+
+
+def _random_state_kept(device: torch.device) -> AbstractContextManager:
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)

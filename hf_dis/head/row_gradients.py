@@ -1,4 +1,4 @@
-"""Gradients of an output head at sampled classes: the rows that were sampled, and nothing of the size of the head."""
+"""Gradients of an output head at sampled classes: sums per touched row, coalescing and clipping."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from hf_dis.sampling.designs import Updates
 
 
 def coalesced(gradient: Tensor) -> Tensor:
-    """A sparse gradient with each row in it once, in order.
+    """Returns a sparse gradient with each row once, in ascending order.
 
-    Clipping and unscaling forget that it was so; to look costs a fraction of sorting it again.
+    Clipping and unscaling drop the mark of a coalesced tensor. Comparing the ids costs a fraction of sorting again.
+
+    Args:
+        gradient: sparse COO, with one sparse dimension.
     """
     ids = gradient._indices()
     if not gradient.is_coalesced() and bool((ids[0, 1:] > ids[0, :-1]).all()):
@@ -27,14 +30,14 @@ def coalesced(gradient: Tensor) -> Tensor:
 
 
 def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` that scales row-sparse gradients in place, where torch makes a copy.
+    """Clips gradients as ``torch.nn.utils.clip_grad_norm_``, with row-sparse ones scaled in place, not copied.
 
     Args:
         parameters: their sparse gradients have to be coalesced.
-        max_norm: of all gradients together.
+        max_norm: of all gradients together, above 0.
 
     Returns:
-        their norm before.
+        the norm before clipping, a scalar.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
@@ -46,19 +49,19 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
 
 
 def _sorted(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids, ``[P]``, in ascending order, and where each was; equal ones in the order they had."""
+    """Sorts ids ``[P]``; returns them with their former places. Equal ids keep their order."""
     if ids.device.type != "cpu":
         return ids.sort(stable=True)
-    # numpy sorts integers, though not places beside them, by vector instructions: half the time.
+    # numpy sorts integers by vector instructions, but has no such sort with places: packing both takes half the time.
     bits = len(ids).bit_length()
     both = torch.from_numpy(np.sort((ids << bits | torch.arange(len(ids))).numpy()))
     return both >> bits, both & 2**bits - 1
 
 
 class TouchedRows:
-    """The distinct classes among those of many contributions to a gradient, and sums of what is contributed to each.
+    """The distinct classes of many contributions to a gradient, and sums of the contributions to each class.
 
-    Costs a sort of the P ids, and no work that grows with C. Finding how many are distinct waits for an accelerator.
+    Costs a sort of the P ids, and no work that grows with C. Counting the distinct classes waits for an accelerator.
 
     Args:
         ids: the class of each contribution, ``[P]``.
@@ -73,10 +76,14 @@ class TouchedRows:
         self._weights: Tensor | None = None
 
     def sampled(self, sizes: Tensor, updates: Updates) -> TouchedRows:
-        """Some of the classes in proportion to their size, whose sums are weighted by its inverse: unbiased.
+        """Samples classes in proportion to their size; their sums are weighted so that they stay unbiased.
 
         Args:
-            sizes: how large each contribution is, non-negative, ``[P]``.
+            sizes: length of each contribution, non-negative, ``[P]``, float32 or wider.
+            updates: the number of classes to keep, and the start of the sample.
+
+        Returns:
+            the classes that were kept; ``self`` where that is all of them.
         """
         if updates.number >= len(self.ids):
             return self
@@ -87,32 +94,36 @@ class TouchedRows:
         some._place = torch.arange(len(kept), device=kept.device).repeat_interleave(some._counts)
         return some
 
-    def _sums(self, values: Tensor) -> Tensor:
-        return values.new_zeros(len(self.ids)).index_add_(0, self._place, values.index_select(0, self._order))
-
     def weight_rows(self, vectors: Tensor, which: Tensor, scales: Tensor) -> Tensor:
-        """Rows of the weight's gradient, ``[U, d]``.
+        """Sums the rows of the weight's gradient, ``[U, d]``.
 
         Args:
             vectors: ``[V, d]``.
-            which: the vector that each contribution is a multiple of, ``[P]``.
-            scales: the factors, ``[P]``.
+            which: the vector of each contribution, ``[P]``.
+            scales: the factor of the vector, ``[P]``.
         """
         which, scales = (values.index_select(0, self._order) for values in (which, scales))
         if self._weights is not None:
-            scales = scales * self._weights.index_select(0, self._place)
+            scales = (scales * self._weights.index_select(0, self._place)).to(vectors.dtype)
         starts = self._counts.cumsum(0) - self._counts
         return F.embedding_bag(which, vectors, starts, mode="sum", per_sample_weights=scales)
 
     def bias_rows(self, values: Tensor) -> Tensor:
-        """Entries of the bias's gradient, ``[U]``, for the value of each contribution, ``[P]``."""
+        """Sums the entries of the bias's gradient, ``[U]``.
+
+        Args:
+            values: of each contribution, ``[P]``, float32 or wider.
+        """
         sums = self._sums(values)
         return sums if self._weights is None else sums * self._weights
 
     def gradient(self, rows: Tensor, parameter_shape: torch.Size, sparse: bool) -> Tensor:
-        """The rows as a gradient of a parameter: a coalesced sparse COO tensor, or dense and zero elsewhere."""
+        """Makes the rows a gradient of a parameter: a coalesced sparse COO tensor, or dense and zero elsewhere."""
         if sparse:
             return torch.sparse_coo_tensor(
                 self.ids[None], rows, parameter_shape, check_invariants=False, is_coalesced=True
             )
         return rows.new_zeros(parameter_shape).index_copy_(0, self.ids, rows)
+
+    def _sums(self, values: Tensor) -> Tensor:
+        return values.new_zeros(len(self.ids)).index_add_(0, self._place, values.index_select(0, self._order))

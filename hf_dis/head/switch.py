@@ -1,7 +1,7 @@
-"""The student's output head, switched to the sampled classes for the length of a training step.
+"""SampledHead: switches a student's output head for the length of a step, and gives it its own forward back.
 
-The head module stays the module it is: only the *instance's* forward is replaced while a sample is set, so parameter
-names, ties, wrappers, autocast and checkpoints see an ordinary model, and with no sample set it is one.
+The head stays the module that it is. Only the forward of the *instance* is replaced while the head is switched. So
+parameter names, ties, wrappers, autocast and checkpoints are those of an ordinary model.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_dis.head.sampled_linear import sampled_logits
+from hf_dis.items import Items
 from hf_dis.sampling.designs import Updates
 
-# The buffer, [1, C], that Bart, Marian, Pegasus and others add to all logits.
+# The buffer, [1, C], that Bart, Marian, Pegasus and their relatives add to the logits of all classes.
 LOGITS_BIAS = "final_logits_bias"
 
 
 class _Sampled(NamedTuple):
-    """Sampled classes; see :meth:`SampledHead.set`."""
+    """Computes the sampled classes; see :meth:`SampledHead.set`."""
 
     item_ids: Tensor
     tail_ids: Tensor
@@ -37,20 +37,22 @@ class _Sampled(NamedTuple):
         if self.positions is not None:
             features = features.reshape(-1, features.shape[-1])[self.positions]
         elif len(leading) == 2 and leading[0] == len(self.item_ids):
-            # The model picks one position of each example after the head: all of them answer for its classes.
+            # The model picks a position of each example after the head, so every position answers for its example.
             return self._at_all_positions(layer, features)
         elif leading != self.item_ids.shape[:1]:
             raise ValueError(
                 f"the head {type(layer).__name__} got features of shape {tuple(features.shape)} for "
                 f"{len(self.item_ids)} items of sampled classes: it has to get one feature vector per item, [N, d], "
-                "or a sequence of them, [N, S, d]"
+                "or a sequence of vectors per item, [N, S, d]; name another head with head_name, or use "
+                "head_mode='exact'"
             )
         return self._logits(layer, features, self.item_ids)
 
     def _at_all_positions(self, layer: nn.Linear, features: Tensor) -> Tensor:
-        """The classes of each example at all of its positions: ``[B, S, R + K_t]`` for features ``[B, S, d]``."""
+        """Computes the classes of each example at all of its positions: ``[B, S, R + K_t]`` for ``[B, S, d]``."""
         num_items, length = features.shape[:2]
-        # Position by position, with the last example repeated until the number of an item tells its tail throughout.
+        # The vectors go position by position. The last example is repeated until the number of vectors per position
+        # is a multiple of G: then vector i uses tail i mod G at every position.
         repeats = -num_items % len(self.tail_ids)
         items = torch.arange(num_items + repeats, device=features.device).clamp(max=num_items - 1)
         flat = features[items].transpose(0, 1).flatten(0, 1)
@@ -63,38 +65,40 @@ class _Sampled(NamedTuple):
 
 
 class _AtPositions(NamedTuple):
-    """All classes of some tokens; see :meth:`SampledHead.set_positions`."""
+    """Computes all classes of the items; see :meth:`SampledHead.set_positions`."""
 
-    positions: Tensor
-    bias: Tensor | None
+    items: Items
 
-    def __call__(self, layer: nn.Linear, features: Tensor) -> Tensor:
-        features = features.reshape(-1, features.shape[-1])[self.positions]
-        return F.linear(features, layer.weight, _with_bias(layer, self.bias))
+    def __call__(self, layer: nn.Module, features: Tensor) -> Tensor:
+        forward = layer.__dict__["full_forward"] or types.MethodType(type(layer).forward, layer)
+        # A model whose head is its embedding calls the module with token ids, and multiplies by the weight elsewhere.
+        return forward(_of_items(self.items, features) if features.is_floating_point() else features)
 
 
 class _Holding:
-    """No class; see :meth:`SampledHead.hold`."""
+    """Keeps the features of the items; see :meth:`SampledHead.hold`."""
 
-    def __init__(self, positions: Tensor | None):
-        self.positions, self.features = positions, None
+    def __init__(self, items: Items):
+        self.items, self.features = items, None
 
-    def __call__(self, layer: nn.Linear, features: Tensor) -> Tensor:
-        if self.positions is not None:
-            features = features.reshape(-1, features.shape[-1])[self.positions]
-        self.features = features
-        return features[:, :1]
+    def __call__(self, layer: nn.Module, features: Tensor) -> Tensor:
+        self.features = _of_items(self.items, features)
+        return self.features[:, :1]
 
 
 class SampledHead:
-    """A linear output head that can be told to compute sampled classes only.
+    """Switches the linear layers of a student's output head between all classes and some of them.
 
     Args:
         model: the student.
-        names: the linear layers of its output head among ``model.named_modules()``, as
-            :func:`hf_dis.models.head_search.find_head_layers` finds them. Where there are several, because of adapters or a
-            second head, the logits have to be linear in the output of each.
-        row_sparse: while it is switched, give its parameters sparse gradients, which hold the sampled items only.
+        names: the layers of its output head among ``model.named_modules()``, as
+            :func:`hf_dis.models.head_search.find_head_layers` finds them. The logits have to be linear in the output
+            of each layer, where adapters or a second head make several.
+        row_sparse: give the parameters sparse gradients of the sampled rows while sampled classes are computed.
+
+    Attributes:
+        layers: the layers by name.
+        row_sparse: as given.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], row_sparse: bool = False):
@@ -104,32 +108,35 @@ class SampledHead:
 
     @property
     def module(self) -> nn.Linear:
-        """The head where it is one layer.
+        """The head, where it is one layer.
 
         Raises:
-            ValueError: if it is not.
+            ValueError: if the head is made of several layers.
         """
         if len(self.layers) > 1:
-            raise ValueError(f"the output head is made of several layers: {', '.join(self.layers)}")
+            raise ValueError(
+                f"the output head is made of several layers: {', '.join(self.layers)}, and one layer is expected; "
+                "leave the head out of the adapters, or use a student with one head"
+            )
         return next(iter(self.layers.values()))
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Of the head where it is one layer: ``[C, d]``, and ``[C]`` or None, with what the model adds to all logits.
+        """Returns the weight ``[C, d]`` of a head of one layer, and all that is added to its logits, ``[C]`` or None.
 
         Raises:
-            ValueError: if it is not.
+            ValueError: if the head is made of several layers.
         """
         return self.module.weight, _with_bias(self.module, self._logits_bias())
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those of all its layers."""
+        """Lists the parameters of all layers."""
         return [parameter for layer in self.layers.values() for parameter in layer.parameters()]
 
     @contextmanager
     def only(self, item_ids: Tensor, tail_ids: Tensor, positions: Tensor | None = None) -> Iterator[None]:
-        """Within this context the head, and so the student, answers for the sampled classes only.
+        """Switches the head to the sampled classes within a context; the arguments are those of :meth:`set`.
 
-        Leave it after backward: activation checkpointing runs the head a second time there.
+        Leave the context after backward: activation checkpointing runs the head again in backward.
         """
         self.set(item_ids, tail_ids, positions)
         try:
@@ -140,78 +147,96 @@ class SampledHead:
     def set(
         self, item_ids: Tensor, tail_ids: Tensor, positions: Tensor | None = None, updates: Updates | None = None
     ) -> None:
-        """Switches the head to the sampled classes.
+        """Switches the head to the sampled classes until :meth:`clear`.
 
         Args:
             item_ids: classes of each item, ``[N, R]``.
             tail_ids: classes of each tail, ``[G, K_t]``; item i uses tail ``i mod G``.
-            positions: where the items are among the flattened positions ``[B·S]`` that the head is given, ``[N]``; its
-                output is then ``[N, R + K_t]``. None: an item is an example.
-            updates: which of the classes update the head; all of them if None.
+            positions: places of the items among the ``B·S`` tokens, ``[N]``; the head's output is then
+                ``[N, R + K_t]``. None: an item is an example.
+            updates: the sample of these classes that update the head; None: all of them.
         """
+        self.clear()
         bias = self._take_logits_bias()
         for layer in self.layers.values():
             self._switch(layer, _Sampled(item_ids, tail_ids, positions, updates, self.row_sparse, bias))
-            bias = None
+            bias = None  # added by the first layer alone
 
-    def set_positions(self, positions: Tensor) -> None:
-        """Switches the head to all classes of some tokens.
+    def set_positions(self, items: Items) -> None:
+        """Switches the head to all classes of the items until :meth:`clear`; its output is then ``[N, C]``.
+
+        A head that is also the model's embedding is left as it is: its output is then ``[B, S, C]``.
 
         Args:
-            positions: the tokens among the flattened positions ``[B·S]``, ``[N]``; the output is then ``[N, C]``.
+            items: of the batch; the model raises ValueError if it computes other tokens than those of the batch.
         """
-        bias = self._take_logits_bias()
+        self.clear()
         for layer in self.layers.values():
-            self._switch(layer, _AtPositions(positions, bias))
-            bias = None
+            self._switch(layer, _AtPositions(items))
 
-    def hold(self, positions: Tensor | None) -> _Holding:
-        """Switches the head to keep its features and compute no class; its output is ``[N, 1]`` and means nothing.
+    def hold(self, items: Items) -> _Holding:
+        """Switches the head to keep its features and compute no class until :meth:`clear`.
+
+        The model's logits are then ``[N, 1]`` and mean nothing.
 
         Args:
-            positions: as for :meth:`set`.
+            items: as for :meth:`set_positions`.
 
         Returns:
             an object whose ``features`` are those of the items, ``[N, d]``, once the model has run.
+
+        Raises:
+            ValueError: if the head is made of several layers.
         """
-        self._take_logits_bias()
-        holding = _Holding(positions)
+        self.clear()
+        holding = _Holding(items)
         self._switch(self.module, holding)
+        self._take_logits_bias()  # else the model would spread [N, 1] to all classes
         return holding
 
-    def _take_logits_bias(self) -> Tensor | None:
-        """What the model adds to the logits of all classes. The model finds a zero in its place until :meth:`clear`:
-        an attribute of the instance hides the buffer, which stays as it is."""
-        bias = self._logits_bias()
-        if bias is not None:
-            self._adds_bias.__dict__[LOGITS_BIAS] = bias.new_zeros(1, 1)
-        return bias
-
-    @staticmethod
-    def _switch(layer: nn.Linear, switched: Callable[[nn.Linear, Tensor], Tensor]) -> None:
-        if "switched" not in layer.__dict__:
-            layer.__dict__["full_forward"] = layer.__dict__.get("forward")
-        layer.switched = switched
-        layer.forward = types.MethodType(_switched_forward, layer)
-
-    def _logits_bias(self) -> Tensor | None:
-        return None if self._adds_bias is None else self._adds_bias._buffers[LOGITS_BIAS][0]
-
     def clear(self) -> None:
-        """Gives the head its own forward back."""
+        """Gives the layers their own forward back."""
         if self._adds_bias is not None:
             self._adds_bias.__dict__.pop(LOGITS_BIAS, None)
         for layer in self.layers.values():
             state = layer.__dict__
             if state.pop("switched", None) is not None:
                 del state["forward"]
-                replaced = state.pop("full_forward")  # an instance's own, as accelerate's hooks put it there
-                if replaced is not None:
-                    state["forward"] = replaced
+                own = state.pop("full_forward")
+                if own is not None:
+                    state["forward"] = own
+
+    @staticmethod
+    def _switch(layer: nn.Module, switched: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        # A forward of the instance itself, as the hooks of accelerate put it there, or None.
+        layer.__dict__["full_forward"] = layer.__dict__.get("forward")
+        layer.switched = switched
+        layer.forward = types.MethodType(_switched_forward, layer)
+
+    def _take_logits_bias(self) -> Tensor | None:
+        """Returns the bias ``[C]`` that the model adds to all logits, and leaves the model a zero until :meth:`clear`.
+
+        An attribute of the instance hides the buffer, which stays as it is.
+        """
+        bias = self._logits_bias()
+        if bias is not None:
+            self._adds_bias.__dict__[LOGITS_BIAS] = bias.new_zeros(1, 1)
+        return bias
+
+    def _logits_bias(self) -> Tensor | None:
+        return None if self._adds_bias is None else self._adds_bias._buffers[LOGITS_BIAS][0]
+
+
+def _of_items(items: Items, features: Tensor) -> Tensor:
+    """Selects the features of the items, ``[N, d]``, from ``[B, S, d]``, ``[B·S, d]`` or ``[B, d]``."""
+    is_flat = features.dim() == 2 and len(features) == items.num_examples * items.length
+    if items.positions is not None and is_flat:
+        return features[items.positions]
+    return items.of(features)
 
 
 def _adds_logits_bias(model: nn.Module, head_name: str) -> nn.Module | None:
-    """The module around the head that adds a bias to its output, if there is one (Bart and its descendants)."""
+    """Finds the module around the head that adds a bias to all logits (Bart and its descendants), if there is one."""
     parents = head_name.split(".")[:-1]
     around = (model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents), -1, -1))
     return next((module for module in around if LOGITS_BIAS in module._buffers), None)
@@ -224,5 +249,5 @@ def _with_bias(layer: nn.Linear, added: Tensor | None) -> Tensor | None:
 
 
 @torch.compiler.disable(reason="the items and the classes of a step are data")
-def _switched_forward(layer: nn.Linear, features: Tensor) -> Tensor:
+def _switched_forward(layer: nn.Module, features: Tensor) -> Tensor:
     return layer.switched(layer, features)

@@ -1,4 +1,4 @@
-"""Cross-entropy with the labels, on sampled classes and on all of them."""
+"""Cross-entropy with the labels, on sampled classes and on all of them. Pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sampled_cross_entropy(logits: Tensor, sample: ClassSample) -> Tensor:
         sample: made with labels.
 
     Returns:
-        the loss, ``[N]``.
+        the loss, ``[N]``, in float32 or wider.
     """
     logits = widen(logits)
     return (logits + sample.log_weights).logsumexp(1) - logits[:, sample.label_column]

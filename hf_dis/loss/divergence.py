@@ -1,6 +1,6 @@
 """The divergence of the student from the teacher, on sampled classes and on all of them. Pure functions of tensors.
 
-All return one value per item, in float32 or wider, and carry the factor τ² of Hinton et al. (arXiv 1503.02531), so
+All return one value per item, in float32 or wider. All carry the factor τ² of Hinton et al. (arXiv 1503.02531), so
 that the size of the gradient does not depend on the temperature.
 """
 
@@ -21,8 +21,8 @@ class SampledLoss(NamedTuple):
 
     Attributes:
         loss: per item, ``[N]``, differentiable once in the logits.
-        signal: s - p at every column, ``[N, R + K_t]``, up to the factor τ the gradient dL/dz of exact distillation;
-            without gradient.
+        signal: s - p at every column, ``[N, R + K_t]``, without gradient; up to the factor τ the gradient dL/dz of
+            exact distillation.
         log_student: log s at every column, ``[N, R + K_t]``, without gradient.
     """
 
@@ -48,7 +48,7 @@ def sampled_forward_kl(logits: Tensor, sample: ClassSample, temperature: float) 
 
 
 class _SampledForwardKL(torch.autograd.Function):
-    """Loss and gradient by blocks of items: nothing of the size ``[N, R + K_t]`` is made but what is returned."""
+    """Loss and gradient by blocks of items: intermediate tensors have the size of a block."""
 
     @staticmethod
     def forward(ctx, logits, log_weights, log_probs, target, temperature):
@@ -64,7 +64,8 @@ class _SampledForwardKL(torch.autograd.Function):
             students.append(log_student)
             # τ (ω s - p̂): the target sums to one.
             gradient = (log_student + log_weight).exp_().sub_(wanted).mul_(temperature)
-            gradients.append(gradient.masked_fill_(part.isneginf(), 0).to(logits.dtype))
+            gradients.append(gradient.masked_fill_(part.isneginf(), 0))
+        ctx.dtype = logits.dtype
         ctx.save_for_backward(torch.cat(gradients))
         signal, log_student = torch.cat(signals), torch.cat(students)
         ctx.mark_non_differentiable(signal, log_student)
@@ -74,7 +75,7 @@ class _SampledForwardKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):
         (gradient,) = ctx.saved_tensors
-        return grad[:, None].to(gradient.dtype) * gradient, None, None, None, None
+        return (grad[:, None] * gradient).to(ctx.dtype), None, None, None, None
 
 
 def exact_forward_kl(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -82,16 +83,16 @@ def exact_forward_kl(logits: Tensor, teacher_logits: Tensor, temperature: float)
 
     Args:
         logits: the student's, ``[n, C]``, float32 or wider.
-        teacher_logits: ``[n, C]``, float32 or wider.
+        teacher_logits: ``[n, C]``, of the type of the student's.
         temperature: τ > 0.
 
     Returns:
         the loss ``[n]`` and the gradient ``[n, C]``.
     """
-    log_student = _above_minus_inf(_log_softmax(logits, temperature))
-    log_teacher = _above_minus_inf(_log_softmax(teacher_logits, temperature))
+    log_student = _log_softmax(logits, temperature)
+    log_teacher = _log_softmax(teacher_logits, temperature)
     teacher = log_teacher.exp()
-    loss = temperature**2 * torch.linalg.vecdot(teacher, log_teacher.sub_(log_student))
+    loss = temperature**2 * log_teacher.sub_(log_student).mul_(teacher).sum(1)  # autocast would round a product
     gradient = log_student.exp_().sub_(teacher).mul_(temperature)
     return loss, gradient.masked_fill_(logits.isneginf(), 0)
 
@@ -99,19 +100,19 @@ def exact_forward_kl(logits: Tensor, teacher_logits: Tensor, temperature: float)
 def sparse_forward_kl(
     logits: Tensor, ids: Tensor, log_probs: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """τ² KL(p ‖ s) over all classes and its gradient, for a teacher known at some classes, which stand for all others.
+    """τ² KL(p ‖ s) over all classes and its gradient, for a teacher known at some classes, which stand for all.
 
     Args:
         logits: the student's, ``[n, C]``, float32 or wider.
         ids: classes of each item, ``[n, R]``.
-        log_probs: the teacher's log-probabilities there, finite, ``[n, R]``.
-        target: estimated teacher probabilities there, each item sums to one, ``[n, R]``.
+        log_probs: the teacher's log-probabilities at these classes, finite, ``[n, R]``.
+        target: estimated teacher probabilities at these classes, each item sums to one, ``[n, R]``.
         temperature: τ > 0.
 
     Returns:
         ``τ² Σ p̂ (log p - log s)``, ``[n]``, and the gradient ``[n, C]``.
     """
-    log_student = _above_minus_inf(_log_softmax(logits, temperature))
+    log_student = _log_softmax(logits, temperature)
     loss = temperature**2 * (target * (log_probs - log_student.gather(1, ids))).sum(1)
     gradient = log_student.exp_().scatter_add_(1, ids, -target.to(log_student.dtype)).mul_(temperature)
     return loss, gradient.masked_fill_(logits.isneginf(), 0)
@@ -125,9 +126,9 @@ def mix(distillation: Tensor, cross_entropy: Tensor | None, hard_label_weight: f
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return (logits / temperature).log_softmax(1)
+    return _above_minus_inf((logits / temperature).log_softmax(1))
 
 
 def _above_minus_inf(values: Tensor) -> Tensor:
-    """Masked classes have logits of -inf: a number in its place, so that 0 · log 0 is 0 and not NaN."""
+    """Replaces the -inf of masked classes by the lowest number, so that 0 · log 0 is 0 and not NaN."""
     return values.clamp_min(torch.finfo(values.dtype).min)

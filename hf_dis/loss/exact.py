@@ -1,11 +1,11 @@
 """Losses on all classes, with the gradient computed in forward, block by block.
 
-Besides the student's logits only their gradient is of size ``[N, C]``, and it has the type of the logits.
+Beside the student's logits only their gradient is of size ``[N, C]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ Losses = dict[str, Tensor]
 
 
 class _GivenGradient(torch.autograd.Function):
-    """A loss per item whose gradient on the logits has been computed already."""
+    """A loss per item whose gradient on the logits is known already; backward uses the gradient up."""
 
     @staticmethod
     def forward(ctx, logits, loss, gradient):
-        ctx.gradient = gradient
+        ctx.gradient, ctx.dtype = gradient, logits.dtype
         return loss.clone()
 
     @staticmethod
@@ -33,7 +33,10 @@ class _GivenGradient(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("the exact loss was differentiated twice: its gradient is kept for one backward pass")
-        return gradient.mul_(grad[:, None].to(gradient.dtype)), None, None
+        size = block_items(gradient)
+        for part, factor in zip(gradient.split(size), grad[:, None].split(size), strict=True):
+            part.mul_(factor)  # in the wider of both types
+        return gradient.to(ctx.dtype), None, None
 
 
 def exact_loss(
@@ -45,6 +48,9 @@ def exact_loss(
     hard_label_weight: float,
 ) -> tuple[Tensor, Losses]:
     """The loss of every item on all classes, (1 - λ) KD + λ CE, differentiable once in the logits.
+
+    The gradient is kept in the type of the logits. It is kept in float32 for float16, where small values would vanish
+    before backward scales them.
 
     Args:
         logits: the student's, ``[N, V]`` with V >= C.
@@ -59,15 +65,14 @@ def exact_loss(
     """
     gradient = None
     if logits.requires_grad:
-        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
         gradient[:, num_classes:] = 0
-    with torch.no_grad():
-        losses = exact_losses(
-            logits.__getitem__, len(logits), num_classes, teacher, labels, temperature, hard_label_weight, gradient
-        )
-        ce = losses.get("ce_loss")
-        loss = mix(losses["kd_loss"], ce, hard_label_weight) if "kd_loss" in losses else ce
-    return (loss if gradient is None else _GivenGradient.apply(logits, loss, gradient)), losses
+    student = logits.detach().__getitem__
+    terms = exact_losses(student, len(logits), num_classes, teacher, labels, temperature, hard_label_weight, gradient)
+    ce = terms.get("ce_loss")
+    loss = ce if teacher is None else mix(terms["kd_loss"], ce, hard_label_weight)
+    return (loss if gradient is None else _GivenGradient.apply(logits, loss, gradient)), terms
 
 
 @torch.no_grad()
@@ -88,61 +93,87 @@ def exact_losses(
         student: gives the student's logits of a slice of the items, ``[n, V]``.
         num_items: N.
         num_classes, teacher, labels, temperature, hard_label_weight: as for :func:`exact_loss`.
-        gradient: filled with the gradient of the mixed loss of each item on its logits, ``[N, V]``; or None.
-        with_kl: the divergence at temperature 1 too, as far as the teacher is known at that temperature.
+        gradient: filled with the gradient of (1 - λ) KD + λ CE on the first C logits, ``[N, V]``; or None.
+        with_kl: add the divergence at temperature 1, as far as the teacher is known at that temperature.
 
     Returns:
         ``kd_loss``, ``ce_loss`` and ``kl``, ``[N]`` each, as far as there are any.
     """
-    kd_weight = 1.0 if labels is None else 1 - hard_label_weight
     parts: list[Losses] = []
-    first = 0
-    for chunk in _chunks(teacher, num_items, num_classes):
-        size = len(chunk)
-        logits = student(slice(first, first + size))[:, :num_classes]
-        step = block_items(logits)
-        for start in range(0, max(1, size), step):
-            items = slice(start, min(start + step, size))
-            part = widen(logits[items])
-            here = slice(first + items.start, first + items.stop)
-            losses, slopes = {}, []
-            if teacher is not None:
-                losses, slope = _distillation(part, chunk, items, temperature, with_kl)
-                slopes.append(slope.mul_(kd_weight) if kd_weight != 1 else slope)
-            if labels is not None:
-                losses["ce_loss"], slope = exact_cross_entropy(part, labels[here])
-                slopes.append(slope.mul_(1 if teacher is None else hard_label_weight))
+    for items, answer in _pieces(teacher, num_items, num_classes):
+        logits = student(items)[:, :num_classes]
+        for block in _slices(len(logits), block_items(logits)):
+            here = slice(items.start + block.start, items.start + block.stop)
+            losses, slope = _block(
+                widen(logits[block]),
+                _part(answer, block),
+                None if labels is None else labels[here],
+                temperature,
+                hard_label_weight,
+                with_kl,
+            )
             parts.append(losses)
             if gradient is not None:
-                total = slopes[0] if len(slopes) == 1 else slopes[0].add_(slopes[1])
-                gradient[here, :num_classes] = total
-        first += size
-        del chunk, logits  # the next chunk is computed without this one in memory
+                gradient[here, :num_classes] = slope
+        del logits, answer  # the next chunk is computed without this one in memory
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _chunks(
+# Stored targets by class ids, log-probabilities and target; logits; or no teacher.
+_Answer = tuple[Tensor, Tensor, Tensor] | Tensor | None
+
+
+def _pieces(
     teacher: Iterable[Tensor | CachedTargets] | None, num_items: int, num_classes: int
-) -> Iterable[Tensor | CachedTargets | range]:
-    """The teacher's chunks; without a teacher ranges of the items, at least one chunk be it empty."""
-    if teacher is not None:
-        return teacher
-    size = max(1, CHUNK_ELEMENTS // num_classes)
-    return (range(start, min(start + size, num_items)) for start in range(0, max(1, num_items), size))
+) -> Iterator[tuple[slice, _Answer]]:
+    """Consecutive items of at most ``CHUNK_ELEMENTS`` logits, with the teacher's answer; at least one piece."""
+    first = 0
+    for chunk in [None] if teacher is None else teacher:
+        answer = (chunk.ids, chunk.log_probs, chunk.target) if isinstance(chunk, CachedTargets) else chunk
+        size = num_items if chunk is None else len(chunk)
+        for part in _slices(size, max(1, CHUNK_ELEMENTS // num_classes)):
+            yield slice(first + part.start, first + part.stop), _part(answer, part)
+        first += size
+        del chunk, answer
 
 
-def _distillation(
-    logits: Tensor, chunk: Tensor | CachedTargets, items: slice, temperature: float, with_kl: bool
-) -> tuple[Losses, Tensor]:
-    losses = {}
-    if isinstance(chunk, Tensor):
-        teacher = widen(chunk[items])
-        losses["kd_loss"], slope = exact_forward_kl(logits, teacher, temperature)
-        if with_kl:
-            losses["kl"], _ = (losses["kd_loss"], None) if temperature == 1 else exact_forward_kl(logits, teacher, 1.0)
-    else:
-        stored = chunk.ids[items], chunk.log_probs[items], chunk.target[items]
-        losses["kd_loss"], slope = sparse_forward_kl(logits, *stored, temperature)
+def _slices(size: int, step: int) -> Iterator[slice]:
+    """Consecutive slices that cover a size; at least one, even if empty."""
+    return (slice(start, min(start + step, size)) for start in range(0, max(1, size), step))
+
+
+def _part(answer: _Answer, items: slice) -> _Answer:
+    if isinstance(answer, tuple):
+        return tuple(value[items] for value in answer)
+    return None if answer is None else answer[items]
+
+
+def _block(
+    logits: Tensor,
+    answer: _Answer,
+    labels: Tensor | None,
+    temperature: float,
+    hard_label_weight: float,
+    with_kl: bool,
+) -> tuple[Losses, Tensor | None]:
+    """The terms of a block of items, ``[n]``, and the gradient of their mixture, ``[n, C]``."""
+    losses, slopes = {}, []
+    if answer is not None:
+        losses["kd_loss"], slope = _forward_kl(logits, answer, temperature)
+        slopes.append(slope)
         if with_kl and temperature == 1:
             losses["kl"] = losses["kd_loss"]
-    return losses, slope
+        elif with_kl and isinstance(answer, Tensor):
+            losses["kl"], _ = _forward_kl(logits, answer, 1.0)
+    if labels is not None:
+        losses["ce_loss"], slope = exact_cross_entropy(logits, labels)
+        slopes.append(slope)
+    if len(slopes) == 2:
+        return losses, slopes[0].lerp_(slopes[1], hard_label_weight)
+    return losses, slopes[0] if slopes else None
+
+
+def _forward_kl(logits: Tensor, answer: _Answer, temperature: float) -> tuple[Tensor, Tensor]:
+    if isinstance(answer, tuple):
+        return sparse_forward_kl(logits, *answer, temperature)
+    return exact_forward_kl(logits, answer.to(logits.dtype), temperature)

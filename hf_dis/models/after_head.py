@@ -1,4 +1,4 @@
-"""A model's logits by chunks of items, so that they never exist as a whole."""
+"""AfterHead: the bias, scale and soft-cap that some models apply to the logits of their output layer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class AfterHead(NamedTuple):
-    """What some models do to their logits after the output layer: bias, scale, soft-cap.
+    """Applies a model's bias, then its scale, then its soft-cap to the logits of the output layer.
 
     Attributes:
         bias: added, ``[1, C]`` (Bart, Marian, Pegasus, ...), or None.
-        scale: multiplied by (Cohere; Granite's divisor inverted).
+        scale: multiplied by (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         soft_cap: c in ``c tanh(z / c)`` (Gemma), or None.
     """
 
@@ -22,7 +22,10 @@ class AfterHead(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module) -> AfterHead:
-        """Read from a transformers model; whether it is all that the model does is for a comparison to say."""
+        """Reads the operations from a transformers model.
+
+        A model may do more than that: :class:`hf_dis.teacher.stream.LogitStream` compares it with the whole model.
+        """
         settings = vars(model.config.get_text_config())
         scale = (settings.get("logit_scale") or 1.0) / (settings.get("logits_scaling") or 1.0)
         buffers = dict(model.named_buffers(recurse=False))

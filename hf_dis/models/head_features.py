@@ -1,8 +1,4 @@
-"""The student's output head, switched to the sampled classes for the length of a training step.
-
-The head module stays the module it is: only the *instance's* forward is replaced while a sample is set, so parameter
-names, ties, wrappers, autocast and checkpoints see an ordinary model, and with no sample set it is one.
-"""
+"""The features that a model's output head is given, computed without the head."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in evaluation mode; then each module is in its own again."""
+    """Puts a model into evaluation mode within a context; each module then returns to its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -34,14 +30,18 @@ class _HeadReached(Exception):
 
 @torch.no_grad()
 def head_features(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """What the head is given for these inputs, ``[N, d]`` or ``[B, S, d]``, with the model in evaluation mode.
-
-    Nothing after it is computed.
+    """Computes the input of a model's head, with the model in evaluation mode; the forward ends there.
 
     Args:
         model: a model, not wrapped for several processes.
-        head: its output head.
-        inputs: without labels.
+        head: the model's output head.
+        inputs: of the model, without labels.
+
+    Returns:
+        ``[N, d]`` or ``[B, S, d]``, without gradient, on the device where the model computes it.
+
+    Raises:
+        ValueError: if the model does not call its head.
     """
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -55,4 +55,7 @@ def head_features(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor]) 
         return reached.features
     finally:
         hook.remove()
-    raise ValueError(f"{type(model).__name__} does not call its output head, a {type(head).__name__}")
+    raise ValueError(
+        f"{type(model).__name__} does not call its output head, a {type(head).__name__}: the features have to pass "
+        "through a head; name the layer that the model calls with head_name"
+    )

@@ -1,7 +1,7 @@
-"""Which layers of a model are its output head: by what the model says of itself, by their width, or by name.
+"""Finds a model's output head: by the model's own statement, by the width of its layers, or by name.
 
-PEFT puts its own modules around a layer. The head is then what the model calls, and its *linear layers*, which add up
-to it and are switched to the sampled classes together, are inside. docs/heads.md says for each kind what happens.
+PEFT puts its own modules around a layer. The head is then the outermost module, which the model calls. The *linear
+layers* inside add up to the head, and are switched to the sampled classes together. docs/heads.md lists every kind.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ if is_peft_available():
     from peft.tuners.lora import Linear as LoraLinear
     from peft.utils import ModulesToSaveWrapper
 else:
-    PeftModel = LoraLinear = ModulesToSaveWrapper = ()  # nothing is an instance of these
+    PeftModel = LoraLinear = ModulesToSaveWrapper = ()  # no object is an instance of an empty tuple
 
 
 def find_heads(model: nn.Module, num_classes: int, head_name: str | None = None) -> tuple[str, ...]:
     """Finds the modules whose output a model's logits are, before bias, scale or soft-cap.
 
-    A language model names its head itself (``get_output_embeddings``); for a classifier it is the only layer with C
-    outputs, or two of which one is for distillation, as in DeiT, LeViT and SwiftFormer: the logits are their mean.
+    A language model names its head itself (``get_output_embeddings``). The head of a classifier is the only layer with
+    C outputs. DeiT, LeViT and SwiftFormer have two such layers, one of them for distillation: the logits are the mean.
 
     Args:
         model: teacher or student, in a PEFT model or not.
-        num_classes: C, the head's width.
-        head_name: the head's name among the model's modules, if the rule does not find it; two with a comma between
-            them, if the logits are their mean.
+        num_classes: C, the width of the head.
+        head_name: the head among the model's modules, where the rule does not find it; two names with a comma between
+            them where the logits are the mean of two heads.
 
     Returns:
         the names of the modules among ``model.named_modules()``.
 
     Raises:
-        ValueError: if there is no head, or more than one candidate; lists them.
+        ValueError: if there is no head, or more than one candidate; lists the candidates.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
@@ -57,47 +57,51 @@ def find_heads(model: nn.Module, num_classes: int, head_name: str | None = None)
 
 
 def find_head(model: nn.Module, num_classes: int, head_name: str | None = None) -> str:
-    """The output head of a model that has one; otherwise as :func:`find_heads`.
+    """Finds the output head of a model with one head; the arguments are those of :func:`find_heads`.
 
     Returns:
         the name of the module among ``model.named_modules()``.
 
     Raises:
-        ValueError: if there is no head, or more than one; lists them.
+        ValueError: if there is no head, or more than one; lists the candidates.
     """
     names = find_heads(model, num_classes, head_name)
     if len(names) > 1:
-        raise ValueError(f"{type(model).__name__} has two output heads, {' and '.join(names)}")
+        raise ValueError(
+            f"{type(model).__name__} has two output heads, {' and '.join(names)}, and one is expected: use a model "
+            "with one head"
+        )
     return names[0]
 
 
 def find_head_layers(model: nn.Module, num_classes: int, head_name: str | None = None) -> tuple[str, ...]:
-    """Finds the linear layers of a student's output head: what :class:`hf_dis.head.switch.SampledHead` switches.
+    """Finds the linear layers of a student's output head, which :class:`hf_dis.head.switch.SampledHead` switches.
 
-    That is the head itself; both heads where the logits are the mean of two (``...WithTeacher``); and where an
-    adapter was added to the head, the layer below it and the adapter's second one.
+    The layers are the head itself, or both heads where the logits are the mean of two. Where an adapter was added to
+    the head, they are the layer below the adapter and the second layer of the adapter.
 
     Args:
         model: the student, in a PEFT model or not.
-        num_classes, head_name: as for :func:`find_heads`.
+        num_classes: C, the width of the head.
+        head_name: as for :func:`find_heads`.
 
     Returns:
         the names of ``nn.Linear`` modules among ``model.named_modules()``.
 
     Raises:
-        ValueError: if there is no head or more than one candidate, or if it cannot be switched; says what to do.
+        ValueError: if there is no head or more than one candidate, or if the head cannot be switched.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"the student learns by {model.active_peft_config.peft_type.value}: prompt learning puts virtual tokens "
-            "among those of the text, which the teacher does not see; use LoRA, or train the whole student"
+            "among the tokens of the text, which the teacher does not get; use LoRA, or train the whole student"
         )
     heads = find_heads(model, num_classes, head_name)
     return tuple(layer for name in heads for layer in _linear_layers(name, model.get_submodule(name)))
 
 
 def _layers_of_width(modules: dict[str, nn.Module], num_classes: int) -> list[str]:
-    """Names of the layers with so many outputs; what is around such a layer and has its width stands for it."""
+    """Lists the layers with C outputs, the outermost where one is inside another."""
     found: list[str] = []
     for name, module in modules.items():
         inside = found and name.startswith(f"{found[-1]}.")
@@ -107,7 +111,7 @@ def _layers_of_width(modules: dict[str, nn.Module], num_classes: int) -> list[st
 
 
 def _are_a_pair(names: tuple[str, ...]) -> bool:
-    """Whether these are a head and one for distillation, beside it."""
+    """Tells if the names are those of a head and of a head for distillation beside it."""
     return len(names) == 2 and names[0].count(".") == names[1].count(".") and sum("dist" in n for n in names) == 1
 
 
@@ -127,7 +131,7 @@ def _check_named(
 
 
 def _linear_layers(name: str, module: nn.Module) -> list[str]:
-    """The names of the ``nn.Linear`` layers that add up to a head."""
+    """Lists the ``nn.Linear`` layers that add up to a head."""
     exact = "or use head_mode='exact'"
     if isinstance(module, ModulesToSaveWrapper):
         (adapter,) = module.active_adapters
@@ -149,15 +153,15 @@ def _linear_layers(name: str, module: nn.Module) -> list[str]:
         return [*below, *(f"{name}.lora_B.{adapter}" for adapter in adapters)]
     if not isinstance(module, nn.Linear):
         raise ValueError(
-            f"the output head {name!r} is a {_full_name(module)}, of which single classes cannot be computed: it "
-            "has to be an nn.Linear, not quantised, with or without a LoRA adapter, and trained whole if at all; "
-            f"leave it out of quantisation, of other adapters and of trainable_token_indices, {exact}"
+            f"the output head {name!r} is a {_full_name(module)}, which cannot compute single classes: it has to be "
+            "an nn.Linear, not quantised, with or without a LoRA adapter, and trained whole if at all; leave it out "
+            f"of quantisation, of other adapters and of trainable_token_indices, {exact}"
         )
     weight = module.weight
     if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
         raise ValueError(
             f"the weight of the output head {name!r} is a {type(weight).__name__} of {weight.dtype}: single rows of a "
-            "quantised or tensor-parallel head cannot be computed; load the student with the head left as it is "
+            "quantised or tensor-parallel weight cannot be read; load the student with the head left as it is "
             f"(llm_int8_skip_modules, modules_to_not_convert; no tp_plan), {exact}"
         )
     return [name]

@@ -1,19 +1,20 @@
-"""By what a teacher, its classes and its tokenizer are recognised: names and digests."""
+"""Names and digests that identify a teacher, its classes and its tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 import xxhash
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def known_as(model: nn.Module) -> tuple[str | None, str | None]:
-    """Name and revision of a transformers model, as far as known; of a local directory only its own name."""
+    """Returns name and revision of a transformers model, None where unknown; a local directory gives its last part."""
     if not isinstance(model, PreTrainedModel):
         return None, None
     name, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
@@ -22,17 +23,35 @@ def known_as(model: nn.Module) -> tuple[str | None, str | None]:
     return name or None, revision
 
 
+def stored_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields names and values of a model's state, with the values that accelerate has offloaded read from its hooks.
+
+    A tensor on the meta device that no hook keeps is yielded as it is.
+
+    Args:
+        model: the model, offloaded in part or not.
+    """
+    kept = dict(_offloaded(model))
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            yield name, (_read(kept, name, value) if value.is_meta else value).detach()
+
+
 def weights_digest(model: nn.Module) -> str:
-    """xxh3_128 of a model's parameters and buffers, names, types and shapes included: as fast as they are read."""
+    """Computes xxh3_128 of a model's parameters and buffers, with their names, types and shapes.
+
+    The digest of an offloaded model is that of the same model in memory.
+    """
     digest = xxhash.xxh3_128()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(stored_values(model), key=lambda named: named[0]):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        if not value.is_meta:
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def labels_digest(model: nn.Module) -> str | None:
-    """sha256 of the names that a model's configuration gives its classes, None if it does not name them."""
+    """Computes sha256 of the class names in a model's configuration; None if the classes have no names."""
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not names or all(name == f"LABEL_{number}" for number, name in names.items()):
         return None
@@ -40,5 +59,27 @@ def labels_digest(model: nn.Module) -> str | None:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of a tokenizer's vocabulary."""
+    """Computes sha256 of a tokenizer's vocabulary."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def _offloaded(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Yields the modules whose values accelerate keeps elsewhere, by name, with its map of their values."""
+    for name, module in model.named_modules():
+        hook = module.__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):  # several in a SequentialHook
+            values = getattr(one, "weights_map", None)
+            if values is not None:
+                yield name, values
+
+
+def _read(kept: Mapping[str, Mapping[str, Tensor]], name: str, value: Tensor) -> Tensor:
+    """Reads a value from the hook of its module, or of the next module around that has the value."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        module, local = ".".join(parts[:depth]), ".".join(parts[depth:])
+        try:
+            return kept[module][local]
+        except KeyError:
+            continue
+    return value

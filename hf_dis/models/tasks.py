@@ -1,4 +1,4 @@
-"""What a model answers: one class an example, or one a token; and which classes teacher and student share."""
+"""Tasks of models: the kind of a model, the items of its batches, and the number of its classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_dis.items import Items, token_items
 
 
 class Task(Enum):
-    """A kind of model, after the transformers classes that it is made of."""
+    """The kinds of models, each with its mapping of classes in transformers."""
 
     CLASSIFICATION = "classification"
     TOKEN_CLASSIFICATION = "token classification"
@@ -22,22 +22,22 @@ class Task(Enum):
 
     @property
     def is_lm(self) -> bool:
-        """Whether the classes are a vocabulary."""
+        """True if the classes are a vocabulary."""
         return self in (Task.MASKED_LM, Task.CAUSAL_LM, Task.SEQ2SEQ_LM)
 
     @property
     def has_token_items(self) -> bool:
-        """Whether labels are ``[B, S]``, one class a token, rather than ``[B]``."""
+        """True if labels are ``[B, S]``, one class per token; false if they are ``[B]``."""
         return self is not Task.CLASSIFICATION
 
 
 def _names(*mappings: dict[str, str | tuple[str, ...]]) -> frozenset[str]:
-    """Names of classes, of which a type of model may have one or several."""
+    """Collects the names of classes; a type of model has one name, or several in a tuple."""
     named = [names for mapping in mappings for names in mapping.values()]
     return frozenset(name for names in named for name in (names if isinstance(names, (tuple, list)) else (names,)))
 
 
-# In this order: transformers lists Bart and T5 as masked language models too.
+# The order matters: transformers lists Bart and T5 as masked language models too.
 CLASSES = {
     Task.SEQ2SEQ_LM: _names(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     Task.CAUSAL_LM: _names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -53,18 +53,20 @@ CLASSES = {
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model itself, taken out of PEFT's wrapper if it is in one."""
+    """Returns the transformers model inside PEFT's wrapper, or the model itself if it has no wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def find_task(model: nn.Module) -> Task:
-    """The task of a model, by its class or the first of its base classes that transformers knows.
+    """Finds the task of a model by its class, or by the first of its base classes that transformers knows.
 
-    A class that is not from transformers is a classifier if its config has ``num_labels`` and it has no output
-    embeddings.
+    A class outside transformers is a classifier if its config has ``num_labels`` and it has no output embeddings.
+
+    Args:
+        model: the model, in a PEFT model or not.
 
     Raises:
-        ValueError: if it is none of these tasks.
+        ValueError: if the model has none of these tasks.
     """
     model = base_model(model)
     for kind in type(model).__mro__:
@@ -86,32 +88,48 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def find_items(task: Task, inputs: dict[str, Tensor], labels: Tensor | None) -> Items:
-    """What is distilled of a batch.
+    """Finds the items of a batch.
 
     Args:
         task: of the model.
         inputs: of the model.
-        labels: ``[B]``, or ``[B, S]`` where a task's items are tokens; or None.
+        labels: ``[B]``, or ``[B, S]`` where items are tokens; or None: every token but padding is an item.
 
     Raises:
-        ValueError: if the labels are of another shape.
+        ValueError: if the labels have another shape, or no column gives the number of tokens.
     """
     if not task.has_token_items:
         if labels is not None and labels.dim() != 1:
             raise ValueError(
-                f"labels have shape {tuple(labels.shape)}: a {task.value} model has one class id an example, [B]"
+                f"labels have shape {tuple(labels.shape)}: a {task.value} model has one class id per example, [B]"
             )
         return Items(len(next(iter(inputs.values())) if labels is None else labels), labels)
     side = "decoder_" if task is Task.SEQ2SEQ_LM else ""
-    tokens = inputs.get(f"{side}input_ids", inputs.get(f"{side}inputs_embeds", labels))
+    names = f"{side}input_ids", f"{side}inputs_embeds"
+    tokens = next((inputs[name] for name in names if inputs.get(name) is not None), labels)
+    if tokens is None:
+        raise ValueError(
+            f"the batch holds {', '.join(inputs)} and no labels: the items of a {task.value} are the tokens of "
+            f"{' or '.join(names)}, or of labels; let the data collator add one of these columns"
+        )
     mask = inputs.get(f"{side}attention_mask")
-    return token_items(labels, mask, tokens.shape[:2], shifts_labels=task is Task.CAUSAL_LM)
+    return token_items(labels, mask, tokens.shape[:2], shifts_labels=task is Task.CAUSAL_LM, device=tokens.device)
 
 
 def split_labels(
     model: nn.Module, task: Task, batch: dict[str, Tensor], label_names: Sequence[str] = ("labels",)
 ) -> tuple[Items, dict[str, Tensor]]:
-    """The items of a batch, and its inputs without labels: so that the model computes no loss itself."""
+    """Splits a batch into its items and the model's inputs without labels, so that the model computes no loss.
+
+    Args:
+        model: the model.
+        task: of the model.
+        batch: inputs and labels.
+        label_names: columns that the model is not given.
+
+    Raises:
+        ValueError: as :func:`find_items`.
+    """
     labels = batch.get("labels")
     inputs = {name: value for name, value in batch.items() if name not in label_names}
     if task is Task.SEQ2SEQ_LM and labels is not None and "decoder_input_ids" not in inputs:
@@ -121,10 +139,14 @@ def split_labels(
 
 
 def num_outputs(model: nn.Module, task: Task) -> int:
-    """How many classes a model's output layer answers for: those of its vocabulary, padding included, or its labels.
+    """Counts the classes of a model's output layer: its labels, or its vocabulary with padding.
+
+    Args:
+        model: the model, in a PEFT model or not.
+        task: of the model.
 
     Raises:
-        ValueError: if it is no single-label classifier of two or more classes.
+        ValueError: if a classifier has several labels per example, or fewer than two classes.
     """
     model = base_model(model)
     if task.is_lm:
@@ -135,7 +157,8 @@ def num_outputs(model: nn.Module, task: Task) -> int:
     config = model.config
     if config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1:
         raise ValueError(
-            f"the student's problem_type is {config.problem_type!r} with num_labels={config.num_labels}: distillation "
-            "by sampled classes needs single-label classification with two classes or more"
+            f"problem_type is {config.problem_type!r} and num_labels is {config.num_labels} in the configuration of "
+            f"{type(model).__name__}: distillation needs single-label classification with two classes or more; set "
+            "problem_type to None and num_labels to the number of classes"
         )
     return config.num_labels

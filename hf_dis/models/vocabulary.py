@@ -1,4 +1,4 @@
-"""What a model answers: one class an example, or one a token; and which classes teacher and student share."""
+"""The classes that teacher and student share: equal labels, or the common part of two vocabularies."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ def shared_classes(
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> int:
-    """C, the classes ``0..C-1`` that mean the same to student and teacher; the others are not distilled.
+    """Counts the classes ``0..C-1`` that mean the same to student and teacher; all other classes are not distilled.
 
-    Classifiers need the same number. Vocabularies may be padded differently (151,936 items and 152,064, say) or have
-    tokens added at the end of one, if the tokenizers say so.
+    Classifiers need the same number of classes. Vocabularies may be padded to different sizes (151,936 and 152,064
+    entries, for example), or have tokens added at the end of one, if the tokenizers confirm that.
 
     Args:
-        student, teacher: the models; a teacher that is no transformers model is taken to answer for the same classes.
-        tokenizer, teacher_tokenizer: theirs, if known.
+        student, teacher: the models. A teacher outside transformers is taken to have the student's classes.
+        tokenizer, teacher_tokenizer: of the models, if known.
+
+    Returns:
+        C.
 
     Raises:
-        ValueError: if tasks, numbers of classes or tokens differ; says in what.
+        ValueError: if tasks, numbers of classes or tokens differ; names the difference.
     """
     task = find_task(student)
     width = num_outputs(student, task)
@@ -34,7 +37,8 @@ def shared_classes(
     if teacher_task is not task:
         raise ValueError(
             f"the teacher, a {type(teacher).__name__}, is a {teacher_task.value}, the student, a "
-            f"{type(student).__name__}, a {task.value}: both have to be of one kind"
+            f"{type(student).__name__}, a {task.value}: both have to be of one kind; load the teacher for the task of "
+            "the student"
         )
     teacher_width = num_outputs(teacher, task)
     if not task.is_lm:
@@ -48,18 +52,21 @@ def shared_classes(
         return min(width, teacher_width, common_tokens(tokenizer, teacher_tokenizer))
     if teacher_width != width:
         raise ValueError(
-            f"the teacher's vocabulary has {teacher_width} items, the student's {width}, and whether the first "
-            f"{min(width, teacher_width)} are the same tokens cannot be told: pass the student's tokenizer as "
-            "processing_class and the teacher's as teacher_processing_class"
+            f"the teacher's vocabulary has {teacher_width} entries, the student's {width}: the first "
+            f"{min(width, teacher_width)} have to be the same tokens, which only the tokenizers tell; pass the "
+            "student's tokenizer as processing_class and the teacher's as teacher_processing_class"
         )
     return width
 
 
 def common_tokens(tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase) -> float:
-    """How many ids, from 0 on, mean the same token to both tokenizers; infinite if both know the same ids.
+    """Counts the ids, from 0 on, that mean the same token to both tokenizers; infinite if both know the same ids.
+
+    Args:
+        tokenizer, teacher_tokenizer: of student and teacher.
 
     Raises:
-        ValueError: if an id that both know means different tokens, or tokens that only one knows are not at the end.
+        ValueError: if an id means different tokens, or an id that only one tokenizer knows is not at the end.
     """
     ours, theirs = ({index: token for token, index in t.get_vocab().items()} for t in (tokenizer, teacher_tokenizer))
     remedy = "distillation needs one tokenizer: use a teacher and a student of the same family"
@@ -78,7 +85,7 @@ def common_tokens(tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrai
     if first < max(common, default=-1):
         token, side = (ours[first], "student's") if first in ours else (theirs[first], "teacher's")
         raise ValueError(
-            f"student and teacher have different tokenizers: id {first} is {token!r} in the {side} alone, with tokens "
-            f"of both after it; {remedy}"
+            f"student and teacher have different tokenizers: id {first} is {token!r} in the {side} alone, and tokens "
+            f"of both follow; {remedy}"
         )
     return first

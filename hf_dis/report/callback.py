@@ -1,8 +1,9 @@
-"""DISReportCallback: plots and a page about a running distillation, with advice where the numbers are bad."""
+"""DISReportCallback writes plots and a page about a running distillation, with advice where the numbers are bad."""
 
 from __future__ import annotations
 
 import math
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,10 @@ from hf_dis.sampling.proposal import DISProposal
 if TYPE_CHECKING:
     from hf_dis.trainer.trainer import DISDistillationTrainer
 
-Log = dict[str, float]
+# A trainer logs numbers; metrics of the user may be of any type.
+Log = dict[str, Any]
 
-
-# Plot by plot, the logged names of each of its panels.
+# The plots by file name, each with the logged names of its panels.
 PLOTS = {
     "losses.png": (("kd_loss", "ce_loss"), ("eval_kd_loss", "eval_ce_loss"), ("eval_kl",)),
     "sample.png": (("dis/ess",), ("dis/coverage", "dis/certain")),
@@ -27,36 +28,34 @@ PLOTS = {
     ),
 }
 
-
-# Below half, most of what the teacher says of a row is carried by classes that were not sampled.
+# Below this coverage, classes that were not sampled hold most of the teacher's probability for an item.
 LOW_COVERAGE = 0.5
 
-
-# Above it nearly all ranked samples are certain: K is spent on the top, and only a larger K reaches further down.
+# Above this share nearly all ranked samples are certain. The top takes all K, and only a larger K reaches lower ranks.
 MOSTLY_CERTAIN = 0.9
 
-
-# The estimate of the student's normaliser has a relative deviation near 1/√ESS: a third of it below ten. Its
-# logarithm is too low by about 1/(2 ESS), which is then more than 0.05, in every row's loss.
+# The estimate of the student's normaliser has a relative deviation near 1/√ESS, which is a third at ESS 10. Its
+# logarithm, a part of every item's loss, is too low by about 1/(2 ESS), which is 0.05 at ESS 10.
 SMALL_SAMPLE = 10
 
-
-# ‖ĝ - g‖ > ‖g‖: a batch's gradient has more noise than content (and, unbiased, a cosine below 1/√2).
+# ‖ĝ - g‖ > ‖g‖: the gradient of a batch has more noise than content. Where unbiased, its cosine is below 1/√2.
 NOISY_GRADIENT = 1.0
 
-
-# In the README's table exact distillation, DIS and FTIS are a fifth to a third apart in their divergence from the
-# teacher: a loss that is off by a quarter cannot rank such runs.
+# In the README's table the divergences of exact distillation, DIS and FTIS from the teacher are 20 % to 33 % apart. A
+# loss with an error of 25 % cannot rank such runs.
 LOSS_GAP = 0.25
+
+# Metrics that are not numbers are cut to this length in the page's table.
+TEXT_LENGTH = 200
 
 
 class DISReportCallback(TrainerCallback):
     """Writes ``report.md`` and its plots to ``<output_dir>/report`` at every evaluation and at the end of training.
 
-    Only the main process writes. The scalars need no callback: they go wherever ``report_to`` says.
+    Only the main process writes. The loggers of ``report_to`` get the numbers without this callback.
 
     Args:
-        trainer: the one that this callback is added to: ``trainer.add_callback(DISReportCallback(trainer))``.
+        trainer: the trainer that this callback is added to: ``trainer.add_callback(DISReportCallback(trainer))``.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -64,22 +63,30 @@ class DISReportCallback(TrainerCallback):
 
     def __init__(self, trainer: DISDistillationTrainer):
         try:
-            from . import plots
+            from hf_dis.report import plots
         except ImportError as error:
             raise ImportError(
-                f"DISReportCallback samples with matplotlib, which cannot be imported ({error}): "
-                "pip install 'matplotlib>=3.8'"
+                f"DISReportCallback plots with matplotlib, which cannot be imported ({error}): "
+                "pip install 'matplotlib>=3.9'"
             ) from error
         self.plots, self.trainer = plots, trainer
         self.first_snapshot = None
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes the report to ``<output_dir>/report``."""
         self.write(Path(args.output_dir) / "report", state)
 
     on_train_end = on_evaluate
 
     def write(self, folder: Path, state: TrainerState) -> None:
-        """Writes the report of what has been logged so far; does nothing on other processes than the main one."""
+        """Writes the report of all logs so far, on the main process only.
+
+        Args:
+            folder: of the report; made if there is none.
+            state: of the trainer.
+        """
         if not state.is_world_process_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +98,7 @@ class DISReportCallback(TrainerCallback):
         (folder / "report.md").write_text(report(state.log_history, images))
 
     def _write_proposal(self, path: Path, step: int) -> bool:
-        """The fitted proposal, when first reported and now; baselines and exact distillation have none."""
+        """Plots the fitted proposal at the first report and now; returns False where there is no fitted proposal."""
         proposal = self.trainer.distiller.sampler.proposal
         if not isinstance(proposal, DISProposal) or not proposal.ranks.observed:
             return False
@@ -104,14 +111,14 @@ class DISReportCallback(TrainerCallback):
 
 
 def advice(values: Log) -> list[str]:
-    """What to change, where the last logged values are bad; empty if they are not.
+    """Advice on logged values that are bad, a sentence or two for each; empty if all of them are good.
 
     Args:
-        values: by log name, as ``DISDistillationTrainer`` logs them. What is missing is not judged.
+        values: by log name, as ``DISDistillationTrainer`` logs them. Missing names are not judged.
     """
     found = [
         f"{name} is {value}: training has diverged. Lower learning_rate or head_learning_rate, set max_grad_norm, and "
-        "look at the teacher's precision."
+        "check the teacher's precision."
         for name, value in values.items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
@@ -119,7 +126,8 @@ def advice(values: Log) -> list[str]:
     if values.get("dis/certain", 0) > MOSTLY_CERTAIN:
         more = "num_sampled_classes"
     error = values.get("probe/relative_error")
-    # A good gradient needs no coverage: a disagreement that is spread evenly is estimated well from few classes.
+    # A signal that is spread evenly is estimated well from few classes: where the gradient is good, coverage is not
+    # judged.
     if values.get("dis/coverage", 1) < LOW_COVERAGE and (error is None or error > NOISY_GRADIENT):
         unprobed = "; set probe_steps to see whether the gradient suffers" if error is None else ""
         found.append(
@@ -128,9 +136,9 @@ def advice(values: Log) -> list[str]:
         )
     if values.get("dis/ess", math.inf) < SMALL_SAMPLE:
         found.append(
-            f"effective sample size {values['dis/ess']:.1f}: each row's loss rests on few classes and is too low by "
-            "about half its inverse. Raise num_sampled_classes or num_shared_classes, or proposal_floor if the "
-            "proposal is narrow."
+            f"effective sample size {values['dis/ess']:.1f}: the loss of an item rests on few classes and is too low "
+            "by about 1/(2 ESS). Raise num_sampled_classes or num_shared_classes, or proposal_floor if the proposal "
+            "is narrow."
         )
     if error is not None and error > NOISY_GRADIENT:
         found.append(
@@ -140,32 +148,38 @@ def advice(values: Log) -> list[str]:
     exact, sampled = values.get("probe/exact_kd_loss"), values.get("probe/sampled_kd_loss")
     if exact is not None and abs(sampled - exact) > LOSS_GAP * exact:
         found.append(
-            f"sampled loss {sampled:.3g} where the exact one is {exact:.3g}: kd_loss cannot be compared between "
-            "runs. Judge by eval_kd_loss and eval_kl, which are exact."
+            f"sampled loss {sampled:.3g} where the exact loss is {exact:.3g}: kd_loss cannot be compared between "
+            "runs. Compare eval_kd_loss and eval_kl, which are exact."
         )
     elif values.get("kd_loss", 0) < 0:
         found.append(
-            f"kd_loss {values['kd_loss']:.3g} is below zero: it is an estimate, and teacher and student nearly agree. "
-            "Judge by eval_kd_loss and eval_kl, which are exact."
+            f"kd_loss {values['kd_loss']:.3g} is below zero: kd_loss is an estimate, and teacher and student nearly "
+            "agree. Compare eval_kd_loss and eval_kl, which are exact."
         )
     return found
 
 
 def report(log_history: list[Log], images: list[str]) -> str:
-    """The page: advice, the last value of everything that was logged, plots.
+    """The page in Markdown: advice, the last value of every logged name, and the plots.
 
     Args:
-        log_history: a trainer's ``state.log_history``.
-        images: file names of the plots.
+        log_history: a trainer's ``state.log_history``. Values that are not numbers are shown as text.
+        images: file names of the plots, in the folder of the page.
     """
     last = {name: (value, log["step"]) for log in log_history for name, value in log.items() if name != "step"}
     told = advice({name: value for name, (value, _) in last.items()})
     lines = ["# Distillation report", "", "## Advice", ""]
     lines += [f"- {line}" for line in told] or ["Nothing stands out."]
     lines += ["", "## Last values", "", "| log | value | step |", "|---|---|---|"]
-    lines += [
-        f"| `{name}` | {value if isinstance(value, str) else format(value, '.6g')} | {step} |"
-        for name, (value, step) in last.items()
-    ]
+    lines += [f"| `{name}` | {_cell(value)} | {step} |" for name, (value, step) in last.items()]
     lines += ["", "## Plots", *(f"\n![{Path(name).stem}]({name})" for name in images)]
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    """A value in a cell of a Markdown table: on one line, and without ends of the cell."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return format(float(value), ".6g")
+    text = " ".join(str(value).split())
+    text = text if len(text) <= TEXT_LENGTH else f"{text[:TEXT_LENGTH]} ..."
+    return text.replace("|", "\\|")

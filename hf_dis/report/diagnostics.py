@@ -11,15 +11,20 @@ from torch import Tensor
 from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.loss.divergence import SampledLoss, sampled_forward_kl
 from hf_dis.loss.exact import exact_loss
+from hf_dis.precision import widest
 from hf_dis.sampling.sample import ClassSample
 
 
 @torch.no_grad()
 def effective_sample_size(sample: ClassSample, log_student: Tensor) -> Tensor:
-    """How many equally weighted classes the sample of each item is worth, ``[N]``, between 1 and its columns.
+    """The effective sample size of each item in equally weighted classes, ``[N]``, between 1 and its columns.
 
-    Certain classes count in full. The others count as ``(Σ a)² / Σ a²`` with ``a = ω s``, the share of the student's
-    normaliser that each stands for: 1 if a single sample carries it all, their number if all carry the same.
+    Certain classes count in full. The others count as ``(Σ a)² / Σ a²``, where ``a = ω s`` is the share of a class in
+    the student's normaliser: 1 if one class has the whole share, their number if all shares are equal.
+
+    Args:
+        sample: the classes.
+        log_student: log s at every column, as :class:`hf_dis.loss.divergence.SampledLoss` has it, ``[N, R + K_t]``.
     """
     used = sample.log_weights > -torch.inf
     share = (log_student + sample.log_weights).exp().masked_fill(sample.certain | ~used, 0)
@@ -40,12 +45,12 @@ def coverage(sample: ClassSample) -> Tensor:
 
 @torch.no_grad()
 def certain_share(sample: ClassSample) -> Tensor:
-    """The share of each item's K ranked samples that were certain to be sampled, ``[N]``."""
+    """The share of certain classes among each item's K ranked columns, ``[N]``, within [0, 1]."""
     return sample.certain[:, : sample.ranks.shape[1]].float().mean(1)
 
 
 def sample_quality(sample: ClassSample, result: SampledLoss) -> dict[str, Tensor]:
-    """What is logged of a sample: ``ess``, ``coverage`` and ``certain``, of each item, ``[N]``."""
+    """The logged numbers of a sample: ``ess``, ``coverage`` and ``certain``, per item, ``[N]``."""
     return {
         "ess": effective_sample_size(sample, result.log_student),
         "coverage": coverage(sample),
@@ -62,19 +67,19 @@ def probe(
     temperature: float,
     after_head: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Compares the sampled distillation loss of a batch, and its gradient on the features, with the exact ones.
+    """Compares the sampled distillation loss of a batch and its gradient on the features with exact distillation.
 
     Args:
         weight, bias: of the student's output head, ``[C, d]`` and ``[C]`` or None.
-        features: what it is given, ``[N, d]``.
+        features: input of the head, ``[N, d]``.
         sample: the classes sampled for these items.
         teacher_logits: ``[n, C]`` for consecutive chunks of the items; the exact loss is computed chunk by chunk.
         temperature: τ.
-        after_head: what the student does to the head's logits, element by element.
+        after_head: maps the head's logits to the student's, element by element.
 
     Returns:
-        scalars ``exact_kd_loss``, ``sampled_kd_loss`` (means over items), ``cosine`` and ``relative_error``
-        (‖ĝ - g‖ / ‖g‖) between the gradients.
+        scalars: ``exact_kd_loss`` and ``sampled_kd_loss``, means over items; ``cosine`` and ``relative_error``,
+        ‖ĝ - g‖ / ‖g‖, of the gradients.
     """
     with torch.enable_grad():
         features = features.detach().to(weight.dtype).requires_grad_()
@@ -102,25 +107,35 @@ def probe(
 
 
 class RunningMeans:
-    """Means of named values over items and steps, kept on the device until they are asked for."""
+    """Means of named values over items and steps, kept on the device until :meth:`pop`."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
-        """Whether there was a value since the last call of :meth:`pop`."""
+        """True if a value of that name was added since the last call of :meth:`pop`."""
         return name in self._sums
 
     def add(self, values: dict[str, Tensor], counts: Tensor | None = None) -> None:
-        """Takes in values of any shape: each element counts as one, or, being a sum, as ``counts`` says."""
+        """Adds values of any shape.
+
+        Args:
+            values: by name; an element counts as one item.
+            counts: where the elements are sums over items, the number of items of each.
+        """
         for name, value in values.items():
-            value = value.detach().double()
-            count = value.new_full((), value.numel()) if counts is None else counts.double().sum()
+            dtype = widest(value.device)
+            value = value.detach().to(dtype)
+            count = value.new_full((), value.numel()) if counts is None else counts.to(dtype).sum()
             step = torch.stack([value.sum(), count])
             self._sums[name] = self._sums[name] + step if name in self._sums else step
 
     def pop(self, reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> dict[str, float]:
-        """The means since the last call, summed over processes by ``reduce``; starts anew."""
+        """The means since the last call; starts anew.
+
+        Args:
+            reduce: sums a dict of tensors over processes; not needed with one process.
+        """
         sums, self._sums = self._sums, {}
         if reduce is not None and sums:
             sums = reduce(sums)

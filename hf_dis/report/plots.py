@@ -1,17 +1,20 @@
-"""Plots of a training run; needs matplotlib. Figures are drawn without pyplot, so no display or state is touched."""
+"""Plots of a training run; needs matplotlib.
+
+Figures are made without pyplot, which needs a display and keeps every figure in memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from hf_dis.sampling.rank_proposal import RankProposal
 
-Log = dict[str, float]
+Log = dict[str, Any]
 
 
 class ProposalSnapshot(NamedTuple):
@@ -20,7 +23,8 @@ class ProposalSnapshot(NamedTuple):
     Attributes:
         step: of training.
         edges: of the bins of ranks, ``[bins + 1]``.
-        measured: disagreement of teacher and student, up to a factor, ``[bins]``.
+        measured: the root mean square of s - p, student minus teacher probability, by bin and up to a factor,
+            ``[bins]``.
         fitted: the proposal's density, ``[ranks]``.
     """
 
@@ -31,16 +35,16 @@ class ProposalSnapshot(NamedTuple):
 
     @classmethod
     def of(cls, ranks: RankProposal, step: int) -> ProposalSnapshot:
-        """What a proposal looks like now."""
-        return cls(step, ranks.edges.double().cpu(), ranks.profile().cpu(), ranks.density(ranks.num_ranks).cpu())
+        """A snapshot of a proposal as fitted now, at a step of training."""
+        return cls(step, ranks.edges.cpu().double(), ranks.profile().cpu(), ranks.density(ranks.num_ranks).cpu())
 
 
 def plot_proposal(path: Path, snapshots: Sequence[ProposalSnapshot]) -> None:
-    """The fitted Laplace mixture against the measured disagreement, at a few steps of training.
+    """Plots the fitted Laplace mixture and the measured disagreement of teacher and student.
 
     Args:
         path: of the PNG.
-        snapshots: a panel each; taken after the first step, as nothing is measured before.
+        snapshots: one for each panel, taken after the first step: nothing is measured before.
     """
     figure = Figure(figsize=(3.4 * len(snapshots), 3.2), layout="constrained")
     for axis, shot in zip(figure.subplots(1, len(snapshots), squeeze=False)[0], snapshots, strict=True):
@@ -54,15 +58,15 @@ def plot_proposal(path: Path, snapshots: Sequence[ProposalSnapshot]) -> None:
 
 
 def plot_curves(path: Path, log_history: Sequence[Log], panels: Sequence[Sequence[str]]) -> bool:
-    """Logged values over steps.
+    """Plots logged values over steps.
 
     Args:
         path: of the PNG.
         log_history: a trainer's ``state.log_history``.
-        panels: the names to show in each.
+        panels: the logged names of each panel. Names that were never logged are left out.
 
     Returns:
-        whether there was anything to plot; if not, no file is written.
+        False, and no file is written, if none of the names was logged.
     """
     panels = [[name for name in names if any(name in log for log in log_history)] for names in panels]
     panels = [names for names in panels if names]

@@ -1,50 +1,57 @@
-"""Where to sample classes: proposals over teacher ranks and over classes.
-
-The dynamic proposal over ranks, a mixture of Laplace distributions fitted to the disagreement of teacher and
-student, is the idea of arXiv 1812.00914; its online fit, and the density over classes for the tails that items
-share, are this project's. The fixed proposals (teacher, uniform, top-K) are the baselines.
-"""
+"""The dynamic proposal over classes, for the tails that items share. The class memory is this project's."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from hf_dis.precision import widest
 from hf_dis.sampling.sample import ClassSample, Statistics
 from hf_dis.sampling.tails import by_tail
 
 
 class ClassMemory:
-    """How much teacher and student disagree on each class outside the items' ranked heads.
+    """A density over classes by the disagreement of teacher and student outside the items' ranked classes.
 
-    Keeps a running mean of ``(s - p)²``, renewed only at classes that were sampled, and the teacher's running class
-    marginal, which is known for every class and follows the data at once.
+    Keeps a running mean of ``(s - p)²``, renewed only at sampled classes, and the teacher's running class marginal,
+    which is known for every class and follows the data at once.
 
     Args:
         num_classes: C.
         decay: of the marginal's running mean, in [0, 1).
+        device: of the teacher's targets.
     """
 
-    # A class is sampled rarely, so what a sample says of it has to count at once.
+    # Share of a new value in the running mean. A class is sampled rarely, so that a new value has to count at once.
     RENEWAL = 0.3
 
     def __init__(self, num_classes: int, decay: float, device: torch.device | str = "cpu"):
         self.decay = decay
-        # An untrained student is close to uniform and so disagrees by about 1/C everywhere.
+        # An untrained student is close to uniform, so that its signal is about 1/C everywhere.
         self.squared_signal = torch.full((num_classes,), num_classes**-2.0, device=device)
         self.marginal = torch.zeros(num_classes, device=device)
 
     def density(self, floor: float, signal_share: float = 0.5) -> Tensor:
-        """Disagreement and marginal, each normalised, mixed; plus a uniform floor. Float64, ``[C]``."""
+        """Signal and marginal, each normalised, mixed, and a uniform share: ``[C]``, in the widest type of the device.
+
+        Args:
+            floor: the uniform share, in (0, 1].
+            signal_share: share of the signal in the rest, in [0, 1].
+        """
+        dtype = widest(self.marginal.device)
         signal = self.squared_signal.sqrt()
-        share = (1 - floor) * signal_share / signal.sum(dtype=torch.float64).clamp_min(1e-30)
-        rest = (1 - floor) * (1 - signal_share) / self.marginal.sum(dtype=torch.float64).clamp_min(1e-30)
+        share = (1 - floor) * signal_share / signal.sum(dtype=dtype).clamp_min(1e-30)
+        rest = (1 - floor) * (1 - signal_share) / self.marginal.sum(dtype=dtype).clamp_min(1e-30)
         mixed = signal.mul_(share).addcmul_(self.marginal, rest.float())
-        return mixed.double().add_(floor / len(mixed))
+        return mixed.to(dtype).add_(floor / len(mixed))
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
-        """Of each sampled class, Σ (s - p)² over the items that met it outside their heads and how many did, a sparse
-        ``[C, 2]``; the teacher's mass of every class; the items."""
+        """Sums over the items of a step.
+
+        Returns:
+            ``tail``, sparse ``[C, 2]``: per shared class Σ (s - p)² over the items that have the class outside their
+            ranked classes, and the number of these items; ``class_mass`` ``[C]``: the teacher's mass of every class.
+        """
         num_tails, num_shared = sample.tail_ids.shape
         squared = signal[:, signal.shape[1] - num_shared :].square().masked_fill(~sample.outside_top, 0)
         sums = [by_tail(values, num_tails).sum(1).flatten() for values in (squared, sample.outside_top)]
@@ -52,24 +59,31 @@ class ClassMemory:
         return {
             "tail": torch.sparse_coo_tensor(sample.tail_ids.reshape(1, -1), met, shape, check_invariants=False),
             "class_mass": sample.class_mass,
-            "items": met.new_full((), len(sample)),
         }
 
     def update(self, statistics: Statistics) -> None:
-        """Takes the statistics of a step (summed over processes) into the running means."""
+        """Takes the statistics of a step into the running means.
+
+        Args:
+            statistics: ``tail`` and ``class_mass`` as :meth:`statistics` gives them, ``items`` and ``not_finite``, the
+                numbers of items with and without a finite signal, all summed over processes.
+        """
         tail = statistics["tail"].coalesce()
         ids, (squared, items) = tail._indices()[0], tail._values().unbind(1)
         known = self.squared_signal[ids]
         mean = torch.where(items > 0, squared / items.clamp_min(1), known)
         self.squared_signal.index_copy_(0, ids, known.lerp(mean, self.RENEWAL))
-        # A process without an item, and so all of them in such a step, has seen nothing.
-        num_items = statistics["items"]
+        # The marginal is of the teacher alone: items count whatever the student says about them.
+        num_items = statistics["items"] + statistics["not_finite"]
         marginal = (statistics["class_mass"] / num_items.clamp_min(1)).float()
-        self.marginal.lerp_(marginal, (1 - self.decay) * (num_items > 0))
+        marginal = torch.where(marginal.isfinite(), marginal, self.marginal)
+        self.marginal.lerp_(marginal, (1 - self.decay) * (num_items > 0))  # a step without an item changes nothing
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Both running means."""
         return {"class_squared_signal": self.squared_signal, "class_marginal": self.marginal}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores a state that :meth:`state_dict` returned."""
         self.squared_signal.copy_(state["class_squared_signal"])
         self.marginal.copy_(state["class_marginal"])

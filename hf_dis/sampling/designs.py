@@ -1,9 +1,11 @@
-"""Sampling classes: inclusion probabilities, the two samplers, and the sample that one training step works on.
+"""Designs: how distinct or independent samples are taken from a density over ranks or classes.
 
-A sample is made of up to three strata: classes sampled from each item's teacher ranking, the item's label, and a tail
-that items share. Each stratum carries importance weights ω = 1/π (π: the probability that the class is in the
-sample) and the teacher's exact mass, so that the losses need nothing else. Capped probability-proportional-to-size
-sampling and the strata are this project's; sampling with replacement is the setting of arXiv 1812.00914.
+A sampled class carries the importance weight ω = 1/π, where π is its inclusion probability: the probability that the
+sample holds the class. Capped sampling in proportion to a size (PPS) is this project's; sampling with replacement is
+the setting of arXiv 1812.00914.
+
+Random numbers come from a CPU generator in float64, so that the same state gives the same sample on every device. All
+else is computed in the widest type of the device.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Towards the π of :class:`Updates`, from below, and any π in (0, 1] is unbiased: four steps come within two percent of
-# the number for sizes whose logarithms deviate by four, in half the time of sorting the largest.
+from hf_dis.precision import widest
+
+# Steps towards the π of :class:`Updates`, from below. Any π in (0, 1] is unbiased. Four steps come within two percent
+# of the number for sizes whose logarithms deviate by four, in half the time of sorting the largest sizes.
 CAPPING_STEPS = 4
 
 
@@ -23,27 +27,26 @@ def inclusion_probabilities(density: Tensor, num_sampled: int, last_size: int = 
     """π = min(1, κ·density), with κ such that ``num_sampled`` classes are expected in the sample.
 
     Args:
-        density: non-negative, not necessarily normalised, ``[..., B]``; positive on at least ``num_sampled``
-            classes. Computed in float64.
+        density: non-negative, not necessarily normalised, ``[..., B]``; positive on at least ``num_sampled`` classes.
         num_sampled: K, the number of distinct classes to sample.
-        last_size: how many classes the last entry stands for; all others stand for one.
+        last_size: the number of classes that the last entry stands for; every other entry stands for one class.
 
     Returns:
-        π of one class of each entry, float64, ``[..., B]``: within [0, 1], exactly 1 where capped, summing over
-        all classes to min(K, number of classes).
+        π of one class of each entry, in the widest type of the device, ``[..., B]``: within [0, 1], exactly 1 where
+        capped, summing over all classes to min(K, number of classes).
     """
-    density = density.double()
+    density = density.to(widest(density.device))
     num_entries = density.shape[-1]
     if num_sampled >= num_entries - 1 + last_size:
         return torch.ones_like(density)
-    # At most K entries can be capped, and they are the largest: find how many without sorting the rest.
+    # At most K entries can be capped, and they are the largest ones: the rest needs no sorting.
     top, order = density.topk(min(num_sampled + 1, num_entries), dim=-1)
     size = torch.where(order == num_entries - 1, last_size, 1)
     total = density.sum(-1, keepdim=True) + (last_size - 1) * density[..., -1:]
     capped_mass = F.pad((top * size).cumsum(-1), (1, -1))
     capped_size = F.pad(size.cumsum(-1), (1, -1))
     # κ if the j largest entries are capped; the right j is the first that leaves the next entry below one.
-    kappa = (num_sampled - capped_size) / (total - capped_mass).clamp_min(torch.finfo(torch.float64).tiny)
+    kappa = (num_sampled - capped_size) / (total - capped_mass).clamp_min(torch.finfo(density.dtype).tiny)
     num_capped = ((kappa * top <= 1) | (capped_size >= num_sampled)).to(torch.uint8).argmax(-1, keepdim=True)
     capped = torch.arange(top.shape[-1], device=density.device) < num_capped
     expected = (kappa.gather(-1, num_capped) * density).clamp_(0, 1)
@@ -51,9 +54,16 @@ def inclusion_probabilities(density: Tensor, num_sampled: int, last_size: int = 
 
 
 def systematic_points(num_items: int, num_sampled: int, generator: torch.Generator) -> Tensor:
-    """A random start in [0, 1) for each item, then steps of one: float64, ``[N, K]``, each item ascending."""
-    start = torch.rand(num_items, 1, dtype=torch.float64, generator=generator)
-    return start + torch.arange(num_sampled, dtype=torch.float64)
+    """Points u, u+1, u+2, ... with a random start u in [0, 1) per item: float64, ``[N, K]``, ascending."""
+    return unit_steps(torch.rand(num_items, 1, dtype=torch.float64, generator=generator), num_sampled)
+
+
+def unit_steps(start: Tensor, num_sampled: int) -> Tensor:
+    """The points u, u+1, u+2, ... for starts u: ``[..., K]`` for float64 ``[..., 1]``.
+
+    Starts stay so far below 1 that no point reaches the next whole number where a device rounds it to float32.
+    """
+    return start.clamp(max=1 - num_sampled * torch.finfo(torch.float32).eps) + torch.arange(num_sampled)
 
 
 def independent_points(num_items: int, num_sampled: int, generator: torch.Generator) -> Tensor:
@@ -66,17 +76,17 @@ def sample_ranks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Samples ranks for every item, with no loop over items and no work that grows with the number of classes.
 
-    Systematic sampling lays the inclusion probabilities end to end on [0, K) and reads off what lies at u, u+1,
-    u+2, ...: intervals are at most one long, so the K ranks are distinct, and each is met with probability π.
+    Systematic sampling lays the inclusion probabilities end to end on [0, K) and reads off the ranks at u, u+1,
+    u+2, ... Intervals are at most one long, so the K ranks are distinct, and each rank is met with probability π.
 
     Args:
-        density: the proposal over ranks, falling, ``[B]`` for all items or ``[N, B]``. The last entry stands for
-            all of the ranks ``B-1 .. num_ranks-1``, each with that density.
-        num_ranks: ranks to sample from.
+        density: the proposal over ranks, falling, ``[B]`` for all items or ``[N, B]``. The last entry is the density
+            of each of the ranks ``B-1 .. num_ranks-1``.
+        num_ranks: the number of ranks to sample from.
         num_items: N.
         num_sampled: K, at most ``num_ranks``.
         design: ``"pps"`` (distinct ranks, capped) or ``"replacement"`` (independent samples).
-        generator: a CPU generator; the same state gives the same sample on every device.
+        generator: a CPU generator.
 
     Returns:
         ranks ``[N, K]`` (int64), log-weights ``[N, K]`` (float32), certain ``[N, K]`` (bool).
@@ -88,51 +98,51 @@ def sample_ranks(
         expected = inclusion_probabilities(density, num_sampled, last_size)
     else:
         points = independent_points(num_items, num_sampled, generator)
-        density = density.double()
+        density = density.to(widest(density.device))
         total = density.sum(-1, keepdim=True) + (last_size - 1) * density[..., -1:]
         expected = num_sampled * density / total
-    points = points.to(density.device, non_blocking=True)
+    points = points.to(expected.device, expected.dtype, non_blocking=True)
     cumulative = torch.cat([expected[..., :-1], expected[..., -1:] * last_size], -1).cumsum(-1)
     entry = torch.searchsorted(cumulative, points, right=True).clamp(max=last)
-    sampled = expected.expand(num_items, -1).gather(1, entry)
+    inclusion = expected.expand(num_items, -1).gather(1, entry)
     before_last = (cumulative[..., -2:-1] if last else torch.zeros_like(cumulative)).expand(num_items, 1)
     within_last = ((points - before_last) / expected[..., -1:]).long().clamp(0, last_size - 1)
     ranks = torch.where(entry == last, last + within_last, entry)
-    certain = (sampled >= 1) & (design == "pps")
-    return ranks, -sampled.log().float(), certain
+    certain = (inclusion >= 1) & (design == "pps")
+    return ranks, -inclusion.log().float(), certain
 
 
 class Updates(NamedTuple):
-    """A sample among the distinct classes that items and tails sampled, made in backward: those that update the head.
+    """The sample, taken in backward, of the classes that update the head among those that items and tails sampled.
 
     Attributes:
-        number: how many.
-        start: of the systematic sample, uniform in [0, 1).
+        number: the number of classes in the sample.
+        start: start of the systematic sample, uniform in [0, 1).
     """
 
     number: int
     start: float
 
     def sample(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Capped PPS.
+        """Samples by capped PPS.
 
         Args:
-            sizes: non-negative, ``[E]``; where they are not more than ``number``, all are kept.
+            sizes: non-negative, ``[E]``; all are kept where E is at most ``number``.
 
         Returns:
-            the places of those kept, ascending, and their ω = 1/π in the type of the sizes: ``number`` of them, or
-            less where sizes are so uneven that a last step would have capped more.
+            the places of the kept sizes, ascending, and their ω = 1/π in the type of the sizes. There are ``number``
+            places, or fewer where sizes are so uneven that further steps would cap more.
         """
         if self.number >= len(sizes):
             return torch.arange(len(sizes), device=sizes.device), torch.ones_like(sizes)
         dtype = sizes.dtype
-        sizes = sizes.double().clamp_min(torch.finfo(sizes.dtype).tiny)
+        sizes = sizes.to(widest(sizes.device)).clamp_min(torch.finfo(sizes.dtype).tiny)
         scale = self.number / sizes.sum()
         for _ in range(CAPPING_STEPS):
             free = scale * sizes < 1
             scale = (self.number - len(sizes) + free.sum()) / (sizes * free).sum()
         inclusion = (scale * sizes).clamp_(max=1)
-        # A place is kept where its stretch of the sum holds a point: never twice, whatever the rounding.
+        # A place is kept where its stretch of the sum holds a point: no rounding keeps it twice.
         passed = (inclusion.cumsum(0) + self.start).floor()
         kept = passed.diff(prepend=passed.new_zeros(1)).nonzero()[:, 0]
         return kept, inclusion[kept].reciprocal().to(dtype)
@@ -141,12 +151,15 @@ class Updates(NamedTuple):
 def ranks_to_classes(ranks: Tensor, ranked_ids: Tensor) -> Tensor:
     """Class ids at the given ranks of each item.
 
-    Below the resolved depth m only the set of classes is known, not their order; rank ``m + j`` is taken to be the
-    j-th class, by id, outside the item's ranked ones. Costs O(K log m) an item, whatever the number of classes.
+    Below the resolved depth m only the set of classes is known, not their order: rank ``m + j`` stands for the
+    j-th class, by id, outside the item's ranked classes. Costs O(K log m) per item, however many classes there are.
 
     Args:
         ranks: ``[N, K]``.
         ranked_ids: the m best-ranked class ids of each item, best first, ``[N, m]``.
+
+    Returns:
+        class ids, ``[N, K]``.
     """
     depth = ranked_ids.shape[1]
     resolved = ranked_ids.gather(1, ranks.clamp(max=depth - 1))

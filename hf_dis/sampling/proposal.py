@@ -1,8 +1,6 @@
-"""Where to sample classes: proposals over teacher ranks and over classes.
+"""Proposals: the densities over teacher ranks and over classes that samples are taken from.
 
-The dynamic proposal over ranks, a mixture of Laplace distributions fitted to the disagreement of teacher and
-student, is the idea of arXiv 1812.00914; its online fit, and the density over classes for the tails that items
-share, are this project's. The fixed proposals (teacher, uniform, top-K) are the baselines.
+:class:`DISProposal` is fitted during training. The fixed proposals (teacher, uniform, top-K) are the baselines.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_dis.precision import widest
 from hf_dis.sampling.class_memory import ClassMemory
 from hf_dis.sampling.rank_proposal import RankProposal
 from hf_dis.sampling.sample import ClassSample, Statistics
@@ -21,9 +20,9 @@ class Proposal:
 
     Args:
         num_classes: C.
-        num_ranks: ranks that items sample from, m or C.
-        depth: ranks resolved one by one; the ranks below share one density.
-        device: where the teacher's targets are.
+        num_ranks: the number of ranks that items sample from: m, or C.
+        depth: the number of ranks resolved one by one; the ranks below share one density.
+        device: of the teacher's targets.
     """
 
     wants_class_mass = False
@@ -33,40 +32,53 @@ class Proposal:
         self.num_entries = depth if depth == num_ranks else depth + 1
 
     def rank_density(self, targets: TeacherTargets) -> Tensor:
-        """Density over ranks, falling: ``[B]``, or ``[n, B]`` if it depends on the item. The last of the B entries
-        stands for every rank from B-1 on."""
-        return torch.ones(self.num_entries, dtype=torch.float64, device=self.device)
+        """Density over ranks, falling: ``[B]``, or ``[n, B]`` if it depends on the item.
+
+        The last of the B entries is the density of every rank from B-1 on.
+        """
+        return torch.ones(self.num_entries, dtype=widest(self.device), device=self.device)
 
     def class_density(self) -> Tensor:
         """Density over classes for the shared tail, positive, ``[C]``."""
-        return torch.ones(self.num_classes, dtype=torch.float64, device=self.device)
+        return torch.ones(self.num_classes, dtype=widest(self.device), device=self.device)
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
-        """What the proposal learns from a step, as tensors, dense or sparse, to be summed over processes.
+        """The sums over a step that the proposal learns from, dense or sparse; empty if the proposal never learns.
 
         Args:
-            sample: the classes sampled.
-            signal: s - p, student minus teacher probability at the temperature, ``[N, R + K_t]``.
+            sample: the classes; items with a signal that is not finite have weights of zero.
+            signal: s - p, student minus teacher probability at the temperature, ``[N, R + K_t]``; zero for items with
+                a signal that is not finite.
         """
         return {}
 
     def update(self, statistics: Statistics) -> None:
-        """Learns from the statistics of a step; the same on every process."""
+        """Learns from the statistics of a step, with the same result on every process.
+
+        Args:
+            statistics: as :meth:`statistics` gives them, ``items`` and ``not_finite``, the numbers of items with and
+                without a finite signal, all summed over processes.
+        """
 
     def scalars(self) -> dict[str, float]:
-        """What to log of the proposal."""
+        """Numbers of the proposal to log, by name."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the proposal has learnt, to resume from."""
+        """Everything that the proposal has learnt, to resume from."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores a state that :meth:`state_dict` returned."""
 
 
 class TopKProposal(Proposal):
-    """The K best-ranked classes, always: a truncation, biased; kept as a baseline."""
+    """The K best-ranked classes, always: a truncation, biased; kept as a baseline.
+
+    Args:
+        num_classes, num_ranks, depth, device: as for :class:`Proposal`.
+        num_sampled: K.
+    """
 
     def __init__(
         self,
@@ -80,13 +92,19 @@ class TopKProposal(Proposal):
         self.num_sampled = num_sampled
 
     def rank_density(self, targets: TeacherTargets) -> Tensor:
-        return (torch.arange(self.num_entries, device=self.device) < self.num_sampled).double()
+        """One for the first K ranks, zero for all others, ``[B]``."""
+        return (torch.arange(self.num_entries, device=self.device) < self.num_sampled).to(widest(self.device))
 
 
 class TeacherProposal(Proposal):
     """The teacher's own distribution: fixed teacher importance sampling (FTIS), the paper's main baseline.
 
-    A share ``floor`` of it is uniform. The tail's density is the teacher's running class marginal.
+    The density of the shared tail is the teacher's running class marginal.
+
+    Args:
+        num_classes, num_ranks, depth, device: as for :class:`Proposal`.
+        floor: the uniform share, in (0, 1].
+        decay: of the marginal's running mean, in [0, 1).
     """
 
     wants_class_mass = True
@@ -105,31 +123,42 @@ class TeacherProposal(Proposal):
         self.memory = ClassMemory(num_classes, decay, device)
 
     def rank_density(self, targets: TeacherTargets) -> Tensor:
-        density = targets.log_probs.double().exp()
+        """The teacher's probabilities by rank, mixed with the uniform share, ``[n, B]``."""
+        density = targets.log_probs.to(widest(targets.log_probs.device)).exp()
         if self.num_entries > density.shape[1]:
             below = (1 - density.sum(1, keepdim=True)).clamp_min(0) / (self.num_ranks - density.shape[1])
             density = torch.cat([density, torch.minimum(below, density[:, -1:])], 1)
         return (1 - self.floor) * density + self.floor / self.num_ranks
 
     def class_density(self) -> Tensor:
+        """The teacher's marginal, mixed with the uniform share, ``[C]``."""
         return self.memory.density(self.floor, signal_share=0.0)
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
+        """As :meth:`ClassMemory.statistics`; empty where there is no shared tail."""
         return self.memory.statistics(sample, signal) if len(sample.class_mass) else {}
 
     def update(self, statistics: Statistics) -> None:
-        if statistics:
-            self.memory.update(statistics)
+        """As :meth:`ClassMemory.update`."""
+        self.memory.update(statistics)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The class memory's state."""
         return self.memory.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores a state that :meth:`state_dict` returned."""
         self.memory.load_state_dict(state)
 
 
 class DISProposal(Proposal):
-    """Dynamic importance sampling: a fitted :class:`RankProposal`, and a :class:`ClassMemory` for the tail."""
+    """Dynamic importance sampling: a fitted :class:`RankProposal`, and a :class:`ClassMemory` for the shared tail.
+
+    Args:
+        num_classes, num_ranks, depth, device: as for :class:`Proposal`.
+        floor: the uniform share, in (0, 1].
+        decay: of the running means, in [0, 1).
+    """
 
     wants_class_mass = True
 
@@ -148,29 +177,36 @@ class DISProposal(Proposal):
         self.memory = ClassMemory(num_classes, decay, device)
 
     def rank_density(self, targets: TeacherTargets) -> Tensor:
+        """The fitted mixture, ``[B]``."""
         return self.ranks.density(self.num_entries)
 
     def class_density(self) -> Tensor:
+        """Signal and teacher's marginal, mixed with the uniform share, ``[C]``."""
         return self.memory.density(self.floor)
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
+        """Those of the ranks and, where there is a shared tail, those of the classes."""
         statistics = self.ranks.statistics(sample, signal)
         if sample.tail_ids.numel():
             statistics |= self.memory.statistics(sample, signal)
         return statistics
 
     def update(self, statistics: Statistics) -> None:
+        """As :meth:`RankProposal.update` and :meth:`ClassMemory.update`."""
         self.ranks.update(statistics)
         if "tail" in statistics:
             self.memory.update(statistics)
 
     def scalars(self) -> dict[str, float]:
+        """The weight of each component, ``dis/laplace_<scale>``."""
         weights = zip(self.ranks.scales.tolist(), self.ranks.weights.tolist(), strict=True)
         return {f"dis/laplace_{scale:g}": weight for scale, weight in weights}
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The states of ranks and classes."""
         return self.ranks.state_dict() | self.memory.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores a state that :meth:`state_dict` returned."""
         self.ranks.load_state_dict(state)
         self.memory.load_state_dict(state)

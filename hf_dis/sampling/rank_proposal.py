@@ -1,8 +1,7 @@
-"""Where to sample classes: proposals over teacher ranks and over classes.
+"""The dynamic proposal over teacher ranks.
 
-The dynamic proposal over ranks, a mixture of Laplace distributions fitted to the disagreement of teacher and
-student, is the idea of arXiv 1812.00914; its online fit, and the density over classes for the tails that items
-share, are this project's. The fixed proposals (teacher, uniform, top-K) are the baselines.
+A mixture of Laplace distributions fitted to the signal is the idea of arXiv 1812.00914; the online fit is this
+project's.
 """
 
 from __future__ import annotations
@@ -10,21 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_dis.precision import widest
 from hf_dis.sampling.sample import ClassSample, Statistics
 
 
 class RankProposal:
-    """A mixture of Laplace distributions over ranks, fitted online to where teacher and student disagree.
+    """A mixture of Laplace distributions over ranks, fitted online to the ranks where teacher and student disagree.
 
     ``q(r) = (1 - ε) Σ_j w_j Lap_j(r) + ε / R``: the Laplace densities have their peak at rank 0, are cut to
     0..R-1 and have scales ½, 2, 8, 32, ... up to R. Of all proposals that depend on the rank alone, ``q ∝ D(r) =
-    sqrt(mean (s - p)²)`` has the least variance; a running mean of the importance-weighted ``(s - p)²`` at the
-    sampled ranks, in bins of ranks, estimates D², and each step moves w by one step of expectation-maximisation.
+    sqrt(mean (s - p)²)`` has the least variance. A running mean of the importance-weighted ``(s - p)²`` at the
+    sampled ranks, in bins of ranks, estimates D². A step moves w by one iteration of expectation-maximisation.
 
     Args:
         num_ranks: R.
         floor: ε, the uniform share, in (0, 1].
         decay: of the running mean, in [0, 1).
+        device: of the teacher's targets.
+
+    Attributes:
+        scales: of the components, ``[J]``.
+        weights: w, sums to one, ``[J]``.
+        edges: of the bins of ranks, ``[bins + 1]``.
     """
 
     def __init__(self, num_ranks: int, floor: float, decay: float, device: torch.device | str = "cpu"):
@@ -32,51 +38,56 @@ class RankProposal:
         num_scales = 1
         while 0.5 * 4**num_scales <= num_ranks:
             num_scales += 1
-        self.scales = 0.5 * 4.0 ** torch.arange(num_scales, dtype=torch.float64, device=device)
+        self.scales = 0.5 * 4.0 ** torch.arange(num_scales, dtype=widest(device), device=device)
         self.edges = _rank_bins(num_ranks).to(device)
-        self.bin_sizes = self.edges.diff().double()
+        self.bin_sizes = self.edges.diff().to(self.scales.dtype)
         self.component_mass = self._cumulative(self.edges).diff(dim=1)
         self.weights = torch.full_like(self.scales, 1 / num_scales)
         self.squared_signal = torch.zeros_like(self.bin_sizes)
         self.observed = self.bin_sizes.new_zeros(())
 
     def _cumulative(self, ranks: Tensor) -> Tensor:
-        """Each component's probability of the ranks before the given ones, ``[J, len(ranks)]``."""
+        """The probability that a component gives to the ranks before the given ones, ``[J, len(ranks)]``."""
         scales = self.scales[:, None]
         return torch.expm1(-ranks / scales) / torch.expm1(-self.num_ranks / scales)
 
     def density(self, num_entries: int) -> Tensor:
         """q(r) of the first ranks, ``[num_entries]``; the last entry is the mean over all ranks from there on."""
-        edges = torch.arange(num_entries + 1, dtype=torch.float64, device=self.weights.device)
+        edges = torch.arange(num_entries + 1, dtype=self.weights.dtype, device=self.weights.device)
         edges[-1] = self.num_ranks
         mixture = self.weights @ (self._cumulative(edges).diff(dim=1) / edges.diff())
         return (1 - self.floor) * mixture + self.floor / self.num_ranks
 
     def profile(self) -> Tensor:
-        """The measured disagreement D(r), one value for each bin of ranks between :attr:`edges`."""
+        """The measured D(r), one value per bin of ranks between :attr:`edges`."""
         return (self.squared_signal / self.observed.clamp_min(1e-12)).sqrt()
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
-        """Importance-weighted Σ (s - p)² in each bin of ranks, and the number of items."""
-        squared = signal[:, : sample.ranks.shape[1]].double().square() * sample.rank_weights
+        """Importance-weighted Σ (s - p)² in each bin of ranks."""
+        squared = signal[:, : sample.ranks.shape[1]].to(self.weights.dtype).square() * sample.rank_weights
         bins = torch.bucketize(sample.ranks, self.edges[1:], right=True)
-        summed = squared.new_zeros(len(self.bin_sizes)).index_add_(0, bins.flatten(), squared.flatten())
-        return {"rank_squared": summed, "items": summed.new_full((), len(sample))}
+        return {"rank_squared": torch.zeros_like(self.bin_sizes).index_add_(0, bins.flatten(), squared.flatten())}
 
     def update(self, statistics: Statistics) -> None:
-        """Takes the statistics of a step (summed over processes) into the running mean; one EM step on w."""
+        """Takes the statistics of a step into the running mean, and w one iteration further.
+
+        Args:
+            statistics: ``rank_squared`` as :meth:`statistics` gives it and ``items``, the number of items, both summed
+                over processes.
+        """
         items = statistics["items"]
-        renewal = (1 - self.decay) * (items > 0)  # a step may have no item: a batch without a supervised token
+        renewal = (1 - self.decay) * (items > 0)  # a batch without a supervised token has no item
         self.squared_signal.lerp_(statistics["rank_squared"] / (items.clamp_min(1) * self.bin_sizes), renewal)
         self.observed.lerp_(torch.ones_like(self.observed), renewal)
         wanted = self.bin_sizes * self.profile()
         joint = (1 - self.floor) * self.weights[:, None] * self.component_mass
         proposed = joint.sum(0) + self.floor * self.bin_sizes / self.num_ranks
-        # The tiny term keeps the weights where they are while nothing disagrees.
+        # The tiny term keeps the weights constant while the signal is zero.
         weights = (joint / proposed) @ wanted + 1e-12 * self.weights
         self.weights = weights / weights.sum()
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The weights, and the running mean with its own weight."""
         return {
             "rank_weights": self.weights,
             "rank_squared_signal": self.squared_signal,
@@ -84,6 +95,7 @@ class RankProposal:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores a state that :meth:`state_dict` returned."""
         self.weights.copy_(state["rank_weights"])
         self.squared_signal.copy_(state["rank_squared_signal"])
         self.observed.copy_(state["rank_observed"])

@@ -1,9 +1,8 @@
-"""Sampling classes: inclusion probabilities, the two samplers, and the sample that one training step works on.
+"""The sample of one training step: classes, importance weights and the teacher's answers.
 
 A sample is made of up to three strata: classes sampled from each item's teacher ranking, the item's label, and a tail
-that items share. Each stratum carries importance weights ω = 1/π (π: the probability that the class is in the
-sample) and the teacher's exact mass, so that the losses need nothing else. Capped probability-proportional-to-size
-sampling and the strata are this project's; sampling with replacement is the setting of arXiv 1812.00914.
+that items share. A stratum carries importance weights ω = 1/π and the teacher's exact mass, so that the losses need
+nothing else. The strata are this project's.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from hf_dis.sampling.designs import Updates
 
-# Sums over a step from which a proposal learns, dense or sparse; summed over processes before.
+# Sums over the items of a step that a proposal learns from, dense or sparse; summed over processes before an update.
 Statistics = dict[str, Tensor]
 
 
@@ -28,21 +27,21 @@ class ClassSample:
     There are G tails, and item i uses tail ``i mod G``.
 
     Attributes:
-        item_ids: class ids sampled for each item, ``[N, R]``.
+        item_ids: class ids sampled per item, ``[N, R]``.
         tail_ids: class ids of each tail, ascending, ``[G, K_t]``.
-        log_weights: log ω for every column, ``[N, R + K_t]``; ``-inf`` where an item does not use a column
-            because it holds the same class in another.
-        certain: whether the class was in the sample with probability one, ``[N, R + K_t]``.
+        log_weights: log ω of every column, ``[N, R + K_t]``; ``-inf`` where an item does not use a column because
+            another of its columns holds the same class.
+        certain: true where the class had the inclusion probability 1, ``[N, R + K_t]``.
         log_probs: the teacher's log-probabilities at the temperature, ``[N, R + K_t]``.
         target: estimated teacher probabilities, each item sums to one, ``[N, R + K_t]``.
-        ranks: the teacher's rank of the K ranked columns, ``[N, K]``, 0 is its favourite.
+        ranks: the teacher's rank of the K ranked columns, ``[N, K]``; 0 is the best-ranked class.
         rank_weights: ω of the K ranked columns before the label is taken out, ``[N, K]``.
-        outside_top: whether a shared class lies outside the item's ranked classes, ``[N, K_t]``.
-        class_mass: the teacher's probability of each class outside the items' ranked ones, summed over items,
-            ``[C]``; empty if the proposal has no use for it.
-        has_label: whether column ``R - 1`` is the label's.
-        with_replacement: whether an item may hold a class in several of its ranked columns.
-        updates: which of the sampled classes update the head; all of them if None.
+        outside_top: true where a shared class lies outside the item's ranked classes, ``[N, K_t]``.
+        class_mass: the teacher's probability of each class outside the items' ranked classes, summed over items,
+            ``[C]``; empty for a proposal without a use for it.
+        has_label: column ``R - 1`` is the label's.
+        with_replacement: an item may hold a class in several of its ranked columns.
+        updates: the sample of the classes that update the head; all sampled classes update the head if None.
     """
 
     item_ids: Tensor
@@ -64,19 +63,41 @@ class ClassSample:
 
     @property
     def label_column(self) -> int:
+        """The column of the label, where the sample was made with labels."""
         return self.item_ids.shape[1] - 1
+
+    def finite_items(self, signal: Tensor) -> Tensor:
+        """True for items whose signal is finite at every column that they use, ``[N]`` for ``[N, R + K_t]``.
+
+        The student's probability at an unused column may overflow: no other column bounds its logit.
+        """
+        return signal.masked_fill(self.log_weights.isneginf(), 0).sum(1).isfinite()
+
+    def without_items(self, left_out: Tensor) -> ClassSample:
+        """The sample with weights of zero for some items, so that no statistic counts them.
+
+        Args:
+            left_out: bool, ``[N]``.
+        """
+        return replace(
+            self,
+            rank_weights=self.rank_weights.masked_fill(left_out[:, None], 0),
+            outside_top=self.outside_top & ~left_out[:, None],
+        )
 
     @staticmethod
     def cat(samples: Sequence[ClassSample]) -> ClassSample:
-        """Joins the samples of consecutive chunks of items; they have the layout and the tails in common, of which those
-        are left out that no item uses."""
+        """Joins the samples of consecutive chunks of items, which have layout and tails in common.
+
+        Tails that no item uses are left out.
+        """
         used_tails = samples[0].tail_ids[: max(1, sum(map(len, samples)))]
         if len(samples) == 1:
             return replace(samples[0], tail_ids=used_tails)
         summed = sum(sample.class_mass for sample in samples)
         whole = ("tail_ids", "class_mass", "has_label", "with_replacement", "updates")
-        per_row = [field.name for field in fields(ClassSample) if field.name not in whole]
-        joined = {name: torch.cat([vars(sample)[name] for sample in samples]) for name in per_row}
+        per_item = [field.name for field in fields(ClassSample) if field.name not in whole]
+        joined = {name: torch.cat([vars(sample)[name] for sample in samples]) for name in per_item}
         return replace(samples[0], tail_ids=used_tails, class_mass=summed, **joined)
 
 
@@ -86,9 +107,9 @@ class Stratum(NamedTuple):
     Attributes:
         ids: classes, ``[N, K]``.
         log_weights: log ω, ``[N, K]``; ``-inf`` where a column is not used.
-        certain: whether the class is in the sample with probability one, ``[N, K]``.
-        log_probs: the teacher's, ``[N, K]``.
-        mass: the teacher's probability of all classes that could have been sampled, ``[N]``.
+        certain: true where the class has the inclusion probability 1, ``[N, K]``.
+        log_probs: the teacher's log-probabilities, ``[N, K]``.
+        mass: the teacher's probability of all classes that the stratum samples from, ``[N]``.
     """
 
     ids: Tensor
@@ -98,15 +119,20 @@ class Stratum(NamedTuple):
     mass: Tensor
 
     def without(self, label: Stratum, held: Tensor) -> Stratum:
-        """Gives way to the label's column: the class is not used here, and where held its mass is taken out."""
+        """Gives way to the label's own column: columns of the label's class are not used.
+
+        Args:
+            label: the stratum of the label, ``[N, 1]``.
+            held: true where the label's class is one of this stratum, ``[N]``; its mass is taken out there.
+        """
         log_weights = self.log_weights.masked_fill(self.ids == label.ids, -torch.inf)
         return self._replace(log_weights=log_weights, mass=self.mass - label.mass * held)
 
     def target(self) -> Tensor:
         """The teacher's probabilities, estimated so that they sum to the mass, ``[N, K]``.
 
-        Certain classes keep their probability; the others share what is left of the mass in proportion to ω·p (a
-        ratio estimator). Where nothing was sampled that could carry the rest, it is left out.
+        Certain classes keep their probability. The other classes share the rest of the mass in proportion to ω·p (a
+        ratio estimator). Where no sampled class can carry the rest, the rest is left out.
         """
         used = self.log_weights > -torch.inf
         exact = self.log_probs.exp().masked_fill(~(self.certain & used), 0)

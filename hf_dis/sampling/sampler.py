@@ -1,7 +1,8 @@
-"""ClassSampler: a proposal and a layout, sampling the classes of a step and learning from what came of it."""
+"""ClassSampler: samples the classes of a step from a proposal, and lets the proposal learn from the step."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require, require_number
+from hf_dis.precision import widest
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum
@@ -20,19 +22,22 @@ from hf_dis.teacher.targets import TeacherTargets
 class ClassSampler:
     """Samples the classes of a step from a proposal, in one of two layouts.
 
-    - ``num_shared = 0``: K classes for each item over all C ranks, the setting of arXiv 1812.00914.
+    - ``num_shared = 0``: K classes per item from all C ranks, the setting of arXiv 1812.00914.
     - ``num_shared = K_t``: K of each item's m best-ranked classes, and a tail of K_t classes that items share.
 
     Args:
-        proposal: where to sample, see :mod:`hf_dis.proposal`.
+        proposal: the densities to sample from, see :mod:`hf_dis.sampling.proposal`.
         num_classes: C.
-        num_sampled: K, classes sampled for each item.
-        num_shared: K_t, classes of a tail; 0 for the per-item layout.
-        num_tails: G, tails of a step: item i uses tail ``i mod G``.
+        num_sampled: K, the number of classes sampled per item.
+        num_shared: K_t, the number of classes of a tail; 0 for the per-item layout.
+        num_tails: G, tails per step: item i uses tail ``i mod G``.
         rank_depth: m, the depth to which the teacher's ranking is resolved.
-        design: ``"pps"`` or ``"replacement"``; the latter only with ``num_shared = 0``.
-        num_updated: U: at most U N of the distinct sampled classes update the head; all of them if None.
+        design: ``"pps"`` or ``"replacement"``; the latter with ``num_shared = 0`` only.
+        num_updated: U: at most U·N of the distinct sampled classes update the head; all of them if None.
         seed: of the sampler's own generator; give every process its own.
+
+    Attributes:
+        not_finite: the number of items so far from which the proposal did not learn, their signal being NaN or Inf.
     """
 
     def __init__(
@@ -55,24 +60,26 @@ class ClassSampler:
         self.num_sampled = min(num_sampled, self.num_ranks)
         self.design, self.num_updated = design, num_updated
         self.generator = torch.Generator().manual_seed(seed)
+        self.not_finite = torch.zeros((), dtype=torch.long, device=proposal.device)
 
     @property
     def columns(self) -> int:
-        """Student logits computed for each item, the label's aside: K + K_t."""
+        """Student logits computed per item, K + K_t; the label's is not counted."""
         return self.num_sampled + self.num_shared
 
     def sample(self, teacher: Iterable[TeacherTargets], labels: Tensor | None = None) -> ClassSample:
         """Samples for all items of a step.
 
         Args:
-            teacher: the items' ranked targets, chunk by chunk; each chunk is dropped before the next is made.
-            labels: class ids ``[N]``, always in the sample if given.
+            teacher: the items' ranked targets, chunk by chunk, at least one chunk. A chunk is released before the
+                next is made.
+            labels: class ids ``[N]``; always in the sample if given.
         """
         if self.num_shared:
             tails = sample_tails(self.proposal.class_density(), self.num_shared, self.num_tails, self.generator)
         else:
             none = torch.empty(1, 0, dtype=torch.long, device=self.proposal.device)
-            tails = Tails(none, none.double())
+            tails = Tails(none, none.to(widest(none.device)))
         samples, first_item = [], 0
         for targets in teacher:
             items = slice(first_item, first_item + len(targets))
@@ -88,37 +95,13 @@ class ClassSampler:
     def _sample_chunk(
         self, targets: TeacherTargets, tails: Tails, first_item: int, labels: Tensor | None
     ) -> ClassSample:
-        num_items = len(targets)
-        ranks, log_weights, certain = sample_ranks(
-            self.proposal.rank_density(targets),
-            self.num_ranks,
-            num_items,
-            self.num_sampled,
-            self.design,
-            self.generator,
-        )
-        ids = ranks_to_classes(ranks, targets.ids)
-        top_mass = targets.log_probs.exp().sum(1)
-        if not self.num_shared:
-            top_mass = torch.ones_like(top_mass)
-        ranked = Stratum(ids, log_weights, certain, targets.log_prob(ids), top_mass)
-
-        tail_ids, shared_weights, shared_certain = tails.of_items(first_item, num_items)
+        ranks, ranked = self._sample_ranked(targets)
         outside_top = ~is_member(targets.ids, tails.ids, first_item)
-        shared = Stratum(
-            ids=tail_ids,
-            log_weights=shared_weights.masked_fill(~outside_top, -torch.inf),
-            certain=shared_certain,
-            log_probs=targets.log_prob(tail_ids),
-            mass=1 - top_mass,
-        )
+        shared = _shared_stratum(targets, tails, first_item, outside_top, 1 - ranked.mass)
         strata = [ranked, shared]
         if labels is not None:
-            label = labels[:, None]
-            log_prob = targets.log_prob(label)
-            zero = torch.zeros_like(label, dtype=torch.float32)
-            own = Stratum(label, zero, torch.ones_like(label, dtype=torch.bool), log_prob, log_prob[:, 0].exp())
-            in_top = (targets.ids == label).any(1) | (not self.num_shared)
+            own = _label_stratum(targets, labels)
+            in_top = (targets.ids == own.ids).any(1) | (not self.num_shared)
             strata = [ranked.without(own, in_top), own, shared.without(own, ~in_top)]
 
         target = torch.cat([stratum.target() for stratum in strata], 1)
@@ -129,46 +112,107 @@ class ClassSampler:
             log_weights=torch.cat([stratum.log_weights for stratum in strata], 1),
             certain=torch.cat([stratum.certain for stratum in strata], 1),
             log_probs=torch.cat([stratum.log_probs for stratum in strata], 1),
-            # All zero where only classes that the teacher gives nothing were sampled: the item then says nothing.
+            # All zero where the teacher gives every sampled class the probability 0: the item then has no loss.
             target=target / target.sum(1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny),
             ranks=ranks,
-            rank_weights=log_weights.exp(),
+            rank_weights=ranked.log_weights.exp(),
             outside_top=outside_top,
             class_mass=targets.class_mass() if wants_mass else target.new_empty(0),
             has_label=labels is not None,
             with_replacement=self.design == "replacement",
         )
 
+    def _sample_ranked(self, targets: TeacherTargets) -> tuple[Tensor, Stratum]:
+        """K ranks per item, ``[n, K]``, and their classes as a stratum."""
+        ranks, log_weights, certain = sample_ranks(
+            self.proposal.rank_density(targets),
+            self.num_ranks,
+            len(targets),
+            self.num_sampled,
+            self.design,
+            self.generator,
+        )
+        ids = ranks_to_classes(ranks, targets.ids)
+        mass = targets.log_probs.exp().sum(1)
+        if not self.num_shared:
+            mass = torch.ones_like(mass)
+        return ranks, Stratum(ids, log_weights, certain, targets.log_prob(ids), mass)
+
     def learn(
         self, sample: ClassSample, signal: Tensor, reduce: Callable[[Statistics], Statistics] | None = None
     ) -> None:
-        """Lets the proposal learn from a step.
+        """Lets the proposal learn from a step; items whose signal is NaN or Inf are left out and counted.
 
         Args:
-            sample: the classes sampled.
-            signal: s - p at every column, as :func:`hf_dis.loss.divergence.sampled_distillation_loss` returns it.
-            reduce: sums the statistics over processes, see :func:`hf_dis.distributed.sums.sum_over_processes`; not needed
-                with one.
+            sample: the classes.
+            signal: s - p at every column, ``[N, R + K_t]``, as
+                :func:`hf_dis.loss.divergence.sampled_forward_kl` returns it.
+            reduce: sums the statistics over processes, see :func:`hf_dis.distributed.sums.sum_over_processes`; not
+                needed with one process.
         """
         with torch.no_grad():
-            statistics = self.proposal.statistics(sample, signal)
-            if statistics:
-                self.proposal.update(reduce(statistics) if reduce else statistics)
+            finite = sample.finite_items(signal)
+            signal = signal.masked_fill(~finite[:, None], 0)
+            statistics = self.proposal.statistics(sample.without_items(~finite), signal)
+            if not statistics:
+                return
+            statistics |= {"items": finite.sum(), "not_finite": (~finite).sum()}
+            if reduce is not None:
+                statistics = reduce(statistics)
+            self.proposal.update(statistics)
+            self.not_finite += statistics["not_finite"]
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers to log, read from the device: the proposal's, and ``dis/not_finite`` if any item was left out.
+
+        Warns once if any item was left out.
+        """
+        scalars, not_finite = self.proposal.scalars(), int(self.not_finite)
+        if not_finite:
+            warnings.warn(  # Python shows it once
+                "logits of student or teacher had NaN or Inf: dis/not_finite is the number of these items, from which "
+                "the proposal learns nothing. Lower the learning rate, or use bfloat16 where float16 overflows",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+            scalars["dis/not_finite"] = not_finite
+        return scalars
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The proposal's state and the generator's."""
-        return {**self.proposal.state_dict(), "generator": self.generator.get_state()}
+        """The states of proposal and generator, and the number of items left out."""
+        return {
+            **self.proposal.state_dict(),
+            "generator": self.generator.get_state(),
+            "not_finite": self.not_finite,
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state_dict` gave: the next sample is the one that would have come next."""
+        """Restores a state that :meth:`state_dict` returned: the stream of samples continues from there."""
         self.generator.set_state(state["generator"])
+        self.not_finite.copy_(state["not_finite"])
         self.proposal.load_state_dict(state)
+
+
+def _shared_stratum(
+    targets: TeacherTargets, tails: Tails, first_item: int, outside_top: Tensor, mass: Tensor
+) -> Stratum:
+    """The shared tail as a stratum of consecutive items; classes of an item's top are not used."""
+    ids, log_weights, certain = tails.of_items(first_item, len(targets))
+    return Stratum(ids, log_weights.masked_fill(~outside_top, -torch.inf), certain, targets.log_prob(ids), mass)
+
+
+def _label_stratum(targets: TeacherTargets, labels: Tensor) -> Stratum:
+    """The label's class as a stratum of its own, certain to be sampled."""
+    ids = labels[:, None]
+    log_probs = targets.log_prob(ids)
+    log_weights = torch.zeros_like(ids, dtype=torch.float32)
+    return Stratum(ids, log_weights, torch.ones_like(ids, dtype=torch.bool), log_probs, log_probs[:, 0].exp())
 
 
 def make_sampler(
     num_classes: int, spec: SamplerSpec | None = None, *, seed: int = 0, device: torch.device | str = "cpu"
 ) -> ClassSampler:
-    """Makes a sampler for C classes of a teacher that knows every class.
+    """Makes a sampler for C classes of a teacher that gives a logit for every class.
 
     Args:
         num_classes: C >= 1.
@@ -177,12 +221,13 @@ def make_sampler(
         device: of the teacher's targets.
 
     Raises:
-        TypeError, ValueError: if C or ``spec`` is out of range, or the two do not fit.
+        TypeError: if C is no whole number.
+        ValueError: if C is below 1, or ``spec`` asks for more classes per item than ranks are resolved.
     """
     require_number("num_classes", num_classes, int)
     require(num_classes >= 1, "num_classes", num_classes, "1 or more")
     spec = (spec or SamplerSpec()).resolved()
-    # With all classes sampled for each item there is nothing left to share; a truncation has no tail.
+    # With all classes sampled per item no class is left to share; a truncation has no tail.
     all_sampled = spec.num_sampled_classes >= num_classes
     num_shared = 0 if spec.proposal == "topk" or all_sampled else min(spec.num_shared_classes, num_classes)
     depth = min(spec.rank_depth, num_classes)
@@ -208,7 +253,7 @@ def make_proposal(
 
     Args:
         kind: the class of the proposal.
-        ranks: C, the ranks that items sample from, the ranks resolved one by one.
+        ranks: C, the number of ranks that items sample from, and the number of ranks resolved one by one.
         spec: how classes are sampled.
         device: of the teacher's targets.
     """

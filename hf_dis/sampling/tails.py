@@ -1,9 +1,6 @@
-"""Sampling classes: inclusion probabilities, the two samplers, and the sample that one training step works on.
+"""Shared tails: classes that are sampled once per step for many items, and how items find them.
 
-A sample is made of up to three strata: classes sampled from each item's teacher ranking, the item's label, and a tail
-that items share. Each stratum carries importance weights ω = 1/π (π: the probability that the class is in the
-sample) and the teacher's exact mass, so that the losses need nothing else. Capped probability-proportional-to-size
-sampling and the strata are this project's; sampling with replacement is the setting of arXiv 1812.00914.
+A step has G tails of K_t classes, and item i uses tail ``i mod G``. The shared tails are this project's.
 """
 
 from __future__ import annotations
@@ -13,35 +10,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_dis.sampling.designs import inclusion_probabilities
+from hf_dis.precision import widest
+from hf_dis.sampling.designs import inclusion_probabilities, unit_steps
 
 
 class Tails(NamedTuple):
     """The tails of a step: item i uses tail ``i mod G``.
 
     Attributes:
-        ids: class ids, ascending in each tail, ``[G, K_t]``.
-        inclusion: their π, float64, ``[G, K_t]``.
+        ids: class ids, distinct and ascending in each tail, ``[G, K_t]``.
+        inclusion: π of these classes, in the widest type of the device, ``[G, K_t]``.
     """
 
     ids: Tensor
     inclusion: Tensor
 
     def of_items(self, first_item: int, num_items: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Class ids, log ω and whether the class is certain, for consecutive items: ``[n, K_t]`` each."""
+        """Class ids, log ω and certain (bool) for consecutive items: ``[n, K_t]`` each."""
         parts = self.ids, -self.inclusion.log().float(), self.inclusion >= 1
         return tuple(of_items(part, first_item, num_items) for part in parts)
 
 
 def of_items(tails: Tensor, first_item: int, num_items: int) -> Tensor:
-    """What consecutive items find in their tails: ``[n, K_t]`` for ``[G, K_t]``."""
+    """The tail of each of some consecutive items: ``[n, K_t]`` for ``[G, K_t]``."""
     if len(tails) == 1:
         return tails.expand(num_items, -1)
     return tails.index_select(0, torch.arange(first_item, first_item + num_items, device=tails.device) % len(tails))
 
 
 def by_tail(items: Tensor, num_tails: int) -> Tensor:
-    """The items of each tail: ``[G, n, ...]`` for ``[N, ...]``, with zeros where a tail has an item less than others."""
+    """The items of each tail: ``[G, n, ...]`` for ``[N, ...]``, with zeros where a tail has an item fewer."""
     missing = -len(items) % num_tails
     if missing:
         items = torch.cat([items, items.new_zeros(missing, *items.shape[1:])])
@@ -49,54 +47,54 @@ def by_tail(items: Tensor, num_tails: int) -> Tensor:
 
 
 def by_item(tails: Tensor, num_items: int) -> Tensor:
-    """What :func:`by_tail` made of the items, in their order again: ``[N, ...]`` for ``[G, n, ...]``."""
+    """The inverse of :func:`by_tail`: items in their order, ``[N, ...]`` for ``[G, n, ...]``."""
     return tails.transpose(0, 1).flatten(0, 1)[:num_items]
 
 
 def sample_tails(density: Tensor, num_sampled: int, num_tails: int, generator: torch.Generator) -> Tails:
     """Samples the tails that the items of a step share, each ``num_sampled`` distinct classes by capped PPS.
 
-    The tails are evenly spaced systematic samples of one random start: together they hold as many different classes
-    as they can, and their errors balance where a gradient is summed over items.
+    The tails are evenly spaced systematic samples of one random start. Together they hold as many different classes as
+    they can, and their errors balance where a gradient is summed over items.
 
     Args:
         density: over classes, positive, ``[C]``.
-        num_sampled: K_t; where there are not more classes, one tail of all of them.
+        num_sampled: K_t; if C is at most K_t, the result is one tail of all classes.
         num_tails: G.
         generator: a CPU generator.
     """
-    num_classes = len(density)
+    num_classes, dtype = len(density), widest(density.device)
     if num_sampled >= num_classes:
         ids = torch.arange(num_classes, device=density.device)[None]
-        return Tails(ids, torch.ones_like(ids, dtype=torch.float64))
-    density = density.double()
+        return Tails(ids, torch.ones_like(ids, dtype=dtype))
+    density = density.to(dtype)
     # At most K_t classes can be capped, and they are the largest; all others are one entry of their mean size.
     largest = density.topk(num_sampled).values
     num_others = num_classes - num_sampled
-    others = (density.sum() - largest.sum()) / num_others
+    others = ((density.sum() - largest.sum()) / num_others).clamp_min(torch.finfo(dtype).tiny)
     scale = inclusion_probabilities(torch.cat([largest, others[None]]), num_sampled, num_others)[-1] / others
     # In units of the density: the classes' shares end to end, and the points on them.
     start = torch.rand(1, dtype=torch.float64, generator=generator)
     starts = (start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1
-    points = starts[:, None] + torch.arange(num_sampled)
-    points = points.to(density.device, non_blocking=True) / scale
+    points = unit_steps(starts[:, None], num_sampled)
+    points = points.to(density.device, dtype, non_blocking=True) / scale
     ids = torch.searchsorted(density.clamp_max(1 / scale).cumsum(0), points, right=True).clamp(max=num_classes - 1)
     return Tails(ids, (scale * density.take(ids)).clamp_(max=1))
 
 
 def is_member(ids: Tensor, tail_ids: Tensor, first_item: int = 0) -> Tensor:
-    """Which classes of its tail each item holds among its own.
+    """Tells which classes of its tail an item holds among its own.
 
     Args:
         ids: classes of consecutive items, ``[n, m]``.
         tail_ids: of each tail, ascending, ``[G, K_t]``.
-        first_item: where the items are in the batch.
+        first_item: index of the first of these items in the batch.
 
     Returns:
         bool, ``[n, K_t]``.
     """
     num_tails, num_shared = tail_ids.shape
-    tail_ids = tail_ids.roll(-first_item, 0)  # that of the first item is the first
+    tail_ids = tail_ids.roll(-first_item, 0)  # the tail of the first item comes first
     items = by_tail(ids, num_tails)
     held = torch.zeros(*items.shape[:2], num_shared + 1, dtype=torch.bool, device=ids.device)
     if num_shared:

@@ -1,8 +1,8 @@
-"""Distilling from stored targets: what the sample and the losses see of a teacher that is not there.
+"""Stored teacher targets: CachedTargets and CachedTeacher stand in for a teacher that is not loaded.
 
-A stored item knows m ranked classes exactly and T classes that stand for its tail; of all others it knows nothing. The
-target of the loss lies on the stored classes alone, and the student's normaliser needs the student alone: so every
-item computes its stored classes, for certain, and further classes are sampled for the normaliser only.
+A stored item knows m ranked classes exactly, and T classes that stand for its tail. Nothing is known of all other
+classes. The target of the loss lies on the stored classes alone, and the student's normaliser needs the student alone.
+So every item computes its stored classes for certain, and further classes are sampled for the normaliser only.
 """
 
 from __future__ import annotations
@@ -17,32 +17,33 @@ from hf_dis.errors import DataError
 from hf_dis.items import Items
 from hf_dis.teacher.compact import CompactTargets, TargetLayout
 
-# Stands for the log-probability of a class about which the item has nothing stored: none, as far as float32 can tell
-# beside one. A processor takes the exponential of lower ones, which are denormal or zero, ten times as long.
+# The log-probability of a class of which nothing is stored: its probability vanishes beside one in float32.
+# Exponentials of lower numbers are denormal or zero, which takes a processor ten times as long.
 UNKNOWN = -80.0
 # The column of a batch that holds the stored targets of its examples.
 TARGETS = "teacher_targets"
-# Fills up examples with fewer items than others of their batch.
+# The byte that fills up examples with fewer items than the longest of their batch.
 FILLER = 255
 
 
 class CachedTargets:
-    """Stored targets of some items as columns of a sample.
+    """Prepares stored targets as columns of a sample.
 
-    The target is unbiased over the sample that was stored. The log-probability of a stored tail class is not known:
-    each carries their mean, by which the target's negative entropy is the one that was stored.
+    The target is unbiased over the stored sample. The log-probability of a single tail class is unknown. Every tail
+    class carries the mean of the tail, with which the target's entropy is the stored entropy.
 
     Args:
         targets: as stored.
         num_classes: C.
 
     Attributes:
-        ids: the stored classes, ranked ones first, then those of the tail, ``[n, m + T]``.
-        used: false where a tail class repeats the one before it, ``[n, m + T]``.
-        target: estimated teacher probabilities, each item sums to one, zero where not used, ``[n, m + T]``.
-        log_probs: the ranked classes' log-probabilities, then the tail's mean, ``[n, m + T]``.
+        ids: the stored classes, ranked ones first, then the tail's, ``[n, m + T]``.
+        used: false where a tail class repeats another column of the item, ``[n, m + T]``.
+        target: estimated teacher probabilities, ``[n, m + T]``. Each item sums to one; zero where not used, and in a
+            tail without mass.
+        log_probs: log-probabilities of the ranked classes, then the mean of the tail, ``[n, m + T]``.
         depth: m.
-        compact: as stored.
+        compact, num_classes: as given.
     """
 
     def __init__(self, targets: CompactTargets, num_classes: int):
@@ -52,15 +53,16 @@ class CachedTargets:
         first = torch.ones_like(tail, dtype=torch.bool)
         first[:, 1:] = tail[:, 1:] != tail[:, :-1]
         run = first.cumsum(1) - 1
+        first &= ~_are_ranked(tail, targets.ids)
         times = torch.zeros_like(tail_mass.expand(tail.shape)).scatter_add_(1, run, tail_mass.expand(tail.shape))
         tail_target = times.gather(1, run) / max(1, tail.shape[1]) * first
         target = torch.cat([ranked, tail_target], 1)
         log_probs = targets.log_probs.clamp_min(UNKNOWN)
         known = (ranked * log_probs).sum(1, keepdim=True)
-        # No tail class is likelier than the last ranked one; where the tail is next to nothing, rounding may say so.
+        # No tail class is likelier than the last ranked one; with a tiny tail the rounded quotient may exceed it.
         highest = log_probs[:, -1:] if self.depth else torch.zeros_like(known)
-        mean_log_prob = ((-targets.entropy[:, None] - known) / tail_mass).nan_to_num(UNKNOWN)
-        mean_log_prob = torch.minimum(mean_log_prob.clamp_min(UNKNOWN), highest)
+        mean_log_prob = ((-targets.entropy[:, None] - known) / tail_mass).clamp_min(UNKNOWN)
+        mean_log_prob = torch.minimum(mean_log_prob, highest).masked_fill(tail_mass == 0, UNKNOWN)
         self.ids = torch.cat([targets.ids, tail], 1)
         self.used = torch.cat([torch.ones_like(ranked, dtype=torch.bool), first], 1)
         self.target = target / target.sum(1, keepdim=True)
@@ -70,15 +72,15 @@ class CachedTargets:
         return len(self.ids)
 
     def all_classes(self) -> CachedTargets:
-        """What a loss on all classes needs of the teacher."""
+        """Returns the teacher's answers for a loss on all classes: the stored classes stand for all."""
         return self
 
     def thinned(self, points: Tensor) -> CachedTargets:
-        """The targets with a part of the stored sample of each item.
+        """Keeps a part of the stored sample of each item; the target stays unbiased.
 
         Args:
-            points: a systematic sample of ``[0, k)`` for each item, ``[n, k]``: each stored class is kept with the
-                same probability, and the kept ones are spread evenly, so the target stays unbiased.
+            points: a systematic sample of ``[0, k)`` for each item, ``[n, k]``. Each stored class is kept with the
+                same probability, and the kept classes are spread evenly.
         """
         stored = self.compact.stored_ids
         every = stored.shape[1] / points.shape[1]
@@ -88,13 +90,15 @@ class CachedTargets:
         )
 
     def class_mass(self) -> Tensor:
-        """An unbiased estimate of :meth:`hf_dis.teacher.targets.TeacherTargets.class_mass`, ``[C]``."""
+        """Estimates :meth:`hf_dis.teacher.targets.TeacherTargets.class_mass` without bias, ``[C]``."""
         tail = self.target[:, self.depth :]
         return tail.new_zeros(self.num_classes).index_add_(0, self.ids[:, self.depth :].flatten(), tail.flatten())
 
 
 class CachedTeacher:
-    """Answers from what a cache put into the batch; stands where :class:`hf_dis.teacher.online.OnlineTeacher` does.
+    """Answers with the targets that a cache put into the batch, in place of an online teacher.
+
+    The interface is that of :class:`hf_dis.teacher.online.OnlineTeacher`.
 
     Args:
         layout: of the stored targets.
@@ -107,8 +111,13 @@ class CachedTeacher:
     def __call__(self, inputs: Any, items: Items, check_values: bool = True) -> Iterator[CachedTargets]:
         """Yields the targets of all items as one chunk.
 
+        Args:
+            inputs: not read.
+            items: of the batch, with their stored targets.
+            check_values: look into the targets; on an accelerator this waits for the device.
+
         Raises:
-            DataError: if the batch has not come with targets, with those of other items, or with what no teacher says.
+            DataError: if the batch has no targets, or the targets of another number of items, or unsound targets.
         """
         if items.targets is None:
             raise DataError(
@@ -120,12 +129,16 @@ class CachedTeacher:
         yield CachedTargets(targets, self.layout.num_classes)
 
     def all_classes(self, inputs: Any, items: Items, check_values: bool = True) -> Iterator[CachedTargets]:
-        """The same: the stored classes stand for all."""
+        """Yields the same: the stored classes stand for all classes."""
         return self(inputs, items, check_values)
 
 
 def check_targets(items: Items) -> None:
-    """Raises DataError if a cache's targets are not those of as many items as the batch has."""
+    """Checks that a cache holds targets of as many items as the batch has.
+
+    Raises:
+        DataError: if the numbers differ.
+    """
     if len(items.targets) != len(items):
         raise DataError(
             f"the cache holds targets of {len(items.targets)} items for this batch, and {len(items)} are supervised: "
@@ -134,31 +147,47 @@ def check_targets(items: Items) -> None:
 
 
 def unpack_targets(layout: TargetLayout, packed: Tensor, check_values: bool) -> CompactTargets:
-    """The targets of stored items, uint8 ``[n, item_bytes]``, on their device.
+    """Unpacks stored items, on their device.
 
     Args:
-        layout: of their cache.
-        packed: the items.
-        check_values: whether to look at them; on an accelerator this waits for the device.
+        layout: of the cache.
+        packed: the items, uint8 ``[n, item_bytes]``.
+        check_values: look into the targets; on an accelerator this waits for the device.
 
     Raises:
-        DataError: if they name classes that there are not, or their probabilities do not sum to one, as far as half
-            precision tells.
+        DataError: if class ids are outside 0..C-1, or probabilities do not sum to one to half precision.
     """
     targets = layout.unpack(packed)
     if check_values:
         mass = targets.log_probs.exp().sum(1) + targets.log_tail_mass.exp()
-        is_known = torch.cat([targets.ids, targets.stored_ids], 1).lt(layout.num_classes).all(1)
-        sound = is_known & ((mass - 1).abs() < 0.1) & (targets.entropy + targets.log_normaliser).isfinite()
+        in_range = torch.cat([targets.ids, targets.stored_ids], 1).lt(layout.num_classes).all(1)
+        sound = in_range & ((mass - 1).abs() < 0.1) & (targets.entropy + targets.log_normaliser).isfinite()
         if not sound.all():
             raise DataError(
-                f"{int((~sound).sum())} of {len(sound)} stored items are no answer about {layout.num_classes} classes: "
-                "the cache was not written by hf_dis, or was altered since; write it again"
+                f"{int((~sound).sum())} of {len(sound)} stored items are no answer about {layout.num_classes} "
+                "classes: class ids have to be below that, and probabilities have to sum to one. The cache was not "
+                "written by hf_dis, or was altered since; write it again"
             )
     return targets
 
 
 def stored_items(found: Tensor) -> Tensor:
-    """The items of all examples, one after another, of what a look-up in a cache found: ``[items, bytes]``."""
-    # An item ends with a float32, which is NaN where its last bytes are all ones.
+    """Joins the stored items of all examples, without the filler between them.
+
+    Args:
+        found: the result of a look-up in a cache, uint8 ``[B, most items, bytes]``.
+
+    Returns:
+        ``[N, bytes]``.
+    """
+    # An item ends with a finite float32; a float32 whose last two bytes are all ones is NaN.
     return found[(found[..., -2:] != FILLER).any(-1)]
+
+
+def _are_ranked(ids: Tensor, ranked: Tensor) -> Tensor:
+    """Tells which ids, ``[n, T]``, are among the ranked classes of their item, ``[n, m]``: bool, ``[n, T]``."""
+    if not ranked.shape[1]:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    in_order = ranked.sort(1).values
+    place = torch.searchsorted(in_order, ids.contiguous()).clamp_(max=ranked.shape[1] - 1)
+    return in_order.gather(1, place) == ids

@@ -1,9 +1,9 @@
-"""A teacher's answer in a few bytes: the ranked classes as they are, and an unbiased sample of all others.
+"""A teacher's answer in a few bytes: the ranked classes, and an unbiased stored sample of all other classes.
 
-The m best-ranked classes keep their probability. The rest of the mass is told by T classes, sampled systematically: the
-tail's probabilities are laid end to end and read off at T equally spaced points with one random start, so that a class
-is met T p / mass times on average and each time stands for mass / T. A tail class therefore costs its id and
-nothing else. Switched independently, and with m = 0, this is the estimator of "Sparse Logit Sampling" (RS-KD, ACL 2025).
+The m best-ranked classes keep their probability. T classes stand for the rest of the mass, the tail. Systematic
+sampling lays the probabilities of the tail end to end, and reads T equally spaced points with one random start. Then
+a class is met T p / mass times on average, and stands for mass / T each time, so it costs no more than its id. With
+independent samples and m = 0 this is the estimator of "Sparse Logit Sampling" (RS-KD, ACL 2025).
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_dis.checks import require
 from hf_dis.teacher.targets import BLOCK_ELEMENTS, top_ranked, widen
 
-# How the stored sample of an item is taken.
+# The designs of a stored sample.
 STORED_DESIGNS = ("systematic", "independent")
 
 
 class CompactTargets(NamedTuple):
-    """What is kept of a teacher's view of some items, at a temperature.
+    """The part of a teacher's answers that a cache keeps, at a temperature.
 
     Attributes:
         ids: the m best-ranked classes, best first, ``[n, m]``.
-        log_probs: their log-probabilities, ``[n, m]``.
-        stored_ids: T classes sampled from the others, ascending, each as often as it was sampled, ``[n, T]``.
-        log_tail_mass: log-probability of all classes that are not ranked, ``[n]``.
+        log_probs: log-probabilities of the ranked classes, ``[n, m]``.
+        stored_ids: the stored sample: T classes of the tail, ascending, each as often as it was sampled, ``[n, T]``.
+            Where the tail has no mass, one class that is not ranked, T times.
+        log_tail_mass: log-probability of all classes that are not ranked, ``[n]``; -inf where they have no mass.
         entropy: of the whole distribution, in nats, ``[n]``.
-        log_normaliser: of the teacher's logits over the temperature, ``[n]``: they are log-probability plus this.
+        log_normaliser: log Σ exp(logit / τ), ``[n]``.
     """
 
     ids: Tensor
@@ -52,13 +54,18 @@ def compact_targets(
     """Ranks each item and samples from its tail, by blocks of items that stay in a processor's cache.
 
     Args:
-        logits: the teacher's, ``[n, C]``; finite, or -inf for masked classes.
+        logits: of the teacher, ``[n, C]``; finite, or -inf for masked classes.
         temperature: τ > 0.
         depth: m, from 0 to C.
-        sample_size: T >= 0.
+        sample_size: T >= 0; 0 where all classes are ranked.
         generator: a CPU generator; the same state gives the same sample on every device.
         design: ``"systematic"``, or ``"independent"``: T independent samples.
+
+    Raises:
+        ValueError: if all classes are ranked and T is above 0.
     """
+    no_tail = depth >= logits.shape[1]
+    require(not (no_tail and sample_size), "sample_size", sample_size, "0 where depth is the number of classes")
     starts = torch.rand(len(logits), 1 if design == "systematic" else sample_size, generator=generator)
     items = max(1, BLOCK_ELEMENTS // logits.shape[1])
     blocks = [
@@ -74,16 +81,18 @@ def _compact_block(scaled: Tensor, depth: int, sample_size: int, start: Tensor) 
     mass = (scaled - highest).exp_()
     total = mass.sum(1, keepdim=True)
     log_normaliser = highest + total.log()
-    # A masked class has a logit of -inf, and no part in the entropy.
+    # A masked class has a logit of -inf, and adds nothing to the entropy.
     lowest = torch.finfo(scaled.dtype).min
     entropy = log_normaliser[:, 0] - torch.linalg.vecdot(mass, scaled.clamp_min(lowest)) / total[:, 0]
     cumulative = mass.scatter_(1, ids, 0).cumsum(1)
     tail = cumulative[:, -1:]
     if start.shape[1] == 1:
         start = (start + torch.arange(sample_size, device=start.device)) / max(1, sample_size)
-    # Below the sum, whatever the rounding: the first class to exceed a point then has a probability.
+    # A point stays below the sum, whatever the rounding: the first class to exceed the point then has a probability.
     points = torch.minimum(start.sort(1).values * tail, torch.nextafter(tail, torch.zeros_like(tail)))
-    stored_ids = torch.searchsorted(cumulative, points, right=True).clamp_(max=scaled.shape[1] - 1)
+    stored_ids = torch.searchsorted(cumulative, points, right=True)
+    # Where the probabilities of the tail underflow to zero, no class exceeds a point.
+    stored_ids = torch.where(tail > 0, stored_ids, _first_unranked(ids)[:, None])
     return CompactTargets(
         ids,
         top - log_normaliser,
@@ -94,9 +103,15 @@ def _compact_block(scaled: Tensor, depth: int, sample_size: int, start: Tensor) 
     )
 
 
+def _first_unranked(ids: Tensor) -> Tensor:
+    """Finds the lowest class that is not among the ranked classes of each item: ``[n]`` for ``[n, m]``, m < C."""
+    in_order = ids.sort(1).values
+    return (in_order == torch.arange(ids.shape[1], device=ids.device)).cumprod(1).sum(1)
+
+
 @dataclass(frozen=True)
 class TargetLayout:
-    """How the targets of an item are laid out in bytes, the same number for every item.
+    """The layout of an item's targets in bytes, the same number for every item.
 
     In this order, least significant bit and byte first: m + T ids of ``id_bits`` bits each, filled up to a whole
     byte; m log-probabilities, the log tail mass and the entropy in float16; the log-normaliser in float32.
@@ -113,30 +128,42 @@ class TargetLayout:
 
     @classmethod
     def within(cls, num_bytes: int, num_classes: int, depth: int) -> TargetLayout:
-        """As many samples as fit into an item of so many bytes, one for each class of the tail at most; below 0 where the
-        ranked classes do not fit."""
+        """Makes a layout with the largest stored sample that fits, of one class per class of the tail at most.
+
+        Args:
+            num_bytes: per item, at most.
+            num_classes: C.
+            depth: m.
+
+        Returns:
+            the layout; its ``sample_size`` is below 0 where the ranked classes do not fit.
+        """
         ranked = cls(num_classes, depth, 0)
         left = 8 * (num_bytes - 2 * depth - 8) - depth * ranked.id_bits
         return cls(num_classes, depth, min(left // ranked.id_bits, num_classes - depth))
 
     @property
     def id_bits(self) -> int:
+        """Bits of a class id."""
         return max(1, (self.num_classes - 1).bit_length())
 
     @property
     def num_stored(self) -> int:
+        """m + T, the ids of an item."""
         return self.depth + self.sample_size
 
     @property
     def id_bytes(self) -> int:
+        """Bytes of an item's ids."""
         return -(-self.num_stored * self.id_bits // 8)
 
     @property
     def item_bytes(self) -> int:
+        """Bytes of an item."""
         return self.id_bytes + 2 * self.depth + 8
 
     def pack(self, targets: CompactTargets) -> Tensor:
-        """Targets of n items as bytes: uint8, ``[n, item_bytes]``."""
+        """Packs the targets of n items into bytes: uint8, ``[n, item_bytes]``."""
         halves = torch.cat([targets.log_probs, targets.log_tail_mass[:, None], targets.entropy[:, None]], 1)
         parts = [
             pack_integers(torch.cat([targets.ids, targets.stored_ids], 1), self.id_bits),
@@ -146,22 +173,36 @@ class TargetLayout:
         return torch.cat(parts, 1)
 
     def unpack(self, packed: Tensor) -> CompactTargets:
-        """What :meth:`pack` was given, for uint8 ``[n, item_bytes]``; numbers in float32."""
+        """Unpacks targets from uint8 ``[n, item_bytes]``, the reverse of :meth:`pack`; numbers are float32."""
         ids, halves, normaliser = packed.split([self.id_bytes, 2 * self.depth + 4, 4], 1)
         ids = unpack_integers(ids, self.num_stored, self.id_bits)
-        log_probs, log_tail_mass, entropy = halves.clone().view(torch.float16).float().split([self.depth, 1, 1], 1)
+        log_probs, log_tail_mass, entropy = _numbers(halves, torch.float16).split([self.depth, 1, 1], 1)
         return CompactTargets(
             ids[:, : self.depth],
             log_probs,
             ids[:, self.depth :],
             log_tail_mass[:, 0],
             entropy[:, 0],
-            normaliser.clone().view(torch.float32)[:, 0],
+            _numbers(normaliser, torch.float32)[:, 0],
         )
 
 
+def _numbers(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Reads bytes ``[n, bytes]`` as numbers of a type; float32."""
+    # A plain copy of a single item keeps the stride of its item, which may not be a multiple of a number's bytes.
+    return packed.clone(memory_format=torch.contiguous_format).view(dtype).float()
+
+
 def pack_integers(values: Tensor, bits: int) -> Tensor:
-    """Integers within 0..2^bits - 1, ``[n, k]``, as a stream of bits in each item: uint8, ``[n, ceil(k bits / 8)]``."""
+    """Packs integers as a stream of bits per item.
+
+    Args:
+        values: within 0..2^bits - 1, ``[n, k]``.
+        bits: of an integer, at most 33.
+
+    Returns:
+        uint8, ``[n, ceil(k bits / 8)]``.
+    """
     first = torch.arange(values.shape[1], device=values.device) * bits
     spanned = (bits + 14) // 8
     stream = values.new_zeros(len(values), -(-values.shape[1] * bits // 8) + spanned)
@@ -172,7 +213,16 @@ def pack_integers(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_integers(packed: Tensor, count: int, bits: int) -> Tensor:
-    """What :func:`pack_integers` packed: int64, ``[n, count]``."""
+    """Unpacks integers, the reverse of :func:`pack_integers`.
+
+    Args:
+        packed: uint8, ``[n, ceil(count bits / 8)]``.
+        count: k, integers per item.
+        bits: of an integer.
+
+    Returns:
+        int64, ``[n, k]``.
+    """
     first = torch.arange(count, device=packed.device) * bits
     spanned = (bits + 14) // 8
     padded = F.pad(packed, (0, spanned))

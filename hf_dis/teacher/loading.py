@@ -1,4 +1,4 @@
-"""The teacher that runs beside the student."""
+"""Loading a teacher, placing it on a device, and checking that it is separate from the student."""
 
 from __future__ import annotations
 
@@ -14,32 +14,45 @@ from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 
 def placed(teacher: nn.Module, device: torch.device) -> nn.Module:
-    """The teacher on the training device, unless it was quantised or spread over devices when it was loaded; without
-    the keys and values that a language model keeps for generation."""
+    """Puts a teacher on a device, and turns off the cache of keys and values that is meant for generation.
+
+    A teacher stays where it is if it was quantised, or if accelerate has offloaded it or spread it over devices.
+
+    Args:
+        teacher: changed in place.
+        device: of the training.
+
+    Returns:
+        the teacher.
+    """
     if hasattr(teacher, "config") and hasattr(teacher.config, "use_cache"):
         teacher.config.use_cache = False
-    stays = getattr(teacher, "is_quantized", False) or getattr(teacher, "hf_device_map", None)
+    has_hooks = any("_hf_hook" in module.__dict__ for module in teacher.modules())
+    stays = has_hooks or getattr(teacher, "is_quantized", False) or getattr(teacher, "hf_device_map", None)
     return teacher if stays else teacher.to(device)
 
 
 def check_separate(student: nn.Module, teacher: nn.Module) -> None:
-    """Checks that no parameter of the student is also one of the teacher, which is frozen.
+    """Checks that student and teacher share no parameter: the teacher is frozen.
+
+    Args:
+        student, teacher: the models.
 
     Raises:
-        ValueError: names the parameters that are shared.
+        ValueError: if they share parameters; names the first five.
     """
     theirs = {id(parameter) for parameter in teacher.parameters()}
     shared = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]
     if shared:
         listed = ", ".join(shared[:5]) + (f" and {len(shared) - 5} more" if len(shared) > 5 else "")
         raise ValueError(
-            f"teacher and student share {len(shared)} parameters ({listed}), which the frozen teacher would keep from "
-            "being trained: give the teacher modules of its own, by copy.deepcopy or by loading it anew"
+            f"teacher and student share {len(shared)} parameters ({listed}): the teacher is frozen, so the student "
+            "needs parameters of its own; make the teacher by copy.deepcopy, or load it separately"
         )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a checkpoint, or None if there is none."""
+    """Loads the tokenizer beside a checkpoint; None if there is none."""
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError):
@@ -48,8 +61,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
 
 @contextmanager
 def _not_in_pieces() -> Iterator[None]:
-    """Under ZeRO-3 ``from_pretrained`` keeps a piece of each weight on each process, and only a DeepSpeed engine of
-    the model's own puts them together: the teacher is loaded whole on each instead."""
+    """Loads models whole on each process within a context, also under ZeRO-3.
+
+    There ``from_pretrained`` would leave a piece of each weight on each process, and only a DeepSpeed engine of the
+    model's own puts the pieces together.
+    """
     config = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -67,14 +83,14 @@ def load_teacher(name_or_path: str) -> PreTrainedModel:
 
     Raises:
         OSError: if there is no such checkpoint.
-        ValueError: if the checkpoint does not name a class of transformers.
+        ValueError: if the checkpoint names no class of transformers.
     """
     try:
         architectures = AutoConfig.from_pretrained(name_or_path).architectures or ["none"]
     except (OSError, ValueError) as error:
         raise OSError(
             f"the teacher {name_or_path!r} cannot be loaded: {error}. It has to be a folder with a checkpoint of "
-            "transformers (its config.json), or the name of one on the Hub that is within reach"
+            "transformers (config.json and weights), or the name of a checkpoint on the Hub"
         ) from error
     teacher_class = getattr(transformers, architectures[0], None)
     if teacher_class is None:
@@ -84,6 +100,6 @@ def load_teacher(name_or_path: str) -> PreTrainedModel:
         )
     with _not_in_pieces():
         teacher = teacher_class.from_pretrained(name_or_path)
-    # For the model card: from_pretrained itself does not keep the commit.
+    # The model card names the commit, which from_pretrained does not keep.
     teacher.config._commit_hash = extract_commit_hash(cached_file(name_or_path, CONFIG_NAME), None)
     return teacher

@@ -1,4 +1,4 @@
-"""The teacher that runs beside the student."""
+"""OnlineTeacher: a teacher that runs beside the student, its answers ranked in chunks of items."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from hf_dis.items import Items
+from hf_dis.models.provenance import stored_values
 from hf_dis.models.tasks import base_model, find_task, num_outputs
 from hf_dis.teacher.stream import LogitStream
 from hf_dis.teacher.targets import TeacherTargets, check_teacher_logits
 
 
 class OnlineTeacher:
-    """A teacher that runs beside the student and is ranked by chunks of items.
+    """Ranks the answers of a teacher that runs beside the student, chunk by chunk.
 
-    No ``[N, C]`` tensor outlives a chunk. Never trained, never saved, in evaluation mode throughout.
+    No ``[N, C]`` tensor outlives a chunk. The model is frozen, in evaluation mode, and never saved.
 
     Args:
-        model: any model that returns ``.logits``, ``[B, C]`` or ``[B, S, C]``.
-        num_classes: C, those that it shares with the student: the first of its own.
+        model: any model that returns ``.logits``, ``[B, C]`` or ``[B, S, C]``; may be offloaded or spread.
+        num_classes: C, the first classes of the model, which it shares with the student.
         temperature: τ > 0.
-        depth: m, how many ranks to resolve.
-        chunk_items: items a chunk; by default as many as keep a chunk's logits within 64 MiB.
+        depth: m, the ranks to resolve.
+        chunk_items: items per chunk; None: as many as keep the logits of a chunk within 64 MiB.
         context: entered around each forward; ``accelerator.autocast`` for mixed precision.
     """
 
@@ -45,18 +46,24 @@ class OnlineTeacher:
         self.stream = LogitStream(model, self.num_outputs, chunk_items, context)
 
     def __call__(self, inputs: dict[str, Tensor], items: Items, check_values: bool = True) -> Iterator[TeacherTargets]:
-        """Yields the ranked targets of each chunk of items, in order; see :meth:`all_classes`."""
-        # map holds no chunk back, as a loop's variable would while the next one is computed.
+        """Yields the ranked targets of each chunk of items, in order; takes the arguments of :meth:`all_classes`."""
+        # map keeps no chunk while the next one is computed, as the variable of a loop would.
         return map(self._rank, self.all_classes(inputs, items, check_values))
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the teacher's weights, from at most 128 values of each: another teacher has another one."""
+        """A digest of the teacher's weights, 16 characters, from at most 128 values of each weight.
+
+        Values that are out of reach on the meta device stand for their name, shape and type.
+        """
         digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            values = tensor.flatten()[:: max(1, tensor.numel() // 64)]
+        for name, tensor in stored_values(self.model):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(values.to("cpu", torch.float64).numpy().tobytes())
+            if tensor.is_meta:
+                digest.update(str(tensor.dtype).encode())
+            else:
+                values = tensor.flatten()[:: max(1, tensor.numel() // 64)].cpu()  # MPS has no float64
+                digest.update(values.to(torch.float64).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def _rank(self, logits: Tensor) -> TeacherTargets:
@@ -67,12 +74,12 @@ class OnlineTeacher:
 
         Args:
             inputs: of the model, without labels.
-            items: which to ask for.
+            items: the items wanted.
             check_values: look for NaN and Inf; on an accelerator this waits for the device.
 
         Raises:
-            ValueError: if the logits do not have as many columns as said.
-            FloatingPointError: if they hold NaN or Inf; names the items.
+            ValueError: if the logits have another number of columns than the model has classes.
+            FloatingPointError: if the logits hold NaN or Inf; names the items.
         """
         first_item = 0
         for logits in self.stream(inputs, items):
@@ -83,5 +90,5 @@ class OnlineTeacher:
 
 
 def _num_outputs(model: nn.Module) -> int | None:
-    """How many classes a transformers model answers for; None for any other module."""
+    """Counts the classes of a transformers model; None for any other module."""
     return num_outputs(model, find_task(model)) if hasattr(base_model(model), "config") else None

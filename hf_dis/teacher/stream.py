@@ -1,4 +1,4 @@
-"""A model's logits by chunks of items, so that they never exist as a whole."""
+"""LogitStream: a model's logits in chunks of items, so that all logits never exist at the same time."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ logger = logging.get_logger(__name__)
 
 
 class LogitStream:
-    """The logits of a model's items, chunk by chunk, without gradient.
+    """Computes the logits of a model's items chunk by chunk, without gradient.
 
-    Where its output layer can be told from the rest, the model runs once, up to that layer, which is then applied to
-    chunks of items; so memory is that of one chunk, however many items and classes there are. This is compared with the
-    whole model on the first batch. Otherwise the whole model runs on chunks of examples.
+    Where the output layer can be told from the rest, the model runs once, up to that layer. The layer is then applied
+    to chunks of items, so memory is that of one chunk. The first batch compares this with the whole model.
+    Otherwise the whole model runs on chunks of examples.
+
+    The model may be offloaded or spread over devices: the logits are on the device of the inputs.
 
     Args:
         model: any model that returns ``.logits``, ``[B, C]`` or ``[B, S, C]``.
-        num_outputs: how many classes it answers for.
-        chunk_items: items a chunk; by default as many as keep a chunk's logits within 64 MiB.
+        num_outputs: classes of the output layer.
+        chunk_items: items per chunk; None: as many as keep the logits of a chunk within 64 MiB.
         context: entered around each forward; ``accelerator.autocast`` for mixed precision.
     """
 
@@ -42,53 +44,66 @@ class LogitStream:
     ):
         self.model, self.context = model, context
         self.chunk_items = chunk_items or max(1, CHUNK_ELEMENTS // num_outputs)
-        self._head = self.after_head = self._why = None
+        self._head: nn.Module | None = None
+        self._why: str | None = None
         self._is_compared = False
         if hasattr(base_model(model), "config"):
             try:
                 self._head = model.get_submodule(find_head(model, num_outputs))
-                self.after_head = AfterHead.of(base_model(model))
             except ValueError as error:
                 self._run_whole(str(error))
 
+    @property
+    def after_head(self) -> AfterHead:
+        """The operations after the output layer, read anew: moving a model replaces its buffers."""
+        return AfterHead.of(base_model(self.model))
+
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor], items: Items) -> Iterator[Tensor]:
-        """Yields the logits of the items in order, ``[n, C]`` each; at least one chunk, be it empty.
+        """Yields the logits of the items in order, ``[n, C]`` per chunk; without items one empty chunk.
 
         Args:
             inputs: of the model, without labels.
-            items: which to compute.
+            items: the items wanted.
         """
         if not self.splits(inputs, items):
             if self._why is not None:
                 logger.warning_once(
-                    f"{type(self.model).__name__} cannot be split before its output layer ({self._why}): it is run on "
-                    "chunks of examples, whose logits are held at a time"
+                    f"{type(self.model).__name__} cannot be split before its output layer ({self._why}): it runs on "
+                    "chunks of examples, whose logits exist at the same time"
                 )
             return self._by_examples(inputs, items)
         with self.context():
-            features = items.of(head_features(self.model, self._head, inputs))
-        return map(self.of_features, features.split(self.chunk_items))
+            features = head_features(self.model, self._head, self._brought(inputs)).to(_device(inputs))
+        return map(self.of_features, items.of(features).split(self.chunk_items))
 
     @torch.no_grad()
     def splits(self, inputs: dict[str, Tensor], items: Items) -> bool:
-        """Tells if the model can be split before its output layer; compared on the first batch that is given."""
+        """Tells if the model can be split before its output layer.
+
+        The first call compares the logits of one example.
+
+        Args:
+            inputs: of the model, without labels.
+            items: of the batch.
+        """
         if self._head is not None and not self._is_compared:
             self._compare(inputs, items)
         return self._head is not None
 
     @torch.no_grad()
     def of_features(self, features: Tensor) -> Tensor:
-        """The model's logits ``[n, C]`` of what its output layer is given, ``[n, d]``."""
+        """Computes the logits ``[n, C]`` for the input of the output layer, ``[n, d]``, on the same device."""
         with self.context():
-            return self.after_head(self._head(features))
+            logits = self.after_head(self._head(features.to(_weights_device(self._head, features.device))))
+        return logits.to(features.device)
 
     def _by_examples(self, inputs: dict[str, Tensor], items: Items) -> Iterator[Tensor]:
         chunk_examples = max(1, self.chunk_items // items.length)
         first_position = 0
         for chunk in split_examples(inputs, items.num_examples, chunk_examples):
             with torch.no_grad(), self.context():
-                logits = self.model(**chunk).logits
+                logits = self.model(**self._brought(chunk)).logits.to(_device(inputs))
             if items.positions is not None:
                 num_examples = len(logits)
                 here = items.positions - first_position
@@ -99,16 +114,23 @@ class LogitStream:
             del logits
 
     def _compare(self, inputs: dict[str, Tensor], items: Items) -> None:
-        """Whether the split model gives what the whole one does, on the first example."""
+        """Compares the split model with the whole model on the first example."""
         self._is_compared = True
-        first = next(split_examples(inputs, items.num_examples, 1))
+        if self.after_head.bias is not None and self.after_head.bias.is_meta:
+            self._run_whole("the bias after its output layer is offloaded")
+            return
+        device = _device(inputs)
+        first = self._brought(next(split_examples(inputs, items.num_examples, 1)))
         with self.context(), evaluating(self.model):
-            whole = self.model(**first).logits
-            features = head_features(self.model, self._head, first)
-            if features.shape[:-1] != whole.shape[:-1]:
-                self._run_whole("it picks tokens after its output layer")
-                return
-            split = self.after_head(self._head(features))
+            whole = self.model(**first).logits.to(device)
+            features = head_features(self.model, self._head, first).to(device)
+        if not features.is_floating_point():
+            self._run_whole("its output layer is its embedding")
+            return
+        if features.shape[:-1] != whole.shape[:-1]:
+            self._run_whole("it picks tokens after its output layer")
+            return
+        split = self.of_features(features)
         eps = max(torch.finfo(whole.dtype).eps, torch.finfo(features.dtype).eps)
         largest = whole.abs().nan_to_num(0, 0, 0).max().clamp_min(1)
         tolerance = 16 * eps * float(largest)
@@ -117,3 +139,18 @@ class LogitStream:
 
     def _run_whole(self, why: str) -> None:
         self._head, self._why = None, why
+
+    def _brought(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Brings inputs to the model's device; the hooks of an offloaded model bring them by themselves."""
+        device = _weights_device(self.model, _device(inputs))
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _device(inputs: dict[str, Tensor]) -> torch.device:
+    return next(value for value in inputs.values() if isinstance(value, Tensor)).device
+
+
+def _weights_device(module: nn.Module, default: torch.device) -> torch.device:
+    """Returns the device of a module's weights, or a default where there are none or they are offloaded."""
+    first = next(module.parameters(), None)
+    return default if first is None or first.is_meta else first.device

@@ -1,4 +1,4 @@
-"""Publishing the student: its model card, and what to do where the Hub does not take it."""
+"""The model card of a distilled student."""
 
 from __future__ import annotations
 
@@ -23,32 +23,26 @@ logger = logging.get_logger(__name__)
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-
-
-# Where the proposals of the method are; a proposal of the user's own is named by its class.
+# A proposal from elsewhere is the user's own and is named by its class.
 PACKAGE = "hf_dis."
 UNKNOWN = "unknown"
-
-
 NOT_USED = "not used: every logit was computed"
-
-
-# What an evaluation logs that says nothing about the student.
+# Logs of an evaluation that are no property of the student.
 NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def model_card(trainer: DISTrainerMixin, **summary: Any) -> ModelCard:
     """The card of a trainer's student: teacher, data, every setting of the method, last probe and evaluation.
 
-    What is not known is stated as unknown. Of a teacher or student in a local directory only the directory's name is
-    given, as the card is public.
+    A fact that is not known is stated as unknown. The card is public, so the path of a local teacher or student is
+    shortened to the name of its directory.
 
     Args:
         trainer: after training, or before.
-        **summary: what the user says of it, see :meth:`DISTrainerMixin.create_model_card`.
+        **summary: facts that the user adds; see :meth:`DISTrainerMixin.create_model_card`.
 
     Raises:
-        ValueError: if what was given makes no valid card; says what is wrong.
+        ValueError: if no valid card can be made with ``summary``; names the cause.
     """
     try:
         tags = list(dict.fromkeys([*_listed(summary.get("tags")), *trainer._tag_names]))
@@ -77,7 +71,7 @@ def _rendered(trainer: DISTrainerMixin, said: TrainingSummary) -> ModelCard:
         )
         for task in tasks or [UNKNOWN]
         for name, value in metrics.items()
-        # The table shows the others; the Hub's metadata takes numbers only.
+        # The Hub's metadata takes finite numbers only; the table of the card shows all metrics.
         if isinstance(value, (int, float)) and math.isfinite(value)
     ]
     data = ModelCardData(
@@ -101,7 +95,7 @@ def _rendered(trainer: DISTrainerMixin, said: TrainingSummary) -> ModelCard:
         facts=_cells(
             {
                 **_teacher(trainer),
-                "Data set": ", ".join(dataset) or UNKNOWN,
+                "Dataset": ", ".join(dataset) or UNKNOWN,
                 **_settings(trainer),
             }
         ),
@@ -114,7 +108,7 @@ def _rendered(trainer: DISTrainerMixin, said: TrainingSummary) -> ModelCard:
 
 
 def _loading(student: nn.Module, repo_id: str) -> str:
-    """Markdown with the Python that loads a published student; an adapter goes onto the model it was trained on."""
+    """Markdown with the Python that loads a published student; an adapter is loaded onto its base model."""
     model = base_model(student)
     name = type(model).__name__
     module = "transformers" if hasattr(transformers, name) else type(model).__module__
@@ -144,27 +138,27 @@ def _teacher(trainer: DISTrainerMixin) -> dict[str, str]:
 
 def _settings(trainer: DISTrainerMixin) -> dict[str, Any]:
     distiller = trainer.distiller
-    args, sampler = trainer.args, distiller.sampler
+    settings, sampler = distiller.arguments, distiller.sampler
     kind = type(sampler.proposal)
     sampled = {
-        "Classes sampled for each row (K)": sampler.num_sampled,
-        "Classes of a tail that rows share (K_t)": sampler.num_shared,
-        "Tails sampled a step": sampler.num_tails,
-        "Classes updating the head for each row": sampler.num_updated or "all that were sampled",
+        "Classes sampled per item (K)": sampler.num_sampled,
+        "Classes of a shared tail (K_t)": sampler.num_shared,
+        "Shared tails per step": sampler.num_tails,
+        "Classes per item that update the head": sampler.num_updated or "all sampled classes",
         "Rank depth (m)": sampler.rank_depth,
-        "Proposal": args.proposal if kind.__module__.startswith(PACKAGE) else kind.__name__,
+        "Proposal": settings.proposal if kind.__module__.startswith(PACKAGE) else kind.__name__,
         "Design": sampler.design,
-        "Steps on all classes before": args.get_exact_warmup_steps(trainer.state.max_steps),
+        "Exact warm-up steps": settings.get_exact_warmup_steps(trainer.state.max_steps),
     }
-    if trainer.distiller.mode == "exact":
+    if distiller.mode == "exact":
         sampled = dict.fromkeys(sampled, NOT_USED)
-    head_rate = args.learning_rate if args.head_learning_rate is None else args.head_learning_rate
+    head_rate = trainer.args.learning_rate if settings.head_learning_rate is None else settings.head_learning_rate
     return {
-        "Classes (C)": trainer.distiller.num_classes,
+        "Classes (C)": distiller.num_classes,
         **sampled,
-        "Temperature": args.temperature,
-        "Weight of the hard labels": args.hard_label_weight,
-        "Head mode": trainer.distiller.mode,
+        "Temperature": settings.temperature,
+        "Weight of the hard labels": settings.hard_label_weight,
+        "Head mode": distiller.mode,
         "Head's learning rate": head_rate,
     }
 
@@ -183,11 +177,11 @@ def _last_probe(log_history: list[dict[str, float]]) -> dict[str, str] | None:
 def _why_no_probe(trainer: DISTrainerMixin) -> str:
     if trainer.distiller.mode == "exact":
         return "Nothing was sampled: every logit was computed."
-    return f"{UNKNOWN.capitalize()}: they were not compared (`probe_steps={trainer.args.probe_steps}`)."
+    return f"{UNKNOWN.capitalize()}: the two were not compared (`probe_steps={trainer.args.probe_steps}`)."
 
 
 def _last_evaluation(log_history: list[dict[str, float]]) -> tuple[dict[str, float], int | None]:
-    """The metrics of the last step with an evaluation, of all its evaluation sets, and that step."""
+    """The metrics of the last step with an evaluation, on all evaluation sets, and the number of that step."""
     logs = [log for log in log_history if any(name.startswith("eval_") for name in log)]
     metrics = {}
     for log in logs:
@@ -204,5 +198,5 @@ def _cells(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _listed(value: str | list[str | None] | None) -> list[str]:
-    """Without None, which stands for the name of a data set that was made in memory."""
+    """The entries but None, which stands for the name of a dataset that was made in memory."""
     return [one for one in ([value] if isinstance(value, str) else value or []) if one is not None]

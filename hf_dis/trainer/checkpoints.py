@@ -1,7 +1,7 @@
-"""Checkpoints: the sampler's state, process by process, and weights under the names that the model gives them.
+"""Checkpoints: the sampler's state of each process, and weights under the names that the model gives them.
 
-A resumed run is the uninterrupted one; where it cannot be, because a checkpoint is torn or the run was set up
-differently, it says so. docs/reliability.md has the rules.
+A resumed run repeats the uninterrupted run. A warning or an error tells where it cannot, because a checkpoint is torn
+or the run was set up differently. docs/reliability.md has the rules.
 """
 
 from __future__ import annotations
@@ -19,22 +19,12 @@ from transformers.utils import logging
 from hf_dis.arguments import DISArguments
 from hf_dis.distributed.processes import of_first_process, process_index
 from hf_dis.sampling.sampler import ClassSampler
-from hf_dis.trainer.manifest import (
-    MANIFEST,
-    check_whole,
-    last_whole_checkpoint,
-    mark_unfinished,
-    read_manifest,
-    write_manifest,
-)
+from hf_dis.trainer.manifest import MANIFEST, check_whole, last_whole_checkpoint, read_manifest
 
 if TYPE_CHECKING:
     from hf_dis.trainer.mixin import DISTrainerMixin
 
-__all__ = ["mark_unfinished", "write_manifest"]
-
 logger = logging.get_logger(__name__)
-
 
 STATE_FILE = "dis_state_{rank}.safetensors"
 
@@ -47,7 +37,7 @@ def find_whole(asked: str | bool, output_dir: str) -> str:
         output_dir: of the training.
 
     Raises:
-        ValueError: if the checkpoint, or every checkpoint there is, is torn; names the file.
+        ValueError: if the checkpoint, or every checkpoint of ``output_dir``, is torn; names the file.
     """
     if asked is not True:
         check_whole(asked)
@@ -59,7 +49,7 @@ def find_whole(asked: str | bool, output_dir: str) -> str:
         except ValueError as error:
             return error
 
-    # One process looks, so that all of them resume from the same step.
+    # One process looks, so that all processes resume from the same step.
     found = of_first_process(look)
     if isinstance(found, ValueError):
         raise found
@@ -78,7 +68,7 @@ def save_sampler(sampler: ClassSampler, output_dir: str) -> None:
 
 
 def describe_run(trainer: DISTrainerMixin) -> dict[str, Any]:
-    """What a resumed run should have in common with the run of a trainer, for JSON."""
+    """The properties of a trainer's run that a resumed run should have too, for JSON."""
     args, distiller = trainer.args, trainer.distiller
     settings = {one.name: getattr(distiller.arguments, one.name) for one in fields(DISArguments)}
     return {
@@ -90,13 +80,13 @@ def describe_run(trainer: DISTrainerMixin) -> dict[str, Any]:
 
 
 def compare_runs(trainer: DISTrainerMixin, checkpoint: str | None) -> Callable[[ClassSampler], None]:
-    """Reports in what a run differs from the run that saved its checkpoint.
+    """Warns of each difference between a run and the run that saved its checkpoint.
 
     Returns:
-        a function that restores a sampler from the checkpoint, for the time after the optimizer's state is loaded.
+        a function that restores a sampler from the checkpoint, to be called once the optimizer's state is loaded.
 
     Raises:
-        ValueError: if the optimizer's state cannot be continued with what changed.
+        ValueError: if the optimizer's state cannot be continued with a changed setting.
     """
     saved = None if checkpoint is None else read_manifest(checkpoint)
     if saved is not None:
@@ -105,18 +95,28 @@ def compare_runs(trainer: DISTrainerMixin, checkpoint: str | None) -> Callable[[
 
     def restore(sampler: ClassSampler) -> None:
         if saved is not None:
-            _restore_sampler(sampler, checkpoint, saved["processes"], trainer.args.seed)
+            restore_sampler(sampler, checkpoint, saved["processes"], trainer.args.seed)
         elif checkpoint is not None:
             _warn(
                 f"{checkpoint} has no {MANIFEST}: another trainer saved it, or save_only_model was set. The proposal "
-                "and its random samples start anew, so this run will not repeat the interrupted one"
+                "and its random samples start anew, so this run will not repeat the interrupted run"
             )
 
     return restore
 
 
-def _restore_sampler(sampler: ClassSampler, checkpoint: str, processes: int, seed: int) -> None:
-    """The proposal is the same on all processes; each has a generator of its own, or starts it if it is new."""
+def restore_sampler(sampler: ClassSampler, checkpoint: str, processes: int, seed: int) -> None:
+    """Restores the state of this process's sampler.
+
+    The proposal is the same on all processes. Each process has a random generator of its own: a process that did not
+    take part in the saved run starts its generator from the seed.
+
+    Args:
+        sampler: of this process.
+        checkpoint: the folder.
+        processes: of the run that saved the checkpoint.
+        seed: of the training.
+    """
     rank = process_index()
     is_new = rank >= processes
     state = load_file(os.path.join(checkpoint, STATE_FILE.format(rank=0 if is_new else rank)))
@@ -136,7 +136,7 @@ def _warn(message: str) -> None:
 
 
 def saves_plain_weights(trainer: DISTrainerMixin, model: nn.Module) -> bool:
-    """Tells if a checkpoint holds the model's weights as ``save_pretrained`` writes them."""
+    """Returns True if a checkpoint holds the model's weights as ``save_pretrained`` writes them."""
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     return isinstance(model, PreTrainedModel) and not sharded
 
@@ -144,26 +144,49 @@ def saves_plain_weights(trainer: DISTrainerMixin, model: nn.Module) -> bool:
 def load_as_from_pretrained(model: PreTrainedModel, checkpoint: str) -> None:
     """Loads a checkpoint's weights under the names that the model gives them.
 
-    Trainer loads the file's names as they are, and where a model saves under other names than it has (ViT, Swin,
-    Dinov2, ...) goes on with a random encoder and only a warning.
+    Some models (ViT, Swin, Dinov2, ...) save their weights under other names than their modules have. Trainer would
+    load the file's names as they are, warn, and go on with a random encoder.
     """
     saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In what a run differs from the one that saved its checkpoint: messages, each with both values.
+    """The differences between a run and the run that saved its checkpoint, as messages with both values.
 
     Args:
         saved: of the checkpoint: ``processes``, ``examples_per_step``, ``settings`` and ``teacher``.
-        now: of this run.
+        now: the same of this run.
 
     Raises:
-        ValueError: if the optimizer's state cannot be continued with what changed.
+        ValueError: if the optimizer's state cannot be continued with a changed setting.
     """
+    messages = _changed_settings(saved["settings"], now["settings"])
+    if saved["teacher"] != now["teacher"]:
+        messages.append(
+            f"teacher_model was another one when the checkpoint was saved: its fingerprint was {saved['teacher']} and "
+            f"is {now['teacher']} now; the run goes on with the latter"
+        )
+    if saved["processes"] != now["processes"]:
+        messages.append(
+            f"the checkpoint was saved by {saved['processes']} processes and is resumed by {now['processes']}: the "
+            "proposal goes on, and a process that is new samples from a seed of its own. Each process has other items "
+            "than before, so the run does not repeat the samples of the interrupted run"
+        )
+    examples, examples_now = saved.get("examples_per_step", now["examples_per_step"]), now["examples_per_step"]
+    if examples != examples_now:
+        messages.append(
+            f"an optimizer step had {examples} examples when the checkpoint was saved and has {examples_now} now: the "
+            "run goes on at the same step, with other examples than the interrupted run. Keep "
+            "per_device_train_batch_size x gradient_accumulation_steps x processes to go on with the same examples"
+        )
+    return messages
+
+
+def _changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     messages = []
-    for name, value in now["settings"].items():
-        before = saved["settings"].get(name, value)
+    for name, value in now.items():
+        before = saved.get(name, value)
         if before == value:
             continue
         told = f"{name} was {before!r} when the checkpoint was saved and is {value!r} now"
@@ -174,22 +197,4 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
             )
         goes_on = "the former, which the optimizer's state holds" if name == "head_learning_rate" else "the latter"
         messages.append(f"{told}: the run goes on with {goes_on}")
-    if saved["teacher"] != now["teacher"]:
-        messages.append(
-            f"teacher_model was another one when the checkpoint was saved: its fingerprint was {saved['teacher']} and "
-            f"is {now['teacher']} now; the run goes on with the latter"
-        )
-    if saved["processes"] != now["processes"]:
-        messages.append(
-            f"the checkpoint was saved by {saved['processes']} processes and is resumed by {now['processes']}: the "
-            "proposal goes on, a process that was not there before samples from its own seed, and each samples for other "
-            "rows than before, so the run does not repeat the interrupted one's samples"
-        )
-    examples, examples_now = saved.get("examples_per_step", now["examples_per_step"]), now["examples_per_step"]
-    if examples != examples_now:
-        messages.append(
-            f"an optimizer step had {examples} examples when the checkpoint was saved and has {examples_now} now: the "
-            "run goes on at the same step, with other examples than the interrupted one. Keep "
-            "per_device_train_batch_size x gradient_accumulation_steps x processes to go on with the same"
-        )
     return messages

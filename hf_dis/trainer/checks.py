@@ -1,9 +1,10 @@
-"""Checks of arguments: what was given, what it has to be, what to do."""
+"""Checks of what a trainer is made with; each error gives the value, the expectation and the remedy."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from hf_dis.distributed.processes import num_processes
@@ -16,25 +17,22 @@ ROW_SPARSE_OPTIMS = ("adamw_torch", "adamw_torch_fused")
 
 
 def check_trainer_arguments(args: Any, teacher_model: Any, teacher_cache: Any, kwargs: dict[str, Any]) -> None:
-    """Checks what a :class:`hf_dis.DISDistillationTrainer` is made with.
+    """Checks what a trainer is given, before its host is set up.
 
     Args:
-        args: its DISConfig.
+        args: the configuration of the trainer.
         teacher_model: the teacher, or its name.
-        teacher_cache: its stored targets, or their folder.
-        kwargs: what it passes on to ``Trainer``.
+        teacher_cache: the teacher's stored targets, or their folder.
+        kwargs: what the trainer passes on to its host.
 
     Raises:
-        ValueError: says what cannot be used, why, and what to do instead.
+        ValueError: if something cannot be used; names the cause and the remedy.
+        TypeError: if the teacher is neither a model nor a name.
     """
+    _check_host_arguments(args)
     if teacher_model is None and teacher_cache is None:
         raise ValueError(
             "there is no teacher: pass teacher_model, a model or the name or path of a checkpoint, or teacher_cache"
-        )
-    if teacher_model is None and args.probe_steps:
-        raise ValueError(
-            f"probe_steps is {args.probe_steps}, but a teacher_cache does not know every class: set it to 0, or pass "
-            "teacher_model too"
         )
     if teacher_model is not None and not isinstance(teacher_model, (nn.Module, str)):
         raise TypeError(
@@ -46,11 +44,21 @@ def check_trainer_arguments(args: Any, teacher_model: Any, teacher_cache: Any, k
             "compute_loss_func runs after the student's forward, too late to choose the classes: override "
             "compute_loss in a subclass and call super().compute_loss"
         )
+    optimizer = (kwargs.get("optimizers") or (None, None))[0]
+    if args.head_learning_rate is not None and optimizer is not None:
+        raise ValueError(
+            f"head_learning_rate is {args.head_learning_rate}, but you pass an optimizer, whose rates are its own: "
+            "give the head a parameter group in the optimizer and leave head_learning_rate out"
+        )
+
+
+def _check_host_arguments(args: Any) -> None:
+    """Checks the host's settings that exclude distillation by sampled classes."""
     for name in ("fsdp", "deepspeed"):
         if args.use_cpu and getattr(args, name):
             raise ValueError(
-                f"{name} is set, and so is use_cpu, with which accelerate runs plain data parallelism instead: unset "
-                "one of them"
+                f"{name} and use_cpu are both set, and with use_cpu accelerate runs plain data parallelism: unset one "
+                "of them"
             )
     if args.label_smoothing_factor:
         raise ValueError(
@@ -59,60 +67,74 @@ def check_trainer_arguments(args: Any, teacher_model: Any, teacher_cache: Any, k
         )
     if args.use_liger_kernel:
         raise ValueError("use_liger_kernel replaces the head that DIS switches to sampled classes: set it to False")
-    if args.row_sparse_head and args.head_mode == "exact":
-        raise ValueError(
-            "row_sparse_head is set and head_mode is 'exact', which touches every row: set one of them back"
-        )
-    optimizer = (kwargs.get("optimizers") or (None, None))[0]
-    if args.head_learning_rate is not None and optimizer is not None:
-        raise ValueError(
-            "head_learning_rate is set, but so is an optimizer of your own: give the head a parameter group there"
-        )
+    parallelism = args.parallelism_config
+    if parallelism is not None:
+        _check_parallelism(parallelism.tp_size, parallelism.cp_size, parallelism.sp_size)
 
 
-def check_process_count(trainer: DISTrainerMixin) -> None:
+def _check_parallelism(tp_size: int, cp_size: int, sp_size: int) -> None:
+    """Checks that every process has whole sequences and the whole head."""
+    divided = {
+        "tp_size": (tp_size, "tensor parallelism splits the weight of the output head over processes"),
+        "cp_size": (cp_size, "context parallelism splits each sequence over processes"),
+        "sp_size": (sp_size, "sequence parallelism splits each sequence over processes"),
+    }
+    for name, (size, cause) in divided.items():
+        if size > 1:
+            raise ValueError(
+                f"{name} is {size}: {cause}, which is unsupported, as classes are sampled for whole sequences and "
+                f"from a whole head; set {name} to 1 and use data parallelism, or FSDP or DeepSpeed for a model that "
+                "is too large for one device"
+            )
+
+
+def check_processes(trainer: DISTrainerMixin) -> None:
     """Checks that every process trains one copy of the student on examples of its own.
 
+    Args:
+        trainer: whose host is set up.
+
     Raises:
-        ValueError: if one process would use several GPUs, or accelerate counts other processes than DeepSpeed runs: of
-            DeepSpeed's processes on a machine without an accelerator it takes each for the only one.
+        ValueError: if one process would use several GPUs; if a model, a sequence or its head is split over processes;
+            if accelerate counts other processes than DeepSpeed runs.
     """
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"{trainer.args.n_gpu} GPUs in one process would use nn.DataParallel, which copies the student past the "
             "switched head: start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
+    _check_parallelism(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size())
     counted = trainer.accelerator.num_processes
     if trainer.is_deepspeed_enabled and num_processes() != counted:
         raise ValueError(
-            f"DeepSpeed runs {num_processes()} processes and accelerate counts {counted}, as it does without an "
-            "accelerator: each would train on all data. Run it where there are accelerators, or leave deepspeed out "
-            "and set use_cpu=True, for plain data parallelism"
+            f"DeepSpeed runs {num_processes()} processes and accelerate counts {counted}, as accelerate does without "
+            "an accelerator: each process would train on all data. Run it where there are accelerators, or leave "
+            "deepspeed out and set use_cpu=True, for plain data parallelism"
         )
 
 
-def check_optimizer(trainer: DISTrainerMixin, kwargs: dict[str, Any]) -> None:
+def check_optimizer(trainer: DISTrainerMixin) -> None:
     """Checks that the optimizer can step a row-sparse head.
 
     Args:
         trainer: whose engine is made.
-        kwargs: what it passes on to its host.
 
     Raises:
         ValueError: if the optimizer is not RowSparseAdamW; names the remedy.
     """
     if not trainer.distiller.row_sparse:
         return
-    args = trainer.args
-    given = (kwargs.get("optimizers") or (None, None))[0]
-    kind = type(given) if given is not None else (kwargs.get("optimizer_cls_and_kwargs") or (None,))[0]
+    optimizer, optim = trainer.optimizer, trainer.args.optim
+    if isinstance(optimizer, AcceleratedOptimizer):  # of an earlier training, which the host goes on with
+        optimizer = optimizer.optimizer
+    kind = type(optimizer) if optimizer is not None else (trainer.optimizer_cls_and_kwargs or (None,))[0]
     if kind is not None and not issubclass(kind, RowSparseAdamW):
         raise ValueError(
             f"row_sparse_head is set, but the optimizer is {kind.__name__}, which cannot step sparse gradients as "
             "AdamW: use hf_dis.RowSparseAdamW, or set row_sparse_head=False"
         )
-    if kind is None and args.optim not in ROW_SPARSE_OPTIMS:
+    if kind is None and optim not in ROW_SPARSE_OPTIMS:
         raise ValueError(
-            f"row_sparse_head is set, but optim is {args.optim.value!r}: it has to be one of "
+            f"row_sparse_head is set, but optim is {optim.value!r}: it has to be one of "
             f"{', '.join(ROW_SPARSE_OPTIMS)}, of which RowSparseAdamW is the lazy form; or set row_sparse_head=False"
         )

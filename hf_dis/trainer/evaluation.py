@@ -23,7 +23,7 @@ class Evaluation:
     """Collects the losses of an evaluation.
 
     Args:
-        holds_logits: the student's logits are wanted as a whole.
+        holds_logits: compute the student's logits of a batch as a whole, not in chunks.
     """
 
     def __init__(self, holds_logits: bool):
@@ -32,47 +32,51 @@ class Evaluation:
         self._batch: tuple[Items, Tensor, Losses] | None = None
 
     def add(self, items: Items, losses: Tensor, terms: Losses) -> None:
-        """Takes in a batch.
+        """Takes in the losses of a batch.
 
         Args:
             items: of the batch.
             losses: per item, ``[N]``.
-            terms: per item, ``[N]`` each.
+            terms: of the losses, per item, ``[N]`` each.
         """
         self._batch = items, losses.detach(), terms
 
     def close_batch(self, loss: Tensor, gather: Gather) -> None:
-        """Adds the batch that was taken in to the means.
+        """Adds the losses that :meth:`add` took in to the means.
+
+        An override of ``compute_loss`` may have added to the loss of the batch: the difference to the mean over the
+        items is added to the loss of each item. An override that does not call ``super().compute_loss`` gives no
+        losses of items, so nothing is added.
 
         Args:
-            loss: of the batch as ``compute_loss`` returned it. By how much it differs from the mean over the items, an
-                override of ``compute_loss`` has added to it, and so it is added to the loss of each item.
-            gather: gathers sums by example over processes, without the examples that fill up the last batch.
+            loss: of the batch as ``compute_loss`` returned it, a scalar.
+            gather: gathers sums per example over processes, without the examples that only fill up the last batch.
         """
-        items, losses, terms = self._batch
-        added = loss.detach() - losses.sum() / max(1, len(losses))
+        if self._batch is None:
+            return
+        (items, losses, terms), self._batch = self._batch, None
+        added = loss - losses.sum() / max(1, len(losses))
         values = {**terms, "loss": losses + added}
         sums = {name: items.sums_by_example(value.double()) for name, value in values.items()}
         sums["items"] = items.sums_by_example(torch.ones_like(losses, dtype=torch.double))
         sums = gather(sums)
         self._means.add(sums, counts=sums.pop("items"))
-        self._batch = None
 
     def means(self) -> dict[str, float]:
-        """The means over all items."""
+        """The means over all items: ``loss``, and each term under its name."""
         return self._means.pop()
 
 
 class NoItemsCheck(TrainerCallback):
-    """Ends a training that has nothing to learn from."""
+    """Ends a training that has no supervised item."""
 
     def __init__(self, trainer: DISTrainerMixin):
         self.trainer = trainer
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises ValueError if no item of the epoch was supervised."""
+        """Raises ValueError if no item has been supervised since the training began."""
         if not self.trainer.num_items_seen:
             raise ValueError(
-                "no token of the training data is supervised: all labels are -100 (that of the first token does not "
-                "count in a causal language model); look at the data collator and at what masks the labels"
+                "no token of the training data is supervised: all labels are -100 (the label of the first token does "
+                "not count in a causal language model); look at the data collator and at what masks the labels"
             )

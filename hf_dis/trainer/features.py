@@ -1,4 +1,4 @@
-"""The student as an embedding model: the features that its output head is given, for all items of a dataset."""
+"""The student as an embedding model: the features that its output head is given, for all examples of a dataset."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ if TYPE_CHECKING:
 def extract_features(trainer: DISTrainerMixin, dataset: Any) -> Tensor:
     """The features that the student's output head is given for each example; nothing after them is computed.
 
-    In batches of ``per_device_eval_batch_size``, in evaluation mode and in the precision of training. With several
-    processes each takes its share of the batches; all have to call this.
+    The student runs in evaluation mode, in the precision of training, on batches of ``per_device_eval_batch_size``.
+    With several processes each takes its share of the batches, and every process has to call this function.
 
     Args:
         trainer: whose student is asked.
-        dataset: examples as for ``evaluate``; labels are not looked at.
+        dataset: examples as for ``evaluate``; labels are not read.
 
     Returns:
         ``[n, d]`` in the order of ``dataset``, on CPU and on every process, float32 or wider.
 
     Raises:
-        ValueError: if there is no output head that is one layer, or it is not given one vector per example.
+        ValueError: if no output head of one layer was found, or the head is not given one vector per example.
     """
-    if not trainer.distiller.head_layers:
+    distiller = trainer.distiller
+    if not distiller.head_layers:
         raise ValueError("the output head was not found: name it with head_name")
     features = []
     for inputs in trainer.get_test_dataloader(dataset):
         inputs = trainer._prepare_inputs(inputs)
-        dropped = {*trainer.label_names, *trainer.distiller.teacher_columns}
+        dropped = {*trainer.label_names, *distiller.teacher_columns}
         inputs = {name: value for name, value in inputs.items() if name not in dropped}
         with trainer.accelerator.autocast():
-            batch = head_features(trainer.model, trainer.head.module, inputs)
+            batch = head_features(trainer.model, distiller.head.module, inputs)
         if batch.dim() != 2:
             raise ValueError(
                 f"the head of {type(trainer.model).__name__} is given features of shape {tuple(batch.shape)}: "

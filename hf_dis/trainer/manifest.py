@@ -1,8 +1,8 @@
-"""Which checkpoints are whole: a manifest of the files, written after all of them.
+"""Whole and torn checkpoints, told apart by a manifest of the files that is written after all of them.
 
-A process that is killed while it saves leaves a folder that looks like a checkpoint. Here every process's files are
-listed with their sizes once all are written, and ``trainer_state.json`` comes last: a folder without it, or with a
-file that is not as listed, is torn.
+A process that is killed while it saves leaves a folder that looks like a checkpoint. The manifest lists the files of
+all processes with their sizes, and ``trainer_state.json`` is written last. A checkpoint is *torn* if
+``trainer_state.json`` is missing, or a file is not as listed; otherwise the checkpoint is whole.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "dis_checkpoint.json"
-
-
 LAST_FILE = "trainer_state.json"
 
 
 def write_manifest(folder: str | Path, run: dict[str, Any]) -> None:
-    """Lists a checkpoint's files with their sizes; to be called when all but ``trainer_state.json`` are written.
+    """Lists a checkpoint's files with their sizes; call it when all files but ``trainer_state.json`` are written.
 
     Args:
         folder: the checkpoint.
-        run: what to keep of the run that made it, for JSON.
+        run: properties of the run to keep in the manifest, for JSON.
     """
     folder = Path(folder)
     files = {
@@ -38,18 +36,18 @@ def write_manifest(folder: str | Path, run: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """What :func:`write_manifest` wrote; None where there is none, as in a checkpoint of another trainer."""
+    """The manifest of a checkpoint; None if there is none, as in a checkpoint of another trainer."""
     path = Path(folder) / MANIFEST
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def mark_unfinished(folder: str | Path) -> None:
-    """What is in the folder is no checkpoint any more: it is about to be written over."""
+    """Makes a checkpoint torn, because its files are about to be written over."""
     (Path(folder) / LAST_FILE).unlink(missing_ok=True)
 
 
 def what_is_torn(folder: str | Path) -> str | None:
-    """Says what is missing or damaged in a checkpoint, naming the file; None if it is whole."""
+    """A message about the first file of a checkpoint that is missing or damaged; None if the checkpoint is whole."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -74,7 +72,7 @@ def check_whole(folder: str | Path) -> None:
     """Checks a checkpoint that was asked for by name.
 
     Raises:
-        ValueError: if it is torn; names the file, and the newest whole checkpoint beside it.
+        ValueError: if the checkpoint is torn; names the file, and the newest whole checkpoint beside it.
     """
     wrong = what_is_torn(folder)
     if wrong is None:
@@ -87,16 +85,16 @@ def check_whole(folder: str | Path) -> None:
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> tuple[str, dict[str, str]]:
-    """The newest whole checkpoint of a run, and what is torn in each newer one.
+    """The newest whole checkpoint of a run.
 
     Args:
-        output_dir: that holds the ``checkpoint-<step>`` folders.
+        output_dir: the folder with the ``checkpoint-<step>`` folders.
 
     Returns:
-        the folder, and for each torn folder that is newer what is wrong with it.
+        the folder of the checkpoint, and the message of :func:`what_is_torn` by folder for each newer one.
 
     Raises:
-        ValueError: if there is none; says what is wrong with each.
+        ValueError: if no checkpoint is whole; names every folder and its torn file.
     """
     torn: dict[str, str] = {}
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}

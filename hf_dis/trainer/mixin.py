@@ -17,7 +17,7 @@ from hf_dis.arguments import DISArguments
 from hf_dis.build import build_distiller
 from hf_dis.cache.attach import check_data, open_cache
 from hf_dis.cache.reader import TeacherCache
-from hf_dis.distiller import Distiller, Step
+from hf_dis.distiller import Distiller
 from hf_dis.distributed.processes import kept_from_ddp
 from hf_dis.distributed.sums import average_rows, sum_over_processes
 from hf_dis.head.optimizer import RowSparseAdamW
@@ -26,8 +26,9 @@ from hf_dis.head.switch import SampledHead
 from hf_dis.loss.exact import Losses
 from hf_dis.models.columns import forward_columns
 from hf_dis.report.diagnostics import RunningMeans
+from hf_dis.steps import EvaluationStep, Step
 from hf_dis.teacher.loading import load_teacher, load_tokenizer
-from hf_dis.trainer.checks import check_optimizer, check_process_count, check_trainer_arguments
+from hf_dis.trainer.checks import check_optimizer, check_processes, check_trainer_arguments
 from hf_dis.trainer.evaluation import Evaluation, NoItemsCheck
 from hf_dis.trainer.features import extract_features
 from hf_dis.trainer.optimizer import give_head_rate
@@ -35,12 +36,12 @@ from hf_dis.trainer.saving import SavingHooks
 
 logger = logging.get_logger(__name__)
 
-# The sample is looked at every so many steps, and once between two logs at least: it changes slowly.
+# The quality of the sample changes slowly: it is measured every so many steps, and at least once between two logs.
 QUALITY_STEPS = 10
 
 
 class DISTrainerMixin(SavingHooks):
-    """Trains any ``transformers.Trainer`` with a :class:`hf_dis.Distiller`; put it before the host's class.
+    """Trains any ``transformers.Trainer`` with a :class:`hf_dis.Distiller`; put the mixin before the host's class.
 
     Everything that the host does stays as it is; only the loss changes. Evaluation computes all classes and reports
     ``eval_loss``, ``eval_kd_loss``, ``eval_ce_loss``, and ``eval_kl``, the KL divergence of the student from the
@@ -48,24 +49,25 @@ class DISTrainerMixin(SavingHooks):
 
     Args:
         model: the student, or None with ``model_init``.
-        teacher_model: a module that returns ``.logits``, or the name or path of a transformers checkpoint. It is put
-            on the training device, frozen, and never saved.
+        teacher_model: a module that returns ``.logits``, or the name or path of a transformers checkpoint. The
+            teacher is put on the training device, frozen, and never saved.
         args: the configuration, an instance of :attr:`config_class`.
-        teacher_processing_class: the teacher's tokenizer, where the vocabularies have different widths; it is compared
-            with ``processing_class``. Looked for beside the checkpoint if the teacher is given by name.
+        teacher_processing_class: the teacher's tokenizer, needed where the vocabularies have different widths. A
+            teacher given by name brings its own tokenizer.
         teacher_cache: targets that :func:`hf_dis.cache_teacher_targets` stored of the training data, or their folder,
             to train on in place of the teacher. A teacher that is given too only evaluates. See docs/cache.md.
-        eval_teacher_cache: the same of the evaluation data, where there is no teacher.
+        eval_teacher_cache: stored targets of the evaluation data, or their folder, where there is no teacher.
         **kwargs: as for the host.
 
     Attributes:
-        distiller: the engine; made anew where ``model_init`` makes a student, or the settings of the method change.
+        distiller: the engine. A training or an evaluation outside training makes it anew if ``model_init`` made
+            another student, or the settings of the method in ``args`` have changed.
 
     Raises:
         ValueError, TypeError: if student, teacher or an argument cannot be used; names value, expectation and remedy.
     """
 
-    # compute_loss divides by the items of the whole accumulation window itself.
+    # compute_loss itself divides by the number of items in the accumulation window.
     loss_is_scaled_for_ga = True
     config_class: type[TrainingArguments]
     _tag_names = ("hf_dis", "knowledge-distillation", "dynamic-importance-sampling")
@@ -86,13 +88,13 @@ class DISTrainerMixin(SavingHooks):
             raise TypeError(f"args is a {found}: {name} needs a {self.config_class.__name__}")
         check_trainer_arguments(args, teacher_model, teacher_cache, kwargs)
         super().__init__(model=model, args=args, **kwargs)
-        check_process_count(self)
+        check_processes(self)
         self._teacher = self._open_teacher(teacher_model, teacher_processing_class)
         self.teacher_cache, self.eval_teacher_cache = map(open_cache, (teacher_cache, eval_teacher_cache))
-        # A forward that takes no labels leaves this empty, and Trainer would drop the column silently.
+        # A forward without labels leaves label_names empty, and Trainer would drop the labels column silently.
         self.label_names = self.label_names or ["labels"]
         self.distiller = self._make_distiller()
-        check_optimizer(self, kwargs)
+        check_optimizer(self)
         self.add_callback(NoItemsCheck(self))
         self._means, self._evaluation = RunningMeans(), Evaluation(holds_logits=True)
         self._quality_step, self._in_training_step = 0, False
@@ -110,13 +112,13 @@ class DISTrainerMixin(SavingHooks):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The distillation loss of a batch: on sampled classes in training, on all classes in evaluation."""
-        step = self._begin(inputs)  # the teacher answers, classes are sampled, the head is switched
         try:
+            step = self._begin(inputs)  # the teacher answers, classes are sampled, the head is switched
             outputs = model(**step.inputs)  # the student computes the sampled logits only
             losses, terms = step.loss(outputs)  # per item, [N]; the sampler learns from the signal
         finally:
-            if not self._in_training_step:
-                self.distiller.end()  # training_step does so after backward
+            if not self._in_training_step:  # training_step releases the head after backward
+                self.distiller.end()
         self._record(step, losses, terms)
         loss = self._normalise(losses, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -134,12 +136,13 @@ class DISTrainerMixin(SavingHooks):
             self.distiller.end()
 
     def _begin(self, inputs: dict[str, Tensor]) -> Step:
-        if self.args.hard_label_weight and self.model.training and inputs.get("labels") is None:
+        settings = self.distiller.arguments
+        if settings.hard_label_weight and self.model.training and inputs.get("labels") is None:
             logger.warning_once(
-                f"the batches have no labels, so hard_label_weight={self.args.hard_label_weight} has no effect: where "
-                "the data has some, name their column 'labels' and make them class ids (a collator drops strings)"
+                f"the batches have no labels, so hard_label_weight={settings.hard_label_weight} has no effect: if the "
+                "data has labels, name their column 'labels' and make them class ids (a collator drops strings)"
             )
-        warmup = self.args.get_exact_warmup_steps(self.state.max_steps)
+        warmup = settings.get_exact_warmup_steps(self.state.max_steps)
         return self.distiller.begin(
             inputs,
             warming_up=self.state.global_step < warmup,
@@ -148,13 +151,13 @@ class DISTrainerMixin(SavingHooks):
         )
 
     def _checks_values(self) -> bool:
-        """Always on a processor; elsewhere, where a look waits for the device, at steps whose logs are due."""
+        """Returns True on a processor; on an accelerator, which has to be waited for, at steps whose logs are due."""
         if self.args.device.type == "cpu":
             return True
         return self.state.global_step % max(1, int(self.state.logging_steps or 1)) == 0
 
     def _normalise(self, losses: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Σ loss / items of the window, times the processes that the gradient is averaged over."""
+        """Σ loss / items of the window, times the number of processes that the gradient is averaged over."""
         if num_items_in_batch is None or not self.model.training:
             return losses.sum() / max(1, len(losses))
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -176,6 +179,11 @@ class DISTrainerMixin(SavingHooks):
         """The student's output head."""
         return self.distiller.head
 
+    @property
+    def _student(self) -> nn.Module:
+        """The student without the wrapper that FSDP puts into ``model``."""
+        return self.accelerator.unwrap_model(self.model)
+
     def _open_teacher(
         self, teacher: nn.Module | str | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> tuple[nn.Module | None, PreTrainedTokenizerBase | None]:
@@ -186,7 +194,7 @@ class DISTrainerMixin(SavingHooks):
     def _make_distiller(self) -> Distiller:
         tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
         return build_distiller(
-            self.model,
+            self._student,
             self._teacher[0],
             self.args,
             tokenizer=tokenizer,
@@ -204,10 +212,12 @@ class DISTrainerMixin(SavingHooks):
     def _refresh_distiller(self) -> None:
         """Makes the engine anew for a new student or changed settings, so that trials share nothing."""
         changed = self.distiller.arguments != DISArguments.copied(self.args)
-        if changed or self.distiller.student is not self.model:
+        if changed or self.distiller.student is not self._student:
             self.distiller = self._make_distiller()
+            check_optimizer(self)
 
     def _set_signature_columns_if_needed(self) -> None:
+        """As the host's, and keeps the columns that only the teacher takes; the engine gives each model its own."""
         super()._set_signature_columns_if_needed()
         if self._teacher[0] is not None:
             extra = forward_columns(self._teacher[0]).difference(self._signature_columns)
@@ -230,11 +240,14 @@ class DISTrainerMixin(SavingHooks):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the host's; with ``head_learning_rate`` the head's parameters form groups of their own."""
-        mine = self.optimizer is None
-        if self.distiller.row_sparse and self.optimizer_cls_and_kwargs is None:
+        is_new, given = self.optimizer is None, self.optimizer_cls_and_kwargs
+        if self.distiller.row_sparse and given is None:  # for this call: the next training may have other settings
             self.optimizer_cls_and_kwargs = RowSparseAdamW, self.get_optimizer_cls_and_kwargs(self.args)[1]
-        optimizer = super().create_optimizer(model)
-        if mine and self.args.head_learning_rate is not None:
+        try:
+            optimizer = super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
+        if is_new and self.args.head_learning_rate is not None:
             give_head_rate(optimizer, self.head.parameters(), self.args.head_learning_rate)
         return optimizer
 
@@ -246,6 +259,8 @@ class DISTrainerMixin(SavingHooks):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._refresh_distiller()
+        self._means, self._quality_step = RunningMeans(), 0
+        self.num_items_seen.zero_()
         names = self.distiller.head_layers if self.distiller.row_sparse else ()
         with kept_from_ddp(self.model, names) if names else nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
@@ -253,23 +268,27 @@ class DISTrainerMixin(SavingHooks):
     # Logs
 
     def _record(self, step: Step, losses: Tensor, terms: Losses) -> None:
-        if not self.model.training:
+        if isinstance(step, EvaluationStep):
             self._evaluation.add(step.items, losses, terms)
             return
-        number, values = self.state.global_step, dict(terms)
+        number, values, probe_steps = self.state.global_step, dict(terms), self.distiller.arguments.probe_steps
         if number % QUALITY_STEPS == 0 or number == self._quality_step or "dis/ess" not in self._means:
-            self._quality_step = number  # all batches of the step, where gradients are accumulated
-            values |= {f"dis/{name}": value for name, value in step.quality().items()}
-        if self.args.probe_steps and number % self.args.probe_steps == 0:
+            self._quality_step = number  # every batch of this step is measured where gradients are accumulated
+            values |= self._quality(step)
+        if probe_steps and number % probe_steps == 0:
             values |= {f"probe/{name}": value for name, value in step.probe().items()}
         self._means.add(values)
+
+    def _quality(self, step: Step) -> dict[str, Tensor]:
+        """The logs of a step's sample, per item."""
+        return {f"dis/{name}": value for name, value in step.quality().items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: kd_loss, ce_loss, dis/*, probe/*, and the proposal's weights."""
         if "loss" in logs and self.model.training:
             logs = {**logs, **self._means.pop(sum_over_processes)}
             if self.distiller.mode == "sampled":
-                logs |= self.distiller.sampler.proposal.scalars()
+                logs |= self.distiller.sampler.scalars()
         super().log(logs, start_time)
 
     # Evaluation
@@ -277,17 +296,18 @@ class DISTrainerMixin(SavingHooks):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Any, Any]:
-        """One evaluation batch on all classes, through :meth:`compute_loss`, an override of it included."""
+        """One evaluation batch on all classes, through :meth:`compute_loss`, an override included."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        loss = loss.detach()
         self._evaluation.close_batch(loss, self.accelerator.gather_for_metrics)
         if prediction_loss_only:
-            return loss.detach(), None, None
+            return loss, None, None
         ignored = ["loss", *(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", []))]
         kept = tuple(value.detach() for name, value in outputs.items() if name not in ignored)
-        return loss.detach(), kept[0] if len(kept) == 1 else kept, labels
+        return loss, kept[0] if len(kept) == 1 else kept, labels
 
     def evaluation_loop(
         self,
@@ -297,12 +317,17 @@ class DISTrainerMixin(SavingHooks):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As the host's, with the means of the losses over items among the metrics."""
+        """As the host's, with the means of the losses over items among the metrics.
+
+        The student's logits are held as a whole only if predictions are returned, or a subclass overrides
+        :meth:`compute_loss`, which may read the logits.
+        """
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
         if not self.is_in_train:
             self._refresh_distiller()
-        self._evaluation = Evaluation(holds_logits=not prediction_loss_only)
+        is_overridden = type(self).compute_loss is not DISTrainerMixin.compute_loss
+        self._evaluation = Evaluation(holds_logits=is_overridden or not prediction_loss_only)
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -315,4 +340,6 @@ class DISTrainerMixin(SavingHooks):
 
     def extract_features(self, dataset: Any) -> Tensor:
         """The features that the student's head is given; see :func:`hf_dis.trainer.features.extract_features`."""
+        if not self.is_in_train:
+            self._refresh_distiller()
         return extract_features(self, dataset)

@@ -9,12 +9,12 @@ from torch import nn
 
 
 def give_head_rate(optimizer: torch.optim.Optimizer, head: Iterable[nn.Parameter], rate: float) -> None:
-    """Moves the head's parameters to groups of their own, which have another learning rate.
+    """Moves the head's parameters to groups of their own, with another learning rate.
 
     Args:
         optimizer: of all parameters.
         head: the parameters of the output head.
-        rate: their learning rate.
+        rate: the learning rate of the head, 0 or more.
     """
     of_head = {id(parameter) for parameter in head}
     for group in list(optimizer.param_groups):

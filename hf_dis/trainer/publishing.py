@@ -12,6 +12,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# Files that may hold the weights of a model.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
+
 
 def report_failures(jobs: Iterable[Any], output_dir: str) -> None:
     """Warns of every upload in the background that failed.
@@ -29,14 +32,14 @@ def report_failures(jobs: Iterable[Any], output_dir: str) -> None:
 
 
 def check_upload(folder: Path) -> None:
-    """Makes sure that no other model, the teacher above all, is published with the student.
+    """Checks that no other model, the teacher above all, is published with the student.
 
-    Trainer uploads all of ``output_dir`` but what starts with ``_`` or ``checkpoint-``.
+    Trainer uploads everything in ``output_dir`` except the names that start with ``_`` or ``checkpoint-``.
 
     Raises:
-        ValueError: if a folder within holds weights.
+        ValueError: if a folder within holds weights; names the files.
     """
-    inside = [file.relative_to(folder) for file in folder.glob("*/**/*") if file.suffix in (".safetensors", ".bin")]
+    inside = [file.relative_to(folder) for file in folder.glob("*/**/*") if file.suffix.lower() in WEIGHTS]
     others = sorted(str(file) for file in inside if not file.parts[0].startswith(("_", "checkpoint-")))
     if others:
         raise ValueError(
@@ -47,7 +50,11 @@ def check_upload(folder: Path) -> None:
 
 @contextmanager
 def explained(state: str) -> Iterator[None]:
-    """Turns whatever fails inside into one error that says why nothing was published, what to do, and ``state``."""
+    """Turns any error of this context into one that names the cause, the remedy, and ``state``.
+
+    Raises:
+        RuntimeError: if anything within raises.
+    """
     try:
         yield
     except Exception as error:
@@ -55,7 +62,7 @@ def explained(state: str) -> Iterator[None]:
 
 
 def remedy(error: BaseException) -> str:
-    """What to do about an error of the Hub's client, which wraps some of the errors that it meets."""
+    """The remedy for an error of the Hub's client, or for the error that it wraps."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, LocalTokenNotFoundError):
@@ -72,9 +79,5 @@ def remedy(error: BaseException) -> str:
 
 # Not hub_token: Trainer writes it into training_args.bin, which is published.
 _LOG_IN = "You are not logged in: run `hf auth login`, or set HF_TOKEN to a token with write access."
-
-
 _NO_RIGHT = "Your token may not write there: use one with write access, or another hub_model_id."
-
-
 _CORRECT = "Correct this first."

@@ -10,12 +10,12 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_dis.distiller import Distiller
-from hf_dis.trainer import checkpoints, publishing
+from hf_dis.trainer import checkpoints, manifest, publishing
 from hf_dis.trainer.card import model_card
 
 
 class SavingHooks:
-    """What :class:`hf_dis.trainer.mixin.DISTrainerMixin` saves, restores and publishes besides what its host does."""
+    """Saves, restores and publishes what :class:`hf_dis.DISTrainerMixin` adds to its host."""
 
     distiller: Distiller
 
@@ -23,7 +23,7 @@ class SavingHooks:
         """As the host's; ``resume_from_checkpoint=True`` takes the newest *whole* checkpoint of ``output_dir``.
 
         Raises:
-            ValueError: if the checkpoint that is named, or every checkpoint there is, is torn; names the file.
+            ValueError: if the checkpoint that is named, or every checkpoint of ``output_dir``, is torn; names the file.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoints.find_whole(resume_from_checkpoint, self.args.output_dir)
@@ -32,7 +32,7 @@ class SavingHooks:
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            checkpoints.mark_unfinished(os.path.join(self._get_output_dir(trial), folder))
+            manifest.mark_unfinished(os.path.join(self._get_output_dir(trial), folder))
         super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -40,12 +40,15 @@ class SavingHooks:
         checkpoints.save_sampler(self.distiller.sampler, output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The last that a process saves of its own; ``trainer_state.json`` and the removal of older checkpoints
-        come after it, so here the processes wait for each other."""
+        """As the host's, and writes the manifest once every process has saved its files.
+
+        The random state is the last file that each process saves. The host writes ``trainer_state.json`` and removes
+        older checkpoints afterwards.
+        """
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.write_manifest(output_dir, checkpoints.describe_run(self))
+            manifest.write_manifest(output_dir, checkpoints.describe_run(self))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the host's, which would add a step to a run that had ended and is resumed."""
@@ -55,9 +58,9 @@ class SavingHooks:
             self.control.should_training_stop = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        resumed = checkpoints.compare_runs(self, checkpoint)
+        restore = checkpoints.compare_runs(self, checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
-        resumed(self.distiller.sampler)
+        restore(self.distiller.sampler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
@@ -85,10 +88,10 @@ class SavingHooks:
             model_card(self, **summary).save(Path(self.args.output_dir) / "README.md")
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As the host's, but the student is saved before anything that needs the network.
+        """As the host's, but saves the student before anything that needs the network.
 
         Raises:
-            RuntimeError: if it could not be published; names the cause, the remedy and the student's folder.
+            RuntimeError: if the student could not be published; names the cause, the remedy and the student's folder.
         """
         self.save_model(_internal_call=True)
         with publishing.explained(
@@ -98,12 +101,12 @@ class SavingHooks:
             return super().push_to_hub(*args, **kwargs)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """As the host's, which calls it when it is made with ``push_to_hub=True``.
+        """As the host's, which calls this method in its own set-up if ``push_to_hub`` is True.
 
         Raises:
             RuntimeError: if there is no repository to publish to; names the cause and the remedy.
         """
-        if not self.args.push_to_hub:  # called by push_to_hub, which explains
+        if not self.args.push_to_hub:  # called by push_to_hub, which explains errors itself
             super().init_hf_repo(*args, **kwargs)
             return
         with publishing.explained("Training has not started; push_to_hub=False trains without publishing."):
@@ -115,7 +118,7 @@ class SavingHooks:
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self) -> None:
-        """Waits as the host does; a checkpoint's upload that failed in the background is reported."""
+        """As the host's, and warns of each checkpoint whose upload in the background failed."""
         super()._finish_current_push()
         if self.hub_model_id is not None and self.push_in_progress is not None:
             publishing.report_failures(self.push_in_progress.jobs, self.args.output_dir)

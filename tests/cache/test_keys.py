@@ -53,6 +53,42 @@ def test_what_is_supervised_matters():
     assert keys(batch) != keys(masked)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_where_the_supervised_tokens_are_matters(side):
+    """The same token twice, of which the first or the last is supervised: the supervised spans are equal."""
+    other = [8, 9, 1, 2, 3]
+    found = []
+    for ignored in (1, 2):
+        alone, padded = tokens([5, 6, 6]), tokens([5, 6, 6], other, side=side)
+        for batch, start in ((alone, 0), (padded, 2 if side == "left" else 0)):
+            batch["labels"][0, [start, start + ignored]] = -100
+        assert keys(alone)[0] == keys(padded)[0]
+        found += keys(alone)
+    assert found[0] != found[1]
+
+
+def test_labels_of_a_decoder_count_from_their_start():
+    """Whether or not they have the shape of the encoder's mask by chance."""
+    short, long = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, 8, 9]])
+
+    def found(tokens, labels, **masks):
+        return keys({"input_ids": tokens, "labels": torch.tensor([labels]), **masks})[0]
+
+    mask = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    padded = torch.tensor([[0, 0, 5, 6, 7]])
+    assert found(padded, [3, 4, -100, -100, -100], **mask) == found(short, [3, 4])
+    assert found(long, [3, 3, -100]) != found(long, [-100, 3, 3])
+    assert found(long, [-100, 3, 3]) == found(long, [-100, 3, 3, -100])
+    own = {"decoder_attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    assert found(long, [-100, -100, 3, 4, -100], **own) == found(long, [3, 4, -100])
+
+
+def test_nothing_supervised():
+    batch, padded = tokens([5, 6]), tokens([5, 6], [7, 8, 9], side="left")
+    batch["labels"][:], padded["labels"][0] = -100, -100
+    assert keys(batch)[0] == keys(padded)[0]
+
+
 def test_decoder_inputs_made_from_labels_do_not_count():
     batch = tokens([5, 6, 7])
     with_decoder = batch | {"decoder_input_ids": torch.tensor([[0, 5, 6]])}
@@ -72,7 +108,7 @@ def test_a_missing_input_is_named():
 
 def test_inputs_with_other_numbers_of_rows_are_refused():
     batch = {"pixel_values": torch.zeros(2, 3), "grid": torch.zeros(1, 3)}
-    with pytest.raises(DataError, match=r"different numbers of items, \{'grid': 1, 'pixel_values': 2\}"):
+    with pytest.raises(DataError, match=r"different numbers of examples, \{'grid': 1, 'pixel_values': 2\}"):
         keys(batch)
 
 

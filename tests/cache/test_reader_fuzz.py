@@ -21,11 +21,11 @@ from tiny_models import labelled_images, vit
 from transformers import default_data_collator
 
 from hf_dis import TeacherCache, cache_teacher_targets
+from hf_dis.cache.attach import cached_teacher
 from hf_dis.cache.header import HEADER
-from hf_dis.cache.reader import stored_items
-from hf_dis.data import DataError
+from hf_dis.errors import DataError
 from hf_dis.items import Items
-from hf_dis.teacher.cached import CachedTeacher
+from hf_dis.teacher.cached import stored_items
 
 C, ITEMS = 40, 6  # 40 is no power of two: an id may be out of range
 NUMBERS = st.sampled_from([0, 1, -1, 2, 5, 2**31, 2**63, 10**400, 0.0, -1.0, 1e-320, 1e308, math.inf, math.nan, True])
@@ -121,7 +121,7 @@ def check(whole: Path, files: dict[str, bytes | None]) -> bool:
             try:
                 found = cache.look_up(batch)
                 assert found.shape[0] == ITEMS and found.shape[2] == cache.header.layout.item_bytes
-                (targets,) = CachedTeacher(cache)(batch, Items(ITEMS, targets=found[:, 0]))
+                (targets,) = cached_teacher(cache)(batch, Items(ITEMS, targets=found[:, 0]))
             except DataError as error:
                 assert any(told in str(error) for told in ("not in the cache", "write it again", "collate the same"))
                 return False

@@ -46,5 +46,5 @@ def test_the_generators_are_left_as_they_were():
 def test_bad_numbers():
     with pytest.raises(ValueError, match="number is 0"):
         SeededViews(Noisy(), 0)
-    with pytest.raises(IndexError, match="no item 10 among 10"):
+    with pytest.raises(IndexError, match="no view 10 among 10"):
         SeededViews(Noisy(), 2)[10]

@@ -1,55 +1,165 @@
-"""Writing a cache by processes that are killed, and by two at once: the same files as by one that was left alone."""
+"""Writing caches: a stopped run goes on, nothing is mixed or written over, and bad arguments are refused."""
 
+import json
 import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import cache_worker
 import pytest
+import torch
+from small_cache import ITEMS, SETTINGS, Augmented, C, shards, times
+from tiny_models import labelled_images, labelled_tokens, llama, vit
 
-from hf_dis import TeacherCache
-from hf_dis.data import DataError
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-SCRIPT = str(Path(cache_worker.__file__))
-
-
-def files(path):
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+from hf_dis import TeacherCache, cache_teacher_targets
+from hf_dis.cache.header import HEADER
+from hf_dis.errors import DataError
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory):
-    path = tmp_path_factory.mktemp("alone")
-    cache_worker.write(path)
-    return files(path)
+def test_a_second_run_writes_nothing(cache, teacher):
+    before = times(cache)
+    cache_teacher_targets(teacher, labelled_images(ITEMS, C), cache, **SETTINGS)
+    assert times(cache) == before
 
 
-def test_a_killed_process_loses_no_shard(expected, tmp_path):
-    path = tmp_path / "cache"
-    process = subprocess.Popen([sys.executable, SCRIPT, str(path), "0.2"], env=ENVIRONMENT)
-    try:
-        deadline = time.monotonic() + 120
-        while len(list(path.glob("*.arrow"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        process.kill()
-        process.wait()
-    done = {file: file.stat().st_mtime_ns for file in path.glob("*.arrow")}
-    assert 3 <= len(done) < cache_worker.NUM_SHARDS
-    with pytest.raises(DataError, match="half-written"):
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def stopping_after(teacher, forwards):
+    left = [forwards]
+
+    def hook(*_):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stop
+
+    return teacher.register_forward_pre_hook(hook)
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_cache(whole, teacher, tmp_path):
+    path, data = tmp_path / "cache", labelled_images(ITEMS, C)
+    hook = stopping_after(teacher, 6)
+    with pytest.raises(Stop):
+        cache_teacher_targets(teacher, data, path, **SETTINGS)
+    hook.remove()
+    done = times(path)
+    assert 1 <= len(done) < 5
+    with pytest.raises(DataError, match=rf"half-written: {len(done)} of 5 shards.*Run cache_teacher_targets again"):
         TeacherCache(path)
-    cache_worker.write(path)
-    assert files(path) == expected
-    assert {file: file.stat().st_mtime_ns for file in done} == done
+    cache_teacher_targets(teacher, data, path, **SETTINGS)
+    assert times(path).items() >= done.items()
+    assert [file.read_bytes() for file in shards(path)] == [file.read_bytes() for file in shards(whole)]
+    assert (path / HEADER).read_text() == (whole / HEADER).read_text()
+    assert sorted(os.listdir(path)) == sorted(os.listdir(whole))
 
 
-def test_two_processes_write_what_one_does(expected, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*torchrun, SCRIPT, str(tmp_path), "0"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert files(tmp_path) == expected
+def test_a_half_written_file_is_written_again(cache, teacher):
+    header = json.loads((cache / HEADER).read_text())
+    first, second = (cache / shard["file"] for shard in header["shards"][:2])
+    content = first.read_bytes()
+    first.write_bytes(content[: len(content) // 2])
+    second.unlink()
+    before = times(cache)
+    with pytest.raises(DataError, match="damaged"):
+        TeacherCache(cache)
+    cache_teacher_targets(teacher, labelled_images(ITEMS, C), cache, **SETTINGS)
+    assert first.read_bytes() == content and len(TeacherCache(cache)) == ITEMS
+    changed = {name for name, time in times(cache).items() if before.get(name) != time}
+    assert changed == {first.name, second.name}
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"file": "shard-000000.arrow"}', "\xff", '{"file": "../x"}'])
+def test_a_damaged_note_beside_a_shard_has_it_written_again(cache, teacher, damage):
+    note = cache / "shard-000000.json"
+    note.write_text(damage)
+    before = shards(cache)[0].read_bytes()
+    cache_teacher_targets(teacher, labelled_images(ITEMS, C), cache, **SETTINGS)
+    assert not note.exists() and shards(cache)[0].read_bytes() == before and len(TeacherCache(cache)) == ITEMS
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"temperature": 1.0}, "temperature is 2.0 here and 1.0 there"),
+        ({"depth": 5}, "depth is 6"),
+        ({"seed": 3}, "seed"),
+    ],
+)
+def test_another_cache_is_not_written_over(cache, teacher, changed, told):
+    before = times(cache)
+    with pytest.raises(DataError, match=f"holds another cache: .*{told}"):
+        cache_teacher_targets(teacher, labelled_images(ITEMS, C), cache, **SETTINGS | changed)
+    assert times(cache) == before
+
+
+def test_another_teacher_or_dataset_is_not_mixed_in(cache, teacher):
+    with pytest.raises(DataError, match="teacher is"):
+        cache_teacher_targets(vit(C, seed=2), labelled_images(ITEMS, C), cache, **SETTINGS)
+    with pytest.raises(DataError, match="dataset is"):
+        cache_teacher_targets(teacher, labelled_images(ITEMS, C, seed=1), cache, **SETTINGS)
+
+
+def test_shards_without_a_header_are_left_alone(cache, teacher):
+    (cache / HEADER).unlink()
+    with pytest.raises(DataError, match=r"holds shard-000000.arrow but no cache.json"):
+        cache_teacher_targets(teacher, labelled_images(ITEMS, C), cache, **SETTINGS)
+    assert len(shards(cache)) == 5
+
+
+def test_augmentation_at_random_is_refused(teacher, tmp_path):
+    with pytest.raises(DataError, match=r"augments at random.*SeededViews"):
+        cache_teacher_targets(teacher, Augmented(), tmp_path, **SETTINGS)
+
+
+def test_columns_that_the_teacher_does_not_take_do_not_matter(whole, teacher, tmp_path):
+    data = [{**item, "path": "x", "number": 3.0} for item in labelled_images(ITEMS, C)]
+    cache_teacher_targets(teacher, data, tmp_path, **SETTINGS)
+    assert [file.read_bytes() for file in shards(tmp_path)] == [file.read_bytes() for file in shards(whole)]
+
+
+@pytest.mark.parametrize(
+    "build, given, stored",
+    [
+        (vit, {}, (40, 0)),
+        (vit, {"depth": 6}, (6, 34)),
+        (vit, {"sample_size": 9}, (32, 9)),
+        (vit, {"depth": 41, "sample_size": 9}, (40, 0)),
+        (llama, {}, (2, 38)),
+        (llama, {"depth": 14}, (14, 18)),
+    ],
+)
+def test_an_item_holds_what_fits_unless_told_otherwise(build, given, stored, tmp_path):
+    data = labelled_images(2, C) if build is vit else labelled_tokens(2, C)
+    cache = cache_teacher_targets(build(C), data, tmp_path, show_progress=False, **given)
+    assert (cache.header.depth, cache.header.sample_size) == stored
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"depth": 0, "sample_size": 0}, "sample_size is 0"),
+        ({"depth": -1}, "depth is -1"),
+        (
+            {"depth": 140, "sample_size": None, "num_classes": 200},
+            "depth is 140.*300 bytes per item, or given with sample_size",
+        ),
+        ({"design": "topk"}, "design is 'topk'"),
+        ({"shard_examples": 0}, "shard_examples is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_bad_arguments(teacher, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        cache_teacher_targets(teacher, labelled_images(4, C), tmp_path, **SETTINGS | given)
+
+
+def test_nothing_to_cache(teacher, tmp_path):
+    with pytest.raises(DataError, match="dataset is empty"):
+        cache_teacher_targets(teacher, [], tmp_path, **SETTINGS)
+
+
+def test_a_teacher_that_overflows(tmp_path):
+    teacher = vit(C)
+    with torch.no_grad():
+        teacher.classifier.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN or Inf"):
+        cache_teacher_targets(teacher, labelled_images(4, C), tmp_path, **SETTINGS)

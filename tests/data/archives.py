@@ -40,18 +40,18 @@ def _opcodes(value: Any) -> bytes:
             raise TypeError(type(value))
 
 
-def cifar100_split(rows: int, seed: int) -> dict[bytes, Any]:
+def cifar100_split(size: int, seed: int) -> dict[bytes, Any]:
     """A split with every class in turn, each with a colour pattern of its own under some noise."""
     patterns = np.random.default_rng(0).integers(0, 256, (len(FINE_NAMES), 3, 4, 4))
-    noise = np.random.default_rng(seed).normal(0, 20, (rows, 3, 32, 32))
-    fine = np.arange(rows) % len(FINE_NAMES)
+    noise = np.random.default_rng(seed).normal(0, 20, (size, 3, 32, 32))
+    fine = np.arange(size) % len(FINE_NAMES)
     images = (patterns[fine].repeat(8, axis=2).repeat(8, axis=3) + noise).clip(0, 255).astype(np.uint8)
     return {
-        b"filenames": [b"image_%05d.png" % row for row in range(rows)],
+        b"filenames": [b"image_%05d.png" % number for number in range(size)],
         b"batch_label": b"made for tests",
         b"fine_labels": fine.tolist(),
         b"coarse_labels": (fine // 5).tolist(),
-        b"data": images.reshape(rows, 3072),
+        b"data": images.reshape(size, 3072),
     }
 
 
@@ -106,5 +106,5 @@ def pack(folder: Path, **changes: bytes | None) -> Path:
 
 
 def changed_split(**changes: Any) -> bytes:
-    """The pickle of a split of four rows with some of its entries replaced."""
+    """The pickle of a split of four images with some of its entries replaced."""
     return python2_pickle({**cifar100_split(4, seed=0), **{key.encode(): value for key, value in changes.items()}})

@@ -169,8 +169,8 @@ def test_offline_without_data_dir_names_both_ways_out(tmp_path, monkeypatch):
 
 def test_the_hub_copy_gets_the_same_features(tmp_path, monkeypatch):
     spelling = datasets.ClassLabel(names=["cra" if name == "crab" else name for name in FINE_NAMES])
-    rows = {"img": [np.zeros((32, 32, 3), np.uint8)], "fine_label": [26], "coarse_label": [13]}
-    split = datasets.Dataset.from_dict(rows, features=datasets.Features({**FEATURES, "fine_label": spelling}))
+    columns = {"img": [np.zeros((32, 32, 3), np.uint8)], "fine_label": [26], "coarse_label": [13]}
+    split = datasets.Dataset.from_dict(columns, features=datasets.Features({**FEATURES, "fine_label": spelling}))
     asked = []
 
     def load_dataset(name, **options):

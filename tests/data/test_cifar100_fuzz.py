@@ -27,7 +27,7 @@ LIMIT = 1 << 20  # stands for the 512 MiB that an archive may unpack to
 
 @st.composite
 def contents(draw) -> dict[str, bytes]:
-    """Files of the data set, one of them damaged or forged."""
+    """Files of the dataset, one of them damaged or forged."""
     name = draw(st.sampled_from(list(WHOLE)))
     return {**WHOLE, name: draw(damaged(WHOLE[name]) | damaged(WHOLE[name][-200:]) | pickles(KEYS))}
 
@@ -71,9 +71,9 @@ def check(write) -> bool:
             except DataError as error:
                 assert str(folder) in str(error) and REMEDY in str(error)
                 return False
-            for row in (row for split in loaded.values() for row in split):
-                assert row["img"].size == (32, 32) and row["img"].mode == "RGB"
-                assert 0 <= row["fine_label"] < 100 and 0 <= row["coarse_label"] < 20
+            for example in (example for split in loaded.values() for example in split):
+                assert example["img"].size == (32, 32) and example["img"].mode == "RGB"
+                assert 0 <= example["fine_label"] < 100 and 0 <= example["coarse_label"] < 20
         assert {path.name for path in folder.iterdir()} <= {ARCHIVE, FOLDER, "cache"}
         return True
 

@@ -22,7 +22,7 @@ from hf_dis.data.cifar100 import ARCHIVE, FOLDER, HOMEPAGE
         ({"train": None}, f"no {FOLDER}/train"),
         ({"test": None}, f"no {FOLDER}/test"),
         ({"meta": None}, f"no {FOLDER}/meta"),
-        ({"train": changed_split(data=np.zeros((4, 3072), "f4"))}, r"uint8 \[rows, 3072\], found float32"),
+        ({"train": changed_split(data=np.zeros((4, 3072), "f4"))}, r"uint8 \[images, 3072\], found float32"),
         ({"train": changed_split(data=np.zeros((4, 3071), "u1"))}, r"found uint8 \[4, 3071\]"),
         ({"test": changed_split(data=np.zeros(3072, "u1"))}, r"data in test .* found uint8 \[3072\]"),
         ({"train": changed_split(data=[0] * 3072)}, "found list"),

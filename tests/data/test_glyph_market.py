@@ -1,4 +1,4 @@
-"""The stand-in for Market-1501: what the generated folder holds."""
+"""The content of the generated folder in the format of Market-1501."""
 
 from collections import Counter
 
@@ -11,11 +11,11 @@ from hf_dis.data.market1501 import KINDS
 
 @pytest.fixture(scope="module", autouse=True)
 def characters():
-    """The images of the characters are drawn once for all tests here."""
-    drawn = module._characters(32)
+    """The images of the characters, rendered once for all tests here."""
+    rendered = module._characters(32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_characters", lambda size: list(drawn))
-        yield drawn
+        patch.setattr(module, "_characters", lambda size: list(rendered))
+        yield rendered
 
 
 def files(folder):

@@ -42,7 +42,7 @@ def write_font(path, characters, *, blank=(), width=500):
 
 @pytest.fixture
 def fonts(tmp_path):
-    """Three small fonts: A and B in all, C in two, D in one; the third draws B blank."""
+    """Three small fonts: A and B in all, C in two, D in one; B is blank in the third."""
     return [
         write_font(tmp_path / "One.ttf", "ABCD"),
         write_font(tmp_path / "Two.ttf", "ABC", width=400),
@@ -57,7 +57,9 @@ def load(tmp_path):
 
 def content(split):
     characters, faces = split.features["label"], split.features["face"]
-    return [(faces.int2str(row["face"]), chr(int(characters.int2str(row["label"])[2:], 16))) for row in split]
+    return [
+        (faces.int2str(example["face"]), chr(int(characters.int2str(example["label"])[2:], 16))) for example in split
+    ]
 
 
 def test_characters_that_enough_faces_draw(fonts, load):
@@ -104,8 +106,8 @@ def test_the_classes_of_the_default_set(tmp_path):
 def test_the_images_of_the_default_set(load):
     """The numbers that the documentation and the demonstration rely on."""
     loaded = load(num_proc=2)
-    drawn = set(loaded["train"]["label"]) | set(loaded["test"]["label"])
-    assert (len(loaded["train"]), len(loaded["test"]), len(drawn)) == (32920, 5683, 3318)
+    seen = set(loaded["train"]["label"]) | set(loaded["test"]["label"])
+    assert (len(loaded["train"]), len(loaded["test"]), len(seen)) == (32920, 5683, 3318)
     assert set(loaded["test"]["label"]) <= set(loaded["train"]["label"])
 
 
@@ -124,7 +126,7 @@ def test_changed_fonts_and_settings_do_not_meet_a_stale_cache(fonts, load):
     assert content(load([renamed, *fonts[1:]], **options)["train"])[0] == ("Other", "A")
 
 
-def test_a_second_load_draws_nothing(fonts, load, monkeypatch):
+def test_a_second_load_renders_nothing(fonts, load, monkeypatch):
     first = load(fonts, min_faces=2, test_faces=["Two"])
     monkeypatch.setattr(Glyphs, "_split_generators", None)
     second = load([str(path) for path in fonts], min_faces=2, test_faces=["Two"])
@@ -156,14 +158,14 @@ def test_a_truncated_font(fonts, load, tmp_path):
             load([*fonts, fake], min_faces=1, test_faces=["One"])
 
 
-def test_a_font_that_cannot_be_drawn(fonts, load):
+def test_a_font_that_cannot_be_rendered(fonts, load):
     fonts[2].write_bytes(fonts[2].read_bytes().replace(b"head", b"none"))
     with pytest.raises(DataError, match=r"Three\.ttf is not a usable TrueType or OpenType font"):
         load(fonts, min_faces=1, test_faces=["One"])
 
 
-def test_a_font_with_an_outline_that_cannot_be_drawn(fonts, load):
-    """It opens, and says what it draws; that a box has more contours than points shows when it is drawn."""
+def test_a_font_with_an_outline_that_cannot_be_rendered(fonts, load):
+    """The font opens and names its characters; a box with more contours than points fails in rendering."""
     with TTFont(fonts[2]) as font:
         start = font.reader.tables["glyf"].offset
     content = bytearray(fonts[2].read_bytes())
@@ -174,9 +176,11 @@ def test_a_font_with_an_outline_that_cannot_be_drawn(fonts, load):
             load(fonts, min_faces=1, test_faces=["One"], num_proc=num_proc)
 
 
-def test_fonts_that_draw_nothing(fonts, load, tmp_path):
+def test_fonts_without_a_visible_glyph(fonts, load, tmp_path):
     blank = write_font(tmp_path / "Blank.ttf", "AB", blank="AB")
-    with pytest.raises(DataError, match=r"fonts of test draw nothing, so drop them from font_files: .*Blank\.ttf"):
+    with pytest.raises(
+        DataError, match=r"fonts of test have no visible glyph, so drop them from font_files: .*Blank\.ttf"
+    ):
         load([*fonts, blank], min_faces=1, test_faces=["Blank"])
 
 

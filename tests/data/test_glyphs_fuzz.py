@@ -51,8 +51,8 @@ def check(fonts: list[Path], content: bytes) -> bool:
             except DataError as error:
                 assert "Damaged.ttf" in str(error) and "from font_files" in str(error)
                 return False
-            for row in (row for split in loaded.values() for row in split):
-                assert row["image"].size == (32, 32) and row["image"].mode == "L"
+            for example in (example for split in loaded.values() for example in split):
+                assert example["image"].size == (32, 32) and example["image"].mode == "L"
         return True
 
 

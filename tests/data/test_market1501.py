@@ -1,4 +1,4 @@
-"""Market-1501 from an archive or a folder: what the splits hold, and what is refused."""
+"""Market-1501 from an archive or a folder: the content of the splits, and the refusals."""
 
 import io
 import logging
@@ -30,9 +30,9 @@ def without(prefix):
     return {name: content for name, content in market_files().items() if not name.startswith(prefix)}
 
 
-def rows(split):
+def examples(split):
     kinds = split.features["kind"].names
-    return [(row["pid"], row["camid"], row["label"], kinds[row["kind"]]) for row in split]
+    return [(example["pid"], example["camid"], example["label"], kinds[example["kind"]]) for example in split]
 
 
 def shades(split):
@@ -41,14 +41,14 @@ def shades(split):
 
 def test_columns_and_content(tmp_path, load):
     loaded = load(write_market_archive(tmp_path))
-    assert rows(loaded["train"]) == [
+    assert examples(loaded["train"]) == [
         (2, 1, 0, "person"),
         (2, 2, 0, "person"),
         (7, 6, 1, "person"),
         (1488, 1, 2, "person"),
     ]
-    assert rows(loaded["query"]) == [(1, 1, -1, "person"), (3, 3, -1, "person")]
-    assert rows(loaded["gallery"]) == [
+    assert examples(loaded["query"]) == [(1, 1, -1, "person"), (3, 3, -1, "person")]
+    assert examples(loaded["gallery"]) == [
         (-1, 1, -1, "junk"),
         (0, 1, -1, "distractor"),
         (1, 2, -1, "person"),
@@ -83,7 +83,7 @@ def test_what_file_browsers_leave_behind_is_not_an_image(tmp_path, load):
 def test_a_test_identity_that_is_trained_on_has_its_label_and_is_told(tmp_path, load, warnings):
     files = {**market_files(), "query/0007_c1s1_000001_00.jpg": jpeg()}
     loaded = load(write_market_archive(tmp_path, files))
-    assert rows(loaded["query"])[-1] == (7, 1, 1, "person")
+    assert examples(loaded["query"])[-1] == (7, 1, 1, "person")
     assert "1 identities of query or gallery are in bounding_box_train too" in warnings.text
 
 
@@ -129,7 +129,7 @@ def test_a_renamed_file_does_not_meet_a_stale_cache(tmp_path, load):
     folder = write_market_folder(tmp_path)
     load(folder)
     (folder / "query/0001_c1s1_001051_00.jpg").rename(folder / "query/0001_c2s1_001051_00.jpg")
-    assert rows(load(folder)["query"])[0] == (1, 2, -1, "person")
+    assert examples(load(folder)["query"])[0] == (1, 2, -1, "person")
 
 
 def test_the_same_files_elsewhere_share_their_cache(tmp_path):

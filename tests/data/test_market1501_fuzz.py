@@ -40,7 +40,7 @@ REMEDIES = ["Download", "should be named like", "belong into", "copy the image i
 
 @st.composite
 def files(draw) -> dict[str, bytes]:
-    """The files of the data set, some damaged, renamed or missing."""
+    """The files of the dataset, some damaged, renamed or missing."""
     found = dict(WHOLE)
     for name in draw(st.lists(st.sampled_from([*WHOLE, "query/0003_c3s3_000001_00.jpg"]), min_size=1, max_size=3)):
         if name in found:
@@ -87,9 +87,9 @@ def check(write) -> bool:
             except DataError as error:
                 assert str(folder) in str(error) and any(remedy in str(error) for remedy in REMEDIES)
                 return False
-            for row in (row for split in loaded.values() for row in split):
-                assert row["image"].width * row["image"].height <= module.MAX_PIXELS
-                assert row["pid"] >= -1 and row["label"] >= -1 and row["kind"] in range(3)
+            for example in (example for split in loaded.values() for example in split):
+                assert example["image"].width * example["image"].height <= module.MAX_PIXELS
+                assert example["pid"] >= -1 and example["label"] >= -1 and example["kind"] in range(3)
         assert {path.name for path in folder.iterdir()} <= {ARCHIVE, FOLDER, "cache"}
         return True
 

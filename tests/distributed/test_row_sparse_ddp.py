@@ -33,25 +33,3 @@ def test_two_processes_train_as_one_that_accumulates(ranks, alone):
 def test_the_processes_agree_to_the_bit(ranks):
     one, other = (rank["student"] for rank in ranks)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-@pytest.mark.parametrize("case", worker.TOUCHED)
-def test_gradients_are_means_over_processes_and_padding_is_no_row(ranks, case):
-    touched = worker.TOUCHED[case]
-    expected = sum(worker.gradient(ids or [], rank).to_dense() for rank, ids in enumerate(touched)) / 2
-    for rank in ranks:
-        found = rank[case]
-        assert found.is_coalesced() and found.indices()[0].tolist() == sorted({*touched[0], *(touched[1] or [])})
-        torch.testing.assert_close(found.to_dense(), expected)
-
-
-def test_statistics_are_sums_over_processes_dense_and_sparse(ranks):
-    expected = sum(worker.gradient(ids, rank).to_dense() for rank, ids in enumerate(worker.TOUCHED["some"]))
-    for rank in ranks:
-        assert rank["sums"]["dense"].tolist() == [3, 3, 3]
-        assert rank["sums"]["rows"].is_coalesced() and rank["sums"]["rows"]._nnz() == 3
-        torch.testing.assert_close(rank["sums"]["rows"].to_dense(), expected)
-
-
-def test_the_first_process_decides_for_all(ranks):
-    assert [rank["first"] for rank in ranks] == ["from 0", "from 0"]

@@ -84,7 +84,9 @@ def run(output_dir: Path) -> None:
     whole.train()
     resumed = trainer(output_dir / "resume", seed=5, **saving)
     resumed.train(resume_from_checkpoint=str(output_dir / "resume" / "checkpoint-2"))
-    results["resume"] = [clone({**one.model.state_dict(), **one.distiller.sampler.state_dict()}) for one in (whole, resumed)]
+    results["resume"] = [
+        clone({**one.model.state_dict(), **one.distiller.sampler.state_dict()}) for one in (whole, resumed)
+    ]
     rank = this.args.process_index
     results["saved"] = load_file(output_dir / "resume" / "checkpoint-4" / f"dis_state_{rank}.safetensors")
     torch.save(results, output_dir / f"rank_{rank}.pt")

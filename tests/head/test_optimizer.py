@@ -6,7 +6,8 @@ import io
 import pytest
 import torch
 
-from hf_dis import RowSparseAdamW, optim
+from hf_dis import RowSparseAdamW
+from hf_dis.head import optimizer as row_optimizer
 
 C, D = 7, 3
 SETTINGS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
@@ -52,7 +53,7 @@ def assert_equal(found, expected, tolerance=1e-14):
 @pytest.mark.parametrize("chunk", [1, 2**17], ids=["row by row", "at once"])
 def test_rows_touched_in_every_step_are_adamws(torchs, chunk, monkeypatch):
     """Two parameter groups of different settings, a learning rate that changes."""
-    monkeypatch.setattr(optim, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(row_optimizer, "CHUNK_ELEMENTS", chunk)
     found, expected = parameters(), parameters()
     optimizers = [
         kind([{"params": ps[:1], "weight_decay": 0.1}, {"params": ps[1:], "lr": 0.5}], **SETTINGS, **torchs)
@@ -164,6 +165,27 @@ def test_a_loaded_state_goes_on_to_the_bit(torchs, dtype):
         assert optimizer.state[one].keys() == other.state[two].keys()
         for name, value in optimizer.state[one].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[two][name])), name
+
+
+def test_a_device_without_float64_keeps_the_decay_in_float32(monkeypatch):
+    """As MPS: also where the state comes from a device with float64."""
+    expected, found = parameters(torch.float32), parameters(torch.float32)
+    wide = RowSparseAdamW(expected, **SETTINGS)
+    take_step(wide, expected, 0, [0, 3])
+    monkeypatch.setattr(row_optimizer, "widest", lambda device: torch.float32)
+    narrow = RowSparseAdamW(found, **SETTINGS)
+    take_step(narrow, found, 0, [0, 3])
+    loaded = RowSparseAdamW(found, **SETTINGS)
+    loaded.load_state_dict(wide.state_dict())
+    for optimizer in (narrow, loaded):
+        tensors = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+        assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    monkeypatch.undo()
+    assert wide.state[expected[0]]["row_log_decay"].dtype == torch.float64
+    take_step(wide, expected, 1, [2, 3])
+    monkeypatch.setattr(row_optimizer, "widest", lambda device: torch.float32)
+    take_step(narrow, found, 1, [2, 3])
+    assert_equal(found, expected, 1e-6)
 
 
 def test_the_state_loads_with_weights_only():

@@ -1,18 +1,22 @@
-"""The switched output head: found, checked, equal to the full one, and gone without a trace."""
+"""The switched head: sampled classes, all classes of some tokens, or none; equal to the full head, and gone after."""
 
+import accelerate
 import pytest
 import torch
-from tiny_models import FAMILIES, images, patched_modules, resnet, spread_out, vit
+from head_cases import LENGTH, POSITIONS, REFUSED, SAMPLED, gradients
+from head_cases import C as CLASSES
+from head_cases import N as EXAMPLES
+from tiny_models import FAMILIES, bart, bert_tokens, images, llama, patched_modules, spread_out, tails_of_items, tokens
 from torch import nn
 
-from hf_dis.head.check import check_head
 from hf_dis.head.switch import SampledHead
+from hf_dis.items import Items
 from hf_dis.models.head_features import head_features
-from hf_dis.models.head_search import find_head_layers
+from hf_dis.models.head_search import find_head_layers, find_heads
 
 C, N = 11, 3
-ROW_IDS = torch.tensor([[0, 4, 4, 10], [1, 2, 3, 0], [10, 9, 8, 7]])  # with a class twice in an item
-SHARED_IDS = torch.tensor([[0, 5, 9]])
+ITEM_IDS = torch.tensor([[0, 4, 4, 10], [1, 2, 3, 0], [10, 9, 8, 7]])  # with a class twice in an item
+TAIL_IDS = torch.tensor([[0, 5, 9]])
 TAILS = torch.tensor([[0, 5, 9], [3, 5, 10]])
 NO_IDS = torch.empty(1, 0, dtype=torch.long)
 
@@ -24,26 +28,18 @@ def model_and_head(family, dtype=torch.float64):
     return model, SampledHead(model, find_head_layers(model, C)), images(N, size, dtype=dtype)
 
 
-def gradients(model, logits):
-    """Gradients of some function of the logits that treats no two of them alike."""
-    weights = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view_as(logits)
-    model.zero_grad()
-    (weights * logits.log_softmax(1)).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("tail_ids", [SHARED_IDS, TAILS, NO_IDS], ids=["two strata", "several tails", "per item"])
+@pytest.mark.parametrize("tail_ids", [TAIL_IDS, TAILS, NO_IDS], ids=["two strata", "several tails", "per item"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_switched_head_equals_the_full_head_at_the_drawn_classes(family, tail_ids):
+def test_switched_head_equals_the_full_head_at_the_sampled_classes(family, tail_ids):
     """Logits and every gradient of the model, in training mode, float64 to 1e-10 of the whole gradient's norm."""
     model, head, pixels = model_and_head(family)
     model.train()
     torch.manual_seed(1)
     full = model(pixel_values=pixels).logits
-    full = full.gather(1, torch.cat([ROW_IDS, tail_ids(tail_ids, N)], 1))
+    full = full.gather(1, torch.cat([ITEM_IDS, tails_of_items(tail_ids, N)], 1))
     expected = gradients(model, full)
     torch.manual_seed(1)
-    with head.only(ROW_IDS, tail_ids):
+    with head.only(ITEM_IDS, tail_ids):
         sampled = model(pixel_values=pixels).logits
         found = gradients(model, sampled)
     torch.testing.assert_close(sampled, full, rtol=1e-10, atol=1e-10)
@@ -52,15 +48,15 @@ def test_switched_head_equals_the_full_head_at_the_drawn_classes(family, tail_id
     assert all((found[name] - expected[name]).norm() <= 1e-10 * whole for name in expected)
 
 
-@pytest.mark.parametrize("tail_ids", [SHARED_IDS, TAILS, NO_IDS], ids=["two strata", "several tails", "per item"])
+@pytest.mark.parametrize("tail_ids", [TAIL_IDS, TAILS, NO_IDS], ids=["two strata", "several tails", "per item"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_sparse_head_has_the_gradient_of_the_full_one_in_the_drawn_rows(family, tail_ids):
-    """All gradients of the model, float64 to 1e-10; the head's are sparse, and of no other item."""
+def test_a_row_sparse_head_has_the_gradient_of_the_full_one_in_the_sampled_rows(family, tail_ids):
+    """All gradients of the model, float64 to 1e-10; the head's are sparse, and of no other row."""
     model, head, pixels = model_and_head(family)
     model.eval()
     full = model(pixel_values=pixels).logits
-    expected = gradients(model, full.gather(1, torch.cat([ROW_IDS, tail_ids(tail_ids, N)], 1)))
-    with SampledHead(model, list(head.layers), row_sparse=True).only(ROW_IDS, tail_ids):
+    expected = gradients(model, full.gather(1, torch.cat([ITEM_IDS, tails_of_items(tail_ids, N)], 1)))
+    with SampledHead(model, list(head.layers), row_sparse=True).only(ITEM_IDS, tail_ids):
         found = gradients(model, model(pixel_values=pixels).logits)
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     names = {name for name, parameter in model.named_parameters() if any(parameter is p for p in head.parameters())}
@@ -68,35 +64,21 @@ def test_a_row_sparse_head_has_the_gradient_of_the_full_one_in_the_drawn_rows(fa
     for name, gradient in found.items():
         assert gradient.is_sparse == (name in names)
         if gradient.is_sparse:
-            assert gradient._indices()[0].tolist() == drawn_classes(tail_ids)  # each once, in order
+            assert gradient._indices()[0].tolist() == sampled_classes(tail_ids)  # each once, in order
             gradient = gradient.to_dense()
         assert (gradient - expected[name]).norm() <= 1e-10 * whole
 
 
-def drawn_classes(tail_ids):
-    return sorted({*ROW_IDS.flatten().tolist(), *tail_ids.flatten().tolist()})
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_passes_its_check_and_is_left_as_it_was(family):
-    model, head, pixels = model_and_head(family, torch.float32)
-    keys = list(model.state_dict())
-    model.train()
-    check_head(model, head, {"pixel_values": pixels[:2]})
-    assert model.training and patched_modules(model) == [] and list(model.state_dict()) == keys
-    with head.only(ROW_IDS, SHARED_IDS):
-        assert list(model.state_dict()) == keys and isinstance(head.module, nn.Linear)
-        assert len(patched_modules(model)) == 1
-    assert patched_modules(model) == [] and list(model.state_dict()) == keys
-    assert model(pixel_values=pixels).logits.shape == (N, C)
+def sampled_classes(tail_ids):
+    return sorted({*ITEM_IDS.flatten().tolist(), *tail_ids.flatten().tolist()})
 
 
 def test_the_full_head_is_back_after_an_exception():
     model, head, pixels = model_and_head("ViT")
-    with pytest.raises(KeyError), head.only(ROW_IDS, SHARED_IDS):
+    with pytest.raises(KeyError), head.only(ITEM_IDS, TAIL_IDS):
         raise KeyError
     assert patched_modules(model) == []
-    with pytest.raises(ValueError, match=r"shape \(3, 16\) for 2 items"), head.only(ROW_IDS[:2], SHARED_IDS):
+    with pytest.raises(ValueError, match=r"shape \(3, 16\) for 2 items"), head.only(ITEM_IDS[:2], TAIL_IDS):
         model(pixel_values=pixels)
     assert patched_modules(model) == []
 
@@ -104,7 +86,7 @@ def test_the_full_head_is_back_after_an_exception():
 def test_clearing_twice_or_unset_does_nothing():
     _, head, _ = model_and_head("ViT")
     head.clear()
-    head.set(ROW_IDS, SHARED_IDS)
+    head.set(ITEM_IDS, TAIL_IDS)
     head.clear()
     head.clear()
     assert "forward" not in vars(head.module)
@@ -116,121 +98,179 @@ def test_a_forward_that_others_put_on_the_head_comes_back():
     linear = model[0]
     linear.forward = original = lambda features: nn.functional.linear(features, linear.weight, linear.bias)
     head = SampledHead(model, ["0"])
-    with head.only(ROW_IDS, SHARED_IDS):
+    with head.only(ITEM_IDS, TAIL_IDS):
         linear(torch.randn(N, 5))
     assert vars(linear).get("forward") is original
 
 
-# Features
+# All classes of some tokens
+
+ITEMS = Items(EXAMPLES, positions=POSITIONS, length=LENGTH)
+OF_TOKENS = [name for name, case in SAMPLED.items() if case.has_token_items]
+EXACT = ["ESM", "DoRA on the head", "another adapter on the head", "trainable_token_indices, a tied head"]
 
 
-def test_features_are_what_the_head_is_given():
-    model, head, pixels = model_and_head("ResNet")
-    model.train()
-    features = head_features(model, head.module, {"pixel_values": pixels})
-    assert model.training
-    model.eval()
-    torch.testing.assert_close(head.module(features), model(pixel_values=pixels).logits)
-    assert not head.module._forward_pre_hooks
+def assert_all_classes_at_the_items(model, names, inputs):
+    """Logits, and every gradient to 1e-10 of the whole gradient's norm."""
+    full = ITEMS.of(model(**inputs).logits)
+    expected = gradients(model, full)
+    head = SampledHead(model, names)
+    head.set_positions(ITEMS)
+    found_logits = model(**inputs).logits
+    found = gradients(model, found_logits)
+    head.clear()
+    torch.testing.assert_close(found_logits, full, rtol=1e-10, atol=1e-10)
+    assert full.std() > 0.01 and found.keys() == expected.keys() and patched_modules(model) == []
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert all((found[name] - expected[name]).norm() <= 1e-10 * whole for name in expected)
 
 
-# Checking
+@pytest.mark.parametrize("find", [find_heads, find_head_layers], ids=["heads", "layers"])
+@pytest.mark.parametrize("case", OF_TOKENS)
+def test_all_classes_of_some_tokens_are_those_of_the_full_head(case, find):
+    """Heads as exact distillation switches them, with their adapters inside, and layers as a warm-up does."""
+    model, _, inputs, _ = SAMPLED[case].prepared()
+    assert_all_classes_at_the_items(model.eval(), find(model, CLASSES), inputs)
 
 
-class Rescaled(nn.Module):
-    """Something comes after the head: another order of classes, another scale, or another shape."""
-
-    def __init__(self, model, change):
-        super().__init__()
-        self.model, self.change = model, change
-
-    def forward(self, **inputs):
-        outputs = self.model(**inputs)
-        outputs.logits = self.change(outputs.logits)
-        return outputs
+@pytest.mark.parametrize("case", EXACT)
+def test_heads_that_cannot_be_sampled_compute_all_classes_of_some_tokens(case):
+    torch.manual_seed(0)
+    model = REFUSED[case][0]().double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # an untrained model answers alike for all classes
+    assert_all_classes_at_the_items(model, find_heads(model, CLASSES), tokens(EXAMPLES, CLASSES, LENGTH))
 
 
-@pytest.mark.parametrize(
-    ("change", "gap"),
-    [
-        (lambda logits: logits.log_softmax(1), "off by up to"),
-        (lambda logits: logits.flip(1), "off by up to"),
-        (lambda logits: logits + torch.linspace(0, 1, logits.shape[1]), "off by up to"),
-        (lambda logits: logits[:, 1:], "shapes differ"),
-    ],
-    ids=["log-softmax", "reordered", "bias after the head", "cut"],
-)
-def test_a_model_that_changes_the_heads_output_is_refused(change, gap):
-    model = resnet(C, spread=10)
-    head = SampledHead(model, ["classifier.1"])
-    with pytest.raises(ValueError, match=rf"Rescaled does not return the output of 'classifier.1'.*{gap}"):
-        check_head(Rescaled(model, change), head, {"pixel_values": images(2, 32)})
+def test_a_head_that_is_the_embedding_is_left_as_it_is():
+    model = REFUSED["FSMT"][0]().eval()
+    inputs = {**tokens(EXAMPLES, CLASSES, LENGTH), "decoder_input_ids": tokens(EXAMPLES, CLASSES, LENGTH)["input_ids"]}
+    full = model(**inputs).logits
+    head = SampledHead(model, find_heads(model, CLASSES))
+    head.set_positions(ITEMS)
+    torch.testing.assert_close(model(**inputs).logits, full)
+    head.clear()
     assert patched_modules(model) == []
 
 
-@pytest.mark.parametrize("num_classes", [8, 40])
-def test_a_bias_that_is_still_zero_is_refused_too(num_classes):
-    """Eight: as many classes as are looked at."""
-    model = Rescaled(vit(num_classes, spread=10), lambda logits: logits + torch.zeros(num_classes))
-    head = SampledHead(model, ["model.classifier"])
-    with pytest.raises(ValueError, match=r"Rescaled cannot go on from .*'model.classifier'.*head_mode='exact'"):
-        check_head(model, head, {"pixel_values": images(2)})
-    assert patched_modules(model) == []
+def test_tokens_that_the_model_adds_are_refused():
+    """Prompt learning does: which answer is about which token cannot be known."""
+    model = llama(CLASSES)
+    head = SampledHead(model, ["lm_head"])
+    shorter = tokens(EXAMPLES, CLASSES, LENGTH + 2)
+    for switch in (head.set_positions, head.hold):
+        switch(ITEMS)
+        with pytest.raises(ValueError, match=r"answers for \(3, 8\) tokens of \(3, 6\)"):
+            model(**shorter)
+        head.clear()
 
 
-def test_a_model_that_draws_random_numbers_finds_them_as_they_were():
-    model = Rescaled(vit(C, spread=10), lambda logits: logits + 0 * torch.rand(1))
-    state = torch.get_rng_state()
-    check_head(model, SampledHead(model, ["model.classifier"]), {"pixel_values": images(2)})
-    assert torch.equal(torch.get_rng_state(), state)
+def test_features_that_the_model_flattened():
+    linear = nn.Linear(5, CLASSES)
+    head, features = SampledHead(nn.Sequential(linear), ["0"]), torch.randn(EXAMPLES * LENGTH, 5)
+    full = linear(features)[POSITIONS]
+    head.set_positions(ITEMS)
+    assert torch.equal(linear(features), full)
+    holding = head.hold(ITEMS)
+    assert linear(features).shape == (len(ITEMS), 1) and torch.equal(holding.features, features[POSITIONS])
+    head.clear()
 
 
-def test_the_wrong_layer_is_refused():
-    model = vit(16, spread=10)
-    name = next(name for name in dict(model.named_modules()) if name.endswith(("query", "q_proj")))
-    with pytest.raises(ValueError, match=r"does not return the output|one feature vector an item"):
-        check_head(model, SampledHead(model, [name]), {"pixel_values": images(2)})
-    assert patched_modules(model) == []
+# No class
 
 
-class Narrow(nn.Module):
-    """Computes in bfloat16 and answers in float32, as accelerate makes a model do."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs):
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = self.model(**inputs)
-        outputs.logits = outputs.logits.float()
-        return outputs
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_under_autocast_the_heads_agree_to_its_precision(seed):
-    """The bias is added before or after rounding: float32's tolerance would refuse an honest head."""
-    model, inputs = vit(200, seed, spread=30), {"pixel_values": images(2, seed=seed)}
-    head = SampledHead(model, ["classifier"])
-    check_head(Narrow(model), head, inputs, torch.bfloat16)
-    with pytest.raises(ValueError, match="off by up to"):
-        check_head(Rescaled(Narrow(model), lambda z: z.log_softmax(1)), head, inputs, torch.bfloat16)
+@pytest.mark.parametrize("case", [name for name in SAMPLED if "two heads" not in name and "sequences" not in name])
+def test_a_holding_head_keeps_the_features_and_computes_no_class(case):
+    model, _, inputs, positions = SAMPLED[case].prepared()
+    (name,) = find_heads(model.eval(), CLASSES)
+    items = Items(EXAMPLES) if positions is None else ITEMS
+    full, expected = model(**inputs).logits, head_features(model, model.get_submodule(name), inputs)
+    head = SampledHead(model, [name])
+    holding = head.hold(items)
+    logits = model(**inputs).logits
+    head.clear()
+    assert logits.shape == (len(items), 1)
+    torch.testing.assert_close(holding.features, items.of(expected))
+    assert patched_modules(model) == [] and torch.equal(model(**inputs).logits, full)
 
 
-@pytest.mark.parametrize("width", [64, 2048])
-def test_float32_rounding_passes(width):
-    """Features as a ResNet's: many, positive, the products largely cancelling."""
+def test_a_head_of_several_layers_cannot_hold():
+    model, head, _, _ = SAMPLED["LoRA on BART's head"].prepared()
+    with pytest.raises(ValueError, match=r"several layers: .*lm_head.base_layer, .*lm_head.lora_B.default.*one layer"):
+        head.hold(ITEMS)
+    assert patched_modules(model) == [] and not any("final_logits_bias" in vars(module) for module in model.modules())
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(width, 1000)
-            nn.init.normal_(self.head.weight, std=0.3)
 
-        def forward(self, features):
-            return type("Outputs", (), {"logits": self.head(features)})
+# Every state
 
-    model = Model()
-    for seed in range(5):
-        features = torch.rand(2, width, generator=torch.Generator().manual_seed(seed)) * 3
-        check_head(model, SampledHead(model, ["head"]), {"features": features})
+
+def states(head):
+    """Switches a head into each of its states in turn."""
+    head.set(torch.zeros(len(ITEMS), 2, dtype=torch.long), torch.tensor([[0, 3, 5]]), POSITIONS)
+    yield "sampled"
+    head.set_positions(ITEMS)
+    yield "at positions"
+    yield head.hold(ITEMS)
+    head.clear()
+
+
+def test_the_bias_of_all_logits_is_added_once_in_every_state():
+    model = bart(CLASSES, spread=10).eval()
+    inputs = {**tokens(EXAMPLES, CLASSES, LENGTH), "decoder_input_ids": tokens(EXAMPLES, CLASSES, LENGTH)["input_ids"]}
+    bias, full = model.final_logits_bias, ITEMS.of(model(**inputs).logits)
+    columns = torch.tensor([0, 0, 0, 3, 5])
+    for state in states(SampledHead(model, ["lm_head"])):
+        logits = model(**inputs).logits
+        if state == "sampled":
+            torch.testing.assert_close(logits, full[:, columns])
+        elif state == "at positions":
+            torch.testing.assert_close(logits, full)
+        else:
+            assert logits.shape == (len(ITEMS), 1)
+            torch.testing.assert_close(model.lm_head.weight @ state.features.mT + bias.mT, full.mT)
+        assert model.state_dict()["final_logits_bias"] is not None
+        assert torch.equal(model._buffers["final_logits_bias"], bias)
+    assert model.final_logits_bias is bias and "final_logits_bias" not in vars(model)
+
+
+@pytest.mark.parametrize("build", [llama, bert_tokens], ids=["no bias", "bias"])
+def test_under_autocast_every_state_is_the_full_head_in_bfloat16(build):
+    model = build(CLASSES, spread=10).eval()
+    (name,) = find_heads(model, CLASSES)
+    inputs, head = tokens(EXAMPLES, CLASSES, LENGTH), SampledHead(model, [name])
+    with torch.autocast("cpu", torch.bfloat16):
+        full = ITEMS.of(model(**inputs).logits)
+        for state in states(head):
+            logits = model(**inputs).logits
+            if state == "sampled":
+                assert logits.dtype == full.dtype == torch.bfloat16
+                torch.testing.assert_close(logits[:, 2:], full[:, [0, 3, 5]], rtol=2e-2, atol=2e-2)
+            elif state == "at positions":
+                assert torch.equal(logits, full)
+            else:
+                features = state.features
+    assert torch.equal(nn.functional.linear(features.bfloat16(), *cast(head.module)), full)
+
+
+def cast(layer):
+    bias = None if layer.bias is None else layer.bias.bfloat16()
+    return layer.weight.bfloat16(), bias
+
+
+def test_the_forward_that_accelerate_put_on_a_head_runs_and_comes_back():
+    """An offloaded model: without the hook the head has no weights."""
+    model = llama(CLASSES, spread=10).eval()
+    inputs = tokens(EXAMPLES, CLASSES, LENGTH)
+    full = ITEMS.of(model(**inputs).logits)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    hooked, head = vars(model.lm_head)["forward"], SampledHead(model, ["lm_head"])
+    assert model.lm_head.weight.is_meta
+    head.set_positions(ITEMS)
+    assert vars(model.lm_head)["forward"] is not hooked
+    torch.testing.assert_close(model(**inputs).logits, full)
+    holding = head.hold(ITEMS)  # from one state to another, without clear between
+    model(**inputs)
+    head.clear()
+    assert vars(model.lm_head)["forward"] is hooked and "full_forward" not in vars(model.lm_head)
+    torch.testing.assert_close(model.lm_head(holding.features), full)

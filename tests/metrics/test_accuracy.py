@@ -14,7 +14,7 @@ def metric(tmp_path):
     return TopKAccuracy(cache_dir=tmp_path)
 
 
-def test_counts_the_rows_whose_class_is_among_the_first_k(metric):
+def test_counts_the_items_whose_class_is_among_the_first_k(metric):
     expected = {"top1": 0.25, "top2": 0.5, "top3": 0.75}
     assert top_k_accuracy(RANKED, REFERENCES, k=(1, 2, 3)) == expected
     assert metric.compute(predictions=RANKED, references=REFERENCES, k=(1, 2, 3)) == expected
@@ -45,18 +45,24 @@ def test_keeps_nothing_on_disk(metric, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"k": (1, 5)}, r"top-5 accuracy needs 5 ranked classes a row, predictions have 3: take logits\.topk\(5\)"),
-        ({"k": (0, 1)}, r"k should be a sequence of positive whole numbers such as \(1, 5\), got \(0, 1\)"),
-        ({"k": ()}, "k should be a sequence"),
-        ({"k": 5}, "k should be a sequence .*got 5"),
-        ({"predictions": np.zeros((4, 3))}, r"ranked class ids, .* got float64 \[4, 3\]: from logits, take"),
-        ({"predictions": [1, 2, 3, 4]}, r"whole numbers \[n, m\] by falling score, got int64 \[4\]"),
-        ({"predictions": [[1], [2, 3], [1], [1]]}, "equally many ranked classes in every row"),
-        ({"references": [1, 2, 3]}, r"references should be 4 class ids, .* got int64 \[3\]"),
-        ({"references": [[1], [2], [3], [4]]}, r"references should be 4 class ids, .* got int64 \[4, 1\]"),
-        ({"references": [1.0, 2.0, 3.0, 4.0]}, "references should be 4 class ids, .* got float64"),
-        ({"references": None}, "references should be 4 class ids"),
-        ({"references": [1, 2, -100, 4]}, "references holds -100: leave out ignored positions"),
+        (
+            {"k": (1, 5)},
+            r"top-5 accuracy needs 5 ranked classes per item, and predictions have 3: take logits\.topk\(5\)",
+        ),
+        ({"k": (0, 1)}, r"k is \(0, 1\): it has to be a sequence of positive integers, such as \(1, 5\)"),
+        ({"k": ()}, r"k is \(\): it has to be a sequence"),
+        ({"k": 5}, "k is 5: it has to be a sequence"),
+        (
+            {"predictions": np.zeros((4, 3))},
+            r"predictions are float64 \[4, 3\]: they have to be ranked class ids, .* take logits",
+        ),
+        ({"predictions": [1, 2, 3, 4]}, r"predictions are int64 \[4\]: .* integers \[n, m\] by falling score"),
+        ({"predictions": [[1], [2, 3], [1], [1]]}, "different numbers of ranked classes"),
+        ({"references": [1, 2, 3]}, r"references are int64 \[3\]: they have to be 4 class ids"),
+        ({"references": [[1], [2], [3], [4]]}, r"references are int64 \[4, 1\]: they have to be 4 class ids"),
+        ({"references": [1.0, 2.0, 3.0, 4.0]}, r"references are float64 \[4\]: they have to be 4 class ids"),
+        ({"references": None}, r"references are object \[\]: they have to be 4 class ids"),
+        ({"references": [1, 2, -100, 4]}, "references hold -100: leave out ignored positions"),
         ({"predictions": np.zeros((0, 3), int), "references": np.zeros(0, int)}, "no predictions to score"),
     ],
 )
@@ -72,7 +78,7 @@ def test_unusable_input(compute, changes, message, metric):
 def test_batches_of_different_width(metric):
     metric.add_batch(predictions=[[1, 2]], references=[1])
     metric.add_batch(predictions=[[1, 2, 3]], references=[1])
-    with pytest.raises(ValueError, match="equally many ranked classes"):
+    with pytest.raises(ValueError, match="different numbers of ranked classes"):
         metric.compute(k=(1,))
 
 

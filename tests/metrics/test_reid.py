@@ -13,7 +13,7 @@ NAMES = ("query", "gallery", "query_pids", "gallery_pids", "query_camids", "gall
 
 
 def literal(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, distance="cosine"):
-    """The protocol, one query and one image at a time."""
+    """The protocol for one query and one image at a time."""
     precisions, firsts, without = [], [], 0
     for features, pid, camera in zip(query.tolist(), query_pids, query_camids, strict=True):
         ranked = []
@@ -103,10 +103,10 @@ def test_no_query_with_a_match_is_an_error(change):
 def test_the_metric_takes_images_batch_by_batch(num_batches):
     given = dict(zip(NAMES, case(0), strict=True))
     images = [np.concatenate([given[f"query{part}"], given[f"gallery{part}"]]) for part in ("", "_pids", "_camids")]
-    rows = {**dict(zip(("features", "pid", "camid"), images, strict=True)), "is_query": np.arange(110) < 30}
+    columns = {**dict(zip(("features", "pid", "camid"), images, strict=True)), "is_query": np.arange(110) < 30}
     metric = ReID()
     for batch in range(num_batches):
-        metric.add_batch(**{name: values[batch::num_batches] for name, values in rows.items()})
+        metric.add_batch(**{name: values[batch::num_batches] for name, values in columns.items()})
     assert metric.compute() == pytest.approx(reid_scores(*given.values()), abs=1e-6)
 
 
@@ -116,9 +116,9 @@ def test_the_metric_takes_images_batch_by_batch(num_batches):
         ("query", np.zeros((30, 5)), r"query features have 5 dimensions, gallery features 6"),
         ("query", np.zeros(30), r"query features are torch.float64 \[30\]"),
         ("query", np.zeros((0, 6)), r"n above 0"),
-        ("gallery", np.full((80, 6), np.nan), r"gallery features hold NaN or Inf in rows \[0, 1"),
+        ("gallery", np.full((80, 6), np.nan), r"gallery features hold NaN or Inf for the images \[0, 1"),
         ("query_pids", np.full(30, -1), r"30 queries are junk"),
-        ("gallery_pids", np.zeros(79, int), r"gallery pids are torch.int64 \[79\].*80 whole numbers"),
+        ("gallery_pids", np.zeros(79, int), r"gallery pids are torch.int64 \[79\].*80 integers"),
         ("gallery_camids", np.zeros(80), r"gallery camids are torch.float64"),
         ("distance", "manhattan", r"distance is 'manhattan'"),
         ("ranks", (0, 1), r"ranks is \(0, 1\)"),

@@ -4,10 +4,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_models import labelled_images
 
-import hf_dis
+import hf_dis.report
 from hf_dis import DISReportCallback
 from hf_dis.report.callback import advice, report
 
@@ -90,10 +91,28 @@ def test_only_the_main_process_writes(make_trainer):
     assert not folder.exists()
 
 
+def test_metrics_that_are_no_numbers_are_shown_and_training_goes_on(make_trainer):
+    metrics = {"per_class": [0.25, 0.5], "note": "a | b\nc", "none": None, "nested": {"x": [1]}, "all": True}
+    trainer = reporting(make_trainer, max_steps=4, compute_metrics=lambda _: dict(metrics))
+    trainer.train()
+    assert trainer.state.global_step == 4
+    page = (Path(trainer.args.output_dir) / "report" / "report.md").read_text()
+    shown = {"per_class": "[0.25, 0.5]", "note": "a \\| b c", "none": "None", "nested": "{'x': [1]}", "all": "True"}
+    for name, text in shown.items():
+        assert f"| `eval_{name}` | {text} | 4 |" in page
+
+
+def test_a_long_metric_is_cut_and_a_number_is_not():
+    page = report([{"matrix": [[0] * 1000] * 1000, "large": 2.0**200, "loss": np.float32(0.123456789), "step": 1}], [])
+    (line,) = [line for line in page.splitlines() if "`matrix`" in line]
+    assert line.startswith("| `matrix` | [[0, 0,") and line.endswith(" ... | 1 |") and len(line) < 300
+    assert "| `large` | 1.60694e+60 | 1 |" in page and "| `loss` | 0.123457 | 1 |" in page
+
+
 def test_without_matplotlib_it_says_what_to_install(make_trainer, monkeypatch):
     trainer = make_trainer()
-    monkeypatch.delitem(sys.modules, "hf_dis.plots", raising=False)
-    monkeypatch.delattr(hf_dis, "plots", raising=False)
+    monkeypatch.delitem(sys.modules, "hf_dis.report.plots", raising=False)
+    monkeypatch.delattr(hf_dis.report, "plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install 'matplotlib"):

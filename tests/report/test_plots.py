@@ -10,7 +10,7 @@ from hf_dis.sampling.rank_proposal import RankProposal
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def saved(monkeypatch):
     """The figures that are saved."""
     figures, save = [], Figure.savefig
 
@@ -22,11 +22,11 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_curves_show_each_value_at_its_step(drawn, tmp_path):
+def test_curves_show_each_value_at_its_step(saved, tmp_path):
     history = [{"a": 1.0, "step": 1}, {"b": 5.0, "step": 1}, {"a": 3.0, "step": 4}]
     others = plt.get_fignums()  # of other tests
     assert plot_curves(tmp_path / "curves.png", history, [("a", "absent"), ("b",), ("absent",)])
-    first, second = drawn[0].axes
+    first, second = saved[0].axes
     assert [line.get_label() for line in (*first.lines, *second.lines)] == ["a", "b"]
     assert list(first.lines[0].get_xdata()) == [1, 4] and list(first.lines[0].get_ydata()) == [1.0, 3.0]
     assert (tmp_path / "curves.png").stat().st_size > 500 and plt.get_fignums() == others
@@ -37,13 +37,13 @@ def test_with_nothing_to_show_there_is_no_file(tmp_path):
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_the_proposal_and_its_profile_are_densities_over_the_same_ranks(drawn, tmp_path):
+def test_the_proposal_and_its_profile_are_densities_over_the_same_ranks(saved, tmp_path):
     ranks = RankProposal(64, floor=0.05, decay=0.5)
     squared = torch.rand(len(ranks.bin_sizes), dtype=torch.float64)
     ranks.update({"rank_squared": squared, "items": torch.tensor(4.0, dtype=torch.float64)})
     plot_proposal(tmp_path / "proposal.png", [ProposalSnapshot.of(ranks, 3), ProposalSnapshot.of(ranks, 5)])
-    assert [axis.get_title() for axis in drawn[0].axes] == ["step 3", "step 5"]
-    axis = drawn[0].axes[0]
+    assert [axis.get_title() for axis in saved[0].axes] == ["step 3", "step 5"]
+    axis = saved[0].axes[0]
     values, edges, _ = axis.patches[0].get_data()
     assert (values * (edges[1:] - edges[:-1])).sum() == pytest.approx(1) and (edges[0], edges[-1]) == (1, 65)
     (line,) = axis.lines

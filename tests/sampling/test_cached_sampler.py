@@ -1,4 +1,4 @@
-"""The sample for stored targets: the gradient of the stored target on average, and exactly where all is sampled."""
+"""The sample for stored targets: the gradient of the stored target on average, and exactly with all classes."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from tiny_models import column_ids
 
 from hf_dis import SamplerSpec
 from hf_dis.loss.cross_entropy import sampled_cross_entropy
-from hf_dis.loss.divergence import sampled_forward_kl, sparse_distillation_loss
+from hf_dis.loss.divergence import sampled_forward_kl, sparse_forward_kl
 from hf_dis.sampling.cached_sampler import TailProposal, make_cached_sampler
 from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.compact import TargetLayout, compact_targets
@@ -58,7 +58,7 @@ def test_the_target_sums_to_one_and_its_entropy_is_the_teachers(teacher_logits, 
     torch.testing.assert_close(negative_entropy, (p.exp() * p).sum(1), rtol=0, atol=2e-5)
 
 
-def test_a_class_that_was_drawn_twice_is_one_column(teacher_logits):
+def test_a_class_that_was_stored_twice_is_one_column(teacher_logits):
     targets = stored(teacher_logits, TargetLayout(C, 0, 12))
     for item in range(N):
         ids = targets.ids[item, targets.used[item]]
@@ -71,7 +71,7 @@ def test_with_all_classes_ranked_the_loss_is_the_exact_one(teacher_logits, dense
     logits = student().detach().double().requires_grad_()
     targets = stored(teacher_logits.double(), layout)
     sample = make_cached_sampler(layout, SamplerSpec(num_sampled_classes=C)).sample([targets])
-    loss, _ = sampled_forward_kl(columns(logits, sample), sample, TEMPERATURE)
+    loss = sampled_forward_kl(columns(logits, sample), sample, TEMPERATURE).loss
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     expected = dense_kd(logits, teacher_logits, TEMPERATURE)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-9)
@@ -80,15 +80,16 @@ def test_with_all_classes_ranked_the_loss_is_the_exact_one(teacher_logits, dense
 
 @pytest.mark.parametrize("depth, samples", [(6, 8), (0, 12), (6, 0)])
 @pytest.mark.parametrize("sizes", [{"num_sampled_classes": C}, {"num_shared_classes": C, "num_tails": 2}])
-def test_drawing_all_classes_gives_the_gradient_of_the_stored_target(teacher_logits, depth, samples, sizes):
+def test_sampling_all_classes_gives_the_gradient_of_the_stored_target(teacher_logits, depth, samples, sizes):
     layout, logits = TargetLayout(C, depth, samples), student()
     targets = stored(teacher_logits, layout)
     sample = make_cached_sampler(layout, SamplerSpec(**sizes)).sample([targets], torch.arange(N))
-    loss, _ = sampled_forward_kl(columns(logits, sample), sample, TEMPERATURE)
+    loss = sampled_forward_kl(columns(logits, sample), sample, TEMPERATURE).loss
     (gradient,) = torch.autograd.grad(loss.mean(), logits)
     torch.testing.assert_close(gradient.double(), reference(logits, targets), rtol=0, atol=1e-6)
-    sparse = sparse_distillation_loss(logits, targets.ids, targets.log_probs, targets.target, TEMPERATURE)
+    sparse, slope = sparse_forward_kl(logits.detach(), targets.ids, targets.log_probs, targets.target, TEMPERATURE)
     torch.testing.assert_close(loss, sparse, rtol=0, atol=1e-5)
+    torch.testing.assert_close(slope.double() / N, reference(logits, targets), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("proposal", ["dis", "teacher", "uniform"])
@@ -108,7 +109,7 @@ def test_the_gradient_is_right_on_average(targets, sizes, proposal):
     total = torch.zeros(N, C)
     for _ in range(repeats):
         sample = sampler.sample([targets], torch.arange(N))
-        loss, signal = sampled_forward_kl(columns(logits, sample), sample, TEMPERATURE)
+        loss, signal, _ = sampled_forward_kl(columns(logits, sample), sample, TEMPERATURE)
         total += torch.autograd.grad(loss.mean(), logits)[0] / repeats
         sampler.learn(sample, signal)
     expected = reference(logits, targets).float()
@@ -116,7 +117,7 @@ def test_the_gradient_is_right_on_average(targets, sizes, proposal):
 
 
 @pytest.mark.parametrize("sizes", [{"num_sampled_classes": C}, {"num_shared_classes": C, "num_tails": 2}])
-def test_cross_entropy_reuses_the_draw(targets, dense_ce, sizes):
+def test_cross_entropy_reuses_the_sample(targets, dense_ce, sizes):
     logits, labels = student(), torch.arange(N) * 7 % C
     sample = make_cached_sampler(LAYOUT, SamplerSpec(**sizes)).sample([targets], labels)
     loss = sampled_cross_entropy(columns(logits, sample), sample)
@@ -135,7 +136,7 @@ def test_each_class_counts_once_in_the_normaliser(targets):
 
 
 @pytest.mark.parametrize("kept", [1, 3, 7])
-def test_each_draw_of_the_stored_tail_is_used_as_often(targets, kept):
+def test_each_class_of_the_stored_sample_is_used_as_often(targets, kept):
     """Distinct samples in every step, and over steps the target that was stored."""
     layout, repeats = LAYOUT, 2000
     sampler = make_cached_sampler(layout, SamplerSpec(num_shared_classes=20, num_sampled_classes=kept))
@@ -166,7 +167,7 @@ def test_the_shared_tail_learns_where_the_student_is(targets):
     sampler = make_cached_sampler(LAYOUT, SamplerSpec(num_shared_classes=20))
     for _ in range(30):
         sample = sampler.sample([targets])
-        _, signal = sampled_forward_kl(columns(logits, sample), sample, TEMPERATURE)
+        signal = sampled_forward_kl(columns(logits, sample), sample, TEMPERATURE).signal
         sampler.learn(sample, signal)
     assert isinstance(sampler.proposal, TailProposal)
     assert sampler.proposal.class_density().argmax() == wrong

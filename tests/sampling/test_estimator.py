@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import column_ids
 
-from hf_dis import SamplerSpec, DISLoss, make_sampler
+from hf_dis import DISLoss, SamplerSpec, make_sampler
 from hf_dis.loss.cross_entropy import sampled_cross_entropy
 from hf_dis.loss.divergence import sampled_forward_kl
 from hf_dis.teacher.targets import TeacherTargets
 
 C, TEMPERATURE = 40, 2.0
-ALL_DRAWN = {
+ALL_SAMPLED = {
     "per item": {"num_sampled_classes": 40, "num_shared_classes": 0, "rank_depth": 128},
     "per item, ranks unresolved": {"num_sampled_classes": 99, "num_shared_classes": 0, "rank_depth": 7},
     "two strata": {"num_sampled_classes": 7, "num_shared_classes": 40, "rank_depth": 7},
@@ -31,8 +31,8 @@ ALL_DRAWN = {
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 20.0])
 @pytest.mark.parametrize("labelled", [False, True], ids=["no labels", "labels"])
 @pytest.mark.parametrize("proposal", ["dis", "teacher", "uniform"])
-@pytest.mark.parametrize("layout", ALL_DRAWN.values(), ids=ALL_DRAWN)
-def test_with_all_classes_drawn_loss_and_gradients_are_exact(
+@pytest.mark.parametrize("layout", ALL_SAMPLED.values(), ids=ALL_SAMPLED)
+def test_with_all_classes_sampled_loss_and_gradients_are_exact(
     layout, proposal, labelled, temperature, dense_kd, dense_ce
 ):
     torch.manual_seed(1)
@@ -75,7 +75,7 @@ def expected_gradient(sampler, logits, teacher, labels, rounds, copies):
         sample = sampler.sample(targets, labels.expand(copies))
         ids = column_ids(sample)
         sampled = logits.expand(copies, -1).gather(1, ids).requires_grad_()
-        losses = sampled_forward_kl(sampled, sample, TEMPERATURE)[0], sampled_cross_entropy(sampled, sample)
+        losses = sampled_forward_kl(sampled, sample, TEMPERATURE).loss, sampled_cross_entropy(sampled, sample)
         gradients = [torch.autograd.grad(loss.sum(), sampled, retain_graph=True)[0] for loss in losses]
         scattered = [torch.zeros(copies, C, dtype=torch.float64).scatter_add_(1, ids, g) for g in gradients]
         means += torch.stack(scattered, 1).split(copies if sampler.num_shared else 1)
@@ -98,7 +98,7 @@ def test_the_expected_gradient_is_near_the_exact_one_and_nearer_with_more_classe
 
     biases = []
     for share in (1, 3):
-        kinds = {"num_sampled_classes": 5 * share, "num_shared_classes": 0, "sampler": layout, "rank_depth": 20}
+        kinds = {"num_sampled_classes": 5 * share, "num_shared_classes": 0, "design": layout, "rank_depth": 20}
         if layout == "two strata":
             kinds |= {"num_shared_classes": 5 * share, "design": "pps"}
         sampler = make_sampler(C, SamplerSpec(proposal=proposal, **kinds), seed=5)
@@ -121,7 +121,9 @@ def test_with_more_tails_the_gradient_of_a_batch_is_less_noisy(dense_kd):
     (exact,) = torch.autograd.grad(loss, weight)
 
     def error(num_tails):
-        sampler = make_sampler(C, SamplerSpec(num_sampled_classes=2, num_shared_classes=8, num_tails=num_tails, rank_depth=2))
+        sampler = make_sampler(
+            C, SamplerSpec(num_sampled_classes=2, num_shared_classes=8, num_tails=num_tails, rank_depth=2)
+        )
         found = (DISLoss(sampler, TEMPERATURE)(features, weight, None, teacher) for _ in range(100))
         errors = [(torch.autograd.grad(loss, weight)[0] - exact).square().sum() for loss in found]
         return torch.stack(errors).mean() / exact.square().sum()
@@ -149,7 +151,7 @@ def test_loss_and_gradients_are_finite(dtype, teacher_size, student_size, temper
     sampler = make_sampler(C, SamplerSpec(num_sampled_classes=5, rank_depth=10, proposal=proposal, **layout))
     sample = sampler.sample([TeacherTargets(teacher, temperature, 10)], labels)
     logits = (student_size * (2 * torch.rand(sample.log_weights.shape) - 1)).to(dtype).requires_grad_()
-    loss = sampled_forward_kl(logits, sample, temperature)[0]
+    loss = sampled_forward_kl(logits, sample, temperature).loss
     if labels is not None:
         loss = loss + sampled_cross_entropy(logits, sample)
     (gradient,) = torch.autograd.grad(loss.mean(), logits)
@@ -158,12 +160,12 @@ def test_loss_and_gradients_are_finite(dtype, teacher_size, student_size, temper
 
 
 def test_what_is_learnt_from_extreme_logits_is_finite():
-    """An item uses no tail column of a class in its own head; whatever the student says there must not count."""
+    """An item uses no tail column of a class in its own top: the student's logit there must not count."""
     teacher = torch.arange(C, 0, -1.0).expand(3, -1)
     sampler = make_sampler(C, SamplerSpec(num_sampled_classes=1, num_shared_classes=C, rank_depth=2))
     sample = sampler.sample([TeacherTargets(teacher, 1.0, 2)])
     logits = torch.zeros(sample.log_weights.shape)
-    logits[:, 1:3] = 200.0  # the head's two classes, as tail columns
+    logits[:, 1:3] = 200.0  # the two classes of the top, as tail columns
     logits[:, 0] = 0.0
-    sampler.learn(sample, sampled_forward_kl(logits, sample, 1.0)[1])
+    sampler.learn(sample, sampled_forward_kl(logits, sample, 1.0).signal)
     assert all(value.isfinite().all() for value in sampler.proposal.state_dict().values())

@@ -24,7 +24,7 @@ def one_step(sampler, step):
     seeded = torch.Generator().manual_seed(step)
     sample = sampler.sample([TeacherTargets(torch.randn(8, 30, generator=seeded), 2.0, sampler.rank_depth)])
     logits = torch.randn(8, sample.log_weights.shape[1], generator=seeded)
-    sampler.learn(sample, sampled_forward_kl(logits, sample, 2.0)[1])
+    sampler.learn(sample, sampled_forward_kl(logits, sample, 2.0).signal)
     return sample
 
 
@@ -32,10 +32,15 @@ def one_step(sampler, step):
 
 
 def test_target_is_unbiased_where_the_ratio_step_is_exact():
-    """Switched in proportion to p, ω·p is the same for all random classes, so that the ratio is without error."""
+    """Sampled in proportion to p, ω·p is the same for all random classes, so that the ratio is without error."""
     logits = torch.randn(1, 40, dtype=torch.float64) * 2
     num_items, teacher = 40_000, logits.softmax(1)[0]
-    sampler = make_sampler(40, SamplerSpec(num_sampled_classes=8, num_shared_classes=0, proposal="teacher", proposal_floor=1e-12, rank_depth=40))
+    sampler = make_sampler(
+        40,
+        SamplerSpec(
+            num_sampled_classes=8, num_shared_classes=0, proposal="teacher", proposal_floor=1e-12, rank_depth=40
+        ),
+    )
     sample = sampler.sample([TeacherTargets(logits.expand(num_items, -1), 1.0, 40)])
     summed = torch.zeros(40, dtype=torch.float64).index_add_(0, sample.item_ids.flatten(), sample.target.flatten())
     # A random class carries the same share whenever it is sampled, which is with probability p / share.
@@ -48,7 +53,7 @@ def test_target_is_unbiased_where_the_ratio_step_is_exact():
 @pytest.mark.parametrize("proposal", ["dis", "teacher", "uniform"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_weights_make_every_sum_over_classes_unbiased(layout, proposal, labelled):
-    """E Σ_drawn ω f = Σ f for any f (Horvitz-Thompson): no class is missed, none counts twice."""
+    """E Σ_sampled ω f = Σ f for any f (Horvitz-Thompson): no class is missed, none counts twice."""
     logits = torch.randn(6, 30) * 2
     sampler = make_sampler(30, SamplerSpec(num_sampled_classes=6, rank_depth=10, proposal=proposal, **layout), seed=3)
     for step in range(5):  # makes the proposals uneven
@@ -71,7 +76,7 @@ def test_weights_make_every_sum_over_classes_unbiased(layout, proposal, labelled
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_the_label_is_drawn_for_certain_and_counted_once(layout):
+def test_the_label_is_sampled_for_certain_and_counted_once(layout):
     sampler = make_sampler(30, SamplerSpec(num_sampled_classes=6, rank_depth=10, **layout))
     labels = torch.arange(300) % 30
     sample = sampler.sample([TeacherTargets(torch.randn(300, 30), 2.0, 10)], labels)
@@ -83,27 +88,27 @@ def test_the_label_is_drawn_for_certain_and_counted_once(layout):
     assert (ids == labels[:, None]).sum(1).gt(1).any(), "no label met a sampled class: the test tests nothing"
     torch.testing.assert_close(sample.target.sum(1), torch.ones(300))
     assert (sample.target[~used] == 0).all()
-    if layout["sampler"] == "pps":  # no class is used twice
+    if layout["design"] == "pps":  # no class is used twice
         assert all(len(set(item[mask].tolist())) == mask.sum() for item, mask in zip(ids, used, strict=True))
 
 
 @pytest.mark.parametrize("labelled", [False, True], ids=["no labels", "labels"])
-def test_head_and_tail_carry_the_teachers_exact_mass(labelled):
-    """Whichever of the two the label belongs to."""
+def test_top_and_tail_carry_the_teachers_exact_mass(labelled):
+    """For labels in the top and labels in the tail."""
     logits, labels = 2 * torch.randn(60, 30), torch.arange(60) % 30
-    p, head = (logits / 2.0).softmax(1), logits.topk(10).indices
-    expected = p.gather(1, head).sum(1)
+    p, top = (logits / 2.0).softmax(1), logits.topk(10).indices
+    expected = p.gather(1, top).sum(1)
     sampler = make_sampler(30, SamplerSpec(num_sampled_classes=6, num_shared_classes=12, rank_depth=10))
     sample = sampler.sample([TeacherTargets(logits, 2.0, 10)], labels if labelled else None)
     ids = column_ids(sample)
-    in_top = (ids[:, :, None] == head[:, None]).any(2)
+    in_top = (ids[:, :, None] == top[:, None]).any(2)
     torch.testing.assert_close((sample.target * in_top).sum(1), expected)
     torch.testing.assert_close((sample.target * ~in_top).sum(1), 1 - expected)
 
 
 @pytest.mark.parametrize("labelled", [False, True], ids=["no labels", "labels"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_chunks_join_to_the_draw_of_the_whole_batch(layout, labelled):
+def test_chunks_join_to_the_sample_of_the_whole_batch(layout, labelled):
     logits, labels = torch.randn(10, 30), torch.arange(10) if labelled else None
 
     def sample(*sizes):
@@ -116,8 +121,8 @@ def test_chunks_join_to_the_draw_of_the_whole_batch(layout, labelled):
 
 
 @pytest.mark.parametrize(("num_items", "expected"), [(0, 1), (1, 1), (3, 3), (5, 5), (6, 5)])
-def test_there_are_no_more_tails_than_rows(num_items, expected):
-    """A class that is in none of their tails is not touched."""
+def test_there_are_no_more_tails_than_items(num_items, expected):
+    """A class outside the tails of all items is not touched."""
     sampler = make_sampler(30, SamplerSpec(num_sampled_classes=2, num_shared_classes=4, num_tails=5))
     chunks = torch.randn(num_items, 30).split(2) if num_items else [torch.empty(0, 30)]
     sample = sampler.sample(TeacherTargets(chunk, 2.0, sampler.rank_depth) for chunk in chunks)
@@ -146,7 +151,7 @@ def test_topk_takes_the_k_best_classes():
         (7, 9, 9, None),
     ],
 )
-def test_smallest_and_largest_sizes_draw(num_classes, num_sampled, num_shared, depth, proposal):
+def test_smallest_and_largest_sizes_sample(num_classes, num_sampled, num_shared, depth, proposal):
     sizes = {"num_sampled_classes": num_sampled, "num_shared_classes": num_shared, "rank_depth": depth}
     sampler = make_sampler(num_classes, SamplerSpec(proposal=proposal, **sizes))
     for labels in (None, torch.arange(8) % num_classes):
@@ -164,7 +169,9 @@ def test_smallest_and_largest_sizes_draw(num_classes, num_sampled, num_shared, d
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_state_continues_the_stream_to_the_bit(layout, proposal):
     def fresh(seed):
-        return make_sampler(30, SamplerSpec(num_sampled_classes=6, rank_depth=10, proposal=proposal, **layout), seed=seed)
+        return make_sampler(
+            30, SamplerSpec(num_sampled_classes=6, rank_depth=10, proposal=proposal, **layout), seed=seed
+        )
 
     original = fresh(1)
     for step in range(3):
@@ -180,7 +187,9 @@ def test_state_continues_the_stream_to_the_bit(layout, proposal):
 
 def test_the_seed_makes_the_stream():
     def ids(seed):
-        return one_step(make_sampler(30, SamplerSpec(num_sampled_classes=6, num_shared_classes=0), seed=seed), 0).item_ids
+        return one_step(
+            make_sampler(30, SamplerSpec(num_sampled_classes=6, num_shared_classes=0), seed=seed), 0
+        ).item_ids
 
     assert torch.equal(ids(1), ids(1)) and not torch.equal(ids(1), ids(2))
 
@@ -189,9 +198,11 @@ def test_the_seed_makes_the_stream():
 
 
 @pytest.mark.parametrize(("proposal", "shared"), [("topk", 0), ("dis", 4)])
-def test_k_beyond_the_ranks_that_are_drawn_from_is_refused(proposal, shared):
-    with pytest.raises(ValueError, match="rank_depth is 5: the 8 classes of an item"):
-        make_sampler(50, SamplerSpec(num_sampled_classes=8, num_shared_classes=shared, rank_depth=5, proposal=proposal))
+def test_k_beyond_the_ranks_that_are_sampled_from_is_refused(proposal, shared):
+    with pytest.raises(ValueError, match="rank_depth is 5, and num_sampled_classes is 8"):
+        make_sampler(
+            50, SamplerSpec(num_sampled_classes=8, num_shared_classes=shared, rank_depth=5, proposal=proposal)
+        )
 
 
 def test_the_ranking_is_resolved_to_twice_k_if_not_told():
@@ -204,7 +215,7 @@ def test_the_ranking_is_resolved_to_twice_k_if_not_told():
     ("num_classes", "keywords", "columns"),
     [(1_000, {"num_shared_classes": 0}, 30), (1_000, {"num_shared_classes": 70}, 100), (50, {}, 30), (30, {}, 30)],
 )
-def test_columns_are_the_logits_of_a_row(num_classes, keywords, columns):
+def test_columns_are_the_logits_of_an_item(num_classes, keywords, columns):
     """A shared tail only where there are classes below the ranked ones."""
     sampler = make_sampler(num_classes, SamplerSpec(num_sampled_classes=30, **keywords))
     sample = sampler.sample([TeacherTargets(torch.randn(2, num_classes), 2.0, sampler.rank_depth)])

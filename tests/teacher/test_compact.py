@@ -31,11 +31,11 @@ def test_what_is_ranked_is_the_teachers_own():
     torch.testing.assert_close(found.log_normaliser.double(), (t.double() / 2).logsumexp(1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("tail", ["systematic", "sampled"])
+@pytest.mark.parametrize("design", ["systematic", "independent"])
 @pytest.mark.parametrize("depth", [0, 7])
-def test_the_target_is_unbiased(tail, depth):
+def test_the_target_is_unbiased(design, depth):
     t, repeats = logits(items=2), 4000
-    found = compact_targets(t.repeat_interleave(repeats, 0), 1.0, depth, 5, generator(), tail)
+    found = compact_targets(t.repeat_interleave(repeats, 0), 1.0, depth, 5, generator(), design)
     targets = CachedTargets(found, C)
     estimates = torch.zeros(2 * repeats, C).scatter_add_(1, targets.ids, targets.target).unflatten(0, (2, repeats))
     p = t.softmax(1)
@@ -43,16 +43,16 @@ def test_the_target_is_unbiased(tail, depth):
     assert ((estimates.mean(1) - p).abs() <= 4.5 * deviation + 1e-4).all()
 
 
-def test_a_systematic_tail_varies_less_than_independent_draws():
+def test_a_systematic_sample_varies_less_than_an_independent_one():
     t = logits(items=1).expand(2000, C)
     variance = {}
-    for tail in ("systematic", "sampled"):
-        targets = CachedTargets(compact_targets(t, 1.0, 5, 12, generator(), tail), C)
-        variance[tail] = torch.zeros(2000, C).scatter_add_(1, targets.ids, targets.target).var(0).sum()
-    assert variance["systematic"] < 0.7 * variance["sampled"]
+    for design in ("systematic", "independent"):
+        targets = CachedTargets(compact_targets(t, 1.0, 5, 12, generator(), design), C)
+        variance[design] = torch.zeros(2000, C).scatter_add_(1, targets.ids, targets.target).var(0).sum()
+    assert variance["systematic"] < 0.7 * variance["independent"]
 
 
-def test_a_tail_class_is_never_a_ranked_one():
+def test_a_stored_class_is_never_a_ranked_one():
     found = compact_targets(logits(items=400), 1.0, 7, 9, generator())
     assert not (found.stored_ids[:, :, None] == found.ids[:, None]).any()
 
@@ -68,9 +68,9 @@ def test_a_teacher_that_is_certain_has_a_tail_of_next_to_nothing(gap):
     assert (targets.target * targets.log_probs).sum(1).abs().max() < 1e-4
 
 
-def test_blocks_of_rows_are_as_one(monkeypatch):
+def test_blocks_of_items_are_as_one(monkeypatch):
     whole = compact_targets(logits(), 1.0, 4, 6, generator())
-    monkeypatch.setattr("hf_dis.compact.BLOCK_ELEMENTS", 2 * C)
+    monkeypatch.setattr("hf_dis.teacher.compact.BLOCK_ELEMENTS", 2 * C)
     for name, value in compact_targets(logits(), 1.0, 4, 6, generator())._asdict().items():
         torch.testing.assert_close(value, getattr(whole, name), rtol=0, atol=1e-6, msg=name)
 
@@ -98,7 +98,7 @@ def test_targets_come_back_from_bytes(layout):
         torch.testing.assert_close(getattr(back, name), getattr(found, name).half().float(), rtol=0, atol=0)
 
 
-def test_what_a_row_costs():
+def test_the_bytes_of_an_item():
     assert TargetLayout(3375, 48, 70).item_bytes == 281
     assert TargetLayout(10**6, 32, 48).item_bytes == 272
     assert TargetLayout(151_936, 8, 6).item_bytes == 56
@@ -106,12 +106,12 @@ def test_what_a_row_costs():
 
 @pytest.mark.parametrize("num_bytes", [60, 300])
 @pytest.mark.parametrize("num_classes", [3375, 151_936, 10**6])
-def test_a_row_is_filled_with_draws(num_bytes, num_classes):
+def test_an_item_is_filled_with_stored_classes(num_bytes, num_classes):
     layout = TargetLayout.within(num_bytes, num_classes, 2)
     assert layout.depth == 2 and layout.item_bytes <= num_bytes
     assert TargetLayout(num_classes, 2, layout.sample_size + 1).item_bytes > num_bytes
 
 
-def test_a_row_has_no_more_draws_than_the_tail_has_classes():
+def test_an_item_stores_no_more_classes_than_the_tail_has():
     assert TargetLayout.within(300, 103, 32).sample_size == 71
     assert TargetLayout.within(60, 10**6, 32).sample_size < 0

@@ -56,34 +56,34 @@ def test_the_teacher_is_in_evaluation_mode_and_frozen():
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    logits = next(teacher.logits({"pixel_values": images(4, 32)}, Items(4)))
+    logits = next(teacher.all_classes({"pixel_values": images(4, 32)}, Items(4)))
     assert not logits.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_finite_logits_whose_sum_is_not_are_taken():
     logits = torch.full((3, 12), 3e38)
-    assert torch.equal(next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Items(len(logits)))), logits)
+    assert torch.equal(next(OnlineTeacher(Echo(), 12, 2.0, 5).all_classes({"logits": logits}, Items(len(logits)))), logits)
 
 
 def test_infinities_that_cancel_are_found():
     logits = torch.zeros(3, 12)
     logits[1, 2], logits[1, 3] = torch.inf, -torch.inf
     with pytest.raises(FloatingPointError, match=r"items \[1\]"):
-        next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Items(len(logits))))
+        next(OnlineTeacher(Echo(), 12, 2.0, 5).all_classes({"logits": logits}, Items(len(logits))))
 
 
-def test_masked_classes_are_taken_and_a_row_without_any_class_is_not():
+def test_masked_classes_are_taken_and_an_item_without_any_class_is_not():
     logits = torch.randn(3, 12)
     logits[:, 4:] = -torch.inf
-    assert torch.equal(next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Items(3))), logits)
+    assert torch.equal(next(OnlineTeacher(Echo(), 12, 2.0, 5).all_classes({"logits": logits}, Items(3))), logits)
     logits[2] = -torch.inf
     with pytest.raises(FloatingPointError, match=r"items \[2\] of the batch, or are -inf for all classes"):
-        next(OnlineTeacher(Echo(), 12, 2.0, 5).logits({"logits": logits}, Items(3)))
+        next(OnlineTeacher(Echo(), 12, 2.0, 5).all_classes({"logits": logits}, Items(3)))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_rows_with_nan_or_inf_are_named(bad):
+def test_items_with_nan_or_inf_are_named(bad):
     """Items 6 and 9 of a batch in chunks of 4: they are in the second and the third."""
     logits = torch.randn(10, 12)
     logits[6, 3] = logits[9, 0] = bad
@@ -95,7 +95,7 @@ def test_rows_with_nan_or_inf_are_named(bad):
     whole = OnlineTeacher(Echo(), 12, 2.0, 5)
     with pytest.raises(FloatingPointError, match=r"items \[6, 9\]"):
         list(whole({"logits": logits}, Items(10)))
-    assert len(list(teacher({"logits": logits}, Items(10), check_finite=False))) == 3
+    assert len(list(teacher({"logits": logits}, Items(10), check_values=False))) == 3
 
 
 def test_another_number_of_classes_is_refused():

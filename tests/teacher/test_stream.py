@@ -55,7 +55,7 @@ def batch(model):
 
 @pytest.mark.parametrize("name", SPLIT)
 @pytest.mark.parametrize("chunk_items", [4, 100])
-def test_the_output_layer_is_applied_by_chunks_of_rows(name, chunk_items, caplog):
+def test_the_output_layer_is_applied_by_chunks_of_items(name, chunk_items, caplog):
     torch.manual_seed(0)
     model = SPLIT[name]().eval().double()
     inputs, items = batch(model)
@@ -130,7 +130,7 @@ def test_any_module_with_logits():
     assert torch.equal(found, items.of(logits))
 
 
-def test_no_rows_give_one_empty_chunk():
+def test_no_items_give_one_empty_chunk():
     model = llama(V).eval()
     inputs, _ = batch(model)
     items = token_items(torch.full((5, 6), -100), None, (5, 6), True)

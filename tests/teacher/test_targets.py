@@ -1,9 +1,9 @@
 """The teacher's ranked answers to some items."""
 
-import hf_dis.targets
 import pytest
 import torch
 
+from hf_dis.teacher import targets as teacher_targets
 from hf_dis.teacher.targets import GROUP, TeacherTargets, top_ranked
 
 
@@ -35,9 +35,9 @@ def test_targets_are_computed_in_float32_or_wider(dtype, computed):
 
 
 @pytest.mark.parametrize("block", [1, 24, 2**20], ids=["item by item", "two items", "at once"])
-def test_blocks_of_rows_change_nothing(block, monkeypatch):
+def test_blocks_of_items_change_nothing(block, monkeypatch):
     logits = torch.randn(5, 12, dtype=torch.float64)
-    monkeypatch.setattr(hf_dis.targets, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(teacher_targets, "BLOCK_ELEMENTS", block)
     targets = TeacherTargets(logits, 2.0, 3)
     probs = (logits / 2).softmax(1)
     torch.testing.assert_close(targets.log_probs.exp(), probs.topk(3).values)

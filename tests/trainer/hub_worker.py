@@ -1,4 +1,4 @@
-"""What test_hub.py runs in processes of their own, at a server of its own: ``hub_worker.py MODE FOLDER``."""
+"""Publishes from processes of their own to a local server, for test_publishing: ``hub_worker.py MODE FOLDER``."""
 
 from __future__ import annotations
 

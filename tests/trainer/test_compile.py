@@ -1,10 +1,11 @@
 """Compiled, recomputed and in lower precision, a training is the eager one."""
 
-from hf_dis import SamplerSpec
 import pytest
 import torch
 from tiny_models import assert_near, labelled_tokens, llama, vit
 from transformers import TrainerCallback
+
+from hf_dis import SamplerSpec
 
 BUILDS = {"image": vit, "causal LM": llama}
 CALM = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 4, "num_shared_classes": 8}

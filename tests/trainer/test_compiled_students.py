@@ -10,7 +10,7 @@ from hf_dis.head.switch import SampledHead
 from hf_dis.models.head_search import find_head_layers
 
 C = 23
-SHARED_IDS = torch.tensor([[0, 5, 9]])
+TAIL_IDS = torch.tensor([[0, 5, 9]])
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def step(model, head, inputs, num_items, positions):
     """Logits of a training step, and the gradients it leaves."""
     model.zero_grad()
     item_ids = torch.randint(C, (num_items, 4), generator=torch.Generator().manual_seed(num_items))
-    with head.only(item_ids, SHARED_IDS, positions):
+    with head.only(item_ids, TAIL_IDS, positions):
         logits = model(**inputs).logits
         logits.logsumexp(1).sum().backward()
     return logits, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -33,7 +33,7 @@ def step(model, head, inputs, num_items, positions):
 
 def breaks_at_the_head_only():
     (reason,) = torch._dynamo.utils.counters["graph_break"]
-    return "_sampled_forward" in reason
+    return "_switched_forward" in reason
 
 
 def text(build):

@@ -32,7 +32,7 @@ def losses(metrics):
 @pytest.mark.parametrize("mode", ["sampled", "exact"])
 @pytest.mark.parametrize("when", ["before training", "after training"])
 @pytest.mark.parametrize("build", [vit, resnet])
-def test_evaluation_is_the_dense_mean_over_rows(make_trainer, reference, build, when, mode):
+def test_evaluation_is_the_dense_mean_over_items(make_trainer, reference, build, when, mode):
     student, teacher = build(CLASSES), build(CLASSES, seed=1, spread=30)
     items = labelled_images(ITEMS, CLASSES, seed=5)
     trainer = make_trainer(student, teacher, head_mode=mode, max_steps=2, eval_dataset=items)
@@ -70,7 +70,7 @@ def test_evaluations_between_steps_do_not_mix_with_training(make_trainer, refere
     assert trained[0] == trained[1]
 
 
-def test_compute_metrics_sees_every_logit_of_every_row(make_trainer):
+def test_compute_metrics_sees_every_logit_of_every_item(make_trainer):
     seen = []
 
     def compute_metrics(prediction):

@@ -16,7 +16,7 @@ def trained(trainer):
 
 
 def touched(trainer):
-    """Notes, before each optimizer step, how many items of the head have a gradient."""
+    """Notes, before each optimizer step, how many rows of the head have a gradient."""
     counts, clip = [], trainer._clip_grad_norm
 
     def count(model):
@@ -28,7 +28,7 @@ def touched(trainer):
     return counts
 
 
-@pytest.mark.parametrize("row_sparse_head", [False, True], ids=["dense", "item-sparse"])
+@pytest.mark.parametrize("row_sparse_head", [False, True], ids=["dense", "row-sparse"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("build", [vit, resnet])
 def test_a_warm_up_without_end_is_exact_distillation(make_trainer, build, layout, row_sparse_head):
@@ -58,7 +58,7 @@ def test_of_text_too(make_trainer, build):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_the_sampler_learns_as_if_it_had_drawn(make_trainer, layout):
+def test_the_sampler_learns_as_if_it_had_sampled(make_trainer, layout):
     """At the first step the student is the same either way, and so are the classes sampled and what they tell."""
     states = []
     for warm_up in (0, 1):
@@ -72,7 +72,7 @@ def test_the_sampler_learns_as_if_it_had_drawn(make_trainer, layout):
 
 
 @pytest.mark.parametrize("warm_up", [2, 0.3], ids=["steps", "share"])
-@pytest.mark.parametrize("row_sparse_head", [False, True], ids=["dense", "item-sparse"])
+@pytest.mark.parametrize("row_sparse_head", [False, True], ids=["dense", "row-sparse"])
 def test_it_ends(make_trainer, row_sparse_head, warm_up):
     """Classes are sampled from the step on that follows, with the moments that the head has by then."""
     trainer = make_trainer(
@@ -86,7 +86,7 @@ def test_it_ends(make_trainer, row_sparse_head, warm_up):
         assert steps.min() >= 2 and steps.max() <= 5 and steps.sum() == sum(counts)
 
 
-def test_a_run_resumed_after_its_warm_up_goes_on_drawing(make_trainer):
+def test_a_run_resumed_after_its_warm_up_goes_on_sampling(make_trainer):
     steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "exact_warmup_steps": 2}
     settings = {**steps, "num_tails": 1}  # several would hold all classes
     whole = make_trainer(row_sparse_head=True, **settings)

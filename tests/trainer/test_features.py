@@ -62,12 +62,12 @@ def test_a_sequence_of_vectors_is_refused(make_trainer):
         lambda module, args, output: output[:, None].expand(-1, 2, -1, -1)
     )
     with pytest.raises(
-        ValueError, match=r"ViTForImageClassification is given features of shape \(4, .*one vector an item"
+        ValueError, match=r"ViTForImageClassification is given features of shape \(4, .*one vector per example"
     ):
         trainer.extract_features(labelled_images(4, 40))
 
 
-def test_rows_are_read_once(trainer):
+def test_examples_are_read_once(trainer):
     class Counting(Dataset):
         items, read = labelled_images(11, 40), []
 

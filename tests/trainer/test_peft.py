@@ -149,7 +149,7 @@ def test_the_trainable_part_of_the_head_has_its_learning_rate(make_text_trainer,
 
 
 @pytest.mark.parametrize("kind", ["modules_to_save", "head"])
-def test_a_row_sparse_head_is_trained_as_a_dense_one_where_all_classes_are_drawn(make_text_trainer, kind):
+def test_a_row_sparse_head_is_trained_as_a_dense_one_where_all_classes_are_sampled(make_text_trainer, kind):
     calm = {"adam_epsilon": 1e-3, **ALL}
     dense, sparse = (trained(make_text_trainer(student(kind), row_sparse_head=flag, **calm)) for flag in (False, True))
     assert_near(sparse, dense, tolerance=2e-5)

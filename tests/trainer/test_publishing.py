@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from configparser import ConfigParser
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from hub_server import TOKEN, LocalHub
 from huggingface_hub import ModelCard
 from tiny_models import labelled_images, vit
 
-from hf_dis import hub
 from hf_dis.sampling.proposal import Proposal
+from hf_dis.trainer import card as card_module
 
 ROOT = Path(__file__).parents[2]
 # A fresh process that cannot import hf_dis.
@@ -103,7 +104,7 @@ def test_the_student_of_run_cifar_is_the_same_without_the_package(folder, server
     assert set(server.files["tester/cifar"]) == published | {"all_results.json", "eval_results.json"}
     assert "loaded without" in loaded("tester/cifar", folder / "cifar.pt", folder, server)
     card = ModelCard(server.files["tester/cifar"]["README.md"].decode())
-    assert facts(card)["Data set"] == "cifar100" and "gap (sampled - exact)" in facts(card)
+    assert facts(card)["Dataset"] == "cifar100" and "gap (sampled - exact)" in facts(card)
 
 
 def test_a_failing_server_leaves_the_student_and_a_second_try(published, folder):
@@ -122,7 +123,7 @@ def test_metadata_that_the_hub_refuses_is_told(published, folder):
 def test_the_published_card_names_the_loading_line_and_the_data(published, server):
     text = server.files["tester/student"]["README.md"].decode()
     assert 'ViTForImageClassification.from_pretrained("tester/student")' in text
-    assert "| Data set | Glyphs |" in text and "| Teacher | teacher (a local directory) |" in text
+    assert "| Dataset | Glyphs |" in text and "| Teacher | teacher (a local directory) |" in text
     assert ModelCard(text).data.license == "apache-2.0"
 
 
@@ -192,16 +193,16 @@ def test_the_card_states_every_setting(make_trainer):
     expected = {
         "Teacher": "unknown (ViTForImageClassification)",
         "Teacher's revision": "unknown",
-        "Data set": r"a\|b, c",
+        "Dataset": r"a\|b, c",
         "Classes (C)": "40",
-        "Classes sampled for each row (K)": "6",
-        "Classes of a tail that rows share (K_t)": "8",
-        "Tails sampled a step": "4",
-        "Classes updating the head for each row": "all that were sampled",
+        "Classes sampled per item (K)": "6",
+        "Classes of a shared tail (K_t)": "8",
+        "Shared tails per step": "4",
+        "Classes per item that update the head": "all sampled classes",
         "Rank depth (m)": "10",
         "Proposal": "dis",
-        "Sampler": "pps",
-        "Steps on all classes before": "2",
+        "Design": "pps",
+        "Exact warm-up steps": "2",
         "Temperature": "3",
         "Weight of the hard labels": "0.25",
         "Head mode": "sampled",
@@ -219,17 +220,17 @@ def test_the_teachers_name_and_revision(make_trainer):
 
 def test_what_is_not_known_is_unknown_and_not_left_out(make_trainer):
     card = card_of(make_trainer())
-    assert facts(card)["Data set"] == "unknown"
-    assert "Unknown: they were not compared (`probe_steps=0`)" in card.text and "None was logged" in card.text
+    assert facts(card)["Dataset"] == "unknown"
+    assert "Unknown: the two were not compared (`probe_steps=0`)" in card.text and "None was logged" in card.text
     assert card.data.eval_results is None and card.data.license is None and card.data.datasets is None
 
 
-def test_a_data_set_made_in_memory_is_unknown_and_a_named_one_is_named(make_trainer):
+def test_a_dataset_made_in_memory_is_unknown_and_a_named_one_is_named(make_trainer):
     data = Dataset.from_dict({"pixel_values": [torch.zeros(3, 8, 8).tolist()], "labels": [0]})
-    assert facts(card_of(make_trainer(train_dataset=data)))["Data set"] == "unknown"
+    assert facts(card_of(make_trainer(train_dataset=data)))["Dataset"] == "unknown"
     data.info.builder_name = "glyphs"
     card = card_of(make_trainer(train_dataset=data))
-    assert facts(card)["Data set"] == "glyphs" and card.data.datasets == ["glyphs"]
+    assert facts(card)["Dataset"] == "glyphs" and card.data.datasets == ["glyphs"]
 
 
 def test_of_a_local_teacher_only_the_last_part_of_its_path_is_told(make_trainer, tmp_path):
@@ -239,11 +240,11 @@ def test_of_a_local_teacher_only_the_last_part_of_its_path_is_told(make_trainer,
     assert facts(card)["Teacher"] == "gone (a local directory)" and str(tmp_path) not in card.content
 
 
-def test_exact_distillation_claims_no_draw(make_trainer):
+def test_the_card_of_exact_distillation_claims_no_sample(make_trainer):
     card = card_of(make_trainer(head_mode="exact"))
     found = facts(card)
-    for name in ("Classes sampled for each row (K)", "Rank depth (m)", "Proposal", "Sampler"):
-        assert found[name] == hub.NOT_USED
+    for name in ("Classes sampled per item (K)", "Rank depth (m)", "Proposal", "Design"):
+        assert found[name] == card_module.NOT_USED
     assert "Nothing was sampled" in card.text and found["Head mode"] == "exact"
 
 
@@ -306,6 +307,7 @@ def test_what_makes_no_card_is_refused(make_trainer, summary):
 
 
 def test_the_template_is_packaged():
-    lines = (ROOT / "setup.cfg").read_text().split("[options.package_data]")[1].split("\n")[1]
-    patterns = lines.split("=")[1].replace(",", " ").split()
-    assert any(fnmatch(hub.TEMPLATE.name, pattern) for pattern in patterns) and hub.TEMPLATE.is_file()
+    packaged = ConfigParser()
+    packaged.read(ROOT / "setup.cfg")
+    patterns = packaged["options.package_data"]["hf_dis.trainer"].replace(",", " ").split()
+    assert any(fnmatch(card_module.TEMPLATE.name, pattern) for pattern in patterns) and card_module.TEMPLATE.is_file()

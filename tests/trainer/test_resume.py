@@ -9,9 +9,10 @@ import sys
 import kill_worker
 import pytest
 from safetensors.torch import load_file, save_file
-from test_trainer_checkpoints import EVERY_OTHER, differing, state
+from test_checkpoints import EVERY_OTHER, differing, state
 from tiny_models import vit
 
+from hf_dis.trainer import checkpoints
 from hf_dis.trainer.manifest import LAST_FILE, MANIFEST, read_manifest
 
 FILES = [
@@ -76,7 +77,7 @@ def test_the_last_whole_checkpoint_is_resumed_from_and_the_torn_one_named(
     assert differing(state(trainer), interrupted[1]) == []
 
 
-def test_whole_checkpoints_are_resumed_from_without_a_word(interrupted, output_dir, caplog):
+def test_whole_checkpoints_are_resumed_from_silently(interrupted, output_dir, caplog):
     trainer = kill_worker.trainer(output_dir, student=7, save_steps=2)
     assert messages(caplog, lambda: trainer.train(resume_from_checkpoint=True)) == []
     assert trainer._initial_global_step == 4
@@ -106,7 +107,7 @@ CHANGES = {
     "num_sampled_classes": (6, 5),
     "proposal_floor": (0.05, 0.2),
     "head_learning_rate": (0.1, 0.5),
-    "sampler": ("replacement", "pps"),
+    "design": ("replacement", "pps"),
 }
 
 
@@ -142,7 +143,7 @@ def test_a_run_that_had_ended_is_not_trained_further(make_trainer):
     assert trainer.state.global_step == 3 and differing(state(trainer), state(ended)) == []
 
 
-def test_another_proposal_starts_anew_and_the_draws_go_on(make_trainer, caplog):
+def test_another_proposal_starts_anew_and_the_samples_go_on(make_trainer, caplog):
     whole = make_trainer(max_steps=2, **EVERY_OTHER)
     whole.train()
     trainer = make_trainer(max_steps=2, proposal="teacher", **EVERY_OTHER)  # it had ended: only the state is loaded
@@ -178,20 +179,21 @@ def test_other_numbers_of_examples_in_a_step_are_told(output_dir, caplog):
     assert "had 8 examples when" in warning and "has 12 now" in warning and "gradient_accumulation_steps" in warning
 
 
-def test_a_process_that_is_new_draws_from_its_own_seed(output_dir):
+def test_a_process_that_is_new_samples_from_its_own_seed(output_dir, monkeypatch):
     """One more process than saved: the proposal of the first, and a generator that none of the others has."""
     checkpoint = output_dir / "checkpoint-4"
     saved = load_file(checkpoint / "dis_state_0.safetensors")
     save_file({name: value + 1 for name, value in saved.items()}, checkpoint / "dis_state_1.safetensors")  # stale
     trainer = kill_worker.trainer(output_dir)
-    trainer.args.__class__ = type("Second", (type(trainer.args),), {"process_index": 1, "world_size": 2})
+    sampler = trainer.distiller.sampler
+    monkeypatch.setattr(checkpoints, "process_index", lambda: 1)
     for _ in range(2):
-        trainer._restore_sampler(str(checkpoint), processes=1)
-        restored = trainer.distiller.sampler.state_dict()
-        fresh = kill_worker.trainer(output_dir, seed=trainer.args.seed + 1).sampler.generator
+        checkpoints.restore_sampler(sampler, str(checkpoint), processes=1, seed=trainer.args.seed)
+        restored = sampler.state_dict()
+        fresh = kill_worker.trainer(output_dir, seed=trainer.args.seed + 1).distiller.sampler.generator
         assert restored.pop("generator").equal(fresh.get_state())
         assert [name for name, value in restored.items() if not value.equal(saved[name])] == []
-        trainer.distiller.sampler.generator.manual_seed(5)
+        sampler.generator.manual_seed(5)
 
 
 # kill -9

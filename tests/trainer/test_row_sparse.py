@@ -11,10 +11,10 @@ from tiny_models import assert_near, labelled_images, patched_modules, resnet, v
 from hf_dis import RowSparseAdamW
 from hf_dis.distributed.processes import kept_from_ddp
 from hf_dis.distributed.sums import average_rows
-from hf_dis.trainer.checks import check_row_sparse
+from hf_dis.head.check import check_row_sparse_head
 
 ALL = {"num_sampled_classes": 10, "rank_depth": 10, "num_shared_classes": 40}
-PER_ROW = {"num_shared_classes": 0, "num_sampled_classes": 2, "hard_label_weight": 0.0}
+PER_ITEM = {"num_shared_classes": 0, "num_sampled_classes": 2, "hard_label_weight": 0.0}
 CALM = {"adam_epsilon": 1e-3, "weight_decay": 0.1}  # Adam turns noise into steps where the gradient is small
 BUILDS = {"ViT": vit, "ResNet": resnet}
 
@@ -27,7 +27,7 @@ def trained(trainer):
 @pytest.mark.parametrize("clipping", [{"max_grad_norm": 0.05}, {"max_grad_norm": 0.0}], ids=["clipped", "not clipped"])
 @pytest.mark.parametrize("num_tails", [1, 3])
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-def test_with_all_classes_drawn_it_is_dense_adamw(make_trainer, build, num_tails, clipping):
+def test_with_all_classes_sampled_it_is_dense_adamw(make_trainer, build, num_tails, clipping):
     """Parameters and logged gradient norms, with decay, a head rate of its own and a schedule."""
     settings = {"head_learning_rate": 3e-2, "max_steps": 6, "logging_steps": 1, "num_tails": num_tails}
     settings |= CALM | ALL | clipping
@@ -39,8 +39,8 @@ def test_with_all_classes_drawn_it_is_dense_adamw(make_trainer, build, num_tails
     assert norms[1] == pytest.approx(norms[0], rel=1e-4) and max(norms[0]) > 0.05
 
 
-def test_only_drawn_rows_are_touched(make_trainer):
-    trainer = make_trainer(max_steps=3, row_sparse_head=True, weight_decay=0.1, **PER_ROW)
+def test_only_sampled_rows_are_touched(make_trainer):
+    trainer = make_trainer(max_steps=3, row_sparse_head=True, weight_decay=0.1, **PER_ITEM)
     before = vit(40).classifier.weight
     sampled, sample = [], trainer.distiller.sampler.sample
 
@@ -56,15 +56,15 @@ def test_only_drawn_rows_are_touched(make_trainer):
     assert moved.tolist() == ids.tolist()
 
 
-def test_a_part_of_the_drawn_classes_updates_the_head(make_trainer):
-    """Of each batch of 8 rows a class for each row, the largest gradients first; all of them is no other training."""
-    settings = {**PER_ROW, "num_sampled_classes": 10, "max_steps": 1, "row_sparse_head": True}
+def test_a_part_of_the_sampled_classes_updates_the_head(make_trainer):
+    """A class per item, 8 for each batch, the largest gradients first; all sampled classes give the same training."""
+    settings = {**PER_ITEM, "num_sampled_classes": 10, "max_steps": 1, "row_sparse_head": True}
     with_label = settings["num_sampled_classes"] + 1
-    everything, all_drawn, some = (
+    everything, all_sampled, some = (
         make_trainer(num_updated_classes=number, **settings) for number in (None, with_label, 1)
     )
     whole = trained(everything)
-    for name, value in trained(all_drawn).items():
+    for name, value in trained(all_sampled).items():
         assert torch.equal(value, whole[name])
     trained(some)
     moved = [(one.model.classifier.weight != vit(40).classifier.weight).any(1).sum() for one in (some, everything)]
@@ -97,7 +97,7 @@ def test_accumulation_is_one_large_batch(make_trainer):
 
 
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-@pytest.mark.parametrize("layout", [{}, PER_ROW], ids=["strata", "per row"])
+@pytest.mark.parametrize("layout", [{}, PER_ITEM], ids=["strata", "per item"])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(make_trainer, build, layout):
     """Five steps of four in an epoch, stopped at step 2 with decay outstanding, resumed with another student."""
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "row_sparse_head": True, "weight_decay": 0.1}
@@ -188,9 +188,13 @@ def test_a_tied_head_is_refused(make_trainer):
 
 def test_sharded_training_is_refused(make_trainer):
     trainer = make_trainer(row_sparse_head=True)
-    head = trainer.head.parameters()
+    for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+        setattr(trainer, name, True)
+        with pytest.raises(ValueError, match="FSDP and DeepSpeed shard dense gradients only"):
+            trainer._make_distiller()
+        setattr(trainer, name, False)
     with pytest.raises(ValueError, match="FSDP and DeepSpeed shard dense gradients only"):
-        check_row_sparse(trainer.args, {}, trainer.model, head, "sampled", is_sharded=True)
+        check_row_sparse_head(trainer.model, trainer.distiller.head_layers, is_sharded=True)
 
 
 # One process

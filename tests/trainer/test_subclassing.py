@@ -123,7 +123,7 @@ def test_the_plain_class_loads_the_saved_student(page, tmp_path):
 # The proposal
 
 
-def test_the_proposal_recipe_learns_logs_and_is_drawn_from(page):
+def test_the_proposal_recipe_learns_logs_and_is_sampled_from(page):
     trainer, proposal = page["trainer"], page["trainer"].sampler.proposal
     logged = [log["dis/power"] for log in trainer.state.log_history if "dis/power" in log]
     assert len(logged) == 4 and logged[-1] == pytest.approx(proposal.power.item()) and len(set(logged)) > 1
@@ -153,7 +153,7 @@ def test_the_proposal_recipe_resumes(page, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
 
 
-def test_with_all_classes_drawn_the_proposal_recipe_is_exact_distillation(page, make_trainer):
+def test_with_all_classes_sampled_the_proposal_recipe_is_exact_distillation(page, make_trainer):
     results = []
     for own in (False, True):
         trainer = make_trainer(num_sampled_classes=10, rank_depth=10, num_shared_classes=40, **SGD)

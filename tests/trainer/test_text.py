@@ -56,7 +56,7 @@ def parameters(trainer):
 
 
 @pytest.mark.parametrize("name", TOKEN_MODELS)
-def test_drawing_all_classes_is_exact_distillation(make_trainer, name):
+def test_sampling_all_classes_is_exact_distillation(make_trainer, name):
     trained = []
     for settings in (ALL, {"head_mode": "exact"}):
         student, teacher = pair(TOKEN_MODELS[name])
@@ -122,13 +122,13 @@ def test_predictions_are_of_all_classes_and_tokens(make_trainer):
 
 def test_the_layout_of_language_models(make_trainer):
     layout = dict.fromkeys(("num_sampled_classes", "num_shared_classes", "num_tails", "rank_depth"))
-    sampler = make_trainer(llama(5000), llama(5000, seed=1), train_dataset=data(), **layout).sampler
+    sampler = make_trainer(llama(5000), llama(5000, seed=1), train_dataset=data(), **layout).distiller.sampler
     assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared, sampler.num_tails) == (16, 16, 1024, 4)
     deeper = make_trainer(
         llama(5000), llama(5000), train_dataset=data(), **{**layout, "num_shared_classes": 0}
-    ).sampler
+    ).distiller.sampler
     assert (deeper.num_sampled, deeper.rank_depth, deeper.num_shared) == (16, 32, 0)
-    sampler = make_trainer(vit(600), vit(600), train_dataset=labelled_images(8, 600), **layout).sampler
+    sampler = make_trainer(vit(600), vit(600), train_dataset=labelled_images(8, 600), **layout).distiller.sampler
     assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared, sampler.num_tails) == (32, 64, 512, 4)
 
 
@@ -273,7 +273,7 @@ def test_resume_repeats_the_uninterrupted_run(make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("name", TOKEN_MODELS)
-def test_a_probe_finds_the_sampled_gradient_exact_where_all_classes_are_drawn(make_trainer, name):
+def test_a_probe_finds_the_sampled_gradient_exact_where_all_classes_are_sampled(make_trainer, name):
     student, teacher = (TOKEN_MODELS[name](V, seed=seed, spread=5) for seed in range(2))  # with biases
     trainer = make_trainer(
         student, teacher, train_dataset=data(), probe_steps=1, logging_steps=1, max_steps=1, **SGD, **ALL
@@ -287,5 +287,7 @@ def test_a_probe_finds_the_sampled_gradient_exact_where_all_classes_are_drawn(ma
 def test_a_probe_of_a_head_before_the_pooling_is_refused(make_trainer):
     items = [{**item, "labels": index % V} for index, item in enumerate(labelled_tokens(8, V))]
     trainer = make_trainer(*pair(gpt2_sequences), train_dataset=items, probe_steps=1, **ALL)
-    with pytest.raises(ValueError, match="probe_steps is 1, but GPT2ForSequenceClassification picks a token after"):
+    with pytest.raises(
+        ValueError, match="probe_steps is 1, but GPT2ForSequenceClassification computes its logits from more"
+    ):
         trainer.train()

@@ -8,7 +8,7 @@ import torch
 from tiny_models import assert_near, images, labelled_images, patched_modules, resnet, vit
 from transformers import ViTForImageClassification
 
-from hf_dis import trainer as trainer_module
+from hf_dis import steps as steps_module
 
 ALL_BY_STRATA = {"num_sampled_classes": 10, "rank_depth": 10, "num_shared_classes": 40}
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -30,7 +30,7 @@ def trained(trainer):
 @pytest.mark.parametrize(
     "layout", [{}, {"num_shared_classes": 0, "design": "replacement"}], ids=["strata", "per item"]
 )
-def test_the_student_learns_from_drawn_classes(make_trainer, build, layout):
+def test_the_student_learns_from_sampled_classes(make_trainer, build, layout):
     trainer = make_trainer(build(40), max_steps=40, eval_dataset=labelled_images(32, 40), **layout)
     before = trainer.evaluate()
     trainer.train()
@@ -40,7 +40,7 @@ def test_the_student_learns_from_drawn_classes(make_trainer, build, layout):
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
 @pytest.mark.parametrize("build", [vit, resnet])
-def test_drawing_all_classes_trains_as_exact_distillation_does(make_trainer, build, labelled):
+def test_sampling_all_classes_trains_as_exact_distillation_does(make_trainer, build, labelled):
     """The whole path - sample, switched head, loss, backward, optimizer - against head_mode="exact"."""
     items = labelled_images(32, 40)
     if not labelled:
@@ -137,7 +137,7 @@ def test_accumulation_is_one_large_batch(make_trainer, mode, labelled):
     [{"head_mode": "exact"}, {"proposal": "topk", "num_shared_classes": 0}],
     ids=["exact", "sampled, fixed sample"],
 )
-def test_a_smaller_last_micro_batch_counts_by_its_rows(make_trainer, mode):
+def test_a_smaller_last_micro_batch_counts_by_its_items(make_trainer, mode):
     """20 items at once, or as 8 + 8 + 4: a mean of means would weigh the last four double."""
     student, items, results = vit(40), labelled_images(20, 40), []
     for size, steps in ((20, 1), (8, 3)):
@@ -194,12 +194,12 @@ def test_logs_carry_losses_diagnostics_and_the_proposal(make_trainer):
         assert set(log) >= {f"probe/{f}" for f in ("exact_kd_loss", "sampled_kd_loss", "cosine", "relative_error")}
 
 
-def test_draws_are_looked_at_every_tenth_step_and_once_between_logs(make_trainer, monkeypatch):
+def test_samples_are_measured_every_tenth_step_and_once_between_logs(make_trainer, monkeypatch):
     steps = []
     measured = make_trainer(logging_steps=4, max_steps=21)
-    looked_at = trainer_module.sample_quality
+    looked_at = steps_module.sample_quality
     monkeypatch.setattr(
-        trainer_module, "sample_quality", lambda *args: steps.append(measured.state.global_step) or looked_at(*args)
+        steps_module, "sample_quality", lambda *args: steps.append(measured.state.global_step) or looked_at(*args)
     )
     assert all("dis/ess" in log for log in logged(measured))
     assert steps == [0, 4, 8, 10, 12, 16, 20]
@@ -232,7 +232,7 @@ def test_a_probe_changes_nothing(make_trainer):
     assert_near(trained(make_trainer(resnet(40), probe_steps=1)), trained(make_trainer(resnet(40))), tolerance=0)
 
 
-def test_the_probe_of_a_complete_draw_finds_no_error(make_trainer):
+def test_the_probe_of_a_complete_sample_finds_no_error(make_trainer):
     (log,) = logged(make_trainer(probe_steps=1, logging_steps=1, max_steps=1, **ALL_BY_STRATA))
     assert log["probe/relative_error"] < 1e-4 and log["probe/cosine"] == pytest.approx(1, abs=1e-5)
     assert log["probe/exact_kd_loss"] == pytest.approx(log["kd_loss"], rel=1e-4)
@@ -262,7 +262,7 @@ def test_an_exception_in_a_step_leaves_no_patch(make_trainer, monkeypatch, where
         raise KeyError("in the step")
 
     if where == "forward":
-        monkeypatch.setattr(trainer_module, "sampled_forward_kl", fails)
+        monkeypatch.setattr(steps_module, "sampled_loss", fails)
     else:
         monkeypatch.setattr(trainer.accelerator, "backward", fails)
     with pytest.raises(KeyError, match="in the step"):

@@ -1,0 +1,196 @@
+"""Counts what a step launches, waits for, moves and holds on an accelerator, without one; prints a table.
+
+    python benchmarks/accelerator_counts.py --json counts.jsonl
+
+A step is the head's: teacher's targets, sample, student's head, loss, backward, clipping and optimizer. The bodies of
+student and teacher have no layers. Shapes, on fake CUDA tensors (benchmarks/fake_accelerator.py): ``lm`` has 8,192
+tokens, 151,936 classes and 2,048 features, ``classifier`` 1,024 examples, 1,000,000 classes and 512 features. The
+teacher's logits are given, stored in a cache, or computed by a teacher of the same width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from fake_accelerator import Counts, fake_cuda
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_dis import DISArguments, DISLoss, RowSparseAdamW, build_distiller, make_sampler
+from hf_dis.distiller import Distiller
+from hf_dis.head.row_gradients import clip_grad_norm_
+from hf_dis.sampling.cached_sampler import make_cached_sampler
+from hf_dis.teacher.cached import TARGETS, CachedTeacher
+from hf_dis.teacher.compact import TargetLayout
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A head step: items, classes, features, and the sample of the defaults."""
+
+    name: str
+    num_items: int
+    num_classes: int
+    num_features: int
+    is_lm: bool
+
+    @property
+    def spec(self):
+        return DISArguments(row_sparse_head=True).sampler_spec().resolved(is_lm=self.is_lm, row_sparse=True)
+
+
+SHAPES = {
+    "lm": Shape("lm", 8192, 151_936, 2048, True),
+    "classifier": Shape("classifier", 1024, 1_000_000, 512, False),
+}
+TARGETS_KINDS = ("given", "cached", "online")
+TOKENS = 128  # of a sequence; the number of sequences follows from the items
+
+
+@contextmanager
+def head_is_known(name: str) -> Iterator[None]:
+    """The search for the head refuses a weight that is not a plain parameter, as a fake one is not."""
+    with (
+        mock.patch("hf_dis.build.find_head_layers", lambda *args: (name,)),
+        mock.patch("hf_dis.build.check_row_sparse_head", lambda *args: None),
+        mock.patch("hf_dis.build.placed", lambda teacher, device: teacher),  # fake parameters cannot be moved
+    ):
+        yield
+
+
+def bodiless(shape: Shape, dtype: torch.dtype) -> nn.Module:
+    """A language model without layers: an embedding, a norm and the head."""
+    config = LlamaConfig(
+        vocab_size=shape.num_classes,
+        hidden_size=shape.num_features,
+        intermediate_size=8,
+        num_hidden_layers=0,
+        num_attention_heads=8,
+        tie_word_embeddings=False,
+    )
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def of_given(shape: Shape, counts: Counts, row_sparse: bool) -> None:
+    """A step of DISLoss, with the teacher's logits given in bfloat16."""
+    features = torch.empty(shape.num_items, shape.num_features, device="cuda", requires_grad=True)
+    weight = nn.Parameter(torch.empty(shape.num_classes, shape.num_features, device="cuda"))
+    logits = torch.empty(shape.num_items, shape.num_classes, device="cuda", dtype=torch.bfloat16)
+    labels = torch.empty(shape.num_items, dtype=torch.long, device="cuda")
+    sampler = make_sampler(shape.num_classes, shape.spec, device="cuda")
+    dis_loss = DISLoss(sampler, row_sparse_head=row_sparse)
+    dis_loss._has_checked_values = True  # a look at made-up values would find what is not there
+    optimizer = RowSparseAdamW([weight])
+    for _ in range(2):  # the first step makes the moments
+        counts.start()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = dis_loss(features, weight, None, logits, labels)
+        loss.backward()
+        finish([weight], optimizer)
+        features.grad = None
+
+
+def of_student(shape: Shape, counts: Counts, row_sparse: bool, targets: str) -> None:
+    """A step of a Distiller, with a teacher beside the student or a cache of its targets."""
+    student = bodiless(shape, torch.float32).train()
+    teacher = bodiless(shape, torch.bfloat16) if targets == "online" else bodiless(tiny(shape), torch.bfloat16)
+    distiller = distiller_of(student, teacher, shape, row_sparse, targets)
+    parameters = list(student.parameters())
+    optimizer = RowSparseAdamW(parameters)
+    batch = batch_of(shape, distiller)
+    for _ in range(2):
+        counts.start()
+        with torch.autocast("cuda", torch.bfloat16), distiller.step(batch, check_values=False) as step:
+            loss, _ = step.loss(student(**step.inputs))
+            loss = loss.sum() / shape.num_items
+            loss.backward()
+        finish(parameters, optimizer)
+
+
+def tiny(shape: Shape) -> Shape:
+    return Shape(shape.name, shape.num_items, shape.num_classes, 8, shape.is_lm)
+
+
+def distiller_of(student: nn.Module, teacher: nn.Module, shape: Shape, row_sparse: bool, targets: str) -> Distiller:
+    settings = DISArguments(head_mode="sampled", row_sparse_head=row_sparse)
+    with head_is_known("lm_head"):
+        distiller = build_distiller(student, teacher, settings, device=torch.device("cuda", 0))
+    distiller._head_is_checked = True
+    for stream in (distiller.student_stream, distiller.online_teacher.stream):
+        stream._head, stream._is_compared = stream.model.lm_head, True
+    if targets == "cached":
+        layout = TargetLayout.within(60 if shape.is_lm else 300, shape.num_classes, 2 if shape.is_lm else 32)
+        spec = settings.sampler_spec().resolved(
+            is_lm=shape.is_lm, row_sparse=row_sparse, stored_sample_size=layout.sample_size
+        )
+        distiller.sampler = make_cached_sampler(layout, spec, device="cuda")
+        distiller.teacher = CachedTeacher(layout, "")
+    return distiller
+
+
+def batch_of(shape: Shape, distiller: Distiller) -> dict[str, Tensor]:
+    """Sequences of which every token but the first is supervised."""
+    ids = torch.ones(shape.num_items // TOKENS, TOKENS + 1, dtype=torch.long, device="cuda")
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    if isinstance(distiller.teacher, CachedTeacher):
+        size = distiller.teacher.layout.item_bytes
+        batch[TARGETS] = torch.empty(len(ids), TOKENS, size, dtype=torch.uint8, device="cuda")
+    return batch
+
+
+def finish(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def count(shape: Shape, targets: str, row_sparse: bool = True) -> dict[str, str | int | float]:
+    """The counts of one step in its steady state, as a record."""
+    unique = min(shape.num_classes, shape.num_items * 16)
+    sizes = {"unique_consecutive": unique, "nonzero": shape.num_items, "index": shape.num_items * 1}
+    with fake_cuda(sizes) as counts:
+        if targets == "given":
+            of_given(shape, counts, row_sparse)
+        else:
+            of_student(shape, counts, row_sparse, targets)
+        return {
+            "shape": shape.name,
+            "targets": targets,
+            "kernels": "torch",
+            "launches": sum(counts.launches.values()),
+            "waits": sum(counts.waits.values()),
+            "peak_gb": round(counts.peak / 1e9, 3),
+            "moved_gb": round(sum(counts.moved.values()) / 1e9, 2),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="Append the records to this file, one per line.")
+    arguments = parser.parse_args()
+    names = ("shape", "targets", "kernels", "launches", "waits", "peak_gb", "moved_gb")
+    print("| " + " | ".join(names) + " |")
+    print("|" + "---|" * len(names))
+    for shape in SHAPES.values():
+        for targets in TARGETS_KINDS:
+            record = count(shape, targets)
+            print("| " + " | ".join(str(record[name]) for name in names) + " |", flush=True)
+            if arguments.json:
+                with arguments.json.open("a") as file:
+                    file.write(json.dumps({**record, "sample": asdict(shape.spec)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Checks of what a DISSFTTrainer is made with: what was given, what it has to be, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from hf_dis.integrations.trl import DISSFTConfig, DISSFTTrainer
+
+logger = logging.get_logger(__name__)
+
+# Characters of a rendered example that an error shows.
+SHOWN = 40
+
+
+def check_config(args: DISSFTConfig) -> None:
+    """Checks the settings of SFT that exclude distillation by sampled classes.
+
+    Raises:
+        ValueError: if ``loss_type`` is another than the default.
+    """
+    if args.loss_type != "nll":
+        raise ValueError(
+            f"loss_type is {args.loss_type!r}, a loss of SFTTrainer's own on all classes: leave loss_type at 'nll'; "
+            "the loss is distillation, and hard_label_weight is the share of cross-entropy in it"
+        )
+
+
+def check_trainer(trainer: DISSFTTrainer) -> None:
+    """Checks a trainer whose host is set up, before the engine is made.
+
+    Raises:
+        ValueError: if the student is a vision-language model, or a cache is to serve padding-free batches.
+    """
+    if trainer._is_vlm:
+        raise ValueError(
+            f"the processing class is a {type(trainer.processing_class).__name__}, so the student, a "
+            f"{type(trainer.model).__name__}, reads more than text: vision-language models are unsupported; pass a "
+            "causal language model and its tokenizer as processing_class"
+        )
+    caches = {"teacher_cache": trainer.teacher_cache, "eval_teacher_cache": trainer.eval_teacher_cache}
+    given = [name for name, cache in caches.items() if cache is not None]
+    if given and trainer.padding_free:
+        raise ValueError(
+            f"{' and '.join(given)} cannot serve padding-free batches (padding_free=True, or packing=True with "
+            f"packing_strategy={trainer.args.packing_strategy!r}): a cache is looked up example by example, and a "
+            "padding-free batch joins its examples into one. Set padding_free=False and packing=False, or "
+            "packing_strategy='wrapped' with a cache of the packed examples; or pass teacher_model"
+        )
+    evaluates = trainer.eval_dataset is not None and trainer.args.per_device_eval_batch_size > 1
+    if trainer.padding_free and evaluates and trainer.accelerator.num_processes > 1:
+        logger.warning_once(
+            "padding-free batches are evaluated on several processes: examples that fill up the last batches count "
+            "twice in the means; set per_device_eval_batch_size=1 to count each example once"
+        )
+
+
+def check_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    example: Mapping[str, Any] | None,
+) -> None:
+    """Checks that a conversation becomes the same text for teacher and student.
+
+    Args:
+        tokenizer: the student's.
+        teacher_tokenizer: the teacher's, if known; one without a chat template is not compared.
+        example: a conversation in the form of TRL's datasets, ``messages``, or ``prompt`` and ``completion``; None
+            where the data is no conversations.
+
+    Raises:
+        ValueError: if the texts differ; shows where.
+    """
+    if example is None or teacher_tokenizer is None or teacher_tokenizer.chat_template is None:
+        return
+    if tokenizer.chat_template == teacher_tokenizer.chat_template:
+        return
+    ours, theirs = _rendered(tokenizer, example), _rendered(teacher_tokenizer, example)
+    if ours != theirs:
+        same = next((place for place, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+        start = max(0, same - SHOWN // 2)
+        ours, theirs = (text[start : start + SHOWN] for text in (ours, theirs))
+        raise ValueError(
+            f"teacher and student have different chat templates: the first example has {ours!r} by the student's and "
+            f"{theirs!r} by the teacher's, and the teacher knows its own format only. Train with the teacher's "
+            "template: set chat_template of the student's tokenizer, or chat_template_path; if the teacher was "
+            "trained with the student's template, pass the student's tokenizer as teacher_processing_class too"
+        )
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> str:
+    messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
+    keywords = example.get("chat_template_kwargs") or {}
+    return tokenizer.apply_chat_template(messages, tools=example.get("tools"), tokenize=False, **keywords)

@@ -1,0 +1,46 @@
+"""Shared tails: sampled with their probability, and found by items."""
+
+import itertools
+
+import torch
+from by_definition import capped_slowly, frequencies, generator, within_five_sigma
+
+from hf_dis.sampling.tails import is_member, sample_tails
+
+
+def test_the_shared_tail_holds_classes_with_their_probability():
+    density = torch.tensor([9.0, 0.1, 0.5, 0.01, 3.0, 0.2, 0.2, 1.0, 0.4, 0.05], dtype=torch.float64)
+    expected, seeded, num_trials, num_tails = capped_slowly(density, 4), generator(), 1_500, 3
+    sampled = []
+    for _ in range(num_trials):
+        ids, probability = sample_tails(density, 4, num_tails, seeded)
+        assert (ids.diff() > 0).all()
+        torch.testing.assert_close(probability, expected[ids])
+        sampled.append(ids)
+    for tail in range(num_tails):
+        ids = torch.stack([tails[tail] for tails in sampled])
+        assert within_five_sigma(frequencies(ids, 10), expected, num_trials)
+
+
+def test_tails_share_the_classes_that_are_certain_and_differ_in_the_others():
+    density = torch.ones(100, dtype=torch.float64)
+    density[:2] = 1e3
+    ids = sample_tails(density, 10, 4, generator()).ids
+    assert (ids[:, :2] == torch.arange(2)).all()
+    assert len(ids[:, 2:].unique()) == 4 * 8
+
+
+def test_a_tail_as_large_as_all_classes_is_all_classes():
+    ids, probability = sample_tails(torch.rand(7), 9, 2, generator())
+    assert ids.tolist() == [list(range(7))] and (probability == 1).all()
+
+
+def test_is_member_is_set_membership():
+    for num_shared, num_tails in itertools.product((0, 1, 7, 20), (1, 3)):
+        ids, shared = torch.rand(30, 20).argsort(1)[:, :6], torch.rand(num_tails, 20).argsort(1)[:, :num_shared]
+        shared = shared.sort(1).values
+        expected = [
+            [c in item for c in shared[number % num_tails].tolist()] for number, item in enumerate(ids.tolist())
+        ]
+        assert is_member(ids, shared).tolist() == expected
+        assert is_member(ids[7:], shared, first_item=7).tolist() == expected[7:]
