@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+# Printed above the tables that have both methods.
+EXACT_NOTE = "exact: the library's own exact loss; exact (materialised): the loss by autograd, exact in earlier tables"
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser with ``--json`` that prints a script's docstring as it is written."""

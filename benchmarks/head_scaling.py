@@ -31,7 +31,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from common import header, machine, parser, row, write
+from common import EXACT_NOTE, header, machine, parser, row, write
 from timing import add_arguments, available, clock, milliseconds, peak_mb, peak_of_a_step
 from torch import Tensor
 
@@ -200,7 +200,7 @@ def main() -> None:
     methods = available(arguments.methods, NEEDS)
     kind, now = clock(arguments.cpu_time)
     print(f"{kind}; {machine()}")
-    print("exact: the library's own exact loss; exact (materialised): what earlier tables call exact\n")
+    print(f"{EXACT_NOTE}\n")
     print(header("C", "layout", "method", "ms", "exact / method", "peak MB"))
     records: list[dict] = []
     for layout in arguments.layouts:

@@ -33,7 +33,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from common import header, machine, parser, row, write
+from common import EXACT_NOTE, header, machine, parser, row, write
 from head_scaling import RankedLoss, kl_divergence
 from timing import add_arguments, available, clock, milliseconds, peak_mb, peak_of_a_step
 from torch import Tensor
@@ -193,7 +193,7 @@ def main() -> None:
     methods = available(arguments.methods, NEEDS)
     kind, now = clock(arguments.cpu_time)
     print(f"{machine()}, N={tokens:,}; {kind}, median of {arguments.repeats}")
-    print("exact: the library's own exact loss; exact (materialised): what earlier tables call exact\n")
+    print(f"{EXACT_NOTE}\n")
     print(header("V", "width", "teacher", "method", "ms", "method / dis", "peak MB", "error"))
     records: list[dict] = []
     for vocab in arguments.vocab:

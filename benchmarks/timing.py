@@ -95,7 +95,7 @@ def _resident_mb(name: str) -> float:
 
 
 def peak_of_a_step(steps: Steps, method: str) -> float:
-    """Megabytes that a step needs on top of what lies there between steps; to be run in a process of its own."""
+    """Megabytes that a step needs beyond the memory in use between steps; to be run in a process of its own."""
     steps.run(method)  # makes the moments
     peak = PeakMemory()
     for _ in range(2):

@@ -33,7 +33,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import header, machine, parser, row, write
+from common import EXACT_NOTE, header, machine, parser, row, write
 from head_scaling import GivenTargets
 from timing import PeakMemory
 from transformers import RegNetConfig, RegNetForImageClassification, TrainerCallback
@@ -246,7 +246,7 @@ def main() -> None:
     records, teacher_ms = measure(arguments.classes, arguments.steps, arguments.rounds)
     print(machine())
     print(f"{arguments.classes:,} classes; the teacher's bare forward: {teacher_ms:.0f} ms")
-    print("exact: the library's own exact loss; exact (materialised): what earlier tables call exact\n")
+    print(f"{EXACT_NOTE}\n")
     print(header("method", "layout", "ms", "samples/s", "ratio to floor", "peak MB"))
     for record in records:
         peak = None if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"

@@ -1,19 +1,20 @@
-"""Stores a teacher's targets of a training set, to distil from without the teacher.
+"""Stores a teacher's targets of a training set, so that students can be distilled without the teacher.
 
     accelerate launch --num_processes 1 examples/cache_teacher.py --task glyphs --teacher runs/glyphs/teacher \\
         --output_dir runs/glyphs/cache
 
-The characters of the demo, or the text of run_clm.py. Any number of processes takes part; a run that was stopped is
-started again with the same arguments and goes on where it was. With --views n images are augmented, n fixed views of
-each; without, they are cached as they are. docs/cache.md shows how a student is trained from the cache.
+The training set is the characters of the demo, or the text of run_clm.py. Any number of processes may take part. A run
+that was stopped continues when it is started again with the same arguments. With --views n the cache holds n augmented
+views of each image; without, the images are cached as they are. docs/cache.md shows how a student is trained from the
+cache.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from accelerate import PartialState
 from transformers import HfArgumentParser, default_data_collator
 
 from hf_dis import cache_teacher_targets
@@ -24,29 +25,31 @@ from hf_dis.teacher.loading import load_teacher
 
 @dataclass
 class CacheArguments:
-    """What is cached, and how much of it."""
+    """Teacher, training set and size of the cache."""
 
     teacher: str = field(metadata={"help": "Name or path of the teacher's checkpoint."})
-    output_dir: str = field(metadata={"help": "Where the cache goes, or is to be finished."})
+    output_dir: str = field(metadata={"help": "The folder of the cache, new or unfinished."})
     task: Literal["glyphs", "text"] = field(default="glyphs", metadata={"help": "The training set."})
-    block_size: int = field(default=128, metadata={"help": "Tokens of a sequence of the text."})
-    views: int = field(default=0, metadata={"help": "Augmented views of each image; 0: one, not augmented."})
-    temperature: float = field(default=2.0, metadata={"help": "That the student will be distilled at."})
+    block_size: int = field(default=128, metadata={"help": "Tokens per sequence of the text."})
+    views: int = field(default=0, metadata={"help": "Augmented views of each image; 0: images as they are."})
+    temperature: float = field(default=2.0, metadata={"help": "Temperature of the distillation."})
     depth: int | None = field(
-        default=None, metadata={"help": "Ranked classes of a row that are stored; 32, 2 of text, if not given."}
+        default=None, metadata={"help": "Ranked classes of an item that are stored; by default 32, or 2 for text."}
     )
     sample_size: int | None = field(
         default=None,
-        metadata={"help": "Classes sampled from the others; as many as fit into 300 bytes, 60 of text, if not given."},
+        metadata={
+            "help": "Classes sampled from the others; by default as many as fit into 300 bytes, or 60 for text."
+        },
     )
-    batch_size: int = field(default=64, metadata={"help": "Examples that the teacher is given at a time."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches, for each process."})
-    seed: int = field(default=0, metadata={"help": "Of views and samples."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Data set of the Hub to upload the cache to."})
+    batch_size: int = field(default=64, metadata={"help": "Examples per forward of the teacher."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches, per process of the run."})
+    seed: int = field(default=0, metadata={"help": "Seed of views and samples."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Dataset of the Hub to upload the cache to."})
 
 
 def training_set(arguments: CacheArguments):
-    """The task's training set, augmented if views are asked for, its collator, and its tokenizer if it has one."""
+    """Makes the training set of the task, augmented if views are wanted, with its collator and its tokenizer or None."""
     if arguments.task == "glyphs":
         from glyph_task import NORMALISE, GlyphImages, augment, whole_batch
 
@@ -61,7 +64,7 @@ def training_set(arguments: CacheArguments):
             )
         return GlyphImages(glyphs, NORMALISE), whole_batch, None
     if arguments.views:
-        raise SystemExit(f"error: --views is {arguments.views}: text is not augmented")
+        raise SystemExit(f"error: --views is {arguments.views}, and text has no augmentation: leave --views out")
     from clm_task import load_texts, tokenized
     from transformers import AutoTokenizer
 
@@ -88,14 +91,12 @@ def main() -> None:
         )
     except DataError as error:
         raise SystemExit(f"error: {error}") from None
-    num_bytes = sum(shard.num_bytes for shard in cache.header.shards)
-    print(
-        f"{len(cache):,} examples in {num_bytes / 1e6:.1f} MB, {num_bytes / len(cache):.0f} bytes each: {cache.path}"
-    )
-    if arguments.push_to_hub:
-        cache.push_to_hub(arguments.push_to_hub)
+    if int(os.environ.get("RANK", 0)) == 0:  # the launcher numbers the processes
+        num_bytes, number = cache.header.num_bytes, len(cache)
+        print(f"{number:,} examples in {num_bytes / 1e6:.1f} MB, {num_bytes / number:.0f} bytes each: {cache.path}")
+        if arguments.push_to_hub:
+            cache.push_to_hub(arguments.push_to_hub)
 
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # its threads, alive at the exit, can abort the process

@@ -25,7 +25,8 @@ class SamplerSpec:
     Args:
         num_sampled_classes: K >= 1, classes sampled per item from the teacher's ranking. None: 32 with shared tails,
             128 without, 16 for language models. From a cache with shared tails: how many classes of an item's stored
-            sample a step uses; None uses all of them. From a cache without: classes besides the stored ones, None: 512.
+            sample a step uses; None uses all of them. From a cache without: classes besides the stored ones; None:
+            512.
         num_shared_classes: K_t >= 0, classes of a shared tail, sampled from all classes below the top of the ranking.
             0 is the layout of arXiv 1812.00914: all K classes of an item come from all C ranks. None: 512, 1,024 for
             language models, 0 with ``design="replacement"`` or ``proposal="topk"``.

@@ -18,15 +18,12 @@ from hf_dis.cache.attach import cached_teacher, check_cache, open_cache
 from hf_dis.cache.reader import TeacherCache
 from hf_dis.distiller import Distiller
 from hf_dis.distributed.processes import of_first_process, process_index
-from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.head.check import check_row_sparse_head
-from hf_dis.models.columns import separate_columns
 from hf_dis.models.head_search import find_head_layers, find_heads
 from hf_dis.models.tasks import Task, find_task, num_outputs
 from hf_dis.models.vocabulary import shared_classes
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.sampling.sampler import ClassSampler, make_sampler
-from hf_dis.teacher.compact import TargetLayout
 from hf_dis.teacher.loading import check_separate, placed
 from hf_dis.teacher.online import OnlineTeacher
 from hf_dis.teacher.stream import LogitStream
@@ -59,8 +56,7 @@ def build_distiller(
         teacher: a model that returns ``.logits``; it is put on ``device``, frozen and never trained.
         arguments: the settings of the method; later changes of the object have no effect.
         tokenizer, teacher_tokenizer: of the models, where their vocabularies have different widths.
-        teacher_cache: stored targets of the training data, or their folder, to train on in place of ``teacher``.
-        eval_teacher_cache: stored targets of the evaluation data.
+        teacher_cache, eval_teacher_cache: stored targets of the training and the evaluation data, or their folders.
         device: of the training; None: that of the student.
         seed: of the sampler; the index of the process is added.
         context: entered around the teacher's forwards; ``accelerator.autocast`` for mixed precision.
@@ -77,40 +73,25 @@ def build_distiller(
     width = num_outputs(student, task)
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
-    stored = caches[0].header.layout if caches[0] is not None else None
-    spec = arguments.sampler_spec().resolved(
-        is_lm=task.is_lm,
-        row_sparse=arguments.row_sparse_head,
-        stored_sample_size=None if stored is None else stored.sample_size,
-    )
-    sampler = _make_sampler(num_classes, stored, spec, seed + process_index(), device)
-    mode = _choose_mode(student, width, num_classes, arguments, spec, sampler, stored is not None, device, context)
+    spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed + process_index(), device)
+    mode = _choose_mode(student, width, num_classes, arguments, spec, sampler, caches[0] is not None, device, context)
     layers = _find_head(student, width, arguments, mode)
-    online, student_columns, teacher_columns = None, frozenset(), frozenset()
-    if teacher is not None:
-        check_separate(student, teacher)
-        teacher = placed(teacher, device)
-        online = OnlineTeacher(teacher, num_classes, arguments.temperature, sampler.rank_depth, context=context)
-        student_columns, teacher_columns = separate_columns(student, teacher)
-    training, evaluation = (None if cache is None else cached_teacher(cache) for cache in caches)
+    online = _online_teacher(student, teacher, num_classes, arguments, sampler, device, context)
     return Distiller(
         student,
         arguments,
         task=task,
         num_classes=num_classes,
         sampler=sampler,
-        teacher=training or online,
+        teacher=online if caches[0] is None else cached_teacher(caches[0]),
         head_layers=layers,
         mode=mode,
         row_sparse=_is_row_sparse(student, layers, arguments, mode, is_sharded),
         online_teacher=online,
-        eval_teacher=evaluation,
+        eval_teacher=None if caches[1] is None else cached_teacher(caches[1]),
         student_stream=LogitStream(student, width, context=context) if len(layers) == 1 and not is_sharded else None,
         label_names=label_names,
-        student_columns=student_columns,
-        teacher_columns=teacher_columns,
         precision=precision,
-        reduce=sum_over_processes,
     )
 
 
@@ -144,12 +125,40 @@ def _count_classes(
     return counts[0]
 
 
+def _online_teacher(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    num_classes: int,
+    arguments: DISArguments,
+    sampler: ClassSampler,
+    device: torch.device,
+    context: Context,
+) -> OnlineTeacher | None:
+    if teacher is None:
+        return None
+    check_separate(student, teacher)
+    teacher, temperature = placed(teacher, device), arguments.temperature
+    return OnlineTeacher(teacher, num_classes, temperature, sampler.rank_depth, context=context)
+
+
 def _make_sampler(
-    num_classes: int, stored: TargetLayout | None, spec: SamplerSpec, seed: int, device: torch.device
-) -> ClassSampler:
+    arguments: DISArguments,
+    task: Task,
+    num_classes: int,
+    cache: TeacherCache | None,
+    seed: int,
+    device: torch.device,
+) -> tuple[SamplerSpec, ClassSampler]:
+    """The specification with the defaults of the task, and its sampler."""
+    stored = None if cache is None else cache.header.layout
+    spec = arguments.sampler_spec().resolved(
+        is_lm=task.is_lm,
+        row_sparse=arguments.row_sparse_head,
+        stored_sample_size=None if stored is None else stored.sample_size,
+    )
     if stored is None:
-        return make_sampler(num_classes, spec, seed=seed, device=device)
-    return make_cached_sampler(stored, spec, seed=seed, device=device)
+        return spec, make_sampler(num_classes, spec, seed=seed, device=device)
+    return spec, make_cached_sampler(stored, spec, seed=seed, device=device)
 
 
 def _is_row_sparse(

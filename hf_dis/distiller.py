@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_dis.arguments import DISArguments
+from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.head.check import check_head
 from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items, check_labels, split_examples
 from hf_dis.loss.exact import Losses
+from hf_dis.models.columns import separate_columns
 from hf_dis.models.tasks import Task, base_model, find_items, split_labels
 from hf_dis.sampling.sample import Statistics
 from hf_dis.sampling.sampler import ClassSampler
@@ -50,7 +52,6 @@ class Distiller:
         eval_teacher: a cache of targets of the evaluation data.
         student_stream: computes the student's logits in chunks for evaluation; None: evaluation holds all logits.
         label_names: columns of a batch that the student is not given.
-        student_columns, teacher_columns: columns of a batch that only one of the models takes.
         precision: the narrowest type that the student computes in, if narrower than its logits.
         reduce: sums a dict of tensors, some of them sparse, over processes.
     """
@@ -71,16 +72,17 @@ class Distiller:
         eval_teacher: CachedTeacher | None = None,
         student_stream: LogitStream | None = None,
         label_names: Sequence[str] = ("labels",),
-        student_columns: frozenset[str] = frozenset(),
-        teacher_columns: frozenset[str] = frozenset(),
         precision: torch.dtype | None = None,
-        reduce: Callable[[Statistics], Statistics] | None = None,
+        reduce: Callable[[Statistics], Statistics] = sum_over_processes,
     ):
         self.student, self.arguments, self.task, self.num_classes = student, arguments, task, num_classes
         self.sampler, self.teacher, self.head_layers, self.mode = sampler, teacher, tuple(head_layers), mode
         self.row_sparse, self.online_teacher, self.eval_teacher = row_sparse, online_teacher, eval_teacher
         self.student_stream, self.label_names, self.precision = student_stream, tuple(label_names), precision
-        self.student_columns, self.teacher_columns, self.reduce = student_columns, teacher_columns, reduce
+        self.reduce = reduce
+        self.student_columns, self.teacher_columns = frozenset(), frozenset()
+        if online_teacher is not None:
+            self.student_columns, self.teacher_columns = separate_columns(student, online_teacher.model)
         self._head_is_checked = self._has_checked_values = False
 
     @property

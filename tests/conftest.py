@@ -41,7 +41,7 @@ def dense_ce():
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """Builds a trainer for 8x8 images of 40 classes, sampled from. Keywords: DISConfig's fields, or the trainer's."""
+    """Builds a trainer for 8x8 images of 40 classes; keywords are fields of DISConfig, or arguments of the trainer."""
     from tiny_models import labelled_images, vit
 
     from hf_dis import DISConfig, DISDistillationTrainer

@@ -11,12 +11,12 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_PAGES = [ROOT / "examples" / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 SCRIPTS = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-# A block whose first line starts with this does not stand by itself.
+# A block whose first line starts with this mark does not run by itself.
 FRAGMENT = "# fragment"
 
 
 def python_blocks(page: Path) -> list[tuple[int, str]]:
-    """The runnable ```python blocks of a page: line number of the first line, and code."""
+    """The ```python blocks of a page that run: line number of the first line, and code."""
     text = page.read_text()
     blocks = [
         (text.count("\n", 0, match.start(1)), match[1])

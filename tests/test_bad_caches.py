@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, default_data_collator
 
 from hf_dis import cache_teacher_targets
-from hf_dis.cache.header import HEADER, CacheHeader
+from hf_dis.cache.header import FORMAT_VERSION, HEADER, CacheHeader
 from hf_dis.data import DataError
 
 
@@ -34,6 +34,12 @@ def written(tmp_path_factory):
 def edited(name, edit):
     """Changes the content of a file of the cache."""
     return lambda folder: (folder / name).write_bytes(edit((folder / name).read_bytes()))
+
+
+def of_format(version):
+    """Gives the header the number of another format."""
+    here, there = (f'"version": {number}'.encode() for number in (FORMAT_VERSION, version))
+    return edited(HEADER, lambda content: content.replace(here, there))
 
 
 def removed(name):
@@ -68,7 +74,7 @@ CACHES = {
         {"train_dataset": labelled_images(32, 40, seed=3)},
         DataError,
         "16 of 16 examples are not in the cache",
-        "Train on the same data set",
+        "Train on the same dataset",
     ),
     "another depth": (AS_IT_IS, {"rank_depth": 5}, ValueError, "rank_depth is 5", "None or 6"),
     "a proposal without its sums": (
@@ -103,14 +109,9 @@ CACHES = {
         "checksum",
         "write the cache again",
     ),
-    "a newer format": (
-        edited(HEADER, lambda content: content.replace(b'"version": 1', b'"version": 2')),
-        {},
-        DataError,
-        "in format 2",
-        "upgrade hf_dis",
-    ),
-    "half-written": (unfinished, {}, DataError, "3 of 4 shards are there", "Run what wrote it again"),
+    "a newer format": (of_format(FORMAT_VERSION + 1), {}, DataError, f"in format {FORMAT_VERSION + 1}", "upgrade hf_dis"),
+    "an older format": (of_format(1), {}, DataError, "in format 1", "write the cache again"),
+    "half-written": (unfinished, {}, DataError, "3 of 4 shards are there", "Run cache_teacher_targets again"),
 }
 
 

@@ -64,7 +64,7 @@ def test_it_installs_and_works_without_the_repository(built, kind, tmp_path):
 
 
 def calls(path):
-    """Each call in a file: the dotted name of what is called, and its keywords."""
+    """Each call in a file: the dotted name of the function, and the keywords."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_dis.items import Items, token_items
+from hf_dis.items import Items, check_labels, token_items
 
 LABELS = torch.tensor([[5, -100, 7, 8], [-100, 2, 3, -100]])
 SHAPE = LABELS.shape
@@ -64,3 +64,28 @@ def test_sequences_of_length_one():
     with pytest.raises(ValueError, match=r"length 1.*two tokens or more"):
         token_items(LABELS[:, :1], None, LABELS[:, :1].shape, shifts_labels=True)
     assert len(token_items(LABELS[:, :1], None, LABELS[:, :1].shape, shifts_labels=False)) == 1
+
+
+def test_positions_are_made_on_the_device_of_the_batch():
+    """Without labels and mask there is no tensor that would tell the device."""
+    assert token_items(None, None, SHAPE, False, torch.device("meta")).positions.device.type == "meta"
+    mask = torch.ones(SHAPE)
+    assert token_items(None, mask, SHAPE, False, torch.device("meta")).positions.device.type == "cpu"
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 4]), torch.tensor([], dtype=torch.long)])
+def test_labels_within_the_classes(labels):
+    check_labels(labels, 5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 5, -1, 5]), r"labels \[-1, 5\] are outside 0..4: teacher and student share 5 classes"),
+        (torch.tensor([0.0, 1.0]), r"labels are torch.float32: .*whole numbers 0..4"),
+        (torch.tensor([True]), r"labels are torch.bool: .*whole numbers 0..4"),
+    ],
+)
+def test_labels_that_are_no_class_ids(labels, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels(labels, 5)

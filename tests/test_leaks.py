@@ -1,4 +1,4 @@
-"""Nothing is left behind: no patch, hook, memory, thread or process, however a training ends."""
+"""A training leaves no patch, hook, memory, thread or process behind, however the training ends."""
 
 import contextlib
 import gc
@@ -143,7 +143,7 @@ def test_two_trainers_in_one_process_do_not_disturb_each_other(make_trainer, tmp
 
 
 class Watches(TrainerCallback):
-    """Live tensors, all live objects, and resident bytes, at some steps."""
+    """Counts live tensors, all live objects and resident bytes at some steps."""
 
     def __init__(self, steps):
         self.steps, self.tensors, self.objects, self.resident = steps, [], [], []
@@ -168,11 +168,11 @@ class Watches(TrainerCallback):
     ],
 )
 def test_memory_is_flat(make_trainer, steps, layout):
-    """Between half of the steps, when allocators have what they want, and the end."""
+    """Compares half of the steps, when caches and allocators are full, with the end."""
     watch = Watches({steps // 2, steps})
     make_trainer(max_steps=steps, logging_steps=steps // 4, callbacks=[watch], **layout).train()
     assert watch.tensors[1] <= watch.tensors[0]
-    assert watch.objects[1] - watch.objects[0] < 100  # two logs; less than one object in two steps
+    assert watch.objects[1] - watch.objects[0] < 100  # less than one object in two steps; two logs are kept
     assert watch.resident[1] - watch.resident[0] < 8 * 2**20
 
 
@@ -188,7 +188,7 @@ def test_threads_and_workers_end_with_the_training(make_trainer):
 
 
 def _interrupt(process):
-    """Ctrl-C, again if need be: Python drops an interrupt that arrives while it runs a destructor."""
+    """Sends Ctrl-C until the process ends: Python drops an interrupt that arrives while a destructor runs."""
     for _ in range(4):
         os.killpg(process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -204,7 +204,7 @@ def test_ctrl_c_ends_the_training_and_all_its_processes(tmp_path, inherited):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # its workers are of its group, as in a shell
+        start_new_session=True,  # the workers are in its group, as in a shell
         preexec_fn=lambda: signal.signal(signal.SIGINT, inherited),
     )
     lines = iter(process.stdout.readline, "")

@@ -1,4 +1,4 @@
-"""Tiny models built from configurations, random images and tokens, and what the tests ask of them."""
+"""Tiny models built from configurations, random images and tokens, and functions that tests share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def resnet(num_labels: int, seed: int = 0, spread: float = 1.0) -> hf.ResNetForI
 
 
 def _built(kind: type[nn.Module], config: hf.PreTrainedConfig, seed: int, spread: float) -> nn.Module:
-    """The global generator is left as it was: ``model_init`` is called in the middle of a run."""
+    """Builds a model without moving the global generator: ``model_init`` is called in the middle of a run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return spread_out(kind(config), spread)
@@ -45,7 +45,7 @@ def column_ids(sample) -> Tensor:
 
 
 def spread_out(model: nn.Module, spread: float) -> nn.Module:
-    """Scales the output head, whose bias is zero at the start: an untrained model answers alike for all classes."""
+    """Scales the output head: an untrained model has nearly the same logit for all classes."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     named = getattr(model, "get_output_embeddings", lambda: None)()
     head = linear[-1] if named is None else named
@@ -194,7 +194,7 @@ def _timm(num_labels):
     return hf.TimmWrapperForImageClassification(config)
 
 
-# Every family of image classifiers that the head switch promises to work with, and the images it takes.
+# Every family of image classifiers that the head switch supports, and the size of its images.
 FAMILIES: dict[str, tuple[Callable[[int], nn.Module], int]] = {
     "ViT": (vit, 8),
     "ResNet": (resnet, 32),
@@ -212,7 +212,7 @@ def images(num_items: int, size: int = 8, seed: int = 0, dtype: torch.dtype = to
 
 
 def labelled_images(num_items: int, num_labels: int, seed: int = 0) -> list[dict]:
-    """A data set of 8x8 images with labels, as ``Trainer`` takes it."""
+    """A dataset of 8x8 images with labels, as ``Trainer`` takes it."""
     return [
         {"pixel_values": image, "labels": (3 * item) % num_labels}
         for item, image in enumerate(images(num_items, seed=seed))
@@ -228,19 +228,19 @@ def tokens(num_items: int, vocab_size: int, length: int = 6, seed: int = 0) -> d
 
 
 def labelled_tokens(num_items: int, vocab_size: int, length: int = 6, seed: int = 0) -> list[dict]:
-    """A data set of token ids, each its own label (as a causal language model takes them), -100 at the padding."""
+    """A dataset of token ids, each its own label, as a causal language model takes them; -100 at the padding."""
     batch = tokens(num_items, vocab_size, length, seed)
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return [{name: value[item] for name, value in batch.items()} for item in range(num_items)]
 
 
 def patched_modules(model: nn.Module) -> list[str]:
-    """Modules whose forward is not that of their class."""
+    """The names of modules whose forward is not that of their class."""
     return [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
-    """The same names, and tensors that differ by at most the tolerance."""
+    """Checks that the names are the same, and that tensors differ by at most the tolerance."""
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=name)

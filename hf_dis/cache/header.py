@@ -134,7 +134,7 @@ class CacheHeader:
 
     @property
     def layout(self) -> TargetLayout:
-        """How the targets of an item are laid out in bytes."""
+        """The layout of an item's targets in bytes."""
         return TargetLayout(self.num_classes, self.depth, self.sample_size)
 
     @property

@@ -117,7 +117,7 @@ def _label_parts(labels: Tensor, mask: Tensor | None) -> Iterator[tuple[bytes, n
     for value, start in zip(labels, starts, strict=True):
         (supervised,) = (value != IGNORED).nonzero(as_tuple=True)
         first, end = (int(supervised[0]), int(supervised[-1]) + 1) if len(supervised) else (start, start)
-        # Labels of a decoder may have the shape of the encoder's mask by chance, and start before what it marks.
+        # A decoder's labels may by chance have the shape of the encoder's mask, and start before the marked tokens.
         place = max(0, first - start)
         yield _described("labels", value[first:end]) + f" from {place}".encode(), _bytes(value[first:end])
 

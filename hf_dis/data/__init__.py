@@ -1,4 +1,4 @@
-"""Data sets for the examples, built from local files, and caches of teacher targets."""
+"""Datasets for the examples, built from local files."""
 
 from hf_dis.data.cifar100 import Cifar100, load_cifar100
 from hf_dis.data.glyph_market import write_glyph_market

@@ -90,7 +90,8 @@ def load_cifar100(
     if data_dir is None:
         if not verify_checksum:
             raise DataError(
-                "verify_checksum=False is about files in data_dir, and data_dir is None: pass data_dir, or drop verify_checksum."
+                "verify_checksum=False is about files in data_dir, and data_dir is None: pass data_dir, or drop "
+                "verify_checksum."
             )
         return _load_from_hub(cache_dir, num_proc)
     builder = Cifar100(cache_dir=cache_dir, data_dir=str(data_dir), verify_checksum=verify_checksum)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_dis.distributed.processes import num_processes
 from hf_dis.head.row_gradients import coalesced
 
-PADDING = -1  # below every row
+PADDING = -1  # below the number of every row
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums of tensors over processes, the same on every process.
 
     Call it on every process, with the same names in the same order. A tensor that is sparse in its rows may have
-    others on each process; only these rows are sent. With one process the tensors are returned as they are.
+    other rows on each process; only these rows are sent. With one process the tensors are returned as they are.
 
     Args:
         tensors: dense, of the same shape on every process, or sparse in their rows.
@@ -73,7 +73,7 @@ def _sum(tensor: Tensor) -> Tensor:
 def _sum_rows(tensor: Tensor, divisor: int = 1) -> Tensor:
     """The sum over processes of coalesced tensors that are sparse in their rows, divided by a number.
 
-    Every process sends the rows that any process has. Narrow floating-point types are summed in float32 and rounded
+    Every process sends the rows that some process has. Narrow floating-point types are summed in float32 and rounded
     once: small terms are not lost, and float16 does not overflow where the mean does not.
     """
     ids, rows = tensor._indices()[0], tensor._values()

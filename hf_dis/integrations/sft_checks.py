@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 if TYPE_CHECKING:
@@ -30,18 +30,27 @@ def check_config(args: DISSFTConfig) -> None:
         )
 
 
+def check_text_only(processing_class: Any) -> None:
+    """Checks that the student reads text alone.
+
+    Raises:
+        ValueError: if its processing class is a processor, which a vision-language model has.
+    """
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"processing_class is a {type(processing_class).__name__}, which prepares more than text: "
+            "vision-language models are unsupported; pass a causal language model, and its tokenizer as "
+            "processing_class"
+        )
+
+
 def check_trainer(trainer: DISSFTTrainer) -> None:
     """Checks a trainer whose host is set up, before the engine is made.
 
     Raises:
-        ValueError: if the student is a vision-language model, or a cache is to serve padding-free batches.
+        ValueError: if the student reads more than text, or a cache is to serve padding-free batches.
     """
-    if trainer._is_vlm:
-        raise ValueError(
-            f"the processing class is a {type(trainer.processing_class).__name__}, so the student, a "
-            f"{type(trainer.model).__name__}, reads more than text: vision-language models are unsupported; pass a "
-            "causal language model and its tokenizer as processing_class"
-        )
+    check_text_only(trainer.processing_class)
     caches = {"teacher_cache": trainer.teacher_cache, "eval_teacher_cache": trainer.eval_teacher_cache}
     given = [name for name, cache in caches.items() if cache is not None]
     if given and trainer.padding_free:

@@ -17,7 +17,7 @@ from hf_dis.arguments import DISArguments
 from hf_dis.distiller import Distiller
 from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.integrations import require
-from hf_dis.integrations.sft_checks import check_chat_template, check_config, check_trainer
+from hf_dis.integrations.sft_checks import check_chat_template, check_config, check_text_only, check_trainer
 from hf_dis.loss.entropy import sampled_entropy
 from hf_dis.loss.exact import Losses
 from hf_dis.models.tasks import base_model
@@ -72,6 +72,7 @@ class DISSFTTrainer(DISTrainerMixin, SFTTrainer):
     _tag_names = (*DISTrainerMixin._tag_names, *SFTTrainer._tag_names)
 
     def __init__(self, model: str | nn.Module, *args: Any, **kwargs: Any):
+        check_text_only(kwargs.get("processing_class"))
         self._conversation = _first_conversation(kwargs.get("train_dataset"))
         own_forward = vars(base_model(model)).get("forward") if isinstance(model, nn.Module) else None
         try:

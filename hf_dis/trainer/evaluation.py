@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from hf_dis.items import Items
 from hf_dis.loss.exact import Losses
+from hf_dis.precision import widest
 from hf_dis.report.diagnostics import RunningMeans
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ class Evaluation:
         (items, losses, terms), self._batch = self._batch, None
         added = loss - losses.sum() / max(1, len(losses))
         values = {**terms, "loss": losses + added}
-        sums = {name: items.sums_by_example(value.double()) for name, value in values.items()}
-        sums["items"] = items.sums_by_example(torch.ones_like(losses, dtype=torch.double))
+        dtype = widest(losses.device)
+        sums = {name: items.sums_by_example(value.to(dtype)) for name, value in values.items()}
+        sums["items"] = items.sums_by_example(torch.ones_like(losses, dtype=dtype))
         sums = gather(sums)
         self._means.add(sums, counts=sums.pop("items"))
 

@@ -23,7 +23,7 @@ class SavingHooks:
         """As the host's; ``resume_from_checkpoint=True`` takes the newest *whole* checkpoint of ``output_dir``.
 
         Raises:
-            ValueError: if the checkpoint that is named, or every checkpoint of ``output_dir``, is torn; names the file.
+            ValueError: if the named checkpoint, or every checkpoint of ``output_dir``, is torn; names the file.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoints.find_whole(resume_from_checkpoint, self.args.output_dir)

@@ -8,7 +8,7 @@ from tiny_models import labelled_images, labelled_tokens, llama, vit
 from transformers import default_data_collator, set_seed
 
 from hf_dis import DISConfig, DISDistillationTrainer, cache_teacher_targets
-from hf_dis.data import DataError
+from hf_dis.errors import DataError
 
 C = 40
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
@@ -76,7 +76,7 @@ def test_with_every_class_stored_it_is_the_teacher_that_is_there(make, cache, mo
 
 
 @pytest.mark.parametrize("shared", [0, 8])
-def test_drawn_classes_train_towards_the_teacher(make, tmp_path, shared):
+def test_sampled_classes_train_towards_the_teacher(make, tmp_path, shared):
     cache = write(vit(C, seed=1, spread=30), labelled_images(32, C), tmp_path / "small", depth=6, sample_size=8)
     trainer = make(
         cache,
@@ -101,7 +101,7 @@ def test_drawn_classes_train_towards_the_teacher(make, tmp_path, shared):
         {"data_collator": lambda items: default_data_collator(items[::-1])},
     ],
 )
-def test_each_row_gets_its_own_target(make, cache, given):
+def test_each_item_gets_its_own_target(make, cache, given):
     trainer = make(cache, eval_dataset=labelled_images(32, C), **given)
     teacher = vit(C, seed=1, spread=30).eval()
     seen = 0
@@ -155,7 +155,7 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(self.items)
 
 
-def test_a_stream_whose_examples_have_unlike_rows(make, tmp_path):
+def test_a_stream_whose_examples_have_unlike_numbers_of_items(make, tmp_path):
     items = labelled_tokens(16, 50)
     for number, item in enumerate(items):
         item["labels"][: number % 6] = -100
@@ -167,7 +167,7 @@ def test_a_stream_whose_examples_have_unlike_rows(make, tmp_path):
     assert logged(streamed, "kd_loss") == pytest.approx(logged(online, "kd_loss"), rel=5e-3)
 
 
-def test_evaluation_tells_what_it_can(make, cache):
+def test_evaluation_reports_what_can_be_computed(make, cache):
     data = labelled_images(16, C, seed=5)
     metrics = make(cache, eval_dataset=data).evaluate()
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_ce_loss"])
@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_told_all_at_once(make, tmp_path):
     make(cache, vit(C))  # a student whose classes have no names
 
 
-def test_another_data_set_is_refused_before_it_is_trained_on(make, cache):
+def test_another_dataset_is_refused_before_it_is_trained_on(make, cache):
     other = labelled_images(31, C) + labelled_images(1, C, seed=7)
     with pytest.raises(DataError, match="1 of 16 examples are not in the cache"):
         make(cache, train_dataset=other).train()

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from hf_dis.cache.keys import content_keys, key_inputs
-from hf_dis.data import DataError
+from hf_dis.errors import DataError
 
 
 def tokens(*items, side="right"):
-    """Items of ids padded to one length, as a tokenizer pads them, labels included."""
+    """Sequences of ids padded to one length, as a tokenizer pads them, labels included."""
     length = max(map(len, items))
 
     def padded(item, filler):
@@ -68,7 +68,7 @@ def test_where_the_supervised_tokens_are_matters(side):
 
 
 def test_labels_of_a_decoder_count_from_their_start():
-    """Whether or not they have the shape of the encoder's mask by chance."""
+    """The labels may have the shape of the encoder's mask by chance."""
     short, long = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, 8, 9]])
 
     def found(tokens, labels, **masks):
@@ -106,7 +106,7 @@ def test_a_missing_input_is_named():
         content_keys({"input_ids": torch.zeros(2, 3)}, ["input_ids", "token_type_ids"])
 
 
-def test_inputs_with_other_numbers_of_rows_are_refused():
+def test_inputs_with_other_numbers_of_examples_are_refused():
     batch = {"pixel_values": torch.zeros(2, 3), "grid": torch.zeros(1, 3)}
     with pytest.raises(DataError, match=r"different numbers of examples, \{'grid': 1, 'pixel_values': 2\}"):
         keys(batch)

@@ -32,8 +32,8 @@ def unpacked():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 12, (20,), generator=generator).tolist()
     ids = [torch.randint(1, C, (length,), generator=generator).tolist() for length in lengths]
-    rows = [{"input_ids": tokens, "labels": [-100, -100, *tokens[2:]]} for tokens in ids]
-    return datasets.Dataset.from_list(rows)
+    sequences = [{"input_ids": tokens, "labels": [-100, -100, *tokens[2:]]} for tokens in ids]
+    return datasets.Dataset.from_list(sequences)
 
 
 def packed(dataset, strategy):
@@ -65,7 +65,7 @@ def answers(teacher, batch):
 )
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_packed_examples_find_their_targets(lm, unpacked, strategy, collator, batch_size, tmp_path):
-    """In any order, one by one and joined; in rows that hold several sequences, these do not see each other."""
+    """In any order, one by one and joined; the teacher sees each sequence of a packed example alone."""
     dataset = packed(unpacked, strategy)
     assert 1 < len(dataset) < len(unpacked)
     cache = write(lm, dataset, tmp_path, collator, batch_size=2)
@@ -143,13 +143,13 @@ def test_a_cache_of_packed_examples_is_refused_for_others(lm, unpacked, tmp_path
         cache.collator(JOINED)([unpacked[0], unpacked[1]])
 
 
-def test_rows_of_the_same_tokens_whose_sequences_saw_each_other_are_refused(lm, tmp_path):
-    """A row of two sequences, cached as one sequence and trained on as two: tokens and labels are equal."""
-    row = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, 6, 7, -100, 9, 10]}
-    cache = write(lm, [row], tmp_path, PADDED)
-    assert len(stored_items(cache.collator(PADDED)([row])[TARGETS])) == 4
+def test_examples_of_the_same_tokens_whose_sequences_saw_each_other_are_refused(lm, tmp_path):
+    """An example of two sequences, cached as one sequence and trained on as two: tokens and labels are equal."""
+    example = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, 6, 7, -100, 9, 10]}
+    cache = write(lm, [example], tmp_path, PADDED)
+    assert len(stored_items(cache.collator(PADDED)([example])[TARGETS])) == 4
     with pytest.raises(DataError, match="packs several sequences"):
-        cache.collator(JOINED)([{**row, "seq_lengths": [3, 3]}])
+        cache.collator(JOINED)([{**example, "seq_lengths": [3, 3]}])
 
 
 def test_joined_examples_that_nothing_tells_apart_are_refused(lm, unpacked, tmp_path):
@@ -164,7 +164,7 @@ def test_joined_examples_that_nothing_tells_apart_are_refused(lm, unpacked, tmp_
         collator([unpacked[3], unpacked[4]])
 
 
-def test_the_trainer_says_so_before_the_first_step(lm, unpacked, tmp_path):
+def test_the_trainer_refuses_it_before_the_first_step(lm, unpacked, tmp_path):
     write(lm, unpacked, tmp_path / "cache", PADDED)
     args = DISConfig(output_dir=str(tmp_path), temperature=1.0, head_mode="exact", use_cpu=True, report_to="none")
     args.remove_unused_columns = False

@@ -1,4 +1,4 @@
-"""Caches on disk: what is written is what is read, and only of the examples that the teacher was given."""
+"""Caches on disk: the targets that are read are those that the teacher gave, of its examples only."""
 
 import pickle
 
@@ -20,7 +20,7 @@ from hf_dis.teacher.cached import TARGETS, stored_items
 from hf_dis.teacher.compact import compact_targets
 
 
-def test_what_is_read_is_what_the_teacher_said(whole, teacher):
+def test_the_targets_are_those_of_the_teacher(whole, teacher):
     cache = TeacherCache(whole)
     assert len(cache) == ITEMS and len(shards(whole)) == 5
     found = cache.header.layout.unpack(stored_items(cache.look_up(batch(22, 3, 3, 11))))
@@ -41,7 +41,7 @@ def test_a_single_example(whole):
     assert all(torch.equal(one[0], first[0]) for one, first in zip(alone, both, strict=True))
 
 
-def test_it_says_what_it_is(whole, teacher):
+def test_the_header_describes_the_cache(whole, teacher):
     header = CacheHeader.load(whole)
     assert (header.num_classes, header.temperature, header.depth, header.sample_size) == (C, 2.0, 6, 8)
     assert header.teacher["name"] == "ViTForImageClassification" and len(header.teacher["weights"]) == 32

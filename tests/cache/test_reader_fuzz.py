@@ -105,7 +105,7 @@ def caches(draw, whole: Path) -> dict[str, bytes | None]:
 
 
 def check(whole: Path, files: dict[str, bytes | None]) -> bool:
-    """Whether a cache with these files opens and answers; if not, it is refused as documented."""
+    """Returns True if a cache with these files opens and answers; checks that others are refused as documented."""
     with tempfile.TemporaryDirectory() as name:
         folder = shutil.copytree(whole, Path(name) / "cache")
         for file, content in files.items():

@@ -61,7 +61,7 @@ def test_a_newer_format(cache):
 
 
 def test_an_older_format(cache, teacher):
-    """As the first version wrote it, whose keys left out where the supervised tokens are."""
+    """Written by the first version, whose keys left out the place of the supervised tokens."""
     content = json.loads((cache / HEADER).read_text())
     names = {"sample_size": "tail_draws", "design": "tail"}
     older = {names.get(name, name): value for name, value in content.items()} | {"version": 1}

@@ -7,10 +7,12 @@ import pytest
 import torch
 from small_cache import ITEMS, SETTINGS, Augmented, C, shards, times
 from tiny_models import labelled_images, labelled_tokens, llama, vit
+from transformers import default_data_collator
 
 from hf_dis import TeacherCache, cache_teacher_targets
 from hf_dis.cache.header import HEADER
 from hf_dis.errors import DataError
+from hf_dis.teacher.cached import stored_items
 
 
 def test_a_second_run_writes_nothing(cache, teacher):
@@ -163,3 +165,38 @@ def test_a_teacher_that_overflows(tmp_path):
         teacher.classifier.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="NaN or Inf"):
         cache_teacher_targets(teacher, labelled_images(4, C), tmp_path, **SETTINGS)
+
+
+class AnyColumn(torch.nn.Module):
+    """A teacher of one's own that takes whatever the collator makes."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, **columns):
+        return self.teacher(pixel_values=columns["views"] + columns["shift"][:, None, None, None])
+
+
+def test_a_teacher_of_ones_own_gets_every_column(teacher, tmp_path):
+    data = [
+        {"views": item["pixel_values"], "shift": torch.tensor(float(number)), "path": "x"}
+        for number, item in enumerate(labelled_images(4, C))
+    ]
+    cache = cache_teacher_targets(AnyColumn(teacher), data, tmp_path, **SETTINGS)
+    assert cache.header.inputs == ["shift", "views"] and cache.header.num_classes == C
+    batch = default_data_collator(data[2:])
+    with torch.no_grad():
+        best = AnyColumn(teacher)(**batch).logits.argmax(1)
+    assert torch.equal(cache.header.layout.unpack(stored_items(cache.look_up(batch))).ids[:, 0], best)
+
+
+def test_a_collator_that_drops_examples_is_refused(teacher, tmp_path):
+    with pytest.raises(DataError, match="made 2 examples of 3: a cache needs one that keeps every example"):
+        cache_teacher_targets(
+            teacher,
+            labelled_images(4, C),
+            tmp_path,
+            data_collator=lambda features: default_data_collator(features[:2]),
+            **SETTINGS,
+        )

@@ -1,4 +1,4 @@
-"""What the fuzzers of the readers share: damage to bytes, and a watch on what is written and run meanwhile."""
+"""Helpers of the readers' fuzzers: damage to bytes, and a watch on files that are written and programs that run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 
 def examples(number: int) -> settings:
-    """Settings of a fuzzer: so many examples, the same ones every time."""
+    """Settings of a fuzzer: the number of examples, which are the same in every run."""
     return settings(
         max_examples=number,
         deadline=None,
@@ -30,7 +30,7 @@ def damaged(draw, content: bytes) -> bytes:
     """``content`` with bits flipped, bytes written over, stretches lost, repeated or put in, or its end missing."""
     changed = bytearray(content)
     kinds = ["flip", "write", "ones", "zeros"]
-    if draw(st.booleans()):  # what comes after is moved
+    if draw(st.booleans()):  # moves the bytes after it
         kinds += ["lose", "repeat", "insert", "end"]
     for _ in range(draw(st.integers(1, 4))):
         if not changed:
@@ -60,7 +60,7 @@ NAMES = ["../evil", "/tmp/evil", "a/../../evil", "C:\\evil", "evil\0", "", ".", 
 
 
 def write_archive(name: str, content: bytes) -> Callable[[Path], Path]:
-    """A function that writes an archive of this name into a folder, and returns where."""
+    """Returns a function that writes an archive of this name into a folder and returns its path."""
 
     def write(folder: Path) -> Path:
         (folder / name).write_bytes(content)
@@ -70,7 +70,7 @@ def write_archive(name: str, content: bytes) -> Callable[[Path], Path]:
 
 
 def put(file: Path, content: bytes | str, huge: int) -> None:
-    """Writes a file; or, where ``content`` is a text, puts what it names in its place. ``huge`` is a size in bytes."""
+    """Writes bytes to a file, or puts the thing that a text names in its place; ``huge`` is a size in bytes."""
     if isinstance(content, bytes):
         file.write_bytes(content)
     elif content == "a folder":
@@ -87,7 +87,7 @@ def put(file: Path, content: bytes | str, huge: int) -> None:
 
 
 class Payload:
-    """A pickle of it runs a function of the standard library when it is read."""
+    """Runs a function of the standard library when a pickle of it is read."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.called = function, arguments
@@ -98,7 +98,7 @@ class Payload:
 
 @st.composite
 def pickles(draw, keys: list[str]) -> bytes:
-    """A dictionary with some of these keys and any plain values, perhaps with a payload in it."""
+    """A pickled dictionary with some of these keys and any plain values, among them payloads."""
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=8) | st.text(max_size=8)
     payloads = st.sampled_from([Payload(os.system, "true"), Payload(eval, "1"), Payload(os.mkdir, "evil")])
     values = st.recursive(leaves | payloads, lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner))
@@ -106,7 +106,7 @@ def pickles(draw, keys: list[str]) -> bytes:
     return pickle.dumps(content, protocol=draw(st.integers(0, pickle.HIGHEST_PROTOCOL)))
 
 
-# Audit events of Python (https://docs.python.org/3/library/audit_events.html) that a reader has no business with.
+# Audit events of Python (https://docs.python.org/3/library/audit_events.html) that a reader must not raise.
 RUN = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen"}
 RUN |= {"pickle.find_class", "socket.connect", "ctypes.dlopen"}
 WRITTEN = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
@@ -126,12 +126,12 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
             seen.append(f"{event} {arguments}")
 
 
-sys.addaudithook(_audit)  # for good: Python has no way to take one back
+sys.addaudithook(_audit)  # stays until the exit: Python cannot remove an audit hook
 
 
 @contextmanager
 def nothing_run_or_written_but_in(folder: Path) -> Iterator[None]:
-    """Asserts that within it Python runs no program and writes, moves and removes files in this folder only."""
+    """Asserts that Python runs no program in the context, and changes files in this folder only."""
     _watched.append((folder.resolve(), []))
     try:
         yield

@@ -1,4 +1,4 @@
-"""What test_deepspeed runs in one process and, started by torchrun under ZeRO-2 and ZeRO-3, in two."""
+"""Runs of test_deepspeed: in one process and, started by torchrun under ZeRO-2 and ZeRO-3, in two."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import PartialState
-from equality_worker import CLASSES, EXAMPLES, TASKS, WINDOW, DrawsByLabel, data
+from equality_worker import CLASSES, EXAMPLES, TASKS, WINDOW, SamplesByLabel, data
 
 from hf_dis import DISConfig, DISDistillationTrainer
 
@@ -42,8 +42,10 @@ def zero(stage: int) -> dict:
 
 
 def counted():
-    """Without an accelerator, accelerate names no backend for DeepSpeed, and takes each process for the only one. This
-    names the one that DeepSpeed itself takes there."""
+    """Makes accelerate count DeepSpeed's processes on a machine without an accelerator.
+
+    There accelerate names no backend, and takes each process for the only one. DeepSpeed itself takes gloo.
+    """
     prepare = PartialState._prepare_backend
     return mock.patch.object(
         PartialState,
@@ -92,7 +94,7 @@ def train(output_dir: Path, task: str, layout: str, stage: int, teacher: str) ->
     this = trainer(output_dir, task, layout, stage, teacher)
     assert this.accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     if layout == "per item":
-        this.distiller.sampler.__class__ = DrawsByLabel
+        this.distiller.sampler.__class__ = SamplesByLabel
     this.train()
     sharded = all(parameter.numel() == 0 for parameter in this.model.parameters())
     held = [parameter.numel() for parameter in this.distiller.teacher.model.parameters()]
@@ -107,7 +109,7 @@ def train(output_dir: Path, task: str, layout: str, stage: int, teacher: str) ->
 
 
 def resume(output_dir: Path, stage: int, teacher: str) -> list[dict[str, torch.Tensor]]:
-    """Student and sampler of a run, and of one that goes on with its checkpoint."""
+    """Student and sampler after a run, and after a run that resumes from a checkpoint of the first run."""
     ends = []
     for seed, checkpoint in ((0, None), (7, str(output_dir / "checkpoint-2"))):
         this = trainer(output_dir, "image", "dis", stage, teacher, seed, save_strategy="steps", save_steps=2)

@@ -1,4 +1,4 @@
-"""What test_equality runs in one process and, started by torchrun, in two: the same items, split differently."""
+"""Runs of test_equality in one process and, started by torchrun, in two: the same items, split differently."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CLASSES, LENGTH = 40, 6
 ACCUMULATION = (1, 4)
 
 TASKS = {"image": vit, "causal LM": llama, "masked LM": bert_mlm, "token classification": bert_tokens}
-# Proposals that do not learn between the micro-batches of a window; "dis" does, so it is compared without them. One
-# tail: which items share one of several is for their order to say, and that is another where they are split.
+# Most proposals do not learn between the micro-batches of a window; "dis" does, and is compared without micro-batches.
+# One tail: which items share one of several tails depends on the order of the items, and so on the split.
 LAYOUTS = {
     "exact": {"head_mode": "exact"},
     "per item": {"proposal": "teacher", "num_shared_classes": 0},
@@ -37,8 +37,10 @@ ROW_SPARSE = {"row_sparse_head": True, "optim": "adamw_torch", "learning_rate": 
 
 
 def data(task: str) -> list[dict]:
-    """Examples with different numbers of supervised tokens. The second half of the first window has none: that is one
-    of two processes, or some of the micro-batches."""
+    """Examples with different numbers of supervised tokens.
+
+    The second half of the first window has none: one of two processes, or some micro-batches, have no item there.
+    """
     if task == "image":
         return labelled_images(EXAMPLES, CLASSES)
     items = labelled_tokens(EXAMPLES, CLASSES, LENGTH)
@@ -49,8 +51,8 @@ def data(task: str) -> list[dict]:
     return items
 
 
-class DrawsByLabel(ClassSampler):
-    """Samples that depend on an item and not on the items around it, so that they are the same however items are split."""
+class SamplesByLabel(ClassSampler):
+    """Samples that depend on the item alone, so that they are the same however items are split."""
 
     def sample(self, teacher, labels=None):
         self.generator.manual_seed(3)  # of the tail, the same in every micro-batch
@@ -66,10 +68,10 @@ class DrawsByLabel(ClassSampler):
 
 
 class StandsForTwo(DISDistillationTrainer):
-    """One process in the place of two that count their own items each: its micro-batches are theirs in turn."""
+    """One process in place of two that each count their own items: its micro-batches are those of the two in turn."""
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        counts = [len(find_items(self.task, batch, batch.get("labels"))) for batch in batch_samples]
+        counts = [len(find_items(self.distiller.task, batch, batch.get("labels"))) for batch in batch_samples]
         self.own_items = iter([sum(counts[number % 2 :: 2]) for number in range(len(counts))])
         return super()._get_num_items_in_batch(batch_samples, device)
 
@@ -78,7 +80,7 @@ class StandsForTwo(DISDistillationTrainer):
 
 
 class Keeps(TrainerCallback):
-    """The gradient of each step, and the proposal after it."""
+    """Keeps the gradient of each step, and the proposal after the step."""
 
     def __init__(self):
         self.gradients, self.proposals = [], []
@@ -96,7 +98,9 @@ class Keeps(TrainerCallback):
         self.proposals.append({name: value.clone() for name, value in proposal.items()})
 
 
-def train(output_dir: Path, task: str, accumulation: int, items: list[dict], draws_by_label: bool = True, **keywords):
+def train(
+    output_dir: Path, task: str, accumulation: int, items: list[dict], samples_by_label: bool = True, **keywords
+):
     """Trains for some steps; returns gradients, proposals, classes sampled and the student."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     # Alone, each process's own items are two times as many micro-batches.
@@ -129,8 +133,8 @@ def train(output_dir: Path, task: str, accumulation: int, items: list[dict], dra
     )
     assert trainer.accelerator.num_processes == processes
     keeps.trainer, sampled = trainer, []
-    if draws_by_label:
-        trainer.distiller.sampler.__class__ = DrawsByLabel
+    if samples_by_label:
+        trainer.distiller.sampler.__class__ = SamplesByLabel
     sample = trainer.distiller.sampler.sample
 
     def recorded(*args):
@@ -149,16 +153,16 @@ def train(output_dir: Path, task: str, accumulation: int, items: list[dict], dra
 
 
 def cases():
-    """Name and settings of every run but for how it is split."""
+    """Name and settings of every run, without its split."""
     for task, layout, precision in product(TASKS, LAYOUTS, PRECISIONS):
         if precision == "fp32" or layout in ("exact", "per item"):
             yield (task, layout, precision), {**LAYOUTS[layout], **PRECISIONS[precision]}
     for task in ("image", "causal LM", "token classification"):
-        yield (task, "per item", "item-sparse"), {**LAYOUTS["per item"], **ROW_SPARSE}
+        yield (task, "per item", "row-sparse"), {**LAYOUTS["per item"], **ROW_SPARSE}
 
 
 def apart_cases():
-    """The same where each process divides by its own items, and the gradient is the mean of theirs."""
+    """Cases where each process divides by its own items, and the gradient is the mean over processes."""
     for (task, layout, precision), keywords in cases():
         if layout in ("exact", "per item") and (precision == "fp32" or task == "causal LM"):
             yield (task, layout, f"{precision}, apart"), {**keywords, "average_tokens_across_devices": False}
@@ -169,7 +173,7 @@ def run(output_dir: Path) -> None:
     for (name, keywords), accumulation in product([*cases(), *apart_cases()], ACCUMULATION):
         if name[1] != "dis" or accumulation == 1:
             results[(*name, accumulation)] = train(output_dir, name[0], accumulation, data(name[0]), **keywords)
-    # Its own samples, as a user has them.
+    # The samples that a user gets.
     results["own samples"] = train(output_dir, "causal LM", 4, data("causal LM"), False, **LAYOUTS["dis"])
     torch.save(results, output_dir / f"rank_{os.environ.get('RANK', 0)}.pt")
 

@@ -1,4 +1,4 @@
-"""Starts a worker script in two real processes (gloo) and collects what each saved."""
+"""Starts a worker script in two real processes (gloo) and collects their results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def two_processes(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Runs ``script FOLDER ARGUMENTS`` by torchrun; what each process saved there as ``rank_<n>.pt``."""
+    """Runs ``script FOLDER ARGUMENTS`` by torchrun; returns the results that each process saved in ``rank_<n>.pt``."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = subprocess.run(
         [*torchrun, script, str(folder), *arguments],

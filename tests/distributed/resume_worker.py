@@ -1,5 +1,7 @@
-"""What test_resume_ddp runs in one process and, started by torchrun, in two: a run, and one that goes on with a
-checkpoint of another number of processes."""
+"""Runs of test_resume_ddp in one process and, started by torchrun, in two.
+
+Each trains to the end, and once more from a checkpoint that another number of processes saved.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from transformers import TrainerCallback
 
 from hf_dis import DISConfig, DISDistillationTrainer
 
-WINDOW, EXAMPLES, STEPS, SAVED = 8, 40, 8, 3  # five steps an epoch: saved in the midst of the first
+WINDOW, EXAMPLES, STEPS, SAVED = 8, 40, 8, 3  # five steps per epoch; the checkpoint is within the first epoch
 RUNS = {
     "exact": {"head_mode": "exact"},
     "sampled": {"head_mode": "sampled", "num_sampled_classes": 6, "num_shared_classes": 8, "rank_depth": 10},
@@ -27,7 +29,7 @@ RUNS = {
 
 
 class Keeps(TrainerCallback):
-    """The sampler when training starts, once a checkpoint is loaded, and the items of each step."""
+    """Keeps the sampler at the start of training, after a checkpoint is loaded, and the items of each step."""
 
     def __init__(self):
         self.sampler, self.items = {}, {}
@@ -37,6 +39,8 @@ class Keeps(TrainerCallback):
 
 
 class Told(logging.Handler):
+    """Keeps warnings."""
+
     def __init__(self):
         super().__init__(logging.WARNING)
         self.messages = []
@@ -46,7 +50,7 @@ class Told(logging.Handler):
 
 
 def train(output_dir: Path, name: str, checkpoint: Path | None = None) -> dict:
-    """Trains to the last step; from a checkpoint if one is given."""
+    """Trains to the last step, from a checkpoint if one is given."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     args = DISConfig(
         output_dir=str(output_dir),
@@ -95,7 +99,7 @@ def train(output_dir: Path, name: str, checkpoint: Path | None = None) -> dict:
 
 
 def run(output_dir: Path, others: Path | None) -> None:
-    """Each of RUNS, whole, and from the checkpoint that other processes saved of it."""
+    """Trains each of RUNS, whole, and from the checkpoint of the same run by the other number of processes."""
     rank, results = int(os.environ.get("RANK", 0)), {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
     for name in RUNS:
         results[name, "whole"] = train(output_dir / name, name)

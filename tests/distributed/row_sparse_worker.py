@@ -1,4 +1,4 @@
-"""What test_row_sparse_ddp runs in one process and, started by torchrun, in two: a training with a row-sparse head."""
+"""A run of test_row_sparse_ddp in one process and, started by torchrun, in two: a row-sparse head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worker import trainer
 
 SETTINGS = {
     "row_sparse_head": True,
-    "exact_warmup_steps": 1,  # all rows of the first step, sampled ones after it
+    "exact_warmup_steps": 1,  # all rows in the first step, sampled rows later
     "proposal": "topk",
     "num_shared_classes": 0,
     "optim": "adamw_torch",
@@ -29,7 +29,7 @@ SETTINGS = {
 
 
 def run(output_dir: Path) -> None:
-    """Trains; every process writes what it saw to ``output_dir``."""
+    """Trains; every process writes its results to ``output_dir``."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     this = trainer(output_dir / "training", **SETTINGS)
     if rank:  # the first process's head is everybody's, as the rest of the model is

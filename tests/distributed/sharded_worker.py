@@ -1,4 +1,4 @@
-"""What test_sharded starts by torchrun: a training step of a student that torch's ``fully_shard`` (FSDP2) sharded."""
+"""Runs of test_sharded, started by torchrun: a training step of a student that ``fully_shard`` (FSDP2) sharded."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def step(student: nn.Module, names: tuple[str, ...], teacher: OnlineTeacher, nam
     sampler = make_sampler(CLASSES, SamplerSpec(num_sampled_classes=6, num_shared_classes=8, rank_depth=10), seed=rank)
     sample = sampler.sample(teacher(inputs, items))
     with SampledHead(student, names).only(sample.item_ids, sample.tail_ids, items.positions):
-        loss, _ = sampled_forward_kl(student(**inputs).logits, sample, 2.0)
+        loss = sampled_forward_kl(student(**inputs).logits, sample, 2.0).loss
         loss.mean().backward()
     return loss.detach().mean()
 
@@ -58,7 +58,7 @@ def run(output_dir: Path) -> None:
         names = find_head_layers(build(CLASSES), CLASSES)
         whole = build(CLASSES).train()
         for other in range(processes):
-            (step(whole, names, teacher, name, other))
+            step(whole, names, teacher, name, other)
         for parameter in whole.parameters():
             parameter.grad /= processes
         results[name, "whole"] = gradients(whole)

@@ -8,13 +8,13 @@ from launch import two_processes
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two processes saw of the trainings in worker.py."""
+    """The results of each of two processes that ran worker.py."""
     return two_processes(worker.__file__, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process saw of the same trainings, with two accumulation steps."""
+    """The results of one process with two accumulation steps."""
     folder = tmp_path_factory.mktemp("one")
     worker.run(folder)
     return torch.load(folder / "rank_0.pt", weights_only=False)
@@ -48,7 +48,7 @@ def test_the_loss_itself_is_logged_on_the_scale_of_one_process(ranks, alone):
         assert mine["loss"] == pytest.approx(reference["loss"], rel=1e-4)
 
 
-def test_processes_share_the_proposal_and_draw_differently(ranks):
+def test_processes_share_the_proposal_and_sample_differently(ranks):
     one, other = (rank["dis"] for rank in ranks)
     assert_near(one["student"], other["student"], 0)
     assert one["proposal"].keys() == other["proposal"].keys() and len(one["proposal"]) == 5
@@ -56,19 +56,19 @@ def test_processes_share_the_proposal_and_draw_differently(ranks):
         assert torch.equal(value, other["proposal"][name]), name
     assert len(one["ids"]) == len(other["ids"]) == 4
 
-    def ranked(ids):  # the label's column and the classes certain for every item say nothing
+    def ranked(ids):  # without the label's column: labels differ anyway
         return [step[:, :-1].sort(1).values for step in ids]
 
     assert not any(torch.equal(a, b) for a, b in zip(ranked(one["ids"]), ranked(other["ids"]), strict=True))
 
 
 def test_seeds_differ_by_process(ranks):
-    """The same items would be given different classes: it is not only that the items differ."""
+    """The samples differ by the generator, not only by the items."""
     assert not torch.equal(ranks[0]["saved"]["generator"], ranks[1]["saved"]["generator"])
 
 
 @pytest.mark.parametrize("run", ["exact", "fixed sample"])
-def test_evaluation_counts_every_row_once(ranks, alone, run):
+def test_evaluation_counts_every_item_once(ranks, alone, run):
     """13 items on two processes: the loader repeats some to fill the last batches."""
     names = ["eval_loss", "eval_kd_loss", "eval_ce_loss", "eval_kl"]
     expected = [alone[run]["metrics"][name] for name in names]
@@ -77,7 +77,7 @@ def test_evaluation_counts_every_row_once(ranks, alone, run):
 
 
 @pytest.mark.parametrize("run", ["exact", "fixed sample"])
-def test_every_process_has_the_features_of_all_rows_in_their_order(ranks, alone, run):
+def test_every_process_has_the_features_of_all_items_in_their_order(ranks, alone, run):
     expected = alone[run]["features"]
     assert expected.shape == (13, 16) and len(expected.unique(dim=0)) == 13
     for rank in ranks:

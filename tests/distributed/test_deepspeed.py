@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """Checkpoints: under ZeRO-3, transformers would load them in pieces."""
+    """Checkpoints on disk: under ZeRO-3 transformers loads a checkpoint in pieces."""
     folder = tmp_path_factory.mktemp("teachers")
     for task, _ in worker.CASES:
         worker.TASKS[task](worker.CLASSES, seed=1, spread=30).save_pretrained(folder / task)
@@ -56,12 +56,12 @@ def test_a_sharded_student_ends_as_that_of_one_process(ranks, alone, task, layou
 
 
 @pytest.mark.parametrize("stage", worker.STAGES)
-def test_the_proposal_is_one_and_the_draws_are_not(ranks, stage):
+def test_the_processes_share_the_proposal_and_not_the_samples(ranks, stage):
     one, other = (rank["image", "dis", stage] for rank in ranks)
     assert distance(one["student"], other["student"]) == 0
     mine, others = dict(one["sampler"]), dict(other["sampler"])
     assert not torch.equal(mine.pop("generator"), others.pop("generator"))
-    assert len(mine) == 5 and distance(mine, others) == 0
+    assert len(mine) == 6 and distance(mine, others) == 0
 
 
 @pytest.mark.parametrize("stage", worker.STAGES)
@@ -78,7 +78,7 @@ def test_the_teacher_is_whole_on_each_process(ranks, alone, stage):
 
 
 def test_processes_that_accelerate_does_not_count_are_refused(ranks):
-    """Each would train for itself on all data, and DeepSpeed would average what they learn."""
+    """Each process would train on all data, and DeepSpeed would average their gradients."""
     for rank in ranks:
         assert "2 processes" in rank["miscounted"] and "accelerate counts 1" in rank["miscounted"]
         assert "use_cpu" in rank["miscounted"]

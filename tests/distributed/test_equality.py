@@ -1,5 +1,8 @@
-"""The same items give the same gradient and the same student, however they are split over processes (two real ones,
-gloo) and accumulation steps: for every task, sampled and exact, in float32 and bfloat16, dense and item-sparse."""
+"""The same items give the same gradient and the same student, however they are split.
+
+They are split over two real processes (gloo) and accumulation steps, for all tasks, sampled and exact, in float32 and
+bfloat16, dense and row-sparse.
+"""
 
 import equality_worker as worker
 import pytest
@@ -18,7 +21,7 @@ SPLITS = [
     if (processes, accumulation) != (1, 1) and (name[1] != "dis" or accumulation == 1)
 ]
 # Of the largest change of a weight over the steps, or of the largest gradient.
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.03, "item-sparse": 1e-3}
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.03, "row-sparse": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def distance(found, expected):
 
 
 def assert_equal(found, expected, build, precision):
-    """The gradient, as long as rounding has not moved the students apart, and the student after all steps."""
+    """Compares the gradients of early steps, before rounding moves the students apart, and the students at the end."""
     for step in (0, 2) if precision == "fp32" else (0,):  # the third window has fewer examples
         size = max(float(gradient.abs().max()) for gradient in expected["gradients"][step].values())
         assert size > 1e-3
@@ -67,8 +70,8 @@ def test_both_processes_have_the_same_student_to_the_bit(ranks):
 
 @pytest.mark.parametrize("accumulation", worker.ACCUMULATION)
 @pytest.mark.parametrize("name", APART, ids=" ".join)
-def test_without_average_tokens_each_process_counts_its_own_rows(ranks, alone, name, accumulation):
-    """Then the gradient is the mean of the processes' own, which weighs their tokens differently."""
+def test_without_average_tokens_each_process_counts_its_own_items(ranks, alone, name, accumulation):
+    """The gradient is then the mean over processes, which weighs their tokens differently."""
     expected = alone[(*name, accumulation)]
     precision = name[2].removesuffix(", apart")
     for rank in ranks:
@@ -76,11 +79,11 @@ def test_without_average_tokens_each_process_counts_its_own_rows(ranks, alone, n
     together = alone[(*name[:2], precision, accumulation)]["gradients"]
     size = max(float(gradient.abs().max()) for gradient in together[0].values())
     gap = max(distance(together[step], expected["gradients"][step]) for step in (0, 2))
-    # Of images both have as many, but for the last window of an epoch where each has one batch in it.
-    assert (gap > 1e-2 * size) == (name[0] != "image" or accumulation == 1), "whether the two ways differ"
+    # Both processes have as many images, except in the last window of an epoch with one batch per process.
+    assert (gap > 1e-2 * size) == (name[0] != "image" or accumulation == 1)
 
 
-def test_the_proposal_is_one_at_every_step_and_the_draws_are_not(ranks):
+def test_the_processes_share_the_proposal_at_every_step_and_not_the_samples(ranks):
     one, other = (rank["own samples"] for rank in ranks)
     assert len(one["proposals"]) == worker.STEPS and len(one["proposals"][0]) == 5
     for mine, others in zip(one["proposals"], other["proposals"], strict=True):

@@ -1,4 +1,4 @@
-"""A run that other processes go on with: by one and resumed by two real ones (gloo), and the other way round."""
+"""A run by one process that two real processes (gloo) resume, and the other way round."""
 
 import pytest
 import resume_worker as worker
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What one process did, and each of two; then what one did with the checkpoint of the two."""
+    """The results of one process, with the checkpoint of two, and of two processes, with the checkpoint of one."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     worker.run(one, None)
     ranks = two_processes(worker.__file__, two, str(one))
@@ -47,17 +47,17 @@ def test_the_rest_of_the_epoch_and_the_next_are_the_same_examples(runs, name):
             assert found == (pytest.approx(expected) if step >= worker.SAVED else [])
 
 
-def test_the_proposal_goes_on_and_so_do_the_draws_of_processes_that_were_there(runs):
+def test_the_proposal_goes_on_and_so_do_the_samples_of_processes_that_were_there(runs):
     alone, ranks = runs
     by_one, by_two = (result["sampled", "whole"]["saved"] for result in (alone, ranks[0]))
     assert not torch.equal(by_one["generator"], by_two["generator"])
     for result, saved in ((ranks[0], by_one), (alone, by_two)):
         begin = result["sampled", "resumed"]["begin"]
-        assert begin.keys() == saved.keys() and len(begin) == 6
+        assert begin.keys() == saved.keys() and len(begin) == 7
         assert [name for name in begin if not torch.equal(begin[name], saved[name])] == []
 
 
-def test_a_process_that_is_new_shares_the_proposal_and_draws_from_its_own_seed(runs):
+def test_a_process_that_is_new_shares_the_proposal_and_samples_from_its_own_seed(runs):
     _, ranks = runs
     first, second = (rank["sampled", "resumed"]["begin"] for rank in ranks)
     fresh = make_sampler(40, seed=42 + 1).generator.get_state()  # the default seed, and the process's number

@@ -21,7 +21,7 @@ def alone(tmp_path_factory):
 def test_two_processes_train_as_one_that_accumulates(ranks, alone):
     untrained = alone["untrained"]["classifier.weight"]
     assert not torch.allclose(alone["student"]["classifier.weight"], untrained, atol=1e-2)
-    assert 1 == alone["steps"].min() < alone["steps"].max()  # the exact step, and then those that sampled the row
+    assert 1 == alone["steps"].min() < alone["steps"].max()  # the exact step, and the steps that sampled the row
     for rank in ranks:
         for name, expected in alone["student"].items():
             torch.testing.assert_close(rank["student"][name], expected, rtol=0, atol=2e-6, msg=name)

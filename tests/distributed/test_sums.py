@@ -1,4 +1,4 @@
-"""Sums over two real processes (gloo) of what is sparse in its rows, and the decisions that processes share."""
+"""Sums over two real processes (gloo) of tensors that are sparse in their rows, and decisions of the first process."""
 
 import pytest
 import sums_worker as worker

@@ -1,34 +1,20 @@
 """Language models on two real processes, one of which has no supervised token in some steps, against one process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import text_worker
 import torch
+from launch import two_processes
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two processes saw of the trainings in text_worker.py."""
-    folder = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*torchrun, str(Path(text_worker.__file__)), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in (0, 1)]
+    """The results of each of two processes that ran text_worker.py."""
+    return two_processes(text_worker.__file__, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process saw of the same trainings, with two accumulation steps."""
+    """The results of one process with two accumulation steps."""
     folder = tmp_path_factory.mktemp("one")
     text_worker.run(folder)
     return torch.load(folder / "rank_0.pt")

@@ -1,4 +1,4 @@
-"""What test_text_ddp runs in one process and, started by torchrun, in two: language models, not all supervised."""
+"""Runs of test_text_ddp in one process and, started by torchrun, in two: language models, partly supervised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny_models import gpt2, labelled_tokens, llama
 from hf_dis import DISConfig, DISDistillationTrainer
 
 V, ITEMS = 40, 4
-UNSUPERVISED = [1, 2]  # batches: the second process's in the first step, the first one's in the second
+UNSUPERVISED = [1, 2]  # batches: of the second process in the first step, of the first process in the second
 SGD = {"optim": "sgd", "learning_rate": 0.5}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 0.02, "adam_epsilon": 1e-3, "row_sparse_head": True}
 
@@ -32,9 +32,9 @@ RUNS = {
     "exact": (llama, {"head_mode": "exact", **SGD}),
     "sampled": (llama, SGD),
     "tied": (gpt2, SGD),
-    "item-sparse": (llama, ADAMW),
+    "row-sparse": (llama, ADAMW),
     "adapter on the head": (lambda vocab_size: with_adapter(llama(vocab_size)), SGD),
-    "item-sparse adapter": (lambda vocab_size: with_adapter(llama(vocab_size)), ADAMW),
+    "row-sparse adapter": (lambda vocab_size: with_adapter(llama(vocab_size)), ADAMW),
 }
 
 
@@ -73,8 +73,9 @@ def trained(name: str, output_dir: Path) -> dict:
 
 
 def run(output_dir: Path) -> None:
-    """Trains each of RUNS; every process writes what it saw to ``output_dir``."""
-    results = {name: trained(name, output_dir) for name in RUNS}
+    """Trains each of RUNS; every process writes its results to ``output_dir``."""
+    results = {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
+    results |= {name: trained(name, output_dir) for name in RUNS}
     torch.save(results, output_dir / f"rank_{os.environ.get('RANK', 0)}.pt")
 
 

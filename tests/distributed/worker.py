@@ -1,4 +1,4 @@
-"""What test_ddp runs in one process and, started by torchrun, in two: trainings whose results it compares."""
+"""Runs of test_ddp in one process and, started by torchrun, in two: trainings whose results it compares."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def run(output_dir: Path) -> None:
-    """Trains each of RUNS, evaluates, and resumes; every process writes what it saw to ``output_dir``."""
+    """Trains each of RUNS, evaluates, and resumes; every process writes its results to ``output_dir``."""
     results = {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
     for name, keywords in RUNS.items():
         this = trainer(output_dir / name, **keywords)

@@ -1,13 +1,12 @@
-"""What kind of model it is, and which classes two models share."""
+"""The task of a model, and the items of its batches."""
 
 import pytest
+import torch
 import transformers as hf
 from tiny_models import bart, bert_mlm, bert_sequences, bert_tokens, gpt2, llama, llama_sequences, resnet, t5, vit
-from tokenizers import Tokenizer, models
-from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_dis.models.tasks import Task, find_task, num_outputs
-from hf_dis.models.vocabulary import common_tokens, shared_classes
+from hf_dis.models.tasks import Task, find_items, find_task, num_outputs, split_labels
 
 FOUND = {
     vit: Task.CLASSIFICATION,
@@ -48,45 +47,75 @@ def test_an_unknown_task():
         find_task(hf.BertForQuestionAnswering(bert_mlm(50).config))
 
 
-def tokenizer(*tokens):
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(
-            models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="a")
-        )
-    )
+@pytest.mark.parametrize("config", [{"problem_type": "regression"}, {"problem_type": "multi_label_classification"}])
+def test_only_classifiers_of_one_label_per_example(config):
+    with pytest.raises(ValueError, match=r"problem_type is '.*' and num_labels is 40.*ViT.*single-label"):
+        num_outputs(vit(40, **config), Task.CLASSIFICATION)
 
 
-def test_vocabularies_of_one_width():
-    assert shared_classes(llama(50), gpt2(50)) == 50
+# Items
+
+TEXT_TASKS = [task for task in Task if task.has_token_items]
 
 
-def test_a_vocabulary_padded_further():
-    same = tokenizer("a", "b", "c"), tokenizer("a", "b", "c")
-    assert shared_classes(llama(50), llama(64), *same) == shared_classes(llama(64), llama(50), *same) == 50
+def column(task, name):
+    return f"decoder_{name}" if task is Task.SEQ2SEQ_LM else name
 
 
-def test_tokens_added_at_the_end_of_one_are_left_out():
-    assert shared_classes(llama(50), llama(50), tokenizer("a", "b", "c"), tokenizer("a", "b", "c", "d")) == 3
-    assert shared_classes(llama(50), llama(64), tokenizer("a", "b", "c", "d"), tokenizer("a", "b")) == 2
+@pytest.mark.parametrize("task", TEXT_TASKS)
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds"])
+def test_without_labels_and_mask_the_positions_are_on_the_device_of_the_batch(task, name):
+    ids = torch.ones(2, 4, dtype=torch.long, device="meta")
+    inputs = {column(task, name): ids if name == "input_ids" else torch.ones(2, 4, 8, device="meta")}
+    items = find_items(task, inputs, None)
+    assert items.positions.device.type == "meta" and len(items) == 8 and items.labels is None
 
 
-def test_another_width_without_tokenizers():
-    with pytest.raises(ValueError, match=r"64 items, the student's 50.*processing_class.*teacher_processing_class"):
-        shared_classes(llama(50), llama(64), tokenizer("a"))
+@pytest.mark.parametrize("task", TEXT_TASKS)
+def test_unlabelled_items_of_an_accelerator_mix_no_devices(task):
+    with FakeTensorMode():
+        ids = torch.ones(2, 4, dtype=torch.long, device="cuda")
+        items = find_items(task, {column(task, "input_ids"): ids}, None)
+        assert items.of(torch.zeros(2, 4, 5, device="cuda")).shape == (8, 5)
+        assert items.sums_by_example(torch.ones(8, device="cuda")).device.type == "cuda"
 
 
-def test_tokenizers_that_differ():
-    with pytest.raises(ValueError, match=r"of 3 ids 2 mean different tokens \(id 1 is 'b' and 'c'.*same family"):
-        shared_classes(llama(50), llama(50), tokenizer("a", "b", "c"), tokenizer("a", "c", "b"))
+def test_an_unlabelled_sequence_to_sequence_batch_has_the_items_of_its_decoder():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    inputs = {"input_ids": torch.ones(2, 5), "decoder_input_ids": torch.ones(2, 3), "decoder_attention_mask": mask}
+    items, given = split_labels(t5(50), Task.SEQ2SEQ_LM, inputs)
+    assert items.positions.tolist() == [0, 1, 3] and items.length == 3 and given.keys() == inputs.keys()
 
 
-def test_tokens_that_only_one_has_in_the_middle():
-    theirs = tokenizer("a", "b", "c")
-    ours = hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "c": 2}, unk_token="a")))
-    with pytest.raises(ValueError, match="id 1 is 'b' in the teacher's alone"):
-        common_tokens(ours, theirs)
-    assert common_tokens(theirs, theirs) == float("inf")
+@pytest.mark.parametrize("build", [t5, bart])
+def test_a_sequence_to_sequence_batch_of_neither_labels_nor_decoder_tokens(build):
+    inputs = {"input_ids": torch.ones(2, 5), "attention_mask": torch.ones(2, 5), "decoder_input_ids": None}
+    message = r"holds input_ids, attention_mask, .*no labels.*decoder_input_ids or decoder_inputs_embeds.*collator add"
+    with pytest.raises(ValueError, match=message):
+        split_labels(build(50), Task.SEQ2SEQ_LM, inputs)
+    with pytest.raises(ValueError, match=message):
+        find_items(Task.SEQ2SEQ_LM, inputs, None)
 
 
-def test_a_teacher_that_is_no_transformers_model():
-    assert shared_classes(vit(40), nn.Linear(3, 4)) == 40
+@pytest.mark.parametrize("build", [t5, bart])
+def test_decoder_inputs_are_made_from_labels(build):
+    model, labels = build(50), torch.tensor([[5, 6, 7], [8, 9, -100]])
+    items, inputs = split_labels(model, Task.SEQ2SEQ_LM, {"input_ids": torch.ones(2, 5), "labels": labels})
+    assert items.labels.tolist() == [5, 6, 7, 8, 9] and items.positions.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(inputs["decoder_input_ids"], model.prepare_decoder_input_ids_from_labels(labels=labels))
+    assert inputs.keys() == {"input_ids", "decoder_input_ids"}
+
+
+def test_examples_are_the_items_of_a_classifier():
+    labels = torch.tensor([3, 4])
+    items, inputs = split_labels(vit(40), Task.CLASSIFICATION, {"pixel_values": torch.ones(2, 3), "labels": labels})
+    assert len(items) == 2 and items.labels is labels and items.positions is None and "labels" not in inputs
+    assert len(find_items(Task.CLASSIFICATION, {"pixel_values": torch.ones(5, 3)}, None)) == 5
+    with pytest.raises(ValueError, match=r"labels have shape \(2, 1\): a classification model has one class id per"):
+        find_items(Task.CLASSIFICATION, {}, labels[:, None])
+
+
+def test_labels_of_other_names_are_not_given_to_the_model():
+    batch = {"pixel_values": torch.ones(2, 3), "labels": torch.tensor([3, 4]), "weights": torch.ones(2)}
+    _, inputs = split_labels(vit(40), Task.CLASSIFICATION, batch, ("labels", "weights"))
+    assert inputs.keys() == {"pixel_values"}

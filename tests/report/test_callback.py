@@ -1,4 +1,4 @@
-"""The report: what is written where and when, what it advises, and that loggers get the scalars without it."""
+"""The report: its files and times, its advice, and the numbers that loggers get without it."""
 
 import sys
 from dataclasses import replace
@@ -35,7 +35,7 @@ def reporting(make_trainer, **keywords):
     return trainer
 
 
-# What is written
+# Files
 
 
 def test_a_report_at_every_evaluation_and_at_the_end(make_trainer):

@@ -21,7 +21,7 @@ LAYOUTS = [
 ]
 
 
-def draw_from(logits, labels=None, **layout):
+def sample_of(logits, labels=None, **layout):
     sampler = make_sampler(C, SamplerSpec(**{"num_sampled_classes": 6, "rank_depth": 10, **layout}))
     return sampler.sample([TeacherTargets(chunk, TEMPERATURE, 10) for chunk in logits.split(4)], labels)
 
@@ -33,10 +33,10 @@ def ids_and_use(sample):
 
 @pytest.mark.parametrize("labels", [None, torch.arange(N)], ids=["no labels", "labels"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_coverage_is_the_teachers_mass_of_the_classes_drawn(layout, labels):
+def test_coverage_is_the_teachers_mass_of_the_sampled_classes(layout, labels):
     logits = 2 * torch.randn(N, C)
     p = (logits.double() / TEMPERATURE).softmax(1)
-    sample = draw_from(logits, labels, **layout)
+    sample = sample_of(logits, labels, **layout)
     expected = [
         sum(p[item, c] for c in {c for c, used in zip(ids, use, strict=True) if used})
         for item, (ids, use) in enumerate(zip(*ids_and_use(sample), strict=True))
@@ -46,8 +46,8 @@ def test_coverage_is_the_teachers_mass_of_the_classes_drawn(layout, labels):
     assert torch.equal(sample.log_weights, before)
 
 
-def test_with_all_classes_drawn_coverage_is_one_and_every_class_counts():
-    sample = draw_from(torch.randn(N, C), num_sampled_classes=C, num_shared_classes=0)
+def test_with_all_classes_sampled_coverage_is_one_and_every_class_counts():
+    sample = sample_of(torch.randn(N, C), num_sampled_classes=C, num_shared_classes=0)
     torch.testing.assert_close(coverage(sample), torch.ones(N))
     assert effective_sample_size(sample, torch.zeros(N, C)).tolist() == [C] * N
     assert certain_share(sample).tolist() == [1.0] * N
@@ -55,10 +55,9 @@ def test_with_all_classes_drawn_coverage_is_one_and_every_class_counts():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_effective_sample_size_by_definition(layout):
-    sample = draw_from(torch.randn(N, C), torch.arange(N), **layout)
+    sample = sample_of(torch.randn(N, C), torch.arange(N), **layout)
     logits = torch.randn(sample.log_weights.shape)
-    signal = sampled_forward_kl(logits, sample, TEMPERATURE)[1]
-    found = effective_sample_size(sample, signal)
+    found = effective_sample_size(sample, sampled_forward_kl(logits, sample, TEMPERATURE).log_student)
     for item in range(N):
         used = sample.log_weights[item] > -torch.inf
         random = used & ~sample.certain[item]
@@ -69,7 +68,7 @@ def test_effective_sample_size_by_definition(layout):
 
 
 def test_certain_share_counts_the_ranked_columns_only():
-    sample = draw_from(torch.randn(N, C), torch.arange(N), num_shared_classes=8)
+    sample = sample_of(torch.randn(N, C), torch.arange(N), num_shared_classes=8)
     certain = torch.zeros_like(sample.certain)
     certain[:, :3] = True
     certain[:, 6:] = True  # the label's column and the tail
@@ -82,7 +81,7 @@ def test_probe_compares_with_dense_distillation(layout, bias, dense_kd):
     """Every figure against dense float64 autograd; teacher logits in chunks of other sizes than the sample's."""
     head = nn.Linear(5, C, bias=bias).double()
     features, teacher = torch.randn(N, 5, dtype=torch.float64), 2 * torch.randn(N, C, dtype=torch.float64)
-    sample = draw_from(teacher, torch.arange(N), **layout)
+    sample = sample_of(teacher, torch.arange(N), **layout)
     figures = probe(head.weight, head.bias, features, sample, teacher.split(5), TEMPERATURE, AfterHead())
 
     given = features.clone().requires_grad_()
@@ -105,9 +104,9 @@ def test_probe_compares_with_dense_distillation(layout, bias, dense_kd):
     assert head.weight.grad is None
 
 
-def test_probe_of_a_complete_draw_finds_no_error():
+def test_probe_of_a_complete_sample_finds_no_error():
     head, features, teacher = nn.Linear(5, C).double(), torch.randn(N, 5).double(), torch.randn(N, C).double()
-    sample = draw_from(teacher, num_sampled_classes=C, num_shared_classes=0)
+    sample = sample_of(teacher, num_sampled_classes=C, num_shared_classes=0)
     figures = probe(head.weight, head.bias, features, sample, [teacher], TEMPERATURE, AfterHead())
     assert figures["relative_error"] < 1e-10 and figures["cosine"] == pytest.approx(1)
 

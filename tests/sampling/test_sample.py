@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from hf_dis import SamplerSpec, make_sampler
 from hf_dis.sampling.sample import Stratum
+from hf_dis.teacher.targets import TeacherTargets
 
 # A stratum
 
@@ -20,7 +22,7 @@ def test_the_target_keeps_certain_classes_and_sums_to_the_mass():
     torch.testing.assert_close(stratum().target(), torch.tensor([[0.4, 0.2, 0.2, 0.0]], dtype=torch.float64))
 
 
-def test_mass_that_nothing_drawn_could_carry_is_left_out():
+def test_mass_that_no_sampled_class_could_carry_is_left_out():
     certain = stratum()._replace(certain=torch.ones(1, 4, dtype=torch.bool))
     torch.testing.assert_close(certain.target(), torch.tensor([[0.4, 0.2, 0.1, 0.0]], dtype=torch.float64))
 
@@ -42,3 +44,30 @@ def test_a_stratum_gives_way_to_the_label(label, held, expected):
     )
     found = stratum().without(own, torch.tensor([held])).target()
     torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float64))
+
+
+# Items that statistics leave out
+
+
+def sample_of(num_items=4):
+    sampler = make_sampler(30, SamplerSpec(num_sampled_classes=3, num_shared_classes=5, num_tails=1, rank_depth=6))
+    return sampler.sample([TeacherTargets(torch.randn(num_items, 30), 2.0, 6)])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_an_item_is_finite_if_its_signal_is_at_every_column_that_it_uses(bad):
+    sample = sample_of()
+    sample.log_weights[:, 6] = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf])
+    signal = torch.rand(4, 8)
+    signal[:2, 6] = bad
+    assert sample.finite_items(signal).tolist() == [False, True, True, True]
+
+
+def test_items_left_out_have_no_weight():
+    sample = sample_of()
+    sample.rank_weights[1] = torch.nan  # a proposal that follows a teacher of NaN
+    left_out = torch.tensor([False, True, False, True])
+    found = sample.without_items(left_out)
+    assert (found.rank_weights[left_out] == 0).all() and not found.outside_top[left_out].any()
+    for name in ("rank_weights", "outside_top"):
+        assert torch.equal(getattr(found, name)[~left_out], getattr(sample, name)[~left_out])

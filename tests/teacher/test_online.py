@@ -1,10 +1,12 @@
 """The teacher's ranked answers, chunk by chunk, and what is wrong with a teacher's answers."""
 
+import copy
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
-from tiny_models import images, resnet
+from tiny_models import bart, bert_mlm, gpt2, images, llama, resnet, spread_out, t5, tokens, vit
 from torch import nn
 
 from hf_dis.items import Items
@@ -63,7 +65,9 @@ def test_the_teacher_is_in_evaluation_mode_and_frozen():
 
 def test_finite_logits_whose_sum_is_not_are_taken():
     logits = torch.full((3, 12), 3e38)
-    assert torch.equal(next(OnlineTeacher(Echo(), 12, 2.0, 5).all_classes({"logits": logits}, Items(len(logits)))), logits)
+    assert torch.equal(
+        next(OnlineTeacher(Echo(), 12, 2.0, 5).all_classes({"logits": logits}, Items(len(logits)))), logits
+    )
 
 
 def test_infinities_that_cancel_are_found():
@@ -101,3 +105,65 @@ def test_items_with_nan_or_inf_are_named(bad):
 def test_another_number_of_classes_is_refused():
     with pytest.raises(ValueError, match=r"answers for 12 classes, the student for 13.*teacher trained on"):
         list(OnlineTeacher(Echo(), 13, 2.0, 5)({"logits": torch.randn(4, 12)}, Items(4)))
+
+
+# The fingerprint
+
+KINDS = {"ViT": vit, "ResNet": resnet, "Llama": llama, "GPT-2": gpt2, "BERT": bert_mlm, "T5": t5, "Bart": bart}
+CPU = torch.device("cpu")
+
+
+def fingerprint(model):
+    return OnlineTeacher(model, 12, 2.0, 5).fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fingerprint_is_that_of_the_weights(kind, dtype):
+    model = KINDS[kind](12).to(dtype)
+    found = fingerprint(model)
+    assert len(found) == 16 and found == fingerprint(copy.deepcopy(model)) == fingerprint(KINDS[kind](12).to(dtype))
+    assert found != fingerprint(KINDS[kind](12, seed=1).to(dtype))
+    assert found != fingerprint(spread_out(KINDS[kind](12), 2).to(dtype))
+
+
+def test_teachers_without_weights_or_with_whole_numbers_have_one_too():
+    model = Echo()
+    model.register_buffer("table", torch.arange(5, dtype=torch.uint8))
+    assert len(fingerprint(model)) == len(fingerprint(nn.Identity())) == 16
+    other = copy.deepcopy(model)
+    other.table[3] = 0
+    assert fingerprint(model) != fingerprint(other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_offloaded_teacher_has_the_fingerprint_of_its_values(kind, tmp_path):
+    expected = fingerprint(KINDS[kind](12))
+    assert fingerprint(accelerate.cpu_offload(KINDS[kind](12), CPU)) == expected
+    assert fingerprint(accelerate.disk_offload(KINDS[kind](12), str(tmp_path), CPU)) == expected
+    assert fingerprint(accelerate.cpu_offload(KINDS[kind](12, seed=1), CPU)) != expected
+
+
+def test_weights_out_of_reach_are_told_apart_by_shape_and_type():
+    with torch.device("meta"):
+        models = [nn.Linear(3, 12), nn.Linear(4, 12), nn.Linear(3, 12, dtype=torch.float64)]
+    assert len({fingerprint(model) for model in models}) == 3
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2", "BERT"])
+@pytest.mark.parametrize("on_disk", [False, True], ids=["on CPU", "on disk"])
+def test_an_offloaded_teacher_ranks_as_the_teacher_in_memory(kind, on_disk, tmp_path):
+    inputs = tokens(5, 12)
+    items = Items(5, positions=torch.arange(0, 30, 2), length=6)
+    expected = list(OnlineTeacher(KINDS[kind](12, spread=10), 12, 2.0, 5, chunk_items=4)(inputs, items))
+    model = KINDS[kind](12, spread=10)
+    model = accelerate.disk_offload(model, str(tmp_path), CPU) if on_disk else accelerate.cpu_offload(model, CPU)
+    teacher = OnlineTeacher(model, 12, 2.0, 5, chunk_items=4)
+    before = teacher.fingerprint
+    for _ in range(2):
+        found = list(teacher(inputs, items))
+        assert [len(chunk) for chunk in found] == [4, 4, 4, 3]  # the head is applied to chunks of items
+        for chunk, other in zip(found, expected, strict=True):
+            assert torch.equal(chunk.ids, other.ids)
+            torch.testing.assert_close(chunk.log_probs, other.log_probs)
+    assert fingerprint(model) == before

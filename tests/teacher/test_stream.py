@@ -1,12 +1,16 @@
 """A model's logits by chunks of items: the same as the whole model's, and never more than a chunk of them."""
 
+import copy
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 import transformers as hf
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import SMALL, bart, bert_mlm, gpt2, llama, llama_sequences, resnet, t5, tokens, vit
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_dis.items import Items, split_examples, token_items
 from hf_dis.teacher.stream import LogitStream
@@ -145,3 +149,113 @@ def test_split_examples():
     for chunk in chunks:
         assert chunk["table"] is table and chunk["scale"] is scalar
         assert chunk["flag"] is True and chunk["none"] is None
+
+
+# A multiplier that AfterHead does not know
+
+
+class Multiplied(hf.LlamaForCausalLM):
+    """Multiplies its logits by an attribute of its own, as Falcon-H1 does by ``lm_head_multiplier``."""
+
+    multiplier = 0.3
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * self.multiplier
+        return outputs
+
+
+def test_a_model_that_multiplies_its_logits_is_not_split(caplog):
+    model = Multiplied(llama(V).config).eval()
+    inputs, items = batch(model)
+    stream = LogitStream(model, V, 12)
+    assert not stream.splits(inputs, items) and not stream.splits(inputs, items)
+    torch.testing.assert_close(torch.cat(list(stream(inputs, items))), items.of(model(**inputs).logits))
+    assert "Multiplied cannot be split" in caplog.text and "are not those of its output layer" in caplog.text
+
+
+def test_a_multiplier_of_one_is_split():
+    model = Multiplied(llama(V).config).eval()
+    model.multiplier = 1.0
+    assert LogitStream(model, V, 12).splits(*batch(model))
+
+
+def test_the_comparison_is_made_once_and_leaves_the_model_as_it_was():
+    model, calls = llama(V).train(), []
+    model.model.layers[0].eval()
+    inputs, items = batch(model)
+    model.register_forward_hook(lambda *args: calls.append(args))
+    stream = LogitStream(model, V, 12)
+    assert all(stream.splits(inputs, items) for _ in range(3))
+    assert len(calls) == 1 and len(calls[0][2].logits) == 1  # one example, whole
+    assert model.training and not model.model.layers[0].training
+
+
+def test_a_head_that_is_the_embedding_is_not_split(caplog):
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "decoder_start_token_id": 1}
+    shape |= {f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in SIZES}
+    config = hf.FSMTConfig(src_vocab_size=V, tgt_vocab_size=V, langs=["en", "de"], **shape)
+    model = hf.FSMTForConditionalGeneration(config).eval()
+    inputs, items = batch(model)
+    torch.testing.assert_close(
+        torch.cat(list(LogitStream(model, V, 12)(inputs, items))), items.of(model(**inputs).logits)
+    )
+    assert "its output layer is its embedding" in caplog.text
+
+
+SIZES = [("attention_heads", 2), ("ffn_dim", 32)]
+
+
+def test_a_model_that_moved_is_read_anew():
+    """Its buffers are other ones then, as the bias that Bart adds to its logits."""
+    model = biased_bart().eval()
+    inputs, items = batch(model)
+    stream = LogitStream(model, V, 12)
+    list(stream(inputs, items))
+    model.double()
+    (logits, *_) = stream(inputs, items)
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits, items.of(model(**inputs).logits)[:12], rtol=0, atol=1e-12)
+
+
+# Devices
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_an_offloaded_model_with_a_bias_after_its_head(offload_buffers):
+    plain = biased_bart().eval()
+    inputs, items = batch(plain)
+    expected = items.of(plain(**inputs).logits)
+    model = accelerate.cpu_offload(copy.deepcopy(plain), torch.device("cpu"), offload_buffers=offload_buffers)
+    stream = LogitStream(model, V, 12)
+    torch.testing.assert_close(torch.cat(list(stream(inputs, items))), expected)
+    assert stream.splits(inputs, items) is not offload_buffers
+
+
+def spread_llama(hooks):
+    """The body on one accelerator, the head on another; with accelerate's hooks or, on one device alone, without."""
+    with torch.device("cuda:0"):
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=V, pad_token_id=0, **SMALL)).eval()
+    if hooks:
+        model.lm_head = nn.Linear(SMALL["hidden_size"], V, bias=False, device="cuda:1")
+        add_hook_to_module(model, AlignDevicesHook("cuda:0", io_same_device=True))
+        add_hook_to_module(model.lm_head, AlignDevicesHook("cuda:1"))
+    return model
+
+
+@pytest.mark.parametrize("splits", [True, False], ids=["split", "whole"])
+@pytest.mark.parametrize("hooks", [True, False], ids=["spread", "on another device"])
+@pytest.mark.parametrize("device", ["cuda:2", "cpu"])
+def test_the_logits_are_on_the_device_of_the_inputs(device, hooks, splits, monkeypatch):
+    """On fake tensors, whose devices cannot be mixed, and whose values cannot be compared."""
+    with FakeTensorMode():
+        model = spread_llama(hooks)
+        ids = torch.ones(5, 6, dtype=torch.long, device=device)
+        items = token_items(None, None, ids.shape, False, ids.device) if splits else Items(5)
+        stream = LogitStream(model, V, 12)
+        monkeypatch.setattr(stream, "_compare", lambda *args: None if splits else stream._run_whole("no"))
+        chunks = list(stream({"input_ids": ids, "use_cache": False}, items))
+        assert {chunk.device for chunk in chunks} == {ids.device} and sum(map(len, chunks)) == len(items)
+        features = torch.ones(3, SMALL["hidden_size"], device=device)
+        if splits:
+            assert stream.of_features(features).device == ids.device

@@ -164,7 +164,7 @@ def test_another_teacher_is_told_by_its_fingerprint(make_trainer, caplog):
 
 
 def test_other_numbers_of_processes_share_the_proposal(output_dir, caplog):
-    """As if two processes had saved it: the first goes on with its own samples, and says that the second is missing."""
+    """As if two processes had saved it: the first goes on with its own samples, and reports the second."""
     checkpoint = output_dir / "checkpoint-4"
     manifest = (checkpoint / MANIFEST).read_text()
     (checkpoint / MANIFEST).write_text(manifest.replace('"processes": 1', '"processes": 2'))

@@ -124,7 +124,7 @@ def test_the_plain_class_loads_the_saved_student(page, tmp_path):
 
 
 def test_the_proposal_recipe_learns_logs_and_is_sampled_from(page):
-    trainer, proposal = page["trainer"], page["trainer"].sampler.proposal
+    trainer, proposal = page["trainer"], page["trainer"].distiller.sampler.proposal
     logged = [log["dis/power"] for log in trainer.state.log_history if "dis/power" in log]
     assert len(logged) == 4 and logged[-1] == pytest.approx(proposal.power.item()) and len(set(logged)) > 1
     assert type(proposal).__name__ == "PowerLawProposal" and 0.5 < proposal.power < 2
