@@ -38,9 +38,7 @@ class CacheArguments:
     )
     sample_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Classes sampled from the others; by default as many as fit into 300 bytes, or 60 for text."
-        },
+        metadata={"help": "Classes sampled from the others; by default as many as fit into 300 bytes, text 60."},
     )
     batch_size: int = field(default=64, metadata={"help": "Examples per forward of the teacher."})
     num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches, per process of the run."})
@@ -49,7 +47,7 @@ class CacheArguments:
 
 
 def training_set(arguments: CacheArguments):
-    """Makes the training set of the task, augmented if views are wanted, with its collator and its tokenizer or None."""
+    """Makes the training set of the task, augmented if views are wanted, its collator, and its tokenizer or None."""
     if arguments.task == "glyphs":
         from glyph_task import NORMALISE, GlyphImages, augment, whole_batch
 

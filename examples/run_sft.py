@@ -27,6 +27,7 @@ from pathlib import Path
 import sft_task
 import torch
 from accelerate import PartialState
+from clm_task import build_student
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from hf_dis.integrations.trl import DISSFTConfig, DISSFTTrainer
@@ -103,7 +104,7 @@ def load_models(arguments: SftArguments, args: DISSFTConfig, splits):
         teacher = sft_task.train_teacher(splits, tokenizer, arguments.teacher_steps, args)
 
     def student():
-        return arguments.model_name_or_path or sft_task.build_student(len(tokenizer))
+        return arguments.model_name_or_path or build_student(len(tokenizer))
 
     return teacher, student, tokenizer
 
@@ -165,10 +166,11 @@ def write_report(output: Path, records: list[dict], minutes: float) -> None:
     lines = [
         f"# Distilling a chat model of {records[0]['vocab']:,} tokens",
         "",
-        f"{torch.get_num_threads()} threads; the whole run took {minutes:.1f} minutes. Quality is measured on chats held "
-        "out of training, KL to the teacher at temperature 1. The teacher's forward is part of a step.",
+        f"{torch.get_num_threads()} threads; the whole run took {minutes:.1f} minutes. Quality is measured on chats "
+        "held out of training, KL to the teacher at temperature 1. The teacher's forward is part of a step.",
         "",
-        "| method | student logits per token | steps | on all tokens | steps per second | perplexity | KL to teacher |",
+        "| method | student logits per token | steps | on all tokens | steps per second | perplexity "
+        "| KL to teacher |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [

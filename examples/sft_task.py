@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from clm_task import HELD_OUT, build_student, build_teacher, standard_library, train_tokenizer
+from clm_task import HELD_OUT, build_teacher, standard_library, train_tokenizer
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer

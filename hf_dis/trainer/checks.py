@@ -96,7 +96,7 @@ def check_processes(trainer: DISTrainerMixin) -> None:
 
     Raises:
         ValueError: if one process would use several GPUs; if a model, a sequence or its head is split over processes;
-            if accelerate counts other processes than DeepSpeed runs.
+            if accelerate counts other processes than DeepSpeed or torch.distributed runs.
     """
     if trainer.args.n_gpu > 1:
         raise ValueError(
@@ -105,9 +105,10 @@ def check_processes(trainer: DISTrainerMixin) -> None:
         )
     _check_parallelism(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size())
     counted = trainer.accelerator.num_processes
-    if trainer.is_deepspeed_enabled and num_processes() != counted:
+    if num_processes() != counted:
+        runner = "DeepSpeed" if trainer.is_deepspeed_enabled else "torch.distributed"
         raise ValueError(
-            f"DeepSpeed runs {num_processes()} processes and accelerate counts {counted}, as accelerate does without "
+            f"{runner} runs {num_processes()} processes and accelerate counts {counted}, as accelerate does without "
             "an accelerator: each process would train on all data. Run it where there are accelerators, or leave "
             "deepspeed out and set use_cpu=True, for plain data parallelism"
         )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_dis import DISDistillationTrainer
 from hf_dis.distributed import processes
 
 
@@ -48,3 +49,17 @@ def test_a_module_is_kept_from_ddp_only_within_the_context(ignored):
         assert model._ddp_params_and_buffers_to_ignore == [*(ignored or []), "head.weight", "head.bias"]
         raise KeyError
     assert vars(model) == before
+
+
+def test_processes_that_accelerate_does_not_count_are_refused(make_trainer, monkeypatch):
+    """Sums would be over both, and each would train on all data."""
+    create = DISDistillationTrainer.create_accelerator_and_postprocess
+
+    def created(trainer):
+        create(trainer)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+    monkeypatch.setattr(DISDistillationTrainer, "create_accelerator_and_postprocess", created)
+    with pytest.raises(ValueError, match=r"torch.distributed runs 2 processes and accelerate counts 1.*use_cpu=True"):
+        make_trainer()

@@ -65,6 +65,13 @@ def test_a_tail_without_mass_carries_no_weight():
     assert not targets.class_mass().any()
 
 
+@pytest.mark.parametrize("rounding", [-1e-3, 0.0, 1e-3])
+def test_a_tail_without_mass_has_no_probability_however_the_entropy_was_rounded(rounding):
+    found = compact(CERTAIN)
+    targets = CachedTargets(found._replace(entropy=found.entropy + rounding), C)
+    assert (targets.log_probs[:, DEPTH:] == UNKNOWN).all()
+
+
 def repeating():
     """As a cache of an earlier version stored an item whose tail has no mass: the last class, ranked or not."""
     return compact(CERTAIN)._replace(stored_ids=torch.full((5, STORED), C - 1))

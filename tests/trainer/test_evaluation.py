@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import images, labelled_images, resnet, vit
+from tiny_models import images, labelled_images, labelled_tokens, llama, resnet, vit
+
+from hf_dis import DISDistillationTrainer
 
 CLASSES, ITEMS = 40, 20  # 20 items in batches of 8: the last one is smaller
 
@@ -102,3 +104,94 @@ def test_several_evaluation_sets_are_told_apart(make_trainer, reference):
     for name, items in sets.items():
         expected |= reference(student, teacher, items, prefix=f"eval_{name}")
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+# An override of compute_loss
+
+
+class Shifted(DISDistillationTrainer):
+    """Adds a constant to the loss of each batch, as a penalty would."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return (loss + 3, outputs) if return_outputs else loss + 3
+
+
+class ByBatch(DISDistillationTrainer):
+    """Adds the number of examples of the batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss + len(next(iter(inputs.values())))
+        return (loss, outputs) if return_outputs else loss
+
+
+class Own(DISDistillationTrainer):
+    """A loss without super's."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(pixel_values=inputs["pixel_values"]).logits
+        loss = torch.nn.functional.cross_entropy(logits, inputs["labels"])
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def of_kind(kind, trainer):
+    """A trainer of another class that is made of the same arguments."""
+    teacher, data = trainer.distiller.teacher.model, trainer.eval_dataset
+    return kind(trainer.model, teacher, trainer.args, train_dataset=trainer.train_dataset, eval_dataset=data)
+
+
+TEXT = [item | {"labels": item["labels"].clone()} for item in labelled_tokens(12, CLASSES)]
+for number, item in enumerate(TEXT):
+    item["labels"][: number % 5] = -100  # batches of 8 and 4 examples have other numbers of items too
+
+
+@pytest.mark.parametrize("build", [vit, llama])
+def test_what_an_override_adds_is_in_the_loss_of_the_evaluation_alone(make_trainer, build):
+    data = labelled_images(12, CLASSES) if build is vit else TEXT
+    plain = make_trainer(build(CLASSES), build(CLASSES, seed=1, spread=30), train_dataset=data, eval_dataset=data)
+    expected = losses(plain.evaluate())
+    found = losses(of_kind(Shifted, plain).evaluate())
+    assert found.pop("eval_loss") == pytest.approx(expected.pop("eval_loss") + 3, rel=1e-6)
+    assert found == expected and len(found) == 3
+
+
+@pytest.mark.parametrize("build", [vit, llama])
+def test_what_an_override_adds_is_averaged_over_items(make_trainer, build):
+    """Batches of 8 and of 4 examples: 8 and 4 are added to the loss of each of their items."""
+    data = labelled_images(12, CLASSES) if build is vit else TEXT
+    plain = make_trainer(build(CLASSES), build(CLASSES, seed=1, spread=30), train_dataset=data, eval_dataset=data)
+    counts = [1] * 12 if build is vit else [int((item["labels"][1:] != -100).sum()) for item in TEXT]
+    first, last = sum(counts[:8]), sum(counts[8:])
+    added = (8 * first + 4 * last) / (first + last)
+    found = of_kind(ByBatch, plain).evaluate()["eval_loss"] - plain.evaluate()["eval_loss"]
+    assert found == pytest.approx(added, rel=1e-5)
+    assert build is vit or added != pytest.approx((8 * 8 + 4 * 4) / 12, rel=1e-3)  # the mean over examples
+
+
+def test_an_override_reads_every_logit_in_evaluation(make_trainer):
+    shapes = []
+
+    class Reading(DISDistillationTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss, outputs = super().compute_loss(*args, **{**kwargs, "return_outputs": True})
+            shapes.append(tuple(outputs.logits.shape))
+            return (loss, outputs) if kwargs.get("return_outputs") else loss
+
+    of_kind(Reading, make_trainer(eval_dataset=labelled_images(12, CLASSES))).evaluate()
+    assert shapes == [(8, CLASSES), (4, CLASSES)]
+
+
+def test_an_override_without_super_is_averaged_as_trainer_does(make_trainer):
+    trainer = of_kind(Own, make_trainer(eval_dataset=labelled_images(12, CLASSES)))
+    metrics, expected = trainer.evaluate(), make_trainer(eval_dataset=labelled_images(12, CLASSES)).evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected["eval_ce_loss"], rel=1e-5)
+    assert not {"eval_kl", "eval_kd_loss"} & set(metrics)
+
+
+def test_the_loss_of_a_batch_without_items_is_zero(make_trainer):
+    items = [item | {"labels": torch.full_like(item["labels"], -100)} for item in TEXT[:8]] + TEXT[8:]
+    pair = llama(CLASSES), llama(CLASSES, seed=1, spread=30)
+    found = make_trainer(*pair, train_dataset=TEXT, eval_dataset=items).evaluate()
+    expected = make_trainer(*pair, train_dataset=TEXT, eval_dataset=TEXT[8:]).evaluate()
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-6)

@@ -19,6 +19,7 @@ from tiny_models import labelled_images, vit
 
 from hf_dis.sampling.proposal import Proposal
 from hf_dis.trainer import card as card_module
+from hf_dis.trainer.publishing import check_upload
 
 ROOT = Path(__file__).parents[2]
 # A fresh process that cannot import hf_dis.
@@ -171,6 +172,27 @@ def test_a_teacher_in_the_output_folder_is_not_published_with_the_student(make_t
         trainer.push_to_hub()
     with pytest.raises(RuntimeError, match=r"would be published too.*Training has not started"):
         make_trainer(push_to_hub=True)
+
+
+WEIGHTS = ["t.safetensors", "t.bin", "t.pt", "t.pth", "t.ckpt", "t.gguf", "t.onnx", "t.msgpack", "t.h5", "t.GGUF"]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("folder", ["teacher", "a/b"])
+def test_weights_of_every_format_are_found(tmp_path, folder, name):
+    (tmp_path / folder).mkdir(parents=True)
+    check_upload(tmp_path)
+    (tmp_path / folder / name).touch()
+    with pytest.raises(ValueError, match=rf"would be published too: {folder}/{name}; move them elsewhere"):
+        check_upload(tmp_path)
+
+
+def test_files_that_are_not_published_or_hold_no_weights_are_no_matter(tmp_path):
+    paths = ["_teacher/t.pt", "checkpoint-4/optimizer.pt", "model.safetensors", "training_args.bin", "runs/events.log"]
+    for path in paths:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    check_upload(tmp_path)
 
 
 # The card

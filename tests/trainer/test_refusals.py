@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import transformers as hf
+from accelerate.parallelism_config import ParallelismConfig
 from tiny_models import SMALL, bert_mlm, gpt2, labelled_images, labelled_tokens, patched_modules, vit
 from torch import nn
 
@@ -112,18 +113,56 @@ def deit():
     return hf.DeiTForImageClassificationWithTeacher(config)
 
 
-def test_processes_of_deepspeed_that_accelerate_does_not_count(make_trainer, monkeypatch):
-    """As on a machine without an accelerator, where each process takes itself for the only one."""
+@pytest.fixture
+def set_up(monkeypatch):
+    """Changes a trainer once its accelerator is made."""
     create = DISDistillationTrainer.create_accelerator_and_postprocess
 
-    def created(trainer):
-        create(trainer)
+    def patch(change):
+        def created(trainer):
+            create(trainer)
+            change(trainer)
+
+        monkeypatch.setattr(DISDistillationTrainer, "create_accelerator_and_postprocess", created)
+
+    return patch
+
+
+def test_processes_of_deepspeed_that_accelerate_does_not_count(make_trainer, monkeypatch, set_up):
+    """As on a machine without an accelerator, where each process takes itself for the only one."""
+
+    def count_two(trainer):
         trainer.is_deepspeed_enabled = True
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
 
-    monkeypatch.setattr(DISDistillationTrainer, "create_accelerator_and_postprocess", created)
+    set_up(count_two)
     with pytest.raises(ValueError, match=r"DeepSpeed runs 2 processes and accelerate counts 1.*use_cpu=True"):
+        make_trainer()
+
+
+PARALLELISM = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
+
+
+@pytest.mark.parametrize("size", PARALLELISM)
+def test_parallelism_that_splits_head_or_sequences(make_trainer, size):
+    with pytest.raises(ValueError, match=rf"{size} is 2: {PARALLELISM[size]} parallelism .*set {size} to 1"):
+        make_trainer(parallelism_config=ParallelismConfig(**{size: 2}))
+    make_trainer(parallelism_config=ParallelismConfig())
+
+
+@pytest.mark.parametrize("size", PARALLELISM)
+def test_parallelism_that_a_launcher_sets(make_trainer, monkeypatch, set_up, size):
+    """accelerate reads the sizes from the environment, so DISConfig does not have them."""
+    config = ParallelismConfig(**{size: 2})
+    set_up(lambda trainer: monkeypatch.setattr(trainer.accelerator.state, "parallelism_config", config))
+    with pytest.raises(ValueError, match=rf"{size} is 2: {PARALLELISM[size]} parallelism .*set {size} to 1"):
+        make_trainer()
+
+
+def test_a_student_that_was_loaded_with_a_tensor_parallel_plan(make_trainer, set_up):
+    set_up(lambda trainer: setattr(trainer.model, "_tp_size", 2))
+    with pytest.raises(ValueError, match=r"tp_size is 2: tensor parallelism .*set tp_size to 1"):
         make_trainer()
 
 

@@ -1,5 +1,8 @@
 """Token models through the real Trainer: supervised positions, losses, normalisation, vocabularies."""
 
+from types import SimpleNamespace
+from typing import ClassVar
+
 import pytest
 import torch
 import transformers as hf
@@ -247,20 +250,42 @@ def test_labels_that_the_teacher_does_not_know(make_trainer):
         trainer.train()
 
 
+def mixtral_config(**keywords):
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True}
+    return hf.MixtralConfig(vocab_size=V, **experts, **SMALL, **keywords)
+
+
 @pytest.mark.parametrize("mode", ["sampled", "exact"])
 def test_the_router_loss_of_a_mixture_of_experts_is_kept(make_trainer, mode):
-    config = hf.MixtralConfig(
-        vocab_size=V, num_key_value_heads=2, num_local_experts=4, output_router_logits=True, **SMALL
-    )
     gates = {}
     for weight in (0.0, 5.0):
         torch.manual_seed(0)
-        student = hf.MixtralForCausalLM(config)
-        student.config.router_aux_loss_coef = weight
+        student = hf.MixtralForCausalLM(mixtral_config(router_aux_loss_coef=weight))
         trainer = make_trainer(student, llama(V, seed=1), train_dataset=data(), max_steps=1, head_mode=mode, **SGD)
         trainer.train()
         gates[weight] = torch.cat([p.flatten() for name, p in student.named_parameters() if "gate.weight" in name])
     assert not torch.allclose(gates[0.0], gates[5.0], atol=1e-5)
+
+
+class NestedConfig(hf.PreTrainedConfig):
+    """The configuration of a model that reads more than text: that of its text model is a part."""
+
+    sub_configs: ClassVar = {"text_config": hf.MixtralConfig}
+
+    def __init__(self, text_config=None, **kwargs):
+        self.text_config = text_config
+        super().__init__(**kwargs)
+
+
+def test_the_router_loss_is_weighed_by_the_configuration_of_the_text_model(make_trainer):
+    student = hf.MixtralForCausalLM(mixtral_config(router_aux_loss_coef=5.0))
+    trainer = make_trainer(student, llama(V, seed=1), train_dataset=data())
+    student.config = NestedConfig(text_config=student.config)
+    assert not hasattr(student.config, "router_aux_loss_coef")
+    losses, outputs = torch.tensor([1.0, 2.0]), SimpleNamespace(aux_loss=torch.tensor(3.0))
+    found, terms = trainer.distiller.with_router_loss(losses, {}, outputs)
+    assert found.tolist() == [16, 17] and terms == {"aux_loss": 3}
+    assert trainer.distiller.with_router_loss(losses, {}, SimpleNamespace(aux_loss=None)) == (losses, {})
 
 
 def test_resume_repeats_the_uninterrupted_run(make_trainer, tmp_path):
