@@ -21,7 +21,7 @@ from hf_dis.arguments import DISArguments
 from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.head.check import check_head
 from hf_dis.head.switch import SampledHead
-from hf_dis.items import Items, check_labels, split_examples
+from hf_dis.items import Items, check_labels, first_examples
 from hf_dis.loss.exact import Losses
 from hf_dis.models.columns import separate_columns
 from hf_dis.models.tasks import Task, base_model, find_items, split_labels
@@ -144,7 +144,7 @@ class Distiller:
         if self.mode == "exact":
             return ExactStep(self, request)
         if not self._head_is_checked:
-            check_head(self.student, self.head, next(split_examples(inputs, items.num_examples, 2)), self.precision)
+            check_head(self.student, self.head, first_examples(inputs, items, 2), self.precision)
             self._head_is_checked = True
             if self.arguments.probe_steps and self.student_stream is not None:
                 self.student_stream.splits(inputs, items)  # compared while the head is not switched

@@ -11,6 +11,8 @@ from torch import Tensor
 
 # The label of a token that is not supervised.
 IGNORED = -100
+# Bounds of the documents of a whole padding-free sequence; a model without them reads position_ids.
+DOCUMENT_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,29 @@ def split_examples(inputs: dict[str, Tensor], num_examples: int, chunk_examples:
             else value
             for name, value in inputs.items()
         }
+
+
+def first_examples(inputs: dict[str, Tensor], items: Items, number: int) -> dict[str, Tensor]:
+    """Selects the model inputs of the first examples of a batch.
+
+    A padding-free batch is one sequence, and its documents are the examples.
+
+    Args:
+        inputs: of a model.
+        items: of the batch.
+        number: of examples.
+    """
+    positions = inputs.get("position_ids")
+    is_one_sequence = items.num_examples == 1 and items.positions is not None and "attention_mask" not in inputs
+    if not is_one_sequence or positions is None or positions.shape != (1, items.length):
+        return next(split_examples(inputs, items.num_examples, number))
+    starts = (positions[0] == 0).nonzero()[:, 0].tolist()
+    stop = [*starts, items.length][min(number, len(starts))]
+    return {
+        name: value[:, :stop] if isinstance(value, Tensor) and value.shape[:2] == positions.shape else value
+        for name, value in inputs.items()
+        if name not in DOCUMENT_BOUNDS
+    }
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

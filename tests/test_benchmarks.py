@@ -174,9 +174,8 @@ def glyph_teacher(tmp_path):
 
 @pytest.fixture
 def few_glyphs(monkeypatch):
-    """Leaves 512 training and 64 test images of the glyph task."""
-    glyphs = load_glyphs()
-    few = {name: split.shuffle(seed=0).select(range(512 if name == "train" else 64)) for name, split in glyphs.items()}
+    """Leaves 512 training and 512 test images of the glyph task; an incomplete batch of either would be dropped."""
+    few = {name: split.shuffle(seed=0).select(range(512)) for name, split in load_glyphs().items()}
     for module in (cache_match, cache_tasks, glyph_task):
         monkeypatch.setattr(module, "load_glyphs", lambda: few)
 

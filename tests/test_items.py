@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_dis.items import Items, check_labels, token_items
+from hf_dis.items import Items, check_labels, first_examples, token_items
 
 LABELS = torch.tensor([[5, -100, 7, 8], [-100, 2, 3, -100]])
 SHAPE = LABELS.shape
@@ -89,3 +89,27 @@ def test_labels_within_the_classes(labels):
 def test_labels_that_are_no_class_ids(labels, message):
     with pytest.raises(ValueError, match=message):
         check_labels(labels, 5)
+
+
+def test_the_first_examples_of_a_batch():
+    inputs = {"input_ids": LABELS, "attention_mask": torch.ones(SHAPE), "use_cache": False}
+    first = first_examples(inputs, token_items(LABELS, None, SHAPE, shifts_labels=True), 1)
+    assert first["input_ids"].tolist() == [[5, -100, 7, 8]] and first["attention_mask"].shape == (1, 4)
+    assert first["use_cache"] is False
+
+
+@pytest.mark.parametrize(("number", "stop"), [(1, 3), (2, 5), (3, 9), (7, 9)])
+def test_the_first_documents_of_a_padding_free_batch(number, stop):
+    ids = torch.arange(9)[None]
+    inputs = {
+        "input_ids": ids,
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]]),
+        "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]]),
+        "cu_seq_lens_q": torch.tensor([0, 3, 5, 9]),
+        "max_length_q": 4,
+        "use_cache": False,
+    }
+    first = first_examples(inputs, token_items(ids, None, ids.shape, shifts_labels=True), number)
+    assert first.keys() == {"input_ids", "position_ids", "seq_idx", "use_cache"}
+    assert first["input_ids"].tolist() == [list(range(stop))]
+    assert all(value.shape == (1, stop) for value in first.values() if isinstance(value, torch.Tensor))

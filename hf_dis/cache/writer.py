@@ -175,7 +175,7 @@ def _write(
         folder.begin()
     wait_for_everyone()
     missing = folder.missing()
-    wait_for_everyone()
+    wait_for_everyone()  # no process writes before all of them have divided the same shards
     mine = missing[process_index() :: num_processes()]
     ranges = [folder.header.examples_of(shard) for shard in mine]
     batches = examples.read([part for indices in ranges for part in examples.split(indices)])

@@ -1,4 +1,4 @@
-"""Numbers that show whether the estimate can be trusted: effective sample size, coverage, and the exact probe."""
+"""Quality of the estimate: effective sample size, coverage, and the probe, a comparison with exact distillation."""
 
 from __future__ import annotations
 

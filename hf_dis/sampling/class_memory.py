@@ -73,7 +73,7 @@ class ClassMemory:
         known = self.squared_signal[ids]
         mean = torch.where(items > 0, squared / items.clamp_min(1), known)
         self.squared_signal.index_copy_(0, ids, known.lerp(mean, self.RENEWAL))
-        # The marginal is of the teacher alone: items count whatever the student says about them.
+        # The marginal is of the teacher alone: items without a finite signal count too.
         num_items = statistics["items"] + statistics["not_finite"]
         marginal = (statistics["class_mass"] / num_items.clamp_min(1)).float()
         marginal = torch.where(marginal.isfinite(), marginal, self.marginal)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_dis.items import Items, split_examples
+from hf_dis.items import Items, first_examples, split_examples
 from hf_dis.models.after_head import AfterHead
 from hf_dis.models.head_features import evaluating, head_features
 from hf_dis.models.head_search import find_head
@@ -120,7 +120,7 @@ class LogitStream:
             self._run_whole("the bias after its output layer is offloaded")
             return
         device = _device(inputs)
-        first = self._brought(next(split_examples(inputs, items.num_examples, 1)))
+        first = self._brought(first_examples(inputs, items, 1))
         with self.context(), evaluating(self.model):
             whole = self.model(**first).logits.to(device)
             features = head_features(self.model, self._head, first).to(device)

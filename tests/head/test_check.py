@@ -71,7 +71,7 @@ def test_a_bias_that_is_still_zero_is_refused_too(num_classes):
     assert patched_modules(model) == []
 
 
-def test_a_model_that_draws_random_numbers_finds_them_as_they_were():
+def test_the_random_state_is_that_of_before_where_a_model_uses_it():
     model = Rescaled(vit(C, spread=10), lambda logits: logits + 0 * torch.rand(1))
     state = torch.get_rng_state()
     check_head(model, SampledHead(model, ["model.classifier"]), {"pixel_values": images(2)})

@@ -118,7 +118,7 @@ def test_under_autocast_the_loss_stays_in_float32():
 
 @pytest.mark.parametrize("labels", [None, torch.arange(2, N + 2)], ids=["no labels", "labels"])
 def test_masked_classes_have_no_part_in_it(labels):
-    """The student masks what the teacher masks, and one class more of one item that the teacher gives no chance."""
+    """Two classes that student and teacher mask, and of one item four more that the teacher masks alone."""
     logits, teacher = torch.randn(2, N, C, dtype=torch.float64)
     teacher[:, :2] = logits[:, :2] = -torch.inf
     teacher[3, 2:6] = -torch.inf
@@ -137,6 +137,29 @@ def test_masked_classes_have_no_part_in_it(labels):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     assert (gradient[:, :2] == 0).all()
     torch.testing.assert_close(gradient[:, 2:], *torch.autograd.grad(expected.sum(), rest), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dense", "stored"])
+def test_a_class_that_the_student_masks_alone_has_no_gradient(kind):
+    """The divergence is as large as a number gets; the gradients of the other classes are τ (s - p)."""
+    logits = student_logits().detach()
+    teacher, target, _ = teacher_of(kind)
+    masked = target.argmax(1, keepdim=True)
+    logits.scatter_(1, masked, -torch.inf).requires_grad_()
+    loss, _ = exact_loss(logits, C, teacher, None, TEMPERATURE, 0.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    expected = TEMPERATURE * ((logits.detach() / TEMPERATURE).softmax(1) - target).scatter(1, masked, 0)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    assert (loss > 1e300).all()
+
+
+def test_a_gradient_in_bfloat16_is_scaled_in_float32():
+    logits, teacher, factors = student_logits(dtype=torch.bfloat16), [torch.randn(N, C)], torch.rand(N)
+    gradients = []
+    for factor in (torch.ones(N), factors):
+        loss, _ = exact_loss(logits, C, teacher, None, TEMPERATURE, 0.0)
+        gradients += torch.autograd.grad(loss, logits, factor)
+    assert torch.equal(gradients[1], (gradients[0].float() * factors[:, None]).bfloat16())
 
 
 @pytest.mark.parametrize(("kind", "labelled"), CASES)

@@ -193,7 +193,8 @@ def test_the_comparison_is_made_once_and_leaves_the_model_as_it_was():
 
 def test_a_head_that_is_the_embedding_is_not_split(caplog):
     shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "decoder_start_token_id": 1}
-    shape |= {f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in SIZES}
+    for part in ("encoder", "decoder"):
+        shape |= {f"{part}_attention_heads": 2, f"{part}_ffn_dim": 32}
     config = hf.FSMTConfig(src_vocab_size=V, tgt_vocab_size=V, langs=["en", "de"], **shape)
     model = hf.FSMTForConditionalGeneration(config).eval()
     inputs, items = batch(model)
@@ -201,9 +202,6 @@ def test_a_head_that_is_the_embedding_is_not_split(caplog):
         torch.cat(list(LogitStream(model, V, 12)(inputs, items))), items.of(model(**inputs).logits)
     )
     assert "its output layer is its embedding" in caplog.text
-
-
-SIZES = [("attention_heads", 2), ("ffn_dim", 32)]
 
 
 def test_a_model_that_moved_is_read_anew():

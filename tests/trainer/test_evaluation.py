@@ -151,6 +151,8 @@ def test_what_an_override_adds_is_in_the_loss_of_the_evaluation_alone(make_train
     data = labelled_images(12, CLASSES) if build is vit else TEXT
     plain = make_trainer(build(CLASSES), build(CLASSES, seed=1, spread=30), train_dataset=data, eval_dataset=data)
     expected = losses(plain.evaluate())
+    mixed = 0.9 * expected["eval_kd_loss"] + 0.1 * expected["eval_ce_loss"]
+    assert expected["eval_loss"] == pytest.approx(mixed, rel=1e-6)
     found = losses(of_kind(Shifted, plain).evaluate())
     assert found.pop("eval_loss") == pytest.approx(expected.pop("eval_loss") + 3, rel=1e-6)
     assert found == expected and len(found) == 3
