@@ -3,7 +3,7 @@
     python benchmarks/accelerator_counts.py --json counts.jsonl
 
 A step is the head's: teacher's targets, sample, student's head, loss, backward, clipping and optimizer. The bodies of
-student and teacher have no layers. Shapes, on fake CUDA tensors (benchmarks/fake_accelerator.py): ``lm`` has 8,192
+student and teacher have no layers. Shapes, on fake CUDA tensors (benchmarks/fake_cuda.py): ``lm`` has 8,192
 tokens, 151,936 classes and 2,048 features, ``classifier`` 1,024 examples, 1,000,000 classes and 512 features. The
 teacher's logits are given, stored in a cache, or computed by a teacher of the same width.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from fake_accelerator import Counts, fake_cuda
+from fake_cuda import Counts, fake_cuda
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -5,6 +5,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 torch.set_num_threads(1)
 
@@ -12,6 +13,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def warnings_told_anew():
+    """What an earlier test was warned of once, the next test is warned of again."""
+    logging.warning_once.cache_clear()
 
 
 @pytest.fixture

@@ -109,7 +109,13 @@ CACHES = {
         "checksum",
         "write the cache again",
     ),
-    "a newer format": (of_format(FORMAT_VERSION + 1), {}, DataError, f"in format {FORMAT_VERSION + 1}", "upgrade hf_dis"),
+    "a newer format": (
+        of_format(FORMAT_VERSION + 1),
+        {},
+        DataError,
+        f"in format {FORMAT_VERSION + 1}",
+        "upgrade hf_dis",
+    ),
     "an older format": (of_format(1), {}, DataError, "in format 1", "write the cache again"),
     "half-written": (unfinished, {}, DataError, "3 of 4 shards are there", "Run cache_teacher_targets again"),
 }

@@ -118,7 +118,7 @@ class DISSFTTrainer(DISTrainerMixin, SFTTrainer):
             logs = {**logs, "num_tokens": int(summed["num_tokens"]) // self._tp_size}
         super().log(logs, start_time)
 
-    def create_model_card(self, dataset_name: str | None = None, **summary: Any) -> None:
+    def create_model_card(self, *, dataset_name: str | None = None, **summary: Any) -> None:
         """As the mixin's; ``dataset_name``, as TRL's trainers take it, is ``dataset`` there."""
         super().create_model_card(**({} if dataset_name is None else {"dataset": dataset_name}), **summary)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -115,7 +116,9 @@ def torch_loop(case: str, accumulation: int) -> list[dict]:
 
 def accelerate_loop(case: str, accumulation: int) -> list[dict]:
     """Accelerate's own wrapper, backward and gradient accumulation."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    # The loop has no data loader of accelerate, which remembers those of earlier trainings in the process.
+    plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     student, distiller = engine(case)
     model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), lr=0.1))

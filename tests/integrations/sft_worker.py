@@ -92,6 +92,24 @@ def run(folder: Path, data: str, mode: str, accumulation: int, **keywords: Any) 
     }
 
 
+def evaluate(folder: Path, packing: bool) -> dict[str, Any]:
+    """Trains for a step that changes nothing, and evaluates; returns the tokens seen and the metrics."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    trainer = chats.make_trainer(
+        folder,
+        train_dataset=chats.chats(8),
+        eval_dataset=chats.chats(15, seed=3),
+        max_steps=1,
+        learning_rate=0.0,
+        packing=packing,
+        per_device_train_batch_size=8 // processes,
+        per_device_eval_batch_size=1 if packing else 2,
+    )
+    assert len(trainer.eval_dataset) % 2  # so the last batches of two processes are filled up
+    trainer.train()
+    return {"num_tokens": trainer.state.log_history[0]["num_tokens"], **trainer.evaluate()}
+
+
 def cases():
     """Data, mode and accumulation of every run on two processes."""
     yield from product(DATA, MODES, ACCUMULATION)
@@ -101,6 +119,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     output = Path(sys.argv[1])
     results = {case: run(output, *case) for case in cases()}
+    results |= {packing: evaluate(output, packing) for packing in (False, True)}
     results["world_size"] = int(os.environ["WORLD_SIZE"])
     torch.save(results, output / f"rank_{os.environ['RANK']}.pt")
     PartialState().destroy_process_group()  # its threads, alive at the exit, can abort the process

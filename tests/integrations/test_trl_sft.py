@@ -65,3 +65,15 @@ def of_two_processes(tmp_path_factory):
 def test_two_processes(of_two_processes, dense_kd, dense_ce, data, mode, accumulation):
     runs = [results[data, mode, accumulation] for results in of_two_processes]
     assert_exact(runs, accumulation, dense_kd, dense_ce)
+
+
+@pytest.mark.slow
+def test_two_processes_count_each_token_once(of_two_processes, tmp_path):
+    """In training, and in an evaluation whose last batches are filled up with examples that were there before."""
+    alone, ranks = worker.evaluate(tmp_path, packing=False), [results[False] for results in of_two_processes]
+    assert [rank["num_tokens"] for rank in ranks] == [alone["num_tokens"]] * 2
+    for packing in (False, True):
+        alone = worker.evaluate(tmp_path, packing)
+        for rank in (results[packing] for results in of_two_processes):
+            for name in ("eval_loss", "eval_kd_loss", "eval_kl", "eval_ce_loss"):
+                assert rank[name] == pytest.approx(alone[name], rel=1e-5), name

@@ -159,3 +159,11 @@ def test_an_exception_in_an_evaluation_leaves_no_patch(make_trainer, monkeypatch
     assert patched_modules(trainer.model) == []
     assert trainer.model(pixel_values=images(2)).logits.shape == (2, CLASSES)
     assert trainer.predict(labelled_images(4, CLASSES)).predictions.shape == (4, CLASSES)
+
+
+def test_a_batch_outside_an_evaluation_has_every_logit_again(make_trainer):
+    trainer, _ = trainer_of(make_trainer, vit)
+    trainer.evaluate()
+    batch = trainer.data_collator(data_of(vit))
+    _, outputs = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
+    assert outputs.logits.shape == (12, CLASSES)

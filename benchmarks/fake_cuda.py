@@ -162,7 +162,7 @@ def _place() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
-        if "/hf_dis/hf_dis/" in file or "/hf_dis/" in file and "site-packages/torch" not in file:
+        if "/hf_dis/hf_dis/" in file or ("/hf_dis/" in file and "site-packages/torch" not in file):
             return f"{file.rsplit('/hf_dis/', 1)[1]}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside"
