@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -39,8 +41,20 @@ def start_processes() -> torch.device:
     """
     device = _device(os.environ.get("LOCAL_RANK"))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group()
+        store, rank, world_size = _launcher_store()
+        # Each group has keys of its own: a second group would find the addresses of the first, which are closed.
+        store = dist.PrefixStore(f"hf_dis/{next(_groups)}", store)
+        dist.init_process_group(store=store, rank=rank, world_size=world_size)
     return device
+
+
+@cache
+def _launcher_store() -> tuple[dist.Store, int, int]:
+    """The store by which the processes of a launcher meet, the number of this process, and their number."""
+    return next(iter(dist.rendezvous("env://")))
+
+
+_groups = count()
 
 
 @contextmanager

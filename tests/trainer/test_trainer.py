@@ -218,6 +218,11 @@ def test_probes_come_every_so_many_steps(make_trainer):
     assert not any("probe/cosine" in log for log in logged(make_trainer(logging_steps=1, max_steps=2)))
 
 
+def test_where_all_classes_are_computed_there_is_nothing_to_probe(make_trainer):
+    logs = logged(make_trainer(head_mode="exact", logging_steps=1, probe_steps=1, max_steps=2))
+    assert len(logs) == 2 and not any(name.startswith(("probe/", "dis/")) for log in logs for name in log)
+
+
 def test_a_probe_measures_the_step_it_belongs_to(make_trainer, dense_kd):
     items, student, teacher = labelled_images(8, 40), vit(40), vit(40, seed=1, spread=30)
     pixels = torch.stack([item["pixel_values"] for item in items])
