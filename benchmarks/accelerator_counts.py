@@ -159,7 +159,8 @@ def finish(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> 
 def count(shape: Shape, targets: str, row_sparse: bool = True) -> dict[str, str | int | float]:
     """The counts of one step in its steady state, as a record."""
     unique = min(shape.num_classes, shape.num_items * 16)
-    sizes = {"unique_consecutive": unique, "nonzero": shape.num_items, "index": shape.num_items * 1}
+    contributions = shape.num_items * (shape.spec.num_sampled_classes + 1)
+    sizes = {"nonzero": shape.num_items, "index": shape.num_items * 1, "tolist": [unique, contributions]}
     with fake_cuda(sizes) as counts:
         if targets == "given":
             of_given(shape, counts, row_sparse)

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import torch.cuda.amp.common
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,6 +44,7 @@ NO_KERNEL = {
 # Of the first argument only what is addressed is read, or written.
 READS_ROWS = {"embedding", "index_select", "gather", "take", "index", "_embedding_bag"}
 WRITES_ROWS = {"index_copy_", "index_fill_", "scatter_", "index_add_", "scatter_add_"}
+_TOLIST = FakeTensor.tolist
 # A pageable copy of more bytes makes the host wait; a smaller one is staged by the driver.
 PAGEABLE = 2**16
 
@@ -66,13 +67,28 @@ class Counts(TorchDispatchMode):
         super().__init__()
         self.sizes = sizes or {}
         self._held: dict[int, weakref.ref] = {}
+        self._pinned: dict[int, Any] = {}
         self.live = 0
         self.start()
 
     def start(self) -> None:
         """Counts from zero; memory that is held now counts as given."""
         self.launches, self.waits, self.moved = Counter(), Counter(), Counter()
+        self._pinned.clear()
         self.base = self.most = self.live
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Stands for ``Tensor.pin_memory``, which fake tensors lack."""
+        storage = tensor.untyped_storage()
+        self._pinned[storage._cdata] = storage
+        return tensor
+
+    def tolist(self, tensor: Tensor) -> list:
+        """Stands for ``Tensor.tolist``: one wait, answered by the sizes given for ``tolist``."""
+        if not tensor.is_cuda:
+            return _TOLIST(tensor)
+        self.waits[_place(), "tolist"] += 1
+        return list(self.sizes["tolist"])
 
     @property
     def peak(self) -> int:
@@ -133,8 +149,11 @@ class Counts(TorchDispatchMode):
         source, target = (args[1], args[0]) if name == "copy_" else (inputs[0], outputs[0])
         if source.is_cuda and not target.is_cuda:
             self.waits[place, "to the processor"] += 1
-        elif target.is_cuda and not source.is_cuda and source.nbytes > PAGEABLE:
+        elif target.is_cuda and not source.is_cuda and source.nbytes > PAGEABLE and not self._is_pinned(source):
             self.waits[place, "pageable copy"] += 1
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._pinned
 
     def _hold(self, tensors: list[Tensor]) -> None:
         parts = (
@@ -198,8 +217,11 @@ def fake_cuda(sizes: dict[str, int] | None = None) -> Iterator[Counts]:
         stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True))
         stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", lambda *args: None))
         stack.enter_context(mock.patch.object(Tensor, "backward", lambda loss: backward(loss)))
+        counts = Counts(sizes)
+        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: counts.pin(tensor)))
+        stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda tensor: counts.tolist(tensor)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield stack.enter_context(Counts(sizes))
+        yield stack.enter_context(counts)
 
 
 @torch.no_grad()

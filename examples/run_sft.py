@@ -36,7 +36,7 @@ METHODS = {"exact": "exact KD", "dis": "DIS"}
 # For students with random weights; with --model_name_or_path the defaults are those of DISSFTConfig.
 FROM_SCRATCH = {
     "methods": list(METHODS),
-    "max_steps": 120,
+    "max_steps": 100,
     "max_length": 128,
     "packing": True,
     "assistant_only_loss": True,
@@ -87,7 +87,7 @@ class SftArguments:
         default_factory=lambda: ["dis"],
         metadata={"help": f"Methods to run, of {', '.join(METHODS)}; all of them without model_name_or_path."},
     )
-    teacher_steps: int = field(default=120, metadata={"help": "Steps of the teacher's training."})
+    teacher_steps: int = field(default=240, metadata={"help": "Steps of the teacher's training."})
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters of the student only."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters."})

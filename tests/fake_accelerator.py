@@ -110,6 +110,7 @@ def fake_cuda() -> Iterator[Waits]:
     with (
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True),
+        mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),  # fake tensors have no pinned memory
         FakeTensorMode(allow_non_fake_inputs=True),
         Waits() as waits,
     ):

@@ -75,7 +75,7 @@ class Largest(TorchDispatchMode):
 
 
 def largest_of_training(make_trainer, monkeypatch, **keywords):
-    monkeypatch.setattr("hf_dis.teacher.stream.CHUNK_ELEMENTS", CHUNK_ITEMS * CLASSES)
+    monkeypatch.setattr("hf_dis.teacher.targets.CHUNK_ELEMENTS", CHUNK_ITEMS * CLASSES)
     trainer = make_trainer(
         vit(CLASSES),
         vit(CLASSES, seed=1, spread=30),

@@ -10,13 +10,10 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_dis.distributed.processes import num_processes
 from hf_dis.head.row_gradients import coalesced
-
-PADDING = -1  # below the number of every row
 
 
 @torch.no_grad()
@@ -42,16 +39,16 @@ def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums of tensors over processes, the same on every process.
 
     Call it on every process, with the same names in the same order. A tensor that is sparse in its rows may have
-    other rows on each process; only these rows are sent. With one process the tensors are returned as they are.
+    other rows on each process; only these rows are sent, and the result is not coalesced. With one process the tensors
+    are returned as they are. No process waits for its accelerator.
 
     Args:
-        tensors: dense, of the same shape on every process, or sparse in their rows.
+        tensors: dense, of the same shape on every process, or sparse in their rows, with as many entries on every
+            process.
     """
     if num_processes() == 1:
         return tensors
-    return {
-        name: _sum_rows(tensor.coalesce()) if tensor.is_sparse else _sum(tensor) for name, tensor in tensors.items()
-    }
+    return {name: _all_rows(tensor) if tensor.is_sparse else _sum(tensor) for name, tensor in tensors.items()}
 
 
 def _row_sparse(parameter: nn.Parameter) -> Tensor:
@@ -70,18 +67,22 @@ def _sum(tensor: Tensor) -> Tensor:
     return total
 
 
-def _sum_rows(tensor: Tensor, divisor: int = 1) -> Tensor:
+def _all_rows(tensor: Tensor) -> Tensor:
+    """The entries of all processes, side by side."""
+    return _sparse(_gathered(tensor._indices()[0]), _gathered(tensor._values()), tensor)
+
+
+def _sum_rows(tensor: Tensor, divisor: int) -> Tensor:
     """The sum over processes of coalesced tensors that are sparse in their rows, divided by a number.
 
-    Every process sends the rows that some process has. Narrow floating-point types are summed in float32 and rounded
-    once: small terms are not lost, and float16 does not overflow where the mean does not.
+    A map of the rows that some process has goes first, one byte per row of the whole tensor. Then every process sends
+    these rows. Narrow floating-point types are summed in float32 and rounded once: small terms are not lost, and
+    float16 does not overflow where the mean does not.
     """
     ids, rows = tensor._indices()[0], tensor._values()
-    counts = _gathered(ids.new_full((1,), len(ids))).tolist()
-    longest = max(counts)
-    all_ids = _gathered(F.pad(ids, (0, longest - len(ids)), value=PADDING)).unique()
-    if min(counts) < longest:
-        all_ids = all_ids[1:]  # without the padding: momentum would still move a row whose gradient is zero
+    is_there = torch.zeros(len(tensor), dtype=torch.uint8, device=ids.device).index_fill_(0, ids, 1)
+    dist.all_reduce(is_there, op=dist.ReduceOp.MAX)
+    all_ids = is_there.nonzero()[:, 0]
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     total = wide.new_zeros(len(all_ids), *rows.shape[1:])
     total.index_copy_(0, torch.searchsorted(all_ids, ids), wide)

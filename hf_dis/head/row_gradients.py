@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import copy
 
 import numpy as np
 import torch
@@ -43,9 +42,16 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
     norm = torch.nn.utils.get_total_norm(dense)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1)
-    for gradient in dense:
-        gradient.mul_(factor.to(gradient.device))
+    for device, here in _by_device(dense).items():
+        torch._foreach_mul_(here, factor.to(device))  # a few launches for all parameters
     return norm
+
+
+def _by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    return by_device
 
 
 def _sorted(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,38 +67,46 @@ def _sorted(ids: Tensor) -> tuple[Tensor, Tensor]:
 class TouchedRows:
     """The distinct classes of many contributions to a gradient, and sums of the contributions to each class.
 
-    Costs a sort of the P ids, and no work that grows with C. Counting the distinct classes waits for an accelerator.
+    Costs a sort of the P ids, and no work that grows with C. Waits once for an accelerator, for the number of classes.
 
     Args:
         ids: the class of each contribution, ``[P]``.
+        sizes: length of each contribution, non-negative, ``[P]``, float32 or wider; needed with ``updates``.
+        updates: samples classes in proportion to the sum of their sizes. The sums of these classes are weighted so
+            that they stay unbiased. None: all classes are kept.
 
     Attributes:
-        ids: the distinct classes, ascending, ``[U]``.
+        ids: the distinct classes that are kept, ascending, ``[U]``.
     """
 
-    def __init__(self, ids: Tensor):
-        in_order, self._order = _sorted(ids)
-        self.ids, self._place, self._counts = in_order.unique_consecutive(return_inverse=True, return_counts=True)
+    def __init__(self, ids: Tensor, sizes: Tensor | None = None, updates: Updates | None = None):
+        in_order, order = _sorted(ids)
+        is_first = torch.ones_like(in_order, dtype=torch.bool)
+        torch.ne(in_order[1:], in_order[:-1], out=is_first[1:])
+        place = is_first.cumsum(0) - 1
+        # Elsewhere the number of classes is not known to the host: entries from this number on stand for no class.
+        on_cpu, most = ids.device.type == "cpu", len(ids)
+        if on_cpu and most:
+            most = int(place[-1]) + 1
+        exists = torch.arange(most, device=ids.device) <= place[-1:]
         self._weights: Tensor | None = None
-
-    def sampled(self, sizes: Tensor, updates: Updates) -> TouchedRows:
-        """Samples classes in proportion to their size; their sums are weighted so that they stay unbiased.
-
-        Args:
-            sizes: length of each contribution, non-negative, ``[P]``, float32 or wider.
-            updates: the number of classes to keep, and the start of the sample.
-
-        Returns:
-            the classes that were kept; ``self`` where that is all of them.
-        """
-        if updates.number >= len(self.ids):
-            return self
-        kept, weights = updates.sample(self._sums(sizes))
-        some, is_kept = copy(self), torch.zeros_like(self.ids, dtype=torch.bool).index_fill_(0, kept, True)
-        some.ids, some._counts, some._weights = self.ids[kept], self._counts[kept], weights
-        some._order = self._order.masked_select(is_kept.index_select(0, self._place))
-        some._place = torch.arange(len(kept), device=kept.device).repeat_interleave(some._counts)
-        return some
+        is_kept = exists
+        if updates is not None and updates.number < most:
+            sums = sizes.new_zeros(most).index_add_(0, place, sizes.index_select(0, order))
+            self._weights = updates.weights(sums, None if on_cpu else exists)
+            is_kept = self._weights != 0
+        of_kept = is_kept.index_select(0, place)
+        counts = torch.zeros_like(in_order[:most]).index_add_(0, place, torch.ones_like(place))
+        number, contributions = torch.stack([is_kept.sum(), of_kept.sum()]).tolist()
+        kept = torch.nonzero_static(is_kept, size=number)[:, 0]
+        self.ids = in_order.new_empty(most).index_copy_(0, place, in_order).index_select(0, kept)
+        self._counts = counts.index_select(0, kept)
+        self._order = order.index_select(0, torch.nonzero_static(of_kept, size=contributions)[:, 0])
+        self._place = torch.arange(number, device=ids.device).repeat_interleave(
+            self._counts, output_size=contributions
+        )
+        if self._weights is not None:
+            self._weights = self._weights.index_select(0, kept)
 
     def weight_rows(self, vectors: Tensor, which: Tensor, scales: Tensor) -> Tensor:
         """Sums the rows of the weight's gradient, ``[U, d]``.

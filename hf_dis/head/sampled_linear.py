@@ -16,8 +16,10 @@ from hf_dis.sampling.tails import by_item, by_tail, of_items
 # torch warns at the first CSR tensor, whatever the tensor is used for.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
-# Elements of the gathered rows [n, K, d] that exist at a time: 1 MiB in float32, which stays in a processor's cache.
+# Elements of the gathered rows [n, K, d] that exist at a time. On a processor 1 MiB in float32 stays in its cache.
 GATHER_ELEMENTS = 2**18
+# Elsewhere at most this number of gathers, and more only beyond 2^28 elements, 1 GiB in float32.
+DEVICE_GATHERS, MOST_GATHERED = 8, 2**28
 
 
 def sampled_logits(
@@ -35,7 +37,7 @@ def sampled_logits(
         features: the head's input, ``[N, d]``.
         weight, bias: of the head, ``[C, d]`` and ``[C]`` or None.
         item_ids: classes of each item, ``[N, R]``.
-        tail_ids: classes of each tail, ``[G, K_t]``; item i uses tail ``i mod G``.
+        tail_ids: classes of each tail, ``[G, K_t]``; item i uses tail ``i mod G``. Tails of no item are left out.
         row_sparse: give weight and bias sparse gradients, which hold the sampled rows only.
         updates: the sample of these classes whose rows get a gradient; None: all of them.
 
@@ -45,7 +47,7 @@ def sampled_logits(
     Raises:
         IndexError: if a class id is outside 0..C-1; on CPU only, an accelerator asserts the range itself.
     """
-    device = features.device.type
+    device, tail_ids = features.device.type, tail_ids[: max(1, len(features))]
     if torch.is_autocast_enabled(device):
         features = features.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
@@ -88,9 +90,8 @@ class _SampledLinear(torch.autograd.Function):
             grad_features += by_item(tails, len(grad))
         if wants_weight or wants_bias:
             of_head = _Contributions.of(features, item_ids, tail_ids, item_grad, tail_grad, weight.dtype)
-            touched = TouchedRows(of_head.ids)
-            if ctx.updates is not None:
-                touched = touched.sampled(of_head.sizes(), ctx.updates)
+            sizes = None if ctx.updates is None else of_head.sizes()
+            touched = TouchedRows(of_head.ids, sizes, ctx.updates)
         if wants_weight:
             rows = touched.weight_rows(of_head.vectors, of_head.which, of_head.scales)
             grad_weight = touched.gradient(rows, weight.shape, ctx.row_sparse)
@@ -167,8 +168,14 @@ def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, out: Tens
         out.copy_(places.values().view(item_ids.shape))
         return
     wide = torch.promote_types(features.dtype, torch.float32)
-    chunk_items = max(1, GATHER_ELEMENTS // (item_ids.shape[1] * weight.shape[1]))
-    for start in range(0, len(item_ids), chunk_items):
-        items = slice(start, start + chunk_items)
-        gathered = F.embedding(item_ids[items], weight).to(wide)
-        out[items] = torch.linalg.vecdot(gathered, features[items, None].to(wide))
+    size = _gathered_items(len(item_ids), item_ids.shape[1] * weight.shape[1], features.device)
+    for ids, vectors, products in zip(item_ids.split(size), features.split(size), out.split(size), strict=True):
+        gathered = F.embedding(ids, weight).to(wide)
+        products.copy_(torch.bmm(gathered, vectors.to(wide)[:, :, None])[:, :, 0])
+
+
+def _gathered_items(num_items: int, elements: int, device: torch.device) -> int:
+    """Counts the items whose rows are gathered at a time, for the number of elements of an item."""
+    if device.type == "cpu":
+        return max(1, GATHER_ELEMENTS // elements)
+    return min(-(-num_items // DEVICE_GATHERS), max(1, MOST_GATHERED // elements))

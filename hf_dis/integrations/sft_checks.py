@@ -48,18 +48,9 @@ def check_trainer(trainer: DISSFTTrainer) -> None:
     """Checks a trainer whose host is set up, before the engine is made.
 
     Raises:
-        ValueError: if the student reads more than text, or a cache is to serve padding-free batches.
+        ValueError: if the student reads more than text.
     """
     check_text_only(trainer.processing_class)
-    caches = {"teacher_cache": trainer.teacher_cache, "eval_teacher_cache": trainer.eval_teacher_cache}
-    given = [name for name, cache in caches.items() if cache is not None]
-    if given and trainer.padding_free:
-        raise ValueError(
-            f"{' and '.join(given)} cannot serve padding-free batches (padding_free=True, or packing=True with "
-            f"packing_strategy={trainer.args.packing_strategy!r}): a cache is looked up example by example, and a "
-            "padding-free batch joins its examples into one. Set padding_free=False and packing=False, or "
-            "packing_strategy='wrapped' with a cache of the packed examples; or pass teacher_model"
-        )
     evaluates = trainer.eval_dataset is not None and trainer.args.per_device_eval_batch_size > 1
     if trainer.padding_free and evaluates and trainer.accelerator.num_processes > 1:
         logger.warning_once(

@@ -65,7 +65,7 @@ class DISSFTTrainer(DISTrainerMixin, SFTTrainer):
 
     Raises:
         ValueError: as the mixin; if the student is a vision-language model; if teacher and student have different
-            chat templates; if a cache is to serve padding-free batches.
+            chat templates.
     """
 
     config_class = DISSFTConfig

@@ -7,6 +7,7 @@ computes its stored classes with certainty, and further classes are sampled for 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require
-from hf_dis.precision import widest
 from hf_dis.sampling.designs import ranks_to_classes, sample_ranks, systematic_points
 from hf_dis.sampling.proposal import Proposal, TeacherProposal
 from hf_dis.sampling.sample import ClassSample
@@ -65,15 +65,14 @@ class CachedSampler(ClassSampler):
         """Student logits computed per item; the label's is not counted."""
         return self.num_stored + self.num_sampled + self.num_shared
 
-    def _sample_chunk(
-        self, targets: CachedTargets, tails: Tails, first_item: int, labels: Tensor | None
-    ) -> ClassSample:
+    def _sample(self, teacher: Iterable[CachedTargets], tails: Tails, labels: Tensor | None) -> ClassSample:
+        targets = CachedTargets.cat(list(teacher))
         if self.is_thinned:
-            points, device = systematic_points(len(targets), self.sample_size, self.generator), targets.ids.device
-            targets = targets.thinned(points.to(device, widest(device), non_blocking=True))
+            device = targets.ids.device
+            targets = targets.thinned(systematic_points(len(targets), self.sample_size, self.generator, device))
         rest = self._sample_rest(targets)
-        outside_top = ~is_member(targets.ids, tails.ids, first_item)
-        shared = _Columns(*tails.of_items(first_item, len(targets))).without(~outside_top)
+        outside_top = ~is_member(targets.ids, tails.ids)
+        shared = _Columns(*tails.of_items(len(targets))).without(~outside_top)
         stored = _Columns(targets.ids, torch.zeros_like(targets.target), targets.used).without(~targets.used)
         own = [stored, rest]
         if labels is not None:

@@ -30,6 +30,7 @@ class ClassMemory:
         # An untrained student is close to uniform, so that its signal is about 1/C everywhere.
         self.squared_signal = torch.full((num_classes,), num_classes**-2.0, device=device)
         self.marginal = torch.zeros(num_classes, device=device)
+        self._sums = torch.zeros(num_classes, 2, device=device)  # zero between updates
 
     def density(self, floor: float, signal_share: float = 0.5) -> Tensor:
         """Signal and marginal, each normalised, mixed, and a uniform share: ``[C]``, in the widest type of the device.
@@ -49,8 +50,9 @@ class ClassMemory:
         """Sums over the items of a step.
 
         Returns:
-            ``tail``, sparse ``[C, 2]``: per shared class Σ (s - p)² over the items that have the class outside their
-            ranked classes, and the number of these items; ``class_mass`` ``[C]``: the teacher's mass of every class.
+            ``tail``, sparse ``[C, 2]``, not coalesced: per shared class Σ (s - p)² over the items that have the class
+            outside their ranked classes, and the number of these items; ``class_mass`` ``[C]``: the teacher's mass of
+            every class.
         """
         num_tails, num_shared = sample.tail_ids.shape
         squared = signal[:, signal.shape[1] - num_shared :].square().masked_fill(~sample.outside_top, 0)
@@ -68,9 +70,13 @@ class ClassMemory:
             statistics: ``tail`` and ``class_mass`` as :meth:`statistics` gives them, ``items`` and ``not_finite``, the
                 numbers of items with and without a finite signal, all summed over processes.
         """
-        tail = statistics["tail"].coalesce()
-        ids, (squared, items) = tail._indices()[0], tail._values().unbind(1)
-        known = self.squared_signal[ids]
+        tail = statistics["tail"]
+        ids = tail._indices()[0]
+        # A class of several tails or processes is summed; each of its entries then finds the same sum.
+        sums = self._sums.index_add_(0, ids, tail._values()).index_select(0, ids)
+        self._sums.index_fill_(0, ids, 0)
+        squared, items = sums.unbind(1)
+        known = self.squared_signal.index_select(0, ids)
         mean = torch.where(items > 0, squared / items.clamp_min(1), known)
         self.squared_signal.index_copy_(0, ids, known.lerp(mean, self.RENEWAL))
         # The marginal is of the teacher alone: items without a finite signal count too.

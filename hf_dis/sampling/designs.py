@@ -53,22 +53,37 @@ def inclusion_probabilities(density: Tensor, num_sampled: int, last_size: int = 
     return expected.scatter_(-1, order, torch.where(capped, 1.0, expected.gather(-1, order)))
 
 
-def systematic_points(num_items: int, num_sampled: int, generator: torch.Generator) -> Tensor:
-    """Points u, u+1, u+2, ... with a random start u in [0, 1) per item: float64, ``[N, K]``, ascending."""
-    return unit_steps(torch.rand(num_items, 1, dtype=torch.float64, generator=generator), num_sampled)
+def systematic_points(
+    num_items: int, num_sampled: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Points u, u+1, u+2, ... with a random start u in [0, 1) per item: ascending, ``[N, K]``, on a device.
+
+    The points are of the widest type of the device.
+    """
+    return unit_steps(torch.rand(num_items, 1, dtype=torch.float64, generator=generator), num_sampled, device)
 
 
-def unit_steps(start: Tensor, num_sampled: int) -> Tensor:
-    """The points u, u+1, u+2, ... for starts u: ``[..., K]`` for float64 ``[..., 1]``.
+def unit_steps(start: Tensor, num_sampled: int, device: torch.device | str) -> Tensor:
+    """The points u, u+1, u+2, ... for starts u: ``[..., K]`` on a device for float64 ``[..., 1]`` on the CPU.
 
     Starts stay so far below 1 that no point reaches the next whole number where a device rounds it to float32.
     """
-    return start.clamp(max=1 - num_sampled * torch.finfo(torch.float32).eps) + torch.arange(num_sampled)
+    start = start.clamp(max=1 - num_sampled * torch.finfo(torch.float32).eps)
+    return to_device(start, device) + torch.arange(num_sampled, device=device)
 
 
 def independent_points(num_items: int, num_sampled: int, generator: torch.Generator) -> Tensor:
     """Independent uniform points in [0, K): float64, ``[N, K]``."""
     return torch.rand(num_items, num_sampled, dtype=torch.float64, generator=generator) * num_sampled
+
+
+def to_device(numbers: Tensor, device: torch.device | str) -> Tensor:
+    """Brings random numbers from the CPU to a device, in its widest type, without waiting for the device."""
+    device = torch.device(device)
+    numbers = numbers.to(widest(device))
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()  # else the host waits for a copy of more than 64 KiB
+    return numbers.to(device, non_blocking=True)
 
 
 def sample_ranks(
@@ -94,14 +109,13 @@ def sample_ranks(
     last = density.shape[-1] - 1
     last_size = num_ranks - last
     if design == "pps":
-        points = systematic_points(num_items, num_sampled, generator)
+        points = systematic_points(num_items, num_sampled, generator, density.device)
         expected = inclusion_probabilities(density, num_sampled, last_size)
     else:
-        points = independent_points(num_items, num_sampled, generator)
+        points = to_device(independent_points(num_items, num_sampled, generator), density.device)
         density = density.to(widest(density.device))
         total = density.sum(-1, keepdim=True) + (last_size - 1) * density[..., -1:]
         expected = num_sampled * density / total
-    points = points.to(expected.device, expected.dtype, non_blocking=True)
     cumulative = torch.cat([expected[..., :-1], expected[..., -1:] * last_size], -1).cumsum(-1)
     entry = torch.searchsorted(cumulative, points, right=True).clamp(max=last)
     inclusion = expected.expand(num_items, -1).gather(1, entry)
@@ -123,20 +137,23 @@ class Updates(NamedTuple):
     number: int
     start: float
 
-    def sample(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples by capped PPS.
+    def weights(self, sizes: Tensor, exists: Tensor | None = None) -> Tensor:
+        """Samples by capped PPS: ω = 1/π of the classes that are kept, 0 of the others, ``[E]``.
+
+        ``number`` classes are kept, or fewer where sizes are so uneven that further steps would cap more. All classes
+        are kept where there are at most ``number``.
 
         Args:
-            sizes: non-negative, ``[E]``; all are kept where E is at most ``number``.
-
-        Returns:
-            the places of the kept sizes, ascending, and their ω = 1/π in the type of the sizes. There are ``number``
-            places, or fewer where sizes are so uneven that further steps would cap more.
+            sizes: of the classes, non-negative, ``[E]``.
+            exists: false for entries that stand for no class, ``[E]``; None: there are none.
         """
+        ones = torch.ones_like(sizes)
         if self.number >= len(sizes):
-            return torch.arange(len(sizes), device=sizes.device), torch.ones_like(sizes)
+            return ones if exists is None else ones * exists
         dtype = sizes.dtype
         sizes = sizes.to(widest(sizes.device)).clamp_min(torch.finfo(sizes.dtype).tiny)
+        if exists is not None:
+            sizes = sizes * exists
         scale = self.number / sizes.sum()
         for _ in range(CAPPING_STEPS):
             free = scale * sizes < 1
@@ -144,8 +161,11 @@ class Updates(NamedTuple):
         inclusion = (scale * sizes).clamp_(max=1)
         # A place is kept where its stretch of the sum holds a point: no rounding keeps it twice.
         passed = (inclusion.cumsum(0) + self.start).floor()
-        kept = passed.diff(prepend=passed.new_zeros(1)).nonzero()[:, 0]
-        return kept, inclusion[kept].reciprocal().to(dtype)
+        kept = passed.diff(prepend=passed.new_zeros(1)) != 0
+        weights = inclusion.reciprocal().to(dtype).masked_fill_(~kept, 0)
+        if exists is None:
+            return weights
+        return torch.where(exists.sum() <= self.number, ones, weights).masked_fill(~exists, 0)
 
 
 def ranks_to_classes(ranks: Tensor, ranked_ids: Tensor) -> Tensor:

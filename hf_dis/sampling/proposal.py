@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_dis.precision import widest
+from hf_dis.sampling.answers import Answers
 from hf_dis.sampling.class_memory import ClassMemory
 from hf_dis.sampling.rank_proposal import RankProposal
 from hf_dis.sampling.sample import ClassSample, Statistics
@@ -31,10 +32,13 @@ class Proposal:
         self.num_classes, self.num_ranks, self.device = num_classes, num_ranks, device
         self.num_entries = depth if depth == num_ranks else depth + 1
 
-    def rank_density(self, targets: TeacherTargets) -> Tensor:
+    def rank_density(self, answers: Answers | TeacherTargets) -> Tensor:
         """Density over ranks, falling: ``[B]``, or ``[n, B]`` if it depends on the item.
 
         The last of the B entries is the density of every rank from B-1 on.
+
+        Args:
+            answers: the m best-ranked classes of each item and their log-probabilities.
         """
         return torch.ones(self.num_entries, dtype=widest(self.device), device=self.device)
 
@@ -91,7 +95,7 @@ class TopKProposal(Proposal):
         super().__init__(num_classes, num_ranks, depth, device)
         self.num_sampled = num_sampled
 
-    def rank_density(self, targets: TeacherTargets) -> Tensor:
+    def rank_density(self, answers: Answers | TeacherTargets) -> Tensor:
         """One for the first K ranks, zero for all others, ``[B]``."""
         return (torch.arange(self.num_entries, device=self.device) < self.num_sampled).to(widest(self.device))
 
@@ -122,9 +126,9 @@ class TeacherProposal(Proposal):
         self.floor = floor
         self.memory = ClassMemory(num_classes, decay, device)
 
-    def rank_density(self, targets: TeacherTargets) -> Tensor:
+    def rank_density(self, answers: Answers | TeacherTargets) -> Tensor:
         """The teacher's probabilities by rank, mixed with the uniform share, ``[n, B]``."""
-        density = targets.log_probs.to(widest(targets.log_probs.device)).exp()
+        density = answers.log_probs.to(widest(self.device)).exp()
         if self.num_entries > density.shape[1]:
             below = (1 - density.sum(1, keepdim=True)).clamp_min(0) / (self.num_ranks - density.shape[1])
             density = torch.cat([density, torch.minimum(below, density[:, -1:])], 1)
@@ -176,7 +180,7 @@ class DISProposal(Proposal):
         self.ranks = RankProposal(num_ranks, floor, decay, device)
         self.memory = ClassMemory(num_classes, decay, device)
 
-    def rank_density(self, targets: TeacherTargets) -> Tensor:
+    def rank_density(self, answers: Answers | TeacherTargets) -> Tensor:
         """The fitted mixture, ``[B]``."""
         return self.ranks.density(self.num_entries)
 

@@ -7,8 +7,7 @@ nothing else. The strata are this project's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -85,21 +84,6 @@ class ClassSample:
             outside_top=self.outside_top & ~left_out[:, None],
         )
 
-    @staticmethod
-    def cat(samples: Sequence[ClassSample]) -> ClassSample:
-        """Joins the samples of consecutive chunks of items, which have layout and tails in common.
-
-        Tails that no item uses are left out.
-        """
-        used_tails = samples[0].tail_ids[: max(1, sum(map(len, samples)))]
-        if len(samples) == 1:
-            return replace(samples[0], tail_ids=used_tails)
-        summed = sum(sample.class_mass for sample in samples)
-        whole = ("tail_ids", "class_mass", "has_label", "with_replacement", "updates")
-        per_item = [field.name for field in fields(ClassSample) if field.name not in whole]
-        joined = {name: torch.cat([vars(sample)[name] for sample in samples]) for name in per_item}
-        return replace(samples[0], tail_ids=used_tails, class_mass=summed, **joined)
-
 
 class Stratum(NamedTuple):
     """Columns of a sample among which the teacher's exact mass is known.
@@ -117,6 +101,10 @@ class Stratum(NamedTuple):
     certain: Tensor
     log_probs: Tensor
     mass: Tensor
+
+    def used_where(self, used: Tensor) -> Stratum:
+        """The stratum with weights of zero where false, ``[N, K]``."""
+        return self._replace(log_weights=self.log_weights.masked_fill(~used, -torch.inf))
 
     def without(self, label: Stratum, held: Tensor) -> Stratum:
         """Gives way to the label's own column: columns of the label's class are not used.

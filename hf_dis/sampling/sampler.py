@@ -12,10 +12,11 @@ from torch import Tensor
 from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require, require_number
 from hf_dis.precision import widest
+from hf_dis.sampling.answers import Answers, Ranked
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum
-from hf_dis.sampling.tails import Tails, is_member, sample_tails
+from hf_dis.sampling.tails import Tails, is_member, of_items, sample_tails
 from hf_dis.teacher.targets import TeacherTargets
 
 
@@ -80,32 +81,24 @@ class ClassSampler:
         else:
             none = torch.empty(1, 0, dtype=torch.long, device=self.proposal.device)
             tails = Tails(none, none.to(widest(none.device)))
-        samples, first_item = [], 0
-        for targets in teacher:
-            items = slice(first_item, first_item + len(targets))
-            samples.append(self._sample_chunk(targets, tails, first_item, None if labels is None else labels[items]))
-            first_item = items.stop
-            del targets  # the next chunk is computed without this one in memory
-        sample = ClassSample.cat(samples)
+        sample = self._sample(teacher, tails, labels)
         if self.num_updated is None:
             return sample
         start = torch.rand((), dtype=torch.float64, generator=self.generator)
         return replace(sample, updates=Updates(self.num_updated * len(sample), float(start)))
 
-    def _sample_chunk(
-        self, targets: TeacherTargets, tails: Tails, first_item: int, labels: Tensor | None
-    ) -> ClassSample:
-        ranks, ranked = self._sample_ranked(targets)
-        outside_top = ~is_member(targets.ids, tails.ids, first_item)
-        shared = _shared_stratum(targets, tails, first_item, outside_top, 1 - ranked.mass)
-        strata = [ranked, shared]
+    def _sample(self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None) -> ClassSample:
+        answers = self._answers(teacher, tails, labels)
+        ranked, num_items = answers.ranked or self._sample_ranked(answers), len(answers.ids)
+        outside_top = ~is_member(answers.ids, tails.ids)
+        mass = 1 - ranked.stratum.mass
+        shared = Stratum(*tails.of_items(num_items), answers.tail_log_probs, mass).used_where(outside_top)
+        strata = [ranked.stratum, shared]
         if labels is not None:
-            own = _label_stratum(targets, labels)
-            in_top = (targets.ids == own.ids).any(1) | (not self.num_shared)
-            strata = [ranked.without(own, in_top), own, shared.without(own, ~in_top)]
-
+            own = _label_stratum(labels, answers.label_log_probs)
+            in_top = (answers.ids == own.ids).any(1) | (not self.num_shared)
+            strata = [ranked.stratum.without(own, in_top), own, shared.without(own, ~in_top)]
         target = torch.cat([stratum.target() for stratum in strata], 1)
-        wants_mass = self.num_shared and self.proposal.wants_class_mass
         return ClassSample(
             item_ids=torch.cat([stratum.ids for stratum in strata[:-1]], 1),
             tail_ids=tails.ids,
@@ -114,29 +107,57 @@ class ClassSampler:
             log_probs=torch.cat([stratum.log_probs for stratum in strata], 1),
             # All zero where the teacher gives every sampled class the probability 0: the item then has no loss.
             target=target / target.sum(1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny),
-            ranks=ranks,
-            rank_weights=ranked.log_weights.exp(),
+            ranks=ranked.ranks,
+            rank_weights=ranked.stratum.log_weights.exp(),
             outside_top=outside_top,
-            class_mass=targets.class_mass() if wants_mass else target.new_empty(0),
+            class_mass=answers.class_mass,
             has_label=labels is not None,
             with_replacement=self.design == "replacement",
         )
 
-    def _sample_ranked(self, targets: TeacherTargets) -> tuple[Tensor, Stratum]:
-        """K ranks per item, ``[n, K]``, and their classes as a stratum."""
-        ranks, log_weights, certain = sample_ranks(
-            self.proposal.rank_density(targets),
-            self.num_ranks,
-            len(targets),
-            self.num_sampled,
-            self.design,
-            self.generator,
-        )
+    def _answers(self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None) -> Answers:
+        """Takes from each chunk of the teacher's answers what the sample needs of the chunk, and no more.
+
+        All else is done once for all items: on an accelerator a launch per chunk costs more than its work.
+        """
+        wants_mass = self.num_shared and self.proposal.wants_class_mass
+        parts, mass, first_item = [], None, 0
+        for targets in teacher:
+            items = slice(first_item, first_item + len(targets))
+            if wants_mass:
+                mass = targets.class_mass() if mass is None else mass.add_(targets.class_mass())
+            parts.append(
+                Answers(
+                    targets.ids,
+                    targets.log_probs,
+                    targets.log_prob(of_items(tails.ids, items.start, len(targets))),
+                    None if labels is None else targets.log_prob(labels[items, None]),
+                    # All C ranks are sampled from, whose classes only the chunk can tell.
+                    ranked=None if self.num_shared else self._sample_all_ranks(targets),
+                )
+            )
+            first_item = items.stop
+            del targets  # the next chunk is computed without this one in memory
+        return Answers.cat(parts)._replace(class_mass=parts[0].log_probs.new_empty(0) if mass is None else mass)
+
+    def _sample_ranked(self, answers: Answers) -> Ranked:
+        """K of each item's m ranks."""
+        ranks, log_weights, certain = self._sample_ranks(answers)
+        # Above the resolved depth a rank is a place in the ranking.
+        ids, log_probs = (values.gather(1, ranks) for values in (answers.ids, answers.log_probs))
+        return Ranked(ranks, Stratum(ids, log_weights, certain, log_probs, answers.log_probs.exp().sum(1)))
+
+    def _sample_all_ranks(self, targets: TeacherTargets) -> Ranked:
+        """K of all C ranks, for each item of a chunk."""
+        ranks, log_weights, certain = self._sample_ranks(targets)
         ids = ranks_to_classes(ranks, targets.ids)
-        mass = targets.log_probs.exp().sum(1)
-        if not self.num_shared:
-            mass = torch.ones_like(mass)
-        return ranks, Stratum(ids, log_weights, certain, targets.log_prob(ids), mass)
+        mass = torch.ones_like(targets.log_normaliser[:, 0])
+        return Ranked(ranks, Stratum(ids, log_weights, certain, targets.log_prob(ids), mass))
+
+    def _sample_ranks(self, answers: Answers | TeacherTargets) -> tuple[Tensor, Tensor, Tensor]:
+        """Ranks, log-weights and certain, as :func:`sample_ranks`."""
+        density, num_items = self.proposal.rank_density(answers), len(answers.ids)
+        return sample_ranks(density, self.num_ranks, num_items, self.num_sampled, self.design, self.generator)
 
     def learn(
         self, sample: ClassSample, signal: Tensor, reduce: Callable[[Statistics], Statistics] | None = None
@@ -151,9 +172,12 @@ class ClassSampler:
                 needed with one process.
         """
         with torch.no_grad():
-            finite = sample.finite_items(signal)
-            signal = signal.masked_fill(~finite[:, None], 0)
-            statistics = self.proposal.statistics(sample.without_items(~finite), signal)
+            finite = torch.ones_like(signal[:, 0], dtype=torch.bool)
+            # On a CPU a look at the sum saves four passes over the signal; elsewhere the look would wait.
+            if signal.device.type != "cpu" or not signal.sum().isfinite():
+                finite = sample.finite_items(signal)
+                signal, sample = signal.masked_fill(~finite[:, None], 0), sample.without_items(~finite)
+            statistics = self.proposal.statistics(sample, signal)
             if not statistics:
                 return
             statistics |= {"items": finite.sum(), "not_finite": (~finite).sum()}
@@ -193,18 +217,9 @@ class ClassSampler:
         self.proposal.load_state_dict(state)
 
 
-def _shared_stratum(
-    targets: TeacherTargets, tails: Tails, first_item: int, outside_top: Tensor, mass: Tensor
-) -> Stratum:
-    """The shared tail as a stratum of consecutive items; classes of an item's top are not used."""
-    ids, log_weights, certain = tails.of_items(first_item, len(targets))
-    return Stratum(ids, log_weights.masked_fill(~outside_top, -torch.inf), certain, targets.log_prob(ids), mass)
-
-
-def _label_stratum(targets: TeacherTargets, labels: Tensor) -> Stratum:
-    """The label's class as a stratum of its own, certain to be sampled."""
+def _label_stratum(labels: Tensor, log_probs: Tensor) -> Stratum:
+    """The label's class as a stratum of its own, certain to be sampled; log-probabilities are ``[N, 1]``."""
     ids = labels[:, None]
-    log_probs = targets.log_prob(ids)
     log_weights = torch.zeros_like(ids, dtype=torch.float32)
     return Stratum(ids, log_weights, torch.ones_like(ids, dtype=torch.bool), log_probs, log_probs[:, 0].exp())
 

@@ -25,10 +25,10 @@ class Tails(NamedTuple):
     ids: Tensor
     inclusion: Tensor
 
-    def of_items(self, first_item: int, num_items: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Class ids, log ω and certain (bool) for consecutive items: ``[n, K_t]`` each."""
+    def of_items(self, num_items: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Class ids, log ω and certain (bool) of each item: ``[N, K_t]`` each."""
         parts = self.ids, -self.inclusion.log().float(), self.inclusion >= 1
-        return tuple(of_items(part, first_item, num_items) for part in parts)
+        return tuple(of_items(part, 0, num_items) for part in parts)
 
 
 def of_items(tails: Tensor, first_item: int, num_items: int) -> Tensor:
@@ -76,29 +76,26 @@ def sample_tails(density: Tensor, num_sampled: int, num_tails: int, generator: t
     # In units of the density: the classes' shares end to end, and the points on them.
     start = torch.rand(1, dtype=torch.float64, generator=generator)
     starts = (start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1
-    points = unit_steps(starts[:, None], num_sampled)
-    points = points.to(density.device, dtype, non_blocking=True) / scale
+    points = unit_steps(starts[:, None], num_sampled, density.device) / scale
     ids = torch.searchsorted(density.clamp_max(1 / scale).cumsum(0), points, right=True).clamp(max=num_classes - 1)
     return Tails(ids, (scale * density.take(ids)).clamp_(max=1))
 
 
-def is_member(ids: Tensor, tail_ids: Tensor, first_item: int = 0) -> Tensor:
+def is_member(ids: Tensor, tail_ids: Tensor) -> Tensor:
     """Tells which classes of its tail an item holds among its own.
 
     Args:
-        ids: classes of consecutive items, ``[n, m]``.
+        ids: classes of each item, ``[N, m]``.
         tail_ids: of each tail, ascending, ``[G, K_t]``.
-        first_item: index of the first of these items in the batch.
 
     Returns:
-        bool, ``[n, K_t]``.
+        bool, ``[N, K_t]``.
     """
     num_tails, num_shared = tail_ids.shape
-    tail_ids = tail_ids.roll(-first_item, 0)  # the tail of the first item comes first
     items = by_tail(ids, num_tails)
     held = torch.zeros(*items.shape[:2], num_shared + 1, dtype=torch.bool, device=ids.device)
     if num_shared:
-        flat = items.flatten(1)
+        flat = items.flatten(1).contiguous()
         column = torch.searchsorted(tail_ids, flat).clamp(max=num_shared - 1)
         column = torch.where(tail_ids.gather(1, column) == flat, column, num_shared)
         held.scatter_(2, column.view(items.shape), True)

@@ -7,7 +7,7 @@ So every item computes its stored classes for certain, and further classes are s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,14 @@ class CachedTargets:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @classmethod
+    def cat(cls, parts: Sequence[CachedTargets]) -> CachedTargets:
+        """Joins the targets of consecutive items."""
+        if len(parts) == 1:
+            return parts[0]
+        joined = zip(*(part.compact for part in parts), strict=True)
+        return cls(CompactTargets(*map(torch.cat, joined)), parts[0].num_classes)
 
     def all_classes(self) -> CachedTargets:
         """Returns the teacher's answers for a loss on all classes: the stored classes stand for all."""

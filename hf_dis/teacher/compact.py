@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_dis.checks import require
-from hf_dis.teacher.targets import BLOCK_ELEMENTS, top_ranked, widen
+from hf_dis.teacher.targets import block_items, top_ranked, widen
 
 # The designs of a stored sample.
 STORED_DESIGNS = ("systematic", "independent")
@@ -51,7 +51,7 @@ def compact_targets(
     generator: torch.Generator,
     design: str = "systematic",
 ) -> CompactTargets:
-    """Ranks each item and samples from its tail, by blocks of items that stay in a processor's cache.
+    """Ranks each item and samples from its tail, by blocks of items.
 
     Args:
         logits: of the teacher, ``[n, C]``; finite, or -inf for masked classes.
@@ -67,11 +67,12 @@ def compact_targets(
     no_tail = depth >= logits.shape[1]
     require(not (no_tail and sample_size), "sample_size", sample_size, "0 where depth is the number of classes")
     starts = torch.rand(len(logits), 1 if design == "systematic" else sample_size, generator=generator)
-    items = max(1, BLOCK_ELEMENTS // logits.shape[1])
-    blocks = [
-        _compact_block(widen(part) / temperature, depth, sample_size, start.to(logits.device))
-        for part, start in zip(logits.split(items), starts.split(items), strict=True)
-    ]
+    starts, items = starts.to(logits.device), block_items(logits)
+    with torch.autocast(logits.device.type, enabled=False):  # which would round the products of the entropy
+        blocks = [
+            _compact_block(widen(part) / temperature, depth, sample_size, start)
+            for part, start in zip(logits.split(items), starts.split(items), strict=True)
+        ]
     return CompactTargets(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 

@@ -14,7 +14,7 @@ from hf_dis.items import Items
 from hf_dis.models.provenance import stored_values
 from hf_dis.models.tasks import base_model, find_task, num_outputs
 from hf_dis.teacher.stream import LogitStream
-from hf_dis.teacher.targets import TeacherTargets, check_teacher_logits
+from hf_dis.teacher.targets import BLOCKS_OF_CHUNK, TeacherTargets, check_teacher_logits
 
 
 class OnlineTeacher:
@@ -27,7 +27,7 @@ class OnlineTeacher:
         num_classes: C, the first classes of the model, which it shares with the student.
         temperature: τ > 0.
         depth: m, the ranks to resolve.
-        chunk_items: items per chunk; None: as many as keep the logits of a chunk within 64 MiB.
+        chunk_items: items per chunk; None: as :func:`hf_dis.teacher.targets.chunk_items` chooses for the device.
         context: entered around each forward; ``accelerator.autocast`` for mixed precision.
     """
 
@@ -67,7 +67,7 @@ class OnlineTeacher:
         return digest.hexdigest()[:16]
 
     def _rank(self, logits: Tensor) -> TeacherTargets:
-        return TeacherTargets(logits, self.temperature, self.depth)
+        return TeacherTargets(logits, self.temperature, self.depth, BLOCKS_OF_CHUNK)
 
     def all_classes(self, inputs: dict[str, Tensor], items: Items, check_values: bool = True) -> Iterator[Tensor]:
         """Yields the logits of each chunk of items, ``[n, C]``.

@@ -11,6 +11,15 @@ CHUNK_ELEMENTS = 2**24
 # Elements that a pass over items takes at a time on CPU, so that its results stay in the cache.
 BLOCK_ELEMENTS = 2**18
 
+# Elsewhere the number of parts is fixed, so that launches do not grow with the work, between the least and the most
+# elements of a part. 2^26 elements keep a device busy; 2^29 are 1 GiB in bfloat16.
+DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK = 10, 16, 2
+LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**29
+
+# Items of which one is counted in the class mass on an accelerator, where a pass over all logits is what a step costs.
+# Enough items remain: the class mass shapes a proposal that is a running mean over steps.
+MASS_STRIDE, MASS_ITEMS = 8, 128
+
 # Classes per group in top_ranked: the highest logit of a group tells if the group can hold a best-ranked class.
 GROUP = 8
 
@@ -20,10 +29,40 @@ def widen(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def block_items(values: Tensor) -> int:
-    """Counts the items of ``[n, C]`` that a pass takes at a time: as many as stay in a CPU's cache, elsewhere all."""
-    in_cache = BLOCK_ELEMENTS // max(1, values.shape[1])
-    return max(1, in_cache if values.device.type == "cpu" else len(values))
+def block_items(values: Tensor, blocks: int = DEVICE_BLOCKS) -> int:
+    """Counts the items of ``[n, C]`` that a pass takes at a time.
+
+    On a CPU the items of a block stay in its cache.
+
+    Args:
+        values: that the pass reads.
+        blocks: the most of them elsewhere, up to a size of 2^29.
+    """
+    num_items, num_classes = values.shape
+    if values.device.type == "cpu":
+        return max(1, BLOCK_ELEMENTS // max(1, num_classes))
+    return _part(num_items, num_classes, blocks)
+
+
+def chunk_items(num_items: int, num_classes: int, device: torch.device) -> int:
+    """Counts the items of a chunk of logits that exist at a time.
+
+    On a CPU a chunk has 2^24 logits. Elsewhere there are at most 10 chunks up to a size of 2^29.
+
+    Args:
+        num_items: N.
+        num_classes: C.
+        device: of the logits.
+    """
+    if device.type == "cpu":
+        return max(1, CHUNK_ELEMENTS // num_classes)
+    return _part(num_items, num_classes, DEVICE_CHUNKS)
+
+
+def _part(num_items: int, num_classes: int, number: int) -> int:
+    """Divides items into parts, as many as given or fewer; more only where a part would be too large."""
+    least, most = (max(1, elements // max(1, num_classes)) for elements in (LEAST_ELEMENTS, MOST_ELEMENTS))
+    return min(max(least, -(-num_items // number)), most)
 
 
 def top_ranked(logits: Tensor, depth: int) -> tuple[Tensor, Tensor]:
@@ -59,6 +98,7 @@ class TeacherTargets:
         logits: of the teacher, ``[n, C]``.
         temperature: τ > 0.
         depth: m, the ranks to resolve; at most C are resolved.
+        blocks: the most passes over parts of the logits on an accelerator.
 
     Attributes:
         logits, temperature: as given.
@@ -67,18 +107,26 @@ class TeacherTargets:
         log_normaliser: log Σ exp(logit / τ), ``[n, 1]``.
     """
 
-    def __init__(self, logits: Tensor, temperature: float, depth: int):
+    def __init__(self, logits: Tensor, temperature: float, depth: int, blocks: int = DEVICE_BLOCKS):
         self.logits, self.temperature = logits, temperature
         top, self.ids = top_ranked(logits, min(depth, logits.shape[1]))
+        highest = widen(top[:, :1])
         top = widen(top) / temperature
+        on_cpu = logits.device.type == "cpu"
+        self._stride = 1 if on_cpu else max(1, min(MASS_STRIDE, len(logits) // MASS_ITEMS))
         # A single pass of exponentials over all classes gives the normaliser and the classes' probabilities.
-        items = block_items(logits)
+        items = self._stride * -(-block_items(logits, blocks) // self._stride)
         self._probability = top.new_zeros(logits.shape[1])
         totals = []
-        for part, peak in zip(logits.split(items), top[:, :1].split(items), strict=True):
-            exponentials = (widen(part) / temperature).sub_(peak).exp_()
+        parts = (values.split(items) for values in (logits, highest, top[:, :1]))
+        for part, highest_logit, peak in zip(*parts, strict=True):
+            if on_cpu:
+                exponentials = (widen(part) / temperature).sub_(peak).exp_()
+            else:  # the subtraction widens: one launch and no copy
+                exponentials = (part - highest_logit).div_(temperature).exp_()
             totals.append(exponentials.sum(1))
-            self._probability.addmv_(exponentials.T, totals[-1].reciprocal())
+            counted, total = exponentials[:: self._stride], totals[-1][:: self._stride]
+            self._probability.addmv_(counted.T, total.reciprocal(), alpha=self._stride)
         self.log_normaliser = top[:, :1] + torch.cat(totals)[:, None].log_()
         self.log_probs = top - self.log_normaliser
 
@@ -94,9 +142,13 @@ class TeacherTargets:
         return widen(self.logits.gather(1, ids)) / self.temperature - self.log_normaliser
 
     def class_mass(self) -> Tensor:
-        """Sums the probability of each class over the items that do not rank the class, ``[C]``."""
-        ranked = self.log_probs.exp().flatten()
-        return self._probability.index_add(0, self.ids.flatten(), ranked, alpha=-1).clamp_min_(0)
+        """Sums the probability of each class over the items that do not rank the class, ``[C]``.
+
+        On an accelerator the sum is that over every eighth item, times eight.
+        """
+        ids, log_probs = self.ids[:: self._stride], self.log_probs[:: self._stride]
+        ranked = log_probs.exp().flatten()
+        return self._probability.index_add(0, ids.flatten(), ranked, alpha=-self._stride).clamp_min_(0)
 
 
 def check_teacher_logits(logits: Tensor, num_classes: int, first_item: int = 0, check_finite: bool = True) -> None:

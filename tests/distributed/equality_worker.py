@@ -59,11 +59,11 @@ class SamplesByLabel(ClassSampler):
         with mock.patch("hf_dis.sampling.designs.systematic_points", self._points):
             return super().sample(teacher, labels)
 
-    def _sample_chunk(self, targets, tails, first_item, labels):
+    def _sample(self, teacher, tails, labels):
         self.labels = labels
-        return super()._sample_chunk(targets, tails, first_item, labels)
+        return super()._sample(teacher, tails, labels)
 
-    def _points(self, num_items, num_sampled, generator):
+    def _points(self, num_items, num_sampled, generator, device):
         return (self.labels.double() * 0.618)[:, None] % 1 + torch.arange(num_sampled, dtype=torch.float64)
 
 

@@ -57,8 +57,8 @@ def test_touched_rows_sum_what_is_contributed_to_each():
     expected = torch.stack([scales[1] * vectors[1], scales[[0, 2, 3]] @ vectors])
     torch.testing.assert_close(touched.weight_rows(vectors, which, scales), expected)
     torch.testing.assert_close(touched.bias_rows(scales), torch.stack([scales[1], scales[[0, 2, 3]].sum()]))
-    some = touched.sampled(torch.tensor([3.0, 1, 0, 0]), Updates(1, 0.7))  # class 7 is met with probability 3/4
-    assert some.ids.tolist() == [7] and touched.sampled(torch.ones(4), Updates(2, 0.7)) is touched
+    some = TouchedRows(ids, torch.tensor([3.0, 1, 0, 0]), Updates(1, 0.7))  # class 7 is met with probability 3/4
+    assert some.ids.tolist() == [7] and TouchedRows(ids, torch.ones(4), Updates(2, 0.7)).ids.tolist() == [2, 7]
     torch.testing.assert_close(some.weight_rows(vectors, which, scales), expected[1:] * 4 / 3)
     torch.testing.assert_close(some.bias_rows(scales), scales[[0, 2, 3]].sum()[None] * 4 / 3)
     nothing = TouchedRows(ids[:0])

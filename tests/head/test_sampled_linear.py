@@ -221,3 +221,11 @@ def test_classes_that_the_head_does_not_have_are_an_error_before_anything_is_com
     for ids in ((ITEM_IDS.clone().fill_(bad), TAIL_IDS), (ITEM_IDS, torch.tensor([[bad]]))):
         with pytest.raises(IndexError, match="index out of range"):
             sampled_logits(*random_inputs(), *ids, row_sparse)
+
+
+def test_tails_of_no_item_are_left_out():
+    """A class outside the tails of all items is not touched: a lazy optimizer would move its row."""
+    features, weight = torch.randn(2, 5), nn.Parameter(torch.randn(C, 5))
+    tail_ids = torch.tensor([[0, 1], [1, 2], [3, 4]])
+    sampled_logits(features, weight, None, NO_IDS.expand(2, 0), tail_ids, row_sparse=True).sum().backward()
+    assert weight.grad.coalesce().indices().tolist() == [[0, 1, 2]]

@@ -28,7 +28,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_training_and_evaluation(tmp_path, monkeypatch, packing):
-    monkeypatch.setattr("hf_dis.teacher.stream.CHUNK_ELEMENTS", CHUNK_ITEMS * CLASSES)
+    monkeypatch.setattr("hf_dis.teacher.targets.CHUNK_ELEMENTS", CHUNK_ITEMS * CLASSES)
     trainer = chats.make_trainer(
         tmp_path,
         llama(CLASSES),

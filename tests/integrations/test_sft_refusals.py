@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import chats
 import peft
@@ -15,6 +16,7 @@ from trl import SFTConfig
 from hf_dis import cache_teacher_targets
 from hf_dis.errors import DataError
 from hf_dis.integrations import require
+from hf_dis.integrations.sft_checks import check_trainer, logger
 from hf_dis.integrations.trl import DISSFTConfig, DISSFTTrainer
 
 # TRL
@@ -197,22 +199,22 @@ def unpacked(tmp_path_factory):
 CACHED = {"teacher_model": None, "rank_depth": None}
 
 
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [({"packing": True}, "bfd"), ({"padding_free": True, "max_length": None}, "padding_free=True")],
-    ids=["packed", "padding-free"],
-)
-def test_a_cache_with_padding_free_batches(tmp_path, unpacked, settings, name):
-    with pytest.raises(ValueError, match=rf"teacher_cache cannot serve padding-free.*{name}.*'wrapped'"):
-        make_trainer(tmp_path, teacher_cache=unpacked, **settings, **CACHED)
-
-
-def test_a_cache_of_the_evaluation_with_padding_free_batches(tmp_path, unpacked):
-    with pytest.raises(ValueError, match="eval_teacher_cache cannot serve padding-free"):
-        make_trainer(tmp_path, eval_teacher_cache=unpacked, packing=True)
-
-
-def test_packing_with_a_cache_of_unpacked_examples(tmp_path, unpacked):
-    trainer = make_trainer(tmp_path, teacher_cache=unpacked, packing=True, packing_strategy="wrapped", **CACHED)
+@pytest.mark.parametrize("strategy", ["wrapped", "bfd"])
+def test_packing_with_a_cache_of_unpacked_examples(tmp_path, unpacked, strategy):
+    trainer = make_trainer(tmp_path, teacher_cache=unpacked, packing=True, packing_strategy=strategy, **CACHED)
     with pytest.raises(DataError, match="cache"):
         trainer.train()
+
+
+@pytest.mark.parametrize(("batch_size", "processes", "told"), [(2, 2, 1), (1, 2, 0), (2, 1, 0)])
+def test_examples_that_an_evaluation_counts_twice_are_told(caplog, batch_size, processes, told):
+    type(logger).warning_once.cache_clear()
+    trainer = SimpleNamespace(
+        processing_class=chats.tokenizer(),
+        padding_free=True,
+        eval_dataset=[1, 2, 3],
+        args=SimpleNamespace(per_device_eval_batch_size=batch_size),
+        accelerator=SimpleNamespace(num_processes=processes),
+    )
+    check_trainer(trainer)
+    assert caplog.text.count("set per_device_eval_batch_size=1") == told

@@ -185,9 +185,17 @@ def test_models_by_name(tmp_path):
     assert differing(state(trainer), state(here)) == []
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_cache_of_the_prepared_examples(tmp_path, packing):
-    settings = {"packing": packing, "packing_strategy": "wrapped", "assistant_only_loss": True, **ALL}
+PREPARED = {
+    "padded": {},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "packed": {"packing": True},
+    "packed by cuts": {"packing": True, "packing_strategy": "wrapped"},
+}
+
+
+@pytest.mark.parametrize("prepared", PREPARED)
+def test_a_cache_of_the_prepared_examples(tmp_path, prepared):
+    settings = {"assistant_only_loss": True, **ALL, **PREPARED[prepared]}
     online = make_trainer(tmp_path, **settings)
     cache = cache_teacher_targets(
         chats.teacher(),

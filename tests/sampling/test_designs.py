@@ -11,6 +11,15 @@ from hf_dis.sampling.designs import Updates, inclusion_probabilities, ranks_to_c
 # The classes that update the head
 
 
+def kept_by(updates, sizes):
+    """The places that are kept, and their weights; entries that stand for no class change nothing."""
+    weights = updates.weights(sizes)
+    padded, exists = torch.cat([sizes, torch.zeros(3)]), torch.arange(len(sizes) + 3) < len(sizes)
+    torch.testing.assert_close(updates.weights(padded, exists), torch.cat([weights, torch.zeros(3)]), equal_nan=True)
+    places = weights.nonzero()[:, 0]
+    return places, weights[places]
+
+
 def test_updates_are_kept_with_their_probability_and_weighted_by_its_inverse():
     """One place is certain, two cannot be met, and none is there twice."""
     sizes = torch.tensor([0.5, 30.0, 0.0, 1.0, 2.0, 0.25, 0.0, 1.5])
@@ -18,7 +27,7 @@ def test_updates_are_kept_with_their_probability_and_weighted_by_its_inverse():
     assert inclusion[1] == 1 and (inclusion[[2, 6]] == 0).all()
     kept = []
     for start in torch.rand(4000, dtype=torch.float64, generator=generator()).tolist():
-        places, weights = Updates(3, start).sample(sizes)
+        places, weights = kept_by(Updates(3, start), sizes)
         assert len(places) == 3 and (places.diff() > 0).all()
         torch.testing.assert_close(weights, inclusion[places].reciprocal().float())
         kept.append(places)
@@ -27,13 +36,13 @@ def test_updates_are_kept_with_their_probability_and_weighted_by_its_inverse():
 
 @pytest.mark.parametrize("sizes", [torch.ones(5), torch.zeros(5), torch.tensor([1.0, 0, 0, 0, 1e-30])])
 def test_as_many_updates_as_there_are_is_all_of_them(sizes):
-    places, weights = Updates(5, 0.7).sample(sizes)
+    places, weights = kept_by(Updates(5, 0.7), sizes)
     assert places.tolist() == [0, 1, 2, 3, 4] and weights.tolist() == [1] * 5
 
 
 @pytest.mark.parametrize("sizes", [torch.ones(6), torch.zeros(6), torch.tensor([0.0, 1, 0, 0, 0, 1e-30])])
 def test_updates_of_equal_or_vanishing_sizes(sizes):
-    places, weights = Updates(5, 0.7).sample(sizes)
+    places, weights = kept_by(Updates(5, 0.7), sizes)
     assert len(places) <= 5 and weights.isfinite().all()
     assert len(places) == 5 or sizes.max() > sizes.min()
 
@@ -42,7 +51,7 @@ def test_updates_stay_unbiased_where_more_are_to_be_capped_than_there_are_steps(
     sizes = 8.0 ** -torch.arange(16)
     total = torch.zeros(16)
     for start in torch.rand(4000, dtype=torch.float64, generator=generator()).tolist():
-        places, weights = Updates(12, start).sample(sizes)
+        places, weights = kept_by(Updates(12, start), sizes)
         assert len(places) <= 12 and (weights >= 1).all()
         total[places] += weights
     assert (total[:6] == 4000).all() and ((total / 4000)[6:9] - 1).abs().max() < 0.2
@@ -54,7 +63,7 @@ def test_an_overflow_stays_one(bad):
     for place in range(4):
         sizes = torch.ones(4)
         sizes[place] = bad
-        assert not Updates(2, 0.5).sample(sizes)[1].isfinite().all()
+        assert not kept_by(Updates(2, 0.5), sizes)[1].isfinite().all()
 
 
 # Inclusion probabilities

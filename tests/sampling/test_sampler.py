@@ -120,13 +120,16 @@ def test_chunks_join_to_the_sample_of_the_whole_batch(layout, labelled):
         torch.testing.assert_close(getattr(joined, name), getattr(whole, name), msg=name)
 
 
-@pytest.mark.parametrize(("num_items", "expected"), [(0, 1), (1, 1), (3, 3), (5, 5), (6, 5)])
-def test_there_are_no_more_tails_than_items(num_items, expected):
-    """A class outside the tails of all items is not touched."""
+@pytest.mark.parametrize("num_items", [0, 1, 3, 5, 6])
+def test_statistics_have_as_many_entries_for_any_number_of_items(num_items):
+    """Processes with other numbers of items gather these entries side by side."""
     sampler = make_sampler(30, SamplerSpec(num_sampled_classes=2, num_shared_classes=4, num_tails=5))
     chunks = torch.randn(num_items, 30).split(2) if num_items else [torch.empty(0, 30)]
     sample = sampler.sample(TeacherTargets(chunk, 2.0, sampler.rank_depth) for chunk in chunks)
-    assert sample.tail_ids.shape == (expected, 4) and len(sample) == num_items
+    signal = torch.rand(num_items, sample.log_weights.shape[1])
+    tail = sampler.proposal.statistics(sample, signal)["tail"]
+    assert len(sample) == num_items and tail._values().shape == (20, 2)
+    assert int(tail._values()[:, 1].sum()) == int(sample.outside_top.sum())
 
 
 def test_topk_takes_the_k_best_classes():

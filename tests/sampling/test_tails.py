@@ -43,4 +43,3 @@ def test_is_member_is_set_membership():
             [c in item for c in shared[number % num_tails].tolist()] for number, item in enumerate(ids.tolist())
         ]
         assert is_member(ids, shared).tolist() == expected
-        assert is_member(ids[7:], shared, first_item=7).tolist() == expected[7:]

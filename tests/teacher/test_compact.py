@@ -70,7 +70,7 @@ def test_a_teacher_that_is_certain_has_a_tail_of_next_to_nothing(gap):
 
 def test_blocks_of_items_are_as_one(monkeypatch):
     whole = compact_targets(logits(), 1.0, 4, 6, generator())
-    monkeypatch.setattr("hf_dis.teacher.compact.BLOCK_ELEMENTS", 2 * C)
+    monkeypatch.setattr("hf_dis.teacher.targets.BLOCK_ELEMENTS", 2 * C)
     for name, value in compact_targets(logits(), 1.0, 4, 6, generator())._asdict().items():
         torch.testing.assert_close(value, getattr(whole, name), rtol=0, atol=1e-6, msg=name)
 

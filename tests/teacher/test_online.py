@@ -47,9 +47,10 @@ def test_a_chunk_is_asked_for_only_when_it_is_needed():
 
 
 def test_chunks_fit_the_budget_of_elements(monkeypatch):
-    monkeypatch.setattr("hf_dis.teacher.stream.CHUNK_ELEMENTS", 100)
-    assert OnlineTeacher(Echo(), 12, 2.0, 5).stream.chunk_items == 8
-    assert OnlineTeacher(Echo(), 1_000, 2.0, 5).stream.chunk_items == 1
+    monkeypatch.setattr("hf_dis.teacher.targets.CHUNK_ELEMENTS", 100)
+    cpu = torch.device("cpu")
+    assert OnlineTeacher(Echo(), 12, 2.0, 5).stream.items_of_chunk(99, cpu) == 8
+    assert OnlineTeacher(Echo(), 1_000, 2.0, 5).stream.items_of_chunk(99, cpu) == 1
 
 
 def test_the_teacher_is_in_evaluation_mode_and_frozen():

@@ -1,0 +1,91 @@
+"""Launches, waits and memory of a step on an accelerator, counted on fake CUDA tensors."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from accelerator_counts import SHAPES, TARGETS_KINDS, count
+from fake_cuda import fake_cuda
+
+from hf_dis import DISLoss, make_sampler
+from hf_dis.sampling import sampler as sampling
+
+# Launches and waits of a step with torch alone: a change that needs more has to say so here.
+LAUNCHES = {
+    ("lm", "given"): 640,
+    ("lm", "cached"): 530,
+    ("lm", "online"): 1130,
+    ("classifier", "given"): 735,
+    ("classifier", "cached"): 590,
+    ("classifier", "online"): 1120,
+}
+# The number of distinct classes; in a language model also the positions of the items, and in a cache its items.
+WAITS = {"given": 1, "online": 2, "cached": 3}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("targets", TARGETS_KINDS)
+def test_launches_and_waits(shape, targets):
+    record = count(SHAPES[shape], targets)
+    assert record["launches"] <= LAUNCHES[shape, targets]
+    assert record["waits"] <= WAITS[targets]
+
+
+@pytest.mark.parametrize("targets", TARGETS_KINDS)
+def test_launches_do_not_grow_with_items_and_classes(targets):
+    shape = SHAPES["lm"]
+    larger = replace(shape, num_items=2 * shape.num_items, num_classes=2 * shape.num_classes)
+    assert count(larger, targets)["launches"] <= count(shape, targets)["launches"]
+
+
+def test_a_dense_head_launches_no_more():
+    shape = SHAPES["lm"]
+    assert count(shape, "given", row_sparse=False)["launches"] <= count(shape, "given")["launches"]
+
+
+# What the counts find
+
+
+def step(change, num_items=64, num_classes=5000):
+    """The counts of a forward of DISLoss in which the ranking of a chunk does something more."""
+    own = sampling.ClassSampler._sample_ranked
+    with fake_cuda() as counts:
+        sampler = make_sampler(num_classes, device="cuda")
+        dis_loss = DISLoss(sampler)
+        dis_loss._has_checked_values = True
+        features = torch.empty(num_items, 8, device="cuda", requires_grad=True)
+        weight = torch.empty(num_classes, 8, device="cuda", requires_grad=True)
+        logits = torch.empty(num_items, num_classes, device="cuda")
+
+        def changed(self, answers):
+            change(answers)
+            return own(self, answers)
+
+        with mock.patch.object(sampling.ClassSampler, "_sample_ranked", changed):
+            counts.start()
+            dis_loss(features, weight, None, logits)
+        return sum(counts.launches.values()), sum(counts.waits.values())
+
+
+def test_a_tensor_on_the_processor_is_refused():
+    with pytest.raises(RuntimeError, match="cpu"):
+        step(lambda answers: answers.log_probs + torch.ones(len(answers.ids), 1))
+
+
+def test_a_look_at_a_value_is_a_wait():
+    assert step(lambda answers: answers.log_probs.sum().item())[1] == step(lambda answers: None)[1] + 1
+
+
+def test_a_pageable_copy_is_a_wait():
+    assert step(lambda answers: torch.empty(2**15).to("cuda"))[1] == step(lambda answers: None)[1] + 1
+
+
+def test_a_loop_over_items_is_counted():
+    launches = step(lambda answers: [item.exp() for item in answers.log_probs])[0]
+    assert launches == step(lambda answers: None)[0] + 64
