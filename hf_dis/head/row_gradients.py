@@ -64,6 +64,19 @@ def _sorted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return both >> bits, both & 2**bits - 1
 
 
+def _most_classes(place: Tensor) -> int:
+    """The number of classes, for the place of each contribution's class; off the CPU the most that there can be.
+
+    Entries beyond the number of classes stand for no class.
+    """
+    return int(place[-1]) + 1 if place.device.type == "cpu" and len(place) else len(place)
+
+
+def _on_the_host(*numbers: Tensor) -> list[int]:
+    """Reads whole numbers in a single wait for the device."""
+    return torch.stack(numbers).tolist()
+
+
 class TouchedRows:
     """The distinct classes of many contributions to a gradient, and sums of the contributions to each class.
 
@@ -84,20 +97,17 @@ class TouchedRows:
         is_first = torch.ones_like(in_order, dtype=torch.bool)
         torch.ne(in_order[1:], in_order[:-1], out=is_first[1:])
         place = is_first.cumsum(0) - 1
-        # Elsewhere the number of classes is not known to the host: entries from this number on stand for no class.
-        on_cpu, most = ids.device.type == "cpu", len(ids)
-        if on_cpu and most:
-            most = int(place[-1]) + 1
+        most = _most_classes(place)
         exists = torch.arange(most, device=ids.device) <= place[-1:]
         self._weights: Tensor | None = None
         is_kept = exists
         if updates is not None and updates.number < most:
             sums = sizes.new_zeros(most).index_add_(0, place, sizes.index_select(0, order))
-            self._weights = updates.weights(sums, None if on_cpu else exists)
+            self._weights = updates.weights(sums, None if ids.device.type == "cpu" else exists)
             is_kept = self._weights != 0
         of_kept = is_kept.index_select(0, place)
         counts = torch.zeros_like(in_order[:most]).index_add_(0, place, torch.ones_like(place))
-        number, contributions = torch.stack([is_kept.sum(), of_kept.sum()]).tolist()
+        number, contributions = _on_the_host(is_kept.sum(), of_kept.sum())
         kept = torch.nonzero_static(is_kept, size=number)[:, 0]
         self.ids = in_order.new_empty(most).index_copy_(0, place, in_order).index_select(0, kept)
         self._counts = counts.index_select(0, kept)
