@@ -113,13 +113,14 @@ class Steps:
         self.features.requires_grad_()
         if self.teacher == "given":
             log_probs = (widen(logits).log_softmax(1) for logits in self._stream())
+            vars(self).pop("probabilities", None)
             self.log_probs = torch.cat([part.to(self.place.dtype) for part in log_probs])
             self.targets = [TeacherTargets(part, 1.0, SAMPLED) for part in self.log_probs.split(self.chunk_items)]
 
     @cached_property
     def probabilities(self) -> Tensor:
         """The given teacher's probabilities, ``[N, V]``."""
-        return self.log_probs.exp()
+        return self.log_probs.exp().to(self.place.dtype)  # autocast makes them float32
 
     def _teacher_logits(self) -> Tensor:
         return self.log_probs if self.teacher == "given" else self.teacher_features @ self.teacher_weight.T
@@ -296,7 +297,7 @@ def report(
             "sampled": SAMPLED + SHARED if method == "dis" else sizes["vocab"],
             "ms": ms,
             "peak_mb": None if ms is None or arguments.no_peaks else measured.peak_mb(method, __file__, *setting),
-            "error": error if method == "dis" else 0.0,
+            "error": {"dis": error, "head_product": None}.get(method, 0.0),
         }
         if ms is None:
             record |= {"left_out": measured.left_out[method], "error": None}
@@ -314,7 +315,7 @@ def print_record(record: dict, dis_ms: float | None) -> None:
     ratio = None if dis_ms is None else f"{record['ms'] / dis_ms:.1f}"
     peak = None if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
     error = None if record["error"] is None else f"{record['error']:.4f}"
-    print(row(*setting, f"{record['ms']:,.0f}", ratio, peak, error), flush=True)
+    print(row(*setting, f"{record['ms']:,.1f}", ratio, peak, error), flush=True)
 
 
 if __name__ == "__main__":
