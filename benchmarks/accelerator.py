@@ -40,7 +40,7 @@ SETTINGS = {
 QUICK_SETTINGS = {
     "head_scaling": "--layouts default --classes 300 900 --items 16 --features 8 --repeats 1 --no_peaks",
     "language_model": "--vocab 1500 --tokens 64 --width 16 --teacher_width 16 --repeats 1 --no_peaks",
-    "training_step": "--classes 700 --steps 1 --rounds 1",
+    "training_step": "--classes 700 --steps 1 --rounds 1 --methods exact dis_online",
     "cache_speed": "--classes 100 --images 4 --rounds 1",
 }
 # Methods that do not compute the loss on all classes.

@@ -88,12 +88,15 @@ class Place:
         dtype: bfloat16 for autocast and a teacher in bfloat16, or float32. The student's weight is float32.
     """
 
-    device: torch.device = torch.device("cpu")
-    dtype: torch.dtype = torch.float32
+    device: torch.device
+    dtype: torch.dtype
 
     def precision(self) -> AbstractContextManager:
         """The context of the student's head."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+
+ON_CPU = Place(torch.device("cpu"), torch.float32)
 
 
 class Steps:
@@ -107,10 +110,10 @@ class Steps:
     """
 
     def __init__(
-        self, num_classes: int, layout: str, items: int = ITEMS, features: int = FEATURES, place: Place | None = None
+        self, num_classes: int, layout: str, items: int = ITEMS, features: int = FEATURES, place: Place = ON_CPU
     ):
         torch.manual_seed(0)
-        self.num_classes, self.place = num_classes, place or Place()
+        self.num_classes, self.place = num_classes, place
         device = self.place.device
         self.features = torch.randn(items, features, requires_grad=True, device=device)
         self.weight = torch.nn.Parameter(torch.randn(num_classes, features, device=device) / features**0.5)
@@ -288,9 +291,7 @@ def report(
     return records
 
 
-def make_record(
-    arguments: argparse.Namespace, num_classes: int, layout: str, method: str, ms: float | None
-) -> dict:
+def make_record(arguments: argparse.Namespace, num_classes: int, layout: str, method: str, ms: float | None) -> dict:
     """The record of one line of the table, its peak not measured yet."""
     spec = LAYOUTS[layout]
     return {

@@ -46,7 +46,7 @@ import peers
 import torch
 import torch.nn.functional as F
 from common import EXACT_NOTE, header, machine, parse, parser, row, write
-from head_scaling import Place, RankedLoss, kl_divergence
+from head_scaling import ON_CPU, Place, RankedLoss, kl_divergence
 from peers import NEEDS
 from timing import Measured, add_arguments, attempted, available, clock_name, measure, peak_of_a_step, step_dtype
 from torch import Tensor
@@ -82,10 +82,10 @@ class Steps:
         width: int,
         teacher: str,
         teacher_width: int = TEACHER_WIDTH,
-        place: Place | None = None,
+        place: Place = ON_CPU,
     ):
         torch.manual_seed(0)
-        self.vocab, self.tokens, self.teacher, self.place = vocab, tokens, teacher, place or Place()
+        self.vocab, self.tokens, self.teacher, self.place = vocab, tokens, teacher, place
         device = self.place.device
         self.chunk_items = max(1, CHUNK_ELEMENTS // vocab)
         self.projections = [

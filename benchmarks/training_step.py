@@ -207,17 +207,19 @@ def teacher_forward(teacher, images: list[dict], num_steps: int) -> list[float]:
     return times
 
 
-def measure(num_classes: int, num_steps: int, rounds: int, device: torch.device) -> tuple[list[dict], float]:
-    """Records of all methods, and the median milliseconds of the teacher's bare forward."""
+def measure(
+    methods: list[tuple[str, str | None]], num_classes: int, num_steps: int, rounds: int, device: torch.device
+) -> tuple[list[dict], float | None]:
+    """Records of the methods, and the median milliseconds of the teacher's bare forward, if one needs the teacher."""
     generator = torch.Generator().manual_seed(0)
     images = [{"pixel_values": torch.randn(3, 32, 32, generator=generator)} for _ in range(ITEMS)]
     teacher = regnet(num_classes, 1).eval().to(device)
     bare_forward: list[float] = []
-    times: dict[tuple[str, str | None], list[float]] = {method: [] for method in METHODS}
-    ratios: dict[tuple[str, str | None], list[float]] = {method: [] for method in METHODS}
+    times: dict[tuple[str, str | None], list[float]] = {method: [] for method in methods}
+    ratios: dict[tuple[str, str | None], list[float]] = {method: [] for method in methods}
     peaks = {}
     for _ in range(rounds):
-        for method in METHODS:
+        for method in methods:
             floor = statistics.median(train("headless", None, num_classes, teacher, images, num_steps).milliseconds)
             if method[0] in WITH_TEACHER:
                 forward = teacher_forward(teacher, images, num_steps)
@@ -239,18 +241,23 @@ def measure(num_classes: int, num_steps: int, rounds: int, device: torch.device)
         }
         for (method, layout), values in times.items()
     ]
-    return records, statistics.median(bare_forward)
+    return records, statistics.median(bare_forward) if bare_forward else None
 
 
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--classes", type=int, default=100_000)
+    names = list(dict.fromkeys(name for name, _ in METHODS))
+    made.add_argument("--methods", choices=names, nargs="+", default=names, help="each in all of its layouts")
     made.add_argument("--steps", type=int, default=4, help="per method and round")
     made.add_argument("--rounds", type=int, default=6)
     arguments = parse(made)
-    records, teacher_ms = measure(arguments.classes, arguments.steps, arguments.rounds, arguments.device)
+    methods = [method for method in METHODS if method[0] in arguments.methods]
+    sizes = arguments.classes, arguments.steps, arguments.rounds
+    records, teacher_ms = measure(methods, *sizes, arguments.device)
     print(machine(arguments.device))
-    print(f"{arguments.classes:,} classes; the teacher's bare forward: {teacher_ms:.0f} ms")
+    bare = "" if teacher_ms is None else f"; the teacher's bare forward: {teacher_ms:.0f} ms"
+    print(f"{arguments.classes:,} classes{bare}")
     print(f"{EXACT_NOTE}\n")
     print(header("method", "layout", "ms", "samples/s", "ratio to floor", "peak MB"))
     for record in records:

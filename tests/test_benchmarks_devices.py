@@ -197,10 +197,10 @@ def test_a_head_step_makes_its_tensors_on_the_device(method):
 
 
 @pytest.mark.parametrize("teacher", ["given", "online"])
-@pytest.mark.parametrize("method", [*language_model.METHODS])
-def test_a_language_models_step_makes_its_tensors_on_the_device(method, teacher):
-    if method in ("trl_chunked", "liger", "liger_kl"):
-        pytest.skip("compiles a kernel")
+@pytest.mark.parametrize("method", [method for method in language_model.METHODS if "liger" not in method])
+def test_a_language_models_step_makes_its_tensors_on_the_device(method, teacher, monkeypatch):
+    if method == "trl_chunked":
+        monkeypatch.setattr("trl.kernels.chunked_divergence._use_triton", lambda device: False)  # kernels need a card
     with fake_cuda({"unique_consecutive": 200}):
         steps = language_model.Steps(3000, 16, 8, teacher, 12, Place(CUDA, torch.bfloat16))
         steps.run(method)
