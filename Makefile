@@ -12,12 +12,19 @@ OLDEST_TESTS := tests/trainer/test_trainer.py tests/trainer/test_text.py tests/t
 	tests/loss/test_extremes.py tests/sampling/test_sampler.py tests/cache tests/data tests/metrics \
 	tests/distributed/test_ddp.py
 
-.PHONY: demo test test-slow test-oldest test-deepspeed test-all lint clean
+# Folder of the page and the records of bench-accelerator.
+OUT ?= bench-accelerator
+
+.PHONY: demo bench-accelerator test test-slow test-oldest test-deepspeed test-all lint clean
 
 ## Distil a 3,375-class glyph recogniser by five methods, offline: table and plots in runs/glyphs/
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) examples/run_glyphs.py --output_dir runs/glyphs
+
+## Time the steps on the accelerator of this machine in at most 8 minutes: accelerator.md and JSON lines in OUT
+bench-accelerator: $(VENV)/.installed
+	$(BIN)/python benchmarks/accelerator.py --output_dir $(OUT)
 
 test: $(VENV)/.installed
 	$(TEST) -m "not slow"

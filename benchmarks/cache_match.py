@@ -9,7 +9,8 @@ sampled: classes are sampled, from each source by its defaults, with row_sparse_
 are sampled item by item, with the teacher as in the demo (K = 128, every rank resolved).
 exact: the student computes all logits, so that only the targets differ.
 
-seconds is the processor time of the training, one thread with OMP_NUM_THREADS=1. --sources cached leaves out the
+seconds is the processor time of the training, one thread with OMP_NUM_THREADS=1; with --device it is the time of the
+training on the device. --sources cached leaves out the
 teacher, for a look at another K alone.
 """
 
@@ -19,10 +20,11 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from common import header, parser, row, write
+import torch
+from common import header, machine, parse, parser, row, write
+from timing import stopwatch
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -40,6 +42,7 @@ MODES, SOURCES = ("sampled", "exact"), ("online", "cached")
 def settings_of(arguments: argparse.Namespace, mode: str, source: str) -> dict:
     """The settings of a student besides those of the demo."""
     settings = {
+        "use_cpu": arguments.device.type == "cpu",
         "num_shared_classes": arguments.num_shared_classes,
         "num_tails": arguments.num_tails,
         "exact_warmup_steps": arguments.exact_warmup_steps,
@@ -54,7 +57,7 @@ def settings_of(arguments: argparse.Namespace, mode: str, source: str) -> dict:
 
 
 def train(teacher, task, cache: TeacherCache | None, mode: str, seed: int, folder: str, **settings) -> dict:
-    """Quality and processor time of one student."""
+    """Quality of one student, and the time of its training."""
     trainer = student_trainer(
         teacher,
         task,
@@ -67,9 +70,7 @@ def train(teacher, task, cache: TeacherCache | None, mode: str, seed: int, folde
         **settings,
     )
     set_seed(seed)
-    started = time.process_time()
-    trainer.train()
-    seconds = time.process_time() - started
+    seconds = stopwatch(torch.device(trainer.args.device.type), cpu_time=True).milliseconds(trainer.train) / 1000
     metrics = trainer.evaluate()
     return {"top1": metrics["eval_top1"], "kl": metrics["eval_kl"], "seconds": seconds}
 
@@ -114,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     made.add_argument("--num_updated_classes", type=int, help="U of both; the default if not given")
     made.add_argument("--exact_warmup_steps", type=float, default=0.0, help="of both")
     made.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
-    return made.parse_args()
+    return parse(made)
 
 
 def main() -> None:
@@ -125,6 +126,7 @@ def main() -> None:
     task = GlyphImages(glyphs["train"], NORMALISE), GlyphImages(glyphs["test"], NORMALISE), names
     teacher = load_teacher(arguments.teacher)
     records = []
+    print(machine(arguments.device))
     with tempfile.TemporaryDirectory() as folder:
         cache = cache_teacher_targets(
             teacher,
@@ -143,7 +145,7 @@ def main() -> None:
             found = compare(arguments, mode, teacher, task, cache, folder)
             print_means(mode, found)
             records += found
-    write(records, arguments.json)
+    write(records, arguments.json, arguments.device)
 
 
 if __name__ == "__main__":

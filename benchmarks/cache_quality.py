@@ -17,6 +17,8 @@ the part of error that no number of samples averages away. Then a student is tra
 An item of rs_kd is counted as an id and a count of 7 bits for each distinct class, or as an id for each sample,
 whichever is less. 8 bytes per item are common to all designs. The 12 bytes per example for its key and its place in
 the file are not counted.
+
+With --device teacher and students are on the device.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import NamedTuple
 import cache_tasks
 import torch
 from cache_tasks import LAYOUTS, Task
-from common import header, parser, row, write
+from common import header, machine, parse, parser, row, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
@@ -123,7 +125,7 @@ def students(task: Task, folder: str) -> list[PreTrainedModel]:
     found = []
     for steps in task.snapshots:
         set_seed(0)
-        student = task.student()
+        student = task.student().to(task.teacher.device)
         if steps:
             args = task.arguments(folder, max_steps=steps, lr_scheduler_type="constant_with_warmup")
             DISDistillationTrainer(
@@ -175,7 +177,9 @@ def compare(task: Task, folder: str) -> dict[str, tuple[Design, dict[str, float]
         generator=torch.Generator().manual_seed(0),
         collate_fn=task.collator,
     )
-    items, inputs = split_labels(task.teacher, find_task(task.teacher), next(iter(loader)))
+    device = task.teacher.device
+    batch = {name: values.to(device) for name, values in next(iter(loader)).items()}
+    items, inputs = split_labels(task.teacher, find_task(task.teacher), batch)
     with torch.no_grad():
         teacher_logits = items.of(task.teacher.eval()(**inputs).logits)
     compared = designs(task, teacher_logits)
@@ -237,17 +241,18 @@ def main() -> None:
     made.add_argument("--epochs", type=float, default=4.0, help="of a glyph student; 0: gradients only")
     made.add_argument("--steps", type=int, default=160, help="of a text student; 0: gradients only")
     made.add_argument("--seeds", type=int, default=1, help="students of each design")
-    arguments = made.parse_args()
+    arguments = parse(made)
     logging.set_verbosity_error()
     records = []
+    print(machine(arguments.device))
     print(header("task", "design", "m", "T", "bytes per item", "angle", "error", "bias²", "top-1 or perplexity"))
     for name in arguments.tasks:
         is_text = name == "text"
         length = arguments.steps if is_text else arguments.epochs
         task = (
-            cache_tasks.text(arguments.text_teacher, length)
+            cache_tasks.text(arguments.text_teacher, length, arguments.device)
             if is_text
-            else cache_tasks.glyphs(arguments.teacher, length)
+            else cache_tasks.glyphs(arguments.teacher, length, arguments.device)
         )
         with tempfile.TemporaryDirectory() as folder:
             for kind, (design, record) in compare(task, folder).items():
@@ -256,7 +261,7 @@ def main() -> None:
                 sizes = {"depth": design.layout.depth, "sample_size": design.layout.sample_size}
                 records.append({"task": name, "design": kind, **sizes, **record, "top1_or_ppl": quality})
                 print_record(records[-1])
-    write(records, arguments.json)
+    write(records, arguments.json, arguments.device)
 
 
 def print_record(record: dict) -> None:

@@ -6,16 +6,18 @@ Teachers with random weights, images in memory, batches of 64, the default of 30
 takes the same batches, output layer included, in turn with the caching; figures are medians of the rounds. ratio is
 the images per second of caching over those of the bare forward: reading, keys, ranking, sampling, packing and writing
 are the rest.
+
+With --device the teacher is on the device, and both sides bring each batch of images there.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 
 import torch
-from common import header, machine, parser, row, write
+from common import header, machine, parse, parser, row, write
+from timing import stopwatch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_dis import cache_teacher_targets
@@ -51,19 +53,21 @@ TEACHERS = {
 @torch.no_grad()
 def bare_forward(teacher, images: torch.Tensor) -> float:
     """Images per second of the forward alone."""
-    started = time.perf_counter()
+    watch = stopwatch(teacher.device)
+    watch.start()
     for batch in images.split(BATCH):
-        teacher(pixel_values=batch)
-    return len(images) / (time.perf_counter() - started)
+        teacher(pixel_values=batch.to(teacher.device))
+    return 1000 * len(images) / watch.stop()
 
 
 def caching(teacher, images: torch.Tensor) -> float:
     """Images per second of the caching."""
     examples = [{"pixel_values": image} for image in images]
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
+        watch = stopwatch(teacher.device)
+        watch.start()
         cache_teacher_targets(teacher, examples, folder, batch_size=BATCH, show_progress=False)
-        return len(images) / (time.perf_counter() - started)
+        return 1000 * len(images) / watch.stop()
 
 
 def main() -> None:
@@ -71,14 +75,15 @@ def main() -> None:
     made.add_argument("--classes", type=int, nargs="+", default=[10_000, 100_000])
     made.add_argument("--images", type=int, default=256)
     made.add_argument("--rounds", type=int, default=3)
-    arguments = made.parse_args()
-    print(f"{machine()}\n")
+    arguments = parse(made)
+    print(f"{machine(arguments.device)}\n")
     print(header("teacher", "C", "bare forward, images/s", "caching, images/s", "ratio"), flush=True)
     records = []
     for name, (build, size) in TEACHERS.items():
         for num_classes in arguments.classes:
             torch.manual_seed(0)
             teacher, images = build(num_classes).eval(), torch.randn(arguments.images, 3, size, size)
+            teacher.to(arguments.device)
             bare_forward(teacher, images[:BATCH])
             pairs = [(bare_forward(teacher, images), caching(teacher, images)) for _ in range(arguments.rounds)]
             bare, cached = (statistics.median(values) for values in zip(*pairs, strict=True))
@@ -91,7 +96,7 @@ def main() -> None:
             }
             records.append(record)
             print(row(name, f"{num_classes:,}", f"{bare:.1f}", f"{cached:.1f}", f"{cached / bare:.0%}"), flush=True)
-    write(records, arguments.json)
+    write(records, arguments.json, arguments.device)
 
 
 if __name__ == "__main__":

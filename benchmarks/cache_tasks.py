@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, default_data_collator
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -34,7 +35,7 @@ class Task:
         student: makes one.
         train_dataset, eval_dataset, collator: the data.
         temperature: τ.
-        settings: of DISConfig.
+        settings: of DISConfig; ``use_cpu`` among them.
         snapshots: steps of exact distillation after which the designs are compared.
         metrics: keyword arguments of the trainer.
     """
@@ -66,12 +67,13 @@ class Task:
         )
 
 
-def glyphs(teacher: str | None, epochs: float) -> Task:
+def glyphs(teacher: str | None, epochs: float, device: torch.device) -> Task:
     """Characters as images, not augmented, at temperature 2.
 
     Args:
         teacher: saved by run_glyphs.py; None: it is trained first.
         epochs: of a student.
+        device: of the teacher and of the trainings.
     """
     splits = load_glyphs()
     num_classes = splits["train"].features["label"].num_classes
@@ -90,6 +92,7 @@ def glyphs(teacher: str | None, epochs: float) -> Task:
         "warmup_steps": 0.2,
         "weight_decay": 0.02,
         "remove_unused_columns": False,
+        "use_cpu": device.type == "cpu",
     }
     metrics = {
         "compute_metrics": lambda predicted: TopKAccuracy().compute(
@@ -99,7 +102,7 @@ def glyphs(teacher: str | None, epochs: float) -> Task:
     }
     return Task(
         "glyphs",
-        model,
+        model.to(device),
         lambda: glyph_task.build_student(num_classes),
         glyph_task.GlyphImages(splits["train"], glyph_task.NORMALISE),
         glyph_task.GlyphImages(splits["test"], glyph_task.NORMALISE),
@@ -111,12 +114,13 @@ def glyphs(teacher: str | None, epochs: float) -> Task:
     )
 
 
-def text(teacher: str | None, steps: int) -> Task:
+def text(teacher: str | None, steps: int, device: torch.device) -> Task:
     """The text of Python's standard library, at temperature 1.
 
     Args:
         teacher: saved with its tokenizer; None: it is trained first.
         steps: of a student.
+        device: of the teacher and of the trainings.
     """
     texts = clm_task.load_texts()
     if teacher:
@@ -125,7 +129,9 @@ def text(teacher: str | None, steps: int) -> Task:
         tokenizer = clm_task.train_tokenizer(texts["train"], 32_000)
     blocks = clm_task.tokenized(texts, tokenizer, BLOCK_TOKENS)
     if not teacher:
-        args = DISConfig(output_dir="runs/cache_quality", disable_tqdm=True, report_to="none")
+        args = DISConfig(
+            output_dir="runs/cache_quality", disable_tqdm=True, report_to="none", use_cpu=device.type == "cpu"
+        )
         model = clm_task.train_teacher(blocks["train"], tokenizer, 400, args)
     settings = {
         "max_steps": max(1, steps),
@@ -133,12 +139,13 @@ def text(teacher: str | None, steps: int) -> Task:
         "learning_rate": 2e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
+        "use_cpu": device.type == "cpu",
     }
     # As many blocks as the student is going to see, and no more.
     used = blocks["train"].shuffle(seed=0).select(range(8 * max(16, steps)))
     return Task(
         "text",
-        model,
+        model.to(device),
         lambda: clm_task.build_student(len(tokenizer)),
         used,
         blocks["validation"].select(range(min(256, len(blocks["validation"])))),

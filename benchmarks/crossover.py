@@ -9,6 +9,8 @@ autograd, which earlier tables call exact. exact / DIS is the ratio of the libra
 
 Beside the measured times are the times that ``head_mode="auto"`` estimates at set-up, and its decision. The second
 table is the number of classes at which exact and DIS take equally long, interpolated between those measured.
+
+With --device everything is on the device, in float32, and steps are timed by its events.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import math
 import sys
 from pathlib import Path
 
-from common import EXACT_NOTE, header, machine, parser, row, write
+import torch
+from common import EXACT_NOTE, header, machine, parse, parser, row, write
+from timing import stopwatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -39,12 +43,20 @@ SETTINGS = [
 ]
 
 
-def measure(num_classes: int, setting: dict[str, int], repeats: int) -> dict:
+def measure(num_classes: int, setting: dict[str, int], repeats: int, device: torch.device) -> dict:
     """The times of the steps at one size, and the estimates for them."""
     sampled, shared, tails = (setting[key] for key in ("sampled", "shared", "tails"))
     spec = SamplerSpec(num_sampled_classes=sampled, num_shared_classes=shared, num_tails=tails)
-    times = time_head_steps(num_classes, spec, setting["items"], setting["features"], repeats)
-    costs = measure_costs(num_classes, setting["features"], spec)
+    times = time_head_steps(
+        num_classes,
+        spec,
+        setting["items"],
+        setting["features"],
+        repeats,
+        device=device,
+        milliseconds=stopwatch(device).milliseconds,
+    )
+    costs = measure_costs(num_classes, setting["features"], spec, device=device)
     scale = setting["items"] / ITEMS
     return {
         "classes": num_classes,
@@ -87,8 +99,8 @@ def main() -> None:
     made.add_argument("--classes", type=int, nargs="+", default=[1000, 3000, 10_000, 30_000])
     made.add_argument("--base_classes", type=int, nargs="+", default=[100_000], help="more, for the default layout")
     made.add_argument("--repeats", type=int, default=5)
-    arguments = made.parse_args()
-    print(machine())
+    arguments = parse(made)
+    print(machine(arguments.device))
     print(f"{EXACT_NOTE}\n")
     layout = ("d", "N", "K", "K_t", "G")
     print(header("C", *layout, "exact ms", "exact (materialised) ms", "DIS ms", "exact / DIS", "estimated", "auto"))
@@ -98,7 +110,7 @@ def main() -> None:
         classes = sorted([*arguments.classes, *(arguments.base_classes if setting is BASE else [])])
         measured = []
         for num_classes in classes:
-            measured.append(measure(num_classes, setting, arguments.repeats))
+            measured.append(measure(num_classes, setting, arguments.repeats, arguments.device))
             print_record(measured[-1])
         records += measured
         crossovers.append((setting, classes, crossover(measured)))
@@ -106,7 +118,7 @@ def main() -> None:
     for setting, classes, equal in crossovers:
         where = f"outside {classes[0]:,}..{classes[-1]:,}" if equal is None else f"{equal:,.0f}"
         print(row(*setting_cells(setting), where))
-    write(records, arguments.json)
+    write(records, arguments.json, arguments.device)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ run_clm.py's texts at temperature 1 in batches of 512. At some steps each method
 same 128 images (512 tokens). error is E‖ĝ - g‖² / ‖g‖² of the gradient on the features, and error_head the same on the
 head's weights. bias2 is the part of error that no number of samples averages away. A method learns from its own
 samples at every training step; before step 0 it sees 20 batches of the untrained student.
+
+With --device models and batches are on the device, in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import header, machine, parser, row, write
+from common import header, machine, parse, parser, row, write
 from sampling_methods import Method, glyph_methods, lm_methods
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,15 +63,15 @@ def glyphs(arguments: argparse.Namespace) -> Task:
     else:
         teacher = glyph_task.build_teacher(len(names))
         glyph_task.train_teacher(teacher, train_dataset, arguments.teacher_epochs, "runs/estimator_error/teacher")
-    student = glyph_task.build_student(len(names))
+    student = glyph_task.build_student(len(names)).to(arguments.device)
 
     def batches(num_images: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
         while True:
             index = torch.randint(len(train_dataset), (num_images,), generator=generator)
-            yield {"pixel_values": glyph_task.augment(train_dataset.images[index])}
+            yield {"pixel_values": glyph_task.augment(train_dataset.images[index]).to(arguments.device)}
 
     return Task(
-        teacher=teacher,
+        teacher=teacher.to(arguments.device),
         student=student,
         head=student.classifier[-1],
         batches=batches,
@@ -89,14 +91,15 @@ def lm(arguments: argparse.Namespace) -> Task:
         raise SystemExit("--task lm needs --teacher: examples/run_clm.py keeps the one it trains in _teacher")
     tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     tokens = clm_task.tokenized(clm_task.load_texts(), tokenizer, 128)["train"].with_format("torch")["input_ids"][:]
-    student = clm_task.build_student(len(tokenizer))
+    student = clm_task.build_student(len(tokenizer)).to(arguments.device)
 
     def batches(num_blocks: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
         while True:
-            yield {"input_ids": tokens[torch.randint(len(tokens), (num_blocks,), generator=generator)]}
+            index = torch.randint(len(tokens), (num_blocks,), generator=generator)
+            yield {"input_ids": tokens[index].to(arguments.device)}
 
     return Task(
-        teacher=AutoModelForCausalLM.from_pretrained(arguments.teacher),
+        teacher=AutoModelForCausalLM.from_pretrained(arguments.teacher).to(arguments.device),
         student=student,
         head=student.lm_head,
         batches=batches,
@@ -117,7 +120,7 @@ def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teache
     exact_gradient = exact_forward_kl(logits, teacher_logits, temperature)[1] / len(logits)
     signal = (logits / temperature).softmax(1) - (teacher_logits / temperature).softmax(1)
     reference = {"features": exact_gradient @ weight.detach(), "head": exact_gradient.T @ features.detach()}
-    squared, by_item = dict.fromkeys(reference, 0.0), torch.zeros(len(features))
+    squared, by_item = dict.fromkeys(reference, 0.0), features.new_zeros(len(features))
     mean = {name: torch.zeros_like(value) for name, value in reference.items()}
     repeats = 1 if method.proposal == "topk" else task.num_samples
     for _ in range(repeats):
@@ -156,7 +159,7 @@ def run(task: Task) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     for method in task.methods:
-        method.build(task.head.out_features)
+        method.build(task.head.out_features, task.head.weight.device)
     captured = {}
     task.head.register_forward_pre_hook(lambda module, args: captured.update(features=args[0].detach()))
     optimizer = torch.optim.AdamW(task.student.parameters(), lr=task.learning_rate, weight_decay=0.05)
@@ -232,11 +235,11 @@ def main() -> None:
     made.add_argument("--task", choices=["glyphs", "lm"], default="glyphs")
     made.add_argument("--teacher", type=Path, help="saved by run_glyphs.py or run_clm.py; glyphs: trained if missing")
     made.add_argument("--teacher_epochs", type=float, default=8.0)
-    arguments = made.parse_args()
-    print(machine())
+    arguments = parse(made)
+    print(machine(arguments.device))
     task = {"glyphs": glyphs, "lm": lm}[arguments.task](arguments)
     task.teacher.eval()
-    write(run(task), arguments.json)
+    write(run(task), arguments.json, arguments.device)
 
 
 if __name__ == "__main__":

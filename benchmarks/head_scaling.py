@@ -16,30 +16,36 @@ dis_row_sparse        DIS with row_sparse_head and RowSparseAdamW
 
 exact normalises the teacher's logits in each step; the other exact methods are given log-probabilities.
 
-peak_mb is the memory that a step takes beyond the memory in use between steps (weight, moments, teacher's answers):
-the highest resident size over two steps, in a fresh process for each method, less the resident size before them.
-Linux only. Beyond --dense_up_to classes the methods with a dense gradient are not run; exact is extrapolated in
-proportion to C.
+With --device the tensors are made on the device, and steps are timed by its events. By default the student's head then
+runs in bfloat16 autocast: the weight and its moments are float32, and the teacher's logits and head are bfloat16.
+--dtype float32 turns both off. On a processor everything is float32 by default.
+
+peak_mb is the memory that a step takes beyond the memory in use between steps (weight, moments, teacher's answers). On
+a processor it is the highest resident size over two steps, in a fresh process for each method, less the resident size
+before them, on Linux only. On a device it is the most that tensors held over two steps, less what they held before.
+Beyond --dense_up_to classes the methods with a dense gradient are not run; exact is extrapolated in proportion to C.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import replace
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
+import peers
 import torch
 import torch.nn.functional as F
-from common import EXACT_NOTE, header, machine, parser, row, write
-from timing import add_arguments, available, clock, milliseconds, peak_mb, peak_of_a_step
+from common import EXACT_NOTE, header, machine, parse, parser, row, write
+from timing import Measured, add_arguments, available, clock_name, measure, peak_of_a_step, step_dtype
 from torch import Tensor
 
 from hf_dis import DISLoss, RowSparseAdamW, SamplerSpec, make_sampler
 from hf_dis.distributed.sums import average_rows
 from hf_dis.head.row_gradients import clip_grad_norm_
 from hf_dis.loss.exact import exact_loss
-from hf_dis.teacher.targets import TeacherTargets
+from hf_dis.teacher.targets import TeacherTargets, widen
 
 TEMPERATURE, ITEMS, FEATURES, CHUNK_ITEMS, PARTIAL_FC_SHARE = 2.0, 128, 256, 32, 0.1
 LAYOUTS = {
@@ -68,9 +74,29 @@ class RankedLoss(DISLoss):
 
 
 def kl_divergence(logits: Tensor, log_probs: Tensor, temperature: float, reduction: str = "batchmean") -> Tensor:
-    """τ² KL by autograd, for log-probabilities of the teacher at the temperature, ``[N, C]``."""
-    student = (logits / temperature).log_softmax(1)
-    return temperature**2 * F.kl_div(student, log_probs, reduction=reduction, log_target=True)
+    """τ² KL by autograd in float32 or wider, for log-probabilities of the teacher at the temperature, ``[N, C]``."""
+    student = (widen(logits) / temperature).log_softmax(1)
+    return temperature**2 * F.kl_div(student, widen(log_probs), reduction=reduction, log_target=True)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The device and the precision of steps.
+
+    Attributes:
+        device: of all tensors.
+        dtype: bfloat16 for autocast and a teacher in bfloat16, or float32. The student's weight is float32.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def precision(self) -> AbstractContextManager:
+        """The context of the student's head."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+
+ON_CPU = Place(torch.device("cpu"), torch.float32)
 
 
 class Steps:
@@ -79,17 +105,22 @@ class Steps:
     Args:
         num_classes: C.
         layout: a key of ``LAYOUTS``.
+        items, features: N and d.
+        place: of the tensors.
     """
 
-    def __init__(self, num_classes: int, layout: str):
+    def __init__(
+        self, num_classes: int, layout: str, items: int = ITEMS, features: int = FEATURES, place: Place = ON_CPU
+    ):
         torch.manual_seed(0)
-        self.num_classes = num_classes
-        self.features = torch.randn(ITEMS, FEATURES, requires_grad=True)
-        self.weight = torch.nn.Parameter(torch.randn(num_classes, FEATURES) / FEATURES**0.5)
-        self.teacher_logits = 3 * torch.randn(ITEMS, num_classes)
+        self.num_classes, self.place = num_classes, place
+        device = self.place.device
+        self.features = torch.randn(items, features, requires_grad=True, device=device)
+        self.weight = torch.nn.Parameter(torch.randn(num_classes, features, device=device) / features**0.5)
+        self.teacher_logits = (3 * torch.randn(items, num_classes, device=device)).to(self.place.dtype)
         spec = LAYOUTS[layout]
         sampler, dense_sampler = (
-            make_sampler(num_classes, one) for one in (spec, replace(spec, num_updated_classes=None))
+            make_sampler(num_classes, one, device=device) for one in (spec, replace(spec, num_updated_classes=None))
         )
         self.targets = GivenTargets(self.teacher_logits, TEMPERATURE, sampler.rank_depth)
         self.row_sparse_loss = RankedLoss(sampler, TEMPERATURE, row_sparse_head=True)
@@ -100,61 +131,75 @@ class Steps:
     @cached_property
     def log_probs(self) -> Tensor:
         """The teacher's log-probabilities at the temperature, ``[N, C]``."""
-        return (self.teacher_logits / TEMPERATURE).log_softmax(1)
+        return (widen(self.teacher_logits) / TEMPERATURE).log_softmax(1)
+
+    @cached_property
+    def teacher_head(self) -> Tensor:
+        """The head of Liger's teacher, ``[C, d]``: the weight itself, or a copy in another type."""
+        return self.weight.detach().to(self.place.dtype)
+
+    def logits(self, features: Tensor, rows: Tensor) -> Tensor:
+        """The student's logits at rows of the weight."""
+        with self.place.precision():
+            return features @ rows.T
 
     def run(self, method: str) -> None:
         """One step: loss, backward, clipping, optimizer."""
-        METHODS[method](self)
-        optimizer = self.dense
-        if self.weight.grad.is_sparse:
-            average_rows([self.weight])  # over one process: as in the trainer, each row once
-            optimizer = self.sparse
-        clip_grad_norm_([self.weight], 1.0)
-        optimizer.step()
-        self.weight.grad = self.features.grad = None
+        try:
+            METHODS[method](self)
+            optimizer = self.dense
+            if self.weight.grad.is_sparse:
+                average_rows([self.weight])  # over one process: as in the trainer, each row once
+                optimizer = self.sparse
+            clip_grad_norm_([self.weight], 1.0)
+            optimizer.step()
+        finally:
+            self.weight.grad = self.features.grad = None
 
     def exact(self) -> None:
         """All classes, by the library."""
-        logits = self.features @ self.weight.T
+        logits = self.logits(self.features, self.weight)
         loss, _ = exact_loss(logits, self.num_classes, [self.teacher_logits], None, TEMPERATURE, 0.0)
         loss.mean().backward()
 
     def materialised(self) -> None:
         """All classes, by autograd."""
-        kl_divergence(self.features @ self.weight.T, self.log_probs, TEMPERATURE).backward()
+        kl_divergence(self.logits(self.features, self.weight), self.log_probs, TEMPERATURE).backward()
 
     def chunked_exact(self) -> None:
         """All classes by autograd, chunk by chunk."""
         chunks = zip(self.features.split(CHUNK_ITEMS), self.log_probs.split(CHUNK_ITEMS), strict=True)
         for features, log_probs in chunks:
-            loss = kl_divergence(features @ self.weight.T, log_probs, TEMPERATURE, reduction="sum")
-            (loss / ITEMS).backward()
+            loss = kl_divergence(self.logits(features, self.weight), log_probs, TEMPERATURE, reduction="sum")
+            (loss / len(self.features)).backward()
 
     def liger(self) -> None:
         """All classes, by Liger."""
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-        loss = LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=TEMPERATURE, compiled=False
-        )
-        labels = torch.zeros(ITEMS, dtype=torch.long)
-        teacher = self.weight.detach()
-        loss(self.features, self.weight, self.features.detach(), teacher, labels).backward()
+        labels = torch.zeros(len(self.features), dtype=torch.long, device=self.place.device)
+        features = self.features.detach().to(self.place.dtype)
+        with self.place.precision():
+            loss = peers.liger_jsd(self.features, self.weight, features, self.teacher_head, labels, TEMPERATURE)
+        loss.backward()
 
     def partial_fc(self) -> None:
         """A uniform share of the classes."""
-        sampled = torch.randperm(self.num_classes)[: int(PARTIAL_FC_SHARE * self.num_classes)]
+        order = torch.randperm(self.num_classes, device=self.place.device)
+        sampled = order[: int(PARTIAL_FC_SHARE * self.num_classes)]
         rows = F.embedding(sampled, self.weight, sparse=True)
         log_probs = self.log_probs[:, sampled].log_softmax(1)
-        kl_divergence(self.features @ rows.T, log_probs, TEMPERATURE).backward()
+        kl_divergence(self.logits(self.features, rows), log_probs, TEMPERATURE).backward()
 
     def dis_dense(self) -> None:
         """Sampled classes, by the library, with a dense gradient."""
-        self.dense_loss(self.features, self.weight, None, [self.targets]).backward()
+        with self.place.precision():
+            loss = self.dense_loss(self.features, self.weight, None, [self.targets])
+        loss.backward()
 
     def dis_row_sparse(self) -> None:
         """Sampled classes, by the library, with a row-sparse gradient."""
-        self.row_sparse_loss(self.features, self.weight, None, [self.targets]).backward()
+        with self.place.precision():
+            loss = self.row_sparse_loss(self.features, self.weight, None, [self.targets])
+        loss.backward()
 
 
 METHODS = {
@@ -169,13 +214,13 @@ METHODS = {
 # The gradient of these methods is [C, d]; all but dis_dense compute the same in every layout.
 DENSE = ["exact", "exact (materialised)", "chunked_exact", "liger", "dis_dense"]
 
-# The packages that must be installed.
-NEEDS = {"liger": "liger_kernel"}
+# The module that must be installed.
+NEEDS = {"liger": peers.NEEDS["liger"]}
 
 
 def extrapolated(records: list[dict], num_classes: int) -> float | None:
     """Milliseconds of exact at more classes than were run, in proportion from the most that were."""
-    exact = [record for record in records if record["method"] == "exact" and not record["extrapolated"]]
+    exact = [r for r in records if r["method"] == "exact" and not r["extrapolated"] and r["ms"] is not None]
     most = max(exact, key=lambda record: record["classes"], default=None)
     return None if most is None else most["ms"] * num_classes / most["classes"]
 
@@ -186,20 +231,27 @@ def parse_arguments() -> argparse.Namespace:
     made.add_argument("--classes", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
     made.add_argument("--layouts", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))
     made.add_argument("--dense_up_to", type=int, default=300_000, help="classes; exact at 300,000 takes 2 GB")
+    made.add_argument("--items", type=int, default=ITEMS)
+    made.add_argument("--features", type=int, default=FEATURES)
     made.add_argument("--repeats", type=int, default=7)
-    made.add_argument("--no_peaks", action="store_true", help="times only")
     add_arguments(made, list(METHODS))
-    return made.parse_args()
+    return parse(made)
+
+
+def make_steps(arguments: argparse.Namespace, num_classes: int, layout: str) -> Steps:
+    """The steps of one size and layout."""
+    place = Place(arguments.device, step_dtype(arguments))
+    return Steps(num_classes, layout, arguments.items, arguments.features, place)
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.peak:
-        print(peak_of_a_step(Steps(arguments.classes[0], arguments.layouts[0]), arguments.peak))
+        steps = make_steps(arguments, arguments.classes[0], arguments.layouts[0])
+        print(peak_of_a_step(steps, arguments.peak, arguments.device))
         return
     methods = available(arguments.methods, NEEDS)
-    kind, now = clock(arguments.cpu_time)
-    print(f"{kind}; {machine()}")
+    print(f"{clock_name(arguments)}; {machine(arguments.device)}")
     print(f"{EXACT_NOTE}\n")
     print(header("C", "layout", "method", "ms", "exact / method", "peak MB"))
     records: list[dict] = []
@@ -207,37 +259,54 @@ def main() -> None:
         for num_classes in arguments.classes:
             too_many = num_classes > arguments.dense_up_to
             here = [method for method in methods if not (too_many and method in DENSE)]
-            times = milliseconds(Steps(num_classes, layout), here, arguments.repeats, now)
+            make = partial(make_steps, arguments, num_classes, layout)
+            measured = measure(make, here, arguments.repeats, arguments.device, arguments.cpu_time, peers=NEEDS)
             if too_many and "exact" in methods and (guess := extrapolated(records, num_classes)):
-                times = {"exact": guess, **times}
-            for method, ms in times.items():
-                record = make_record(num_classes, layout, method, ms, was_run=method in here)
-                if method in here and not arguments.no_peaks:
-                    setting = ["--classes", str(num_classes), "--layouts", layout]
-                    record["peak_mb"] = peak_mb(__file__, method, *setting)
-                records.append(record)
-                ratio = f"{times['exact'] / ms:.1f}" if "exact" in times else None
-                peak = None if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
-                name = method if method in here else f"{method} (extrapolated)"
-                print(row(f"{num_classes:,}", layout, name, f"{ms:,.1f}", ratio, peak), flush=True)
-    write(records, arguments.json)
+                measured.ms = {"exact": guess, **measured.ms}
+            records += report(arguments, num_classes, layout, measured, here)
+            write(records, arguments.json, arguments.device)
 
 
-def make_record(num_classes: int, layout: str, method: str, ms: float, was_run: bool) -> dict:
+def report(
+    arguments: argparse.Namespace, num_classes: int, layout: str, measured: Measured, were_run: list[str]
+) -> list[dict]:
+    """Prints the lines of one size and layout, and measures their peaks; returns the records."""
+    records = []
+    for method, ms in measured.ms.items():
+        record = make_record(arguments, num_classes, layout, method, ms)
+        record["extrapolated"] = method not in were_run
+        if method in were_run and not arguments.no_peaks:
+            sizes = {"classes": num_classes, "layouts": layout, "items": arguments.items}
+            sizes |= {"features": arguments.features, "dtype": record["dtype"]}
+            setting = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
+            record["peak_mb"] = measured.peak_mb(method, __file__, *setting)
+        records.append(record)
+        ratio = f"{measured.ms['exact'] / ms:.1f}" if "exact" in measured.ms else None
+        peak = None if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
+        name = method if method in were_run else f"{method} (extrapolated)"
+        print(row(f"{num_classes:,}", layout, name, f"{ms:,.1f}", ratio, peak), flush=True)
+    for method, why in measured.left_out.items():
+        records.append({**make_record(arguments, num_classes, layout, method, None), "left_out": why})
+        print(row(f"{num_classes:,}", layout, method, f"left out: {why}", None, None), flush=True)
+    return records
+
+
+def make_record(arguments: argparse.Namespace, num_classes: int, layout: str, method: str, ms: float | None) -> dict:
     """The record of one line of the table, its peak not measured yet."""
     spec = LAYOUTS[layout]
     return {
         "method": method,
         "layout": layout,
         "classes": num_classes,
-        "items": ITEMS,
-        "features": FEATURES,
+        "items": arguments.items,
+        "features": arguments.features,
+        "dtype": str(step_dtype(arguments)).removeprefix("torch."),
         "sampled": spec.num_sampled_classes,
         "shared": spec.num_shared_classes,
         "tails": spec.num_tails,
         "ms": ms,
         "peak_mb": None,
-        "extrapolated": not was_run,
+        "extrapolated": False,
     }
 
 

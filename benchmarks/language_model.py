@@ -2,9 +2,9 @@
 
     python benchmarks/language_model.py --json language_model.json
 
-N supervised tokens, a student's head of V tokens without bias, and a teacher of width 512. Contexts are 64 normal
-numbers. Teacher and student are given fixed random projections of them and a constant. The teacher's head turns these
-into logits with Zipf's marginals (-log r, r the token's frequency rank) plus normal ones of standard deviation
+N supervised tokens, a student's head of V tokens without bias, and a teacher of --teacher_width. Contexts are 64
+normal numbers. Teacher and student are given fixed random projections of them and a constant. The teacher's head turns
+these into logits with Zipf's marginals (-log r, r the token's frequency rank) plus normal ones of standard deviation
 1.5 (1 + r^-1/4): 3 for the commonest token and 1.5 for the rare ones. That is a little more than in the logits of
 run_clm.py's teacher on text, which `estimator_error.py --task lm` prints. The student's head starts at random, normal
 with standard deviation 0.02. Two settings of the teacher:
@@ -17,37 +17,52 @@ Methods, all on the same tensors in turn; medians. The dense ones share one fuse
 exact                 every logit, the library's own exact loss, whose gradient is computed in forward
 exact (materialised)  every logit, KL divergence by F.kl_div and autograd; earlier tables call this method exact
 trl_gkd               GKDTrainer.generalized_jsd_loss with beta 0 on every logit, if trl is installed
+trl_chunked           ChunkedDivergenceFunction of TRL with beta 0, in tiles; applies the teacher's head (online)
 liger                 LigerFusedLinearJSDLoss with beta 0, if liger-kernel is installed; applies the teacher's head
+                      (online)
+liger_kl              LigerFusedLinearKLDivLoss, if liger-kernel is installed and has it; is given the teacher's
+                      probabilities (given)
+head_product          features @ W.T by chunks with both gradients, and no loss: a floor of the methods above
 dis                   16 tokens per item and 1,024 for all items, row_sparse_head and RowSparseAdamW
 
-error is the error of the gradient on the student's features, ‖ĝ-g‖²/‖g‖² against float64 and all tokens, on new
-contexts after 50 steps of DIS, mean of five samples. peak_mb is the memory that a step takes beyond the memory in use
-between steps, measured as in head_scaling.py: the highest resident size over two steps, in a fresh process, less the
-resident size before them.
+With --device the tensors are made on the device, and steps are timed by its events. By default the student's head then
+runs in bfloat16 autocast: the weight and its moments are float32, and the teacher's head, features and given
+log-probabilities are bfloat16. --dtype float32 turns this off. On a processor everything is float32 by default. For an
+accelerator: --device cuda --tokens 8192 --vocab 151936 262144 --width 2048 --teacher_width 2048. A method that needs
+too much memory is left out, with a line that says so.
+
+error is the error of the gradient on the student's features, ‖ĝ-g‖²/‖g‖² against all tokens in the device's widest
+type, float64 where it has one. It is measured on new contexts after 50 steps of DIS, mean of five samples. peak_mb is
+the memory that a step takes beyond the memory in use between steps, measured as in head_scaling.py.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
 
+import peers
 import torch
 import torch.nn.functional as F
-from common import EXACT_NOTE, header, machine, parser, row, write
-from head_scaling import RankedLoss, kl_divergence
-from timing import add_arguments, available, clock, milliseconds, peak_mb, peak_of_a_step
+from common import EXACT_NOTE, header, machine, parse, parser, row, write
+from head_scaling import ON_CPU, Place, RankedLoss, kl_divergence
+from peers import NEEDS
+from timing import Measured, add_arguments, attempted, available, clock_name, measure, peak_of_a_step, step_dtype
 from torch import Tensor
 
 from hf_dis import RowSparseAdamW, SamplerSpec, make_sampler
 from hf_dis.distributed.sums import average_rows
+from hf_dis.head.row_gradients import clip_grad_norm_
 from hf_dis.loss.exact import exact_loss
-from hf_dis.teacher.targets import CHUNK_ELEMENTS, TeacherTargets
+from hf_dis.precision import widest
+from hf_dis.teacher.targets import CHUNK_ELEMENTS, TeacherTargets, widen
 
 CONTEXT, TEACHER_WIDTH, SPREAD, WARM_STEPS, LEARNING_RATE = 64, 512, 1.5, 50, 5e-3
 SAMPLED, SHARED = 16, 1024
 SPEC = SamplerSpec(num_sampled_classes=SAMPLED, num_shared_classes=SHARED, num_tails=4, rank_depth=SAMPLED)
-# The packages that must be installed.
-NEEDS = {"trl_gkd": "trl", "liger": "liger_kernel"}
+# The one kind of teacher that a method can take.
+TEACHER_OF = {"trl_chunked": "online", "liger": "online", "liger_kl": "given"}
 
 
 class Steps:
@@ -56,34 +71,56 @@ class Steps:
     Args:
         vocab, tokens, width: V, N and the student's width.
         teacher: ``"given"`` or ``"online"``.
+        teacher_width: of the teacher.
+        place: of the tensors.
     """
 
-    def __init__(self, vocab: int, tokens: int, width: int, teacher: str):
+    def __init__(
+        self,
+        vocab: int,
+        tokens: int,
+        width: int,
+        teacher: str,
+        teacher_width: int = TEACHER_WIDTH,
+        place: Place = ON_CPU,
+    ):
         torch.manual_seed(0)
-        self.vocab, self.tokens, self.teacher = vocab, tokens, teacher
+        self.vocab, self.tokens, self.teacher, self.place = vocab, tokens, teacher, place
+        device = self.place.device
         self.chunk_items = max(1, CHUNK_ELEMENTS // vocab)
-        self.projections = [torch.randn(CONTEXT, size - 1) / CONTEXT**0.5 for size in (TEACHER_WIDTH, width)]
-        frequency_rank = torch.randperm(vocab)[:, None] + 1.0
+        self.projections = [
+            torch.randn(CONTEXT, size - 1, device=device) / CONTEXT**0.5 for size in (teacher_width, width)
+        ]
+        frequency_rank = torch.randperm(vocab, device=device)[:, None] + 1.0
         spread = SPREAD * (1 + frequency_rank**-0.25)
-        self.teacher_weight = torch.randn(vocab, TEACHER_WIDTH) * spread / (TEACHER_WIDTH - 1) ** 0.5
-        self.teacher_weight[:, :1] = -frequency_rank.log()
-        self.weight = torch.nn.Parameter(0.02 * torch.randn(vocab, width))
-        self.dis_loss = RankedLoss(make_sampler(vocab, SPEC), temperature=1.0, row_sparse_head=True)
+        teacher_weight = torch.randn(vocab, teacher_width, device=device) * spread / (teacher_width - 1) ** 0.5
+        teacher_weight[:, :1] = -frequency_rank.log()
+        self.teacher_weight = teacher_weight.to(self.place.dtype)
+        self.weight = torch.nn.Parameter(0.02 * torch.randn(vocab, width, device=device))
+        self.dis_loss = RankedLoss(make_sampler(vocab, SPEC, device=device), temperature=1.0, row_sparse_head=True)
         self.dense = torch.optim.AdamW([self.weight], lr=LEARNING_RATE, fused=True)
         self.sparse = RowSparseAdamW([self.weight], lr=LEARNING_RATE)
-        self.labels = torch.zeros(tokens, dtype=torch.long)
+        self.labels = torch.zeros(tokens, dtype=torch.long, device=device)
         self.new_batch()
 
     def new_batch(self) -> None:
         """Samples contexts anew, and with a given teacher its answers."""
-        context = torch.randn(self.tokens, CONTEXT)
-        self.teacher_features, self.features = (
+        context = torch.randn(self.tokens, CONTEXT, device=self.place.device)
+        teacher_features, self.features = (
             F.pad(context @ projection, (1, 0), value=1.0) for projection in self.projections
         )
+        self.teacher_features = teacher_features.to(self.place.dtype)
         self.features.requires_grad_()
         if self.teacher == "given":
-            self.log_probs = torch.cat([logits.log_softmax(1) for logits in self._stream()])
+            log_probs = (widen(logits).log_softmax(1) for logits in self._stream())
+            vars(self).pop("probabilities", None)
+            self.log_probs = torch.cat([part.to(self.place.dtype) for part in log_probs])
             self.targets = [TeacherTargets(part, 1.0, SAMPLED) for part in self.log_probs.split(self.chunk_items)]
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The given teacher's probabilities, ``[N, V]``."""
+        return self.log_probs.exp().to(self.place.dtype)  # autocast makes them float32
 
     def _teacher_logits(self) -> Tensor:
         return self.log_probs if self.teacher == "given" else self.teacher_features @ self.teacher_weight.T
@@ -98,14 +135,21 @@ class Steps:
 
     def run(self, method: str) -> None:
         """One step: loss, backward, clipping, optimizer."""
-        METHODS[method](self).backward()
-        optimizer = self.dense
-        if self.weight.grad.is_sparse:
-            average_rows([self.weight])  # over one process: as in the trainer, each row once
-            optimizer = self.sparse
-        torch.nn.utils.clip_grad_norm_([self.weight], 1.0)
-        optimizer.step()
-        self.weight.grad = self.features.grad = None
+        try:
+            self.loss(method).backward()
+            optimizer = self.dense
+            if self.weight.grad.is_sparse:
+                average_rows([self.weight])  # over one process: as in the trainer, each row once
+                optimizer = self.sparse
+            clip_grad_norm_([self.weight], 1.0)
+            optimizer.step()
+        finally:
+            self.weight.grad = self.features.grad = None
+
+    def loss(self, method: str) -> Tensor:
+        """The loss of a method, a scalar."""
+        with self.place.precision():
+            return METHODS[method](self)
 
     def exact(self) -> Tensor:
         """All tokens, by the library."""
@@ -116,22 +160,28 @@ class Steps:
         """All tokens, by autograd."""
         teacher = self._teacher_logits()
         if self.teacher == "online":
-            teacher = teacher.log_softmax(1)
+            teacher = widen(teacher).log_softmax(1)
         return kl_divergence(self.features @ self.weight.T, teacher, temperature=1.0)
 
     def trl_gkd(self) -> Tensor:
         """All tokens, by TRL."""
-        from trl.experimental.gkd import GKDTrainer
+        return peers.trl_gkd(self.features @ self.weight.T, self._teacher_logits(), self.labels)
 
-        student, teacher = self.features @ self.weight.T, self._teacher_logits()
-        return GKDTrainer.generalized_jsd_loss(student[None], teacher[None], self.labels[None], beta=0)
+    def trl_chunked(self) -> Tensor:
+        """All tokens, by TRL in tiles."""
+        return peers.trl_chunked(self.features, self.weight, self.teacher_features, self.teacher_weight)
 
     def liger(self) -> Tensor:
-        """All tokens, by Liger."""
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        """All tokens, by Liger, teacher's head included."""
+        return peers.liger_jsd(self.features, self.weight, self.teacher_features, self.teacher_weight, self.labels)
 
-        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
-        return loss(self.features, self.weight, self.teacher_features, self.teacher_weight, self.labels)
+    def liger_kl(self) -> Tensor:
+        """All tokens, by Liger, for given probabilities."""
+        return peers.liger_kl(self.features.to(self.place.dtype), self.weight, self.probabilities)
+
+    def head_product(self) -> Tensor:
+        """The products alone."""
+        return peers.head_product(self.features, self.weight)
 
     def dis(self) -> Tensor:
         """Sampled tokens, by the library."""
@@ -139,16 +189,17 @@ class Steps:
 
     def error(self, samples: int = 5) -> float:
         """Squared relative error of the sampled gradient on the features, mean over samples for the same batch."""
-        exact, start = torch.empty(self.features.shape, dtype=torch.float64), 0
-        weight = self.weight.detach().double()
+        wide = widest(self.place.device)
+        exact, start = torch.empty(self.features.shape, dtype=wide, device=self.place.device), 0
+        weight = self.weight.detach().to(wide)
         for logits in self._stream():
             items = slice(start, start + len(logits))
-            student = (self.features[items].detach().double() @ weight.T).softmax(1)
-            exact[items] = (student - logits.double().softmax(1)) @ weight
+            student = (self.features[items].detach().to(wide) @ weight.T).softmax(1)
+            exact[items] = (student - logits.to(wide).softmax(1)) @ weight
             start = items.stop
         total = 0.0
         for _ in range(samples):
-            (sampled,) = torch.autograd.grad(self.dis() * self.tokens, self.features)
+            (sampled,) = torch.autograd.grad(self.loss("dis") * self.tokens, self.features)
             total += float((sampled - exact).square().sum() / exact.square().sum())
         return total / samples
 
@@ -157,14 +208,17 @@ METHODS = {
     "exact": Steps.exact,
     "exact (materialised)": Steps.materialised,
     "trl_gkd": Steps.trl_gkd,
+    "trl_chunked": Steps.trl_chunked,
     "liger": Steps.liger,
+    "liger_kl": Steps.liger_kl,
+    "head_product": Steps.head_product,
     "dis": Steps.dis,
 }
 
 
-def warm_error(vocab: int, tokens: int, width: int) -> float:
+def warm_error(make: Callable[[], Steps]) -> float:
     """The error of DIS on new contexts, after its class memory and head have seen 50 steps."""
-    steps = Steps(vocab, tokens, width, "online")
+    steps = make()
     for _ in range(WARM_STEPS):
         steps.run("dis")
         steps.new_batch()
@@ -177,62 +231,91 @@ def parse_arguments() -> argparse.Namespace:
     made.add_argument("--vocab", type=int, nargs="+", default=[32_000, 50_257, 151_936])
     made.add_argument("--tokens", type=int, default=2048)
     made.add_argument("--width", type=int, nargs="+", default=[256, 512])
+    made.add_argument("--teacher_width", type=int, default=TEACHER_WIDTH)
     made.add_argument("--teacher", choices=["given", "online"], nargs="+", default=["given", "online"])
     made.add_argument("--repeats", type=int, default=5)
     add_arguments(made, list(METHODS))
-    return made.parse_args()
+    return parse(made)
+
+
+def make_steps(arguments: argparse.Namespace, vocab: int, width: int, teacher: str) -> Steps:
+    """The steps of one size and teacher."""
+    place = Place(arguments.device, step_dtype(arguments))
+    return Steps(vocab, arguments.tokens, width, teacher, arguments.teacher_width, place)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    tokens = arguments.tokens
     if arguments.peak:
-        steps = Steps(arguments.vocab[0], tokens, arguments.width[0], arguments.teacher[0])
-        print(peak_of_a_step(steps, arguments.peak))
+        steps = make_steps(arguments, arguments.vocab[0], arguments.width[0], arguments.teacher[0])
+        print(peak_of_a_step(steps, arguments.peak, arguments.device))
         return
     methods = available(arguments.methods, NEEDS)
-    kind, now = clock(arguments.cpu_time)
-    print(f"{machine()}, N={tokens:,}; {kind}, median of {arguments.repeats}")
+    about_times = f"{clock_name(arguments)}, median of {arguments.repeats}"
+    print(f"{machine(arguments.device)}, N={arguments.tokens:,}; {about_times}")
     print(f"{EXACT_NOTE}\n")
     print(header("V", "width", "teacher", "method", "ms", "method / dis", "peak MB", "error"))
     records: list[dict] = []
     for vocab in arguments.vocab:
         for width in arguments.width:
-            error = warm_error(vocab, tokens, width) if "dis" in methods else None
+            sizes = {"vocab": vocab, "tokens": arguments.tokens, "width": width}
+            sizes["teacher_width"] = arguments.teacher_width
+            make = partial(make_steps, arguments, vocab, width)
+            error = None
+            if "dis" in methods:
+                error, why = attempted(partial(warm_error, partial(make, "online")))
+                if why:
+                    print(f"the error at V={vocab:,} is left out: {why}")
             for teacher in arguments.teacher:
-                here = [method for method in methods if method != "liger" or teacher == "online"]
-                times = milliseconds(Steps(vocab, tokens, width, teacher), here, arguments.repeats, now)
-                for method, ms in times.items():
-                    records.append(make_record(method, vocab, tokens, width, teacher, ms, error))
-                    ratio = f"{ms / times['dis']:.1f}" if "dis" in times else None
-                    print_record(records[-1], ratio)
-    write(records, arguments.json)
+                here = [method for method in methods if TEACHER_OF.get(method, teacher) == teacher]
+                measured = measure(
+                    partial(make, teacher), here, arguments.repeats, arguments.device, arguments.cpu_time, peers=NEEDS
+                )
+                records += report(arguments, measured, {**sizes, "teacher": teacher}, error)
+                write(records, arguments.json, arguments.device)
 
 
-def make_record(
-    method: str, vocab: int, tokens: int, width: int, teacher: str, ms: float, error: float | None
-) -> dict:
-    """The record of one line of the table; measures the peak memory of the method."""
-    sizes = {"--vocab": vocab, "--tokens": tokens, "--width": width, "--teacher": teacher}
-    setting = [str(part) for pair in sizes.items() for part in pair]
-    return {
-        "method": method,
-        "vocab": vocab,
-        "tokens": tokens,
-        "width": width,
-        "teacher": teacher,
-        "sampled": SAMPLED + SHARED if method == "dis" else vocab,
-        "ms": ms,
-        "peak_mb": peak_mb(__file__, method, *setting),
-        "error": error if method == "dis" else 0.0,
-    }
+def report(
+    arguments: argparse.Namespace, measured: Measured, sizes: dict[str, int | str], error: float | None
+) -> list[dict]:
+    """Prints the lines of one size and teacher, and measures their peaks; returns the records.
+
+    Args:
+        arguments: of the command line.
+        measured: the times.
+        sizes: options of this script, by name.
+        error: of ``dis``.
+    """
+    sizes = {**sizes, "dtype": str(step_dtype(arguments)).removeprefix("torch.")}
+    setting = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
+    records = []
+    for method in [*measured.ms, *measured.left_out]:
+        ms = measured.ms.get(method)
+        record = {
+            "method": method,
+            **sizes,
+            "sampled": SAMPLED + SHARED if method == "dis" else sizes["vocab"],
+            "ms": ms,
+            "peak_mb": None if ms is None or arguments.no_peaks else measured.peak_mb(method, __file__, *setting),
+            "error": {"dis": error, "head_product": None}.get(method, 0.0),
+        }
+        if ms is None:
+            record |= {"left_out": measured.left_out[method], "error": None}
+        records.append(record)
+        print_record(record, measured.ms.get("dis"))
+    return records
 
 
-def print_record(record: dict, ratio: str | None) -> None:
+def print_record(record: dict, dis_ms: float | None) -> None:
     """Prints one line of the table."""
-    peak = None if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
     setting = f"{record['vocab']:,}", record["width"], record["teacher"], record["method"]
-    print(row(*setting, f"{record['ms']:,.0f}", ratio, peak, f"{record['error']:.4f}"), flush=True)
+    if record["ms"] is None:
+        print(row(*setting, f"left out: {record['left_out']}", None, None, None), flush=True)
+        return
+    ratio = None if dis_ms is None else f"{record['ms'] / dis_ms:.1f}"
+    peak = None if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
+    error = None if record["error"] is None else f"{record['error']:.4f}"
+    print(row(*setting, f"{record['ms']:,.1f}", ratio, peak, error), flush=True)
 
 
 if __name__ == "__main__":

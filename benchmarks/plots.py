@@ -41,7 +41,7 @@ def plot_head_scaling(records: list[dict]) -> plt.Figure:
     for axis, layout in zip(axes[0], layouts, strict=True):
         here = [record for record in records if record["layout"] == layout]
         for method in dict.fromkeys(record["method"] for record in here):
-            measured = [r for r in here if r["method"] == method and not r["extrapolated"]]
+            measured = [r for r in here if r["method"] == method and not r["extrapolated"] and r["ms"] is not None]
             line = axis.plot([r["classes"] for r in measured], [r["ms"] for r in measured], "o-", label=TITLES[method])
             beyond = [r for r in here if r["method"] == method and r["extrapolated"]]
             for record in beyond:

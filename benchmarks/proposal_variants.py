@@ -3,7 +3,7 @@
     python benchmarks/proposal_variants.py --teacher runs/glyphs/teacher --json proposal_variants.json
     python benchmarks/proposal_variants.py --task lm --teacher runs/clm/_teacher --json proposal_variants_lm.json
 
-Tasks, students, steps and columns are those of estimator_error.py. The default layouts are varied:
+Tasks, students, steps, columns and --device are those of estimator_error.py. The default layouts are varied:
 
 oracle       a density over ranks, over classes, or both that knows s - p
 sketch r     the same from the best rank-r approximation of the batch's logits; no projection of the head to r
@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from common import machine, parser, write
+from common import machine, parse, parser, write
 from estimator_error import glyphs, lm, run
 from sampling_methods import Method, OracleProposal
 from torch import Tensor
@@ -42,8 +42,8 @@ class KnowingProposal(DISProposal):
     """DIS that is told s - p, or an approximation of s - p, for its samples of ranks, of classes, or both."""
 
     def __init__(self, of: DISProposal, knows: str):
-        super().__init__(of.num_classes, of.num_ranks, of.num_ranks, of.floor, of.memory.decay)
-        self.knows, self.oracle = knows, OracleProposal(of.num_classes, of.num_ranks, of.num_ranks)
+        super().__init__(of.num_classes, of.num_ranks, of.num_ranks, of.floor, of.memory.decay, of.device)
+        self.knows, self.oracle = knows, OracleProposal(of.num_classes, of.num_ranks, of.num_ranks, of.device)
 
     def look(self, signal: Tensor, targets: TeacherTargets) -> None:
         """Sees the whole ``s - p [N, C]`` of the items whose classes are sampled next."""
@@ -59,10 +59,10 @@ class KnowingProposal(DISProposal):
 class VariedMemory(ClassMemory):
     """A class memory that starts elsewhere, or learns at another pace."""
 
-    def __init__(self, num_classes: int, decay: float, how: str):
-        super().__init__(num_classes, decay)
+    def __init__(self, num_classes: int, decay: float, how: str, device: torch.device):
+        super().__init__(num_classes, decay, device)
         self.how = how
-        self.times_sampled = torch.zeros(num_classes)
+        self.times_sampled = torch.zeros(num_classes, device=device)
         self.is_new = True
 
     def update(self, statistics: Statistics) -> None:
@@ -101,13 +101,13 @@ class Variant(Method):
     rank: int = 0
     memory: str = ""
 
-    def build(self, num_classes: int) -> None:
-        self.sampler = self.sampler_of(num_classes, "dis")
+    def build(self, num_classes: int, device: torch.device) -> None:
+        self.sampler = self.sampler_of(num_classes, "dis", device)
         fitted = self.sampler.proposal
         if self.knows:
             self.sampler.proposal = KnowingProposal(fitted, self.knows)
         if self.memory:
-            fitted.memory = VariedMemory(num_classes, fitted.memory.decay, self.memory)
+            fitted.memory = VariedMemory(num_classes, fitted.memory.decay, self.memory, device)
 
     def sample(self, teacher_logits: Tensor, signal: Tensor, temperature: float) -> ClassSample:
         targets = TeacherTargets(teacher_logits, temperature, self.sampler.rank_depth)
@@ -181,8 +181,8 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--task", choices=["glyphs", "lm"], default="glyphs")
     made.add_argument("--teacher", type=Path, required=True, help="saved by run_glyphs.py or run_clm.py")
-    arguments = made.parse_args()
-    print(machine())
+    arguments = parse(made)
+    print(machine(arguments.device))
     task = {"glyphs": glyphs, "lm": lm}[arguments.task](arguments)
     steps = tuple(step for step in task.steps if arguments.task == "glyphs" or step <= 80)
     task = replace(task, methods=LAYOUTS[arguments.task], steps=steps)
@@ -191,7 +191,7 @@ def main() -> None:
     for step in task.steps:
         default = next(record for record in records if record["step"] == step)
         print(f"step {step}: an allocation between items could save {default['between_items']:.0%} of the error")
-    write(records, arguments.json)
+    write(records, arguments.json, arguments.device)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ The demo's task and schedule (4 epochs, batches of 256), no hard labels. The fir
 method and seed, each method at its best head learning rate, and writes a line for each student. A run that is in the
 file already is not run again. The second command times the student's side of a training step, methods in turn: all of
 the step but the teacher's forward and the images. Every call prints the table of the file's records.
+
+With --device the trainings are on the device, in float32. The time of a step there waits for each of the teacher's
+chunks. A file has the records of one device.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 import transformers
-from common import header, machine, row
+from common import about, add_device, header, machine, parse, row
+from timing import Stopwatch, stopwatch
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
@@ -101,10 +105,11 @@ def sizes(settings: dict, items: int = 256) -> dict[str, int]:
     return {name: round(exact * CLASSES + (1 - exact) * number) for name, number in numbers.items()}
 
 
-def train(name: str, seed: int, settings: dict, teacher, task) -> dict:
+def train(name: str, seed: int, settings: dict, teacher, task, device: torch.device) -> dict:
     """Trains and evaluates one student."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = student_trainer(teacher, task, output_dir=folder, seed=seed, disable_tqdm=True, **settings)
+        run = {"output_dir": folder, "seed": seed, "disable_tqdm": True, "use_cpu": device.type == "cpu"}
+        trainer = student_trainer(teacher, task, **run, **settings)
         set_seed(seed)
         trainer.train()
         metrics = trainer.evaluate()
@@ -118,42 +123,52 @@ def train(name: str, seed: int, settings: dict, teacher, task) -> dict:
 
 
 class TimedStream:
-    """A teacher's stream of logits that measures its own time."""
+    """A teacher's stream of logits that measures its own time.
 
-    def __init__(self, stream: LogitStream):
-        self.stream, self.seconds = stream, 0.0
+    Args:
+        stream: of the teacher.
+        watch: of its device.
+    """
+
+    def __init__(self, stream: LogitStream, watch: Stopwatch):
+        self.stream, self.watch, self.milliseconds = stream, watch, 0.0
 
     def __call__(self, inputs: dict[str, Tensor], items: Items) -> Iterator[Tensor]:
-        started = time.perf_counter()
+        self.watch.start()
         for chunk in self.stream(inputs, items):
-            self.seconds += time.perf_counter() - started
+            self.milliseconds += self.watch.stop()
             yield chunk
-            started = time.perf_counter()
+            self.watch.start()
 
 
 class StudentTime(TrainerCallback):
-    """Time of each optimizer step, from its batch to the cleared gradient, less the teacher's forward."""
+    """Time of each optimizer step, from its batch to the cleared gradient, less the teacher's forward.
 
-    def __init__(self, teacher: TimedStream):
-        self.teacher = teacher
+    Args:
+        teacher: its stream.
+        watch: of the student's device.
+    """
+
+    def __init__(self, teacher: TimedStream, watch: Stopwatch):
+        self.teacher, self.watch = teacher, watch
         self.milliseconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.started, self.teacher.seconds = time.perf_counter(), 0.0
+        self.teacher.milliseconds = 0.0
+        self.watch.start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.milliseconds.append(1000 * (time.perf_counter() - self.started - self.teacher.seconds))
+        self.milliseconds.append(self.watch.stop() - self.teacher.milliseconds)
 
 
-def student_milliseconds(settings: dict, teacher, task, num_steps: int) -> list[float]:
+def student_milliseconds(settings: dict, teacher, task, num_steps: int, device: torch.device) -> list[float]:
     """The student's side of a few steps, after two that are not counted."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = student_trainer(
-            teacher, task, output_dir=folder, max_steps=num_steps + 2, disable_tqdm=True, **settings
-        )
+        run = {"output_dir": folder, "max_steps": num_steps + 2, "disable_tqdm": True}
+        trainer = student_trainer(teacher, task, **run, use_cpu=device.type == "cpu", **settings)
         teacher = trainer.distiller.online_teacher
-        teacher.stream = TimedStream(teacher.stream)
-        times = StudentTime(teacher.stream)
+        teacher.stream = TimedStream(teacher.stream, stopwatch(device))
+        times = StudentTime(teacher.stream, stopwatch(device))
         trainer.add_callback(times)
         trainer.train()
     return times.milliseconds[2:]
@@ -164,11 +179,25 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def append(path: Path, record: dict) -> None:
-    """Adds a record to a file of JSON lines, and prints it."""
+def append(path: Path, record: dict, device: torch.device) -> None:
+    """Adds a record with the description of its device to a file of JSON lines, and prints it."""
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps({**record, **about(device)}) + "\n")
     print(record, flush=True)
+
+
+def check_device(records: list[dict], device: torch.device, path: Path) -> None:
+    """Checks that the records of a file are of one device.
+
+    Raises:
+        SystemExit: if a record is of another type of device.
+    """
+    others = {record.get("device", "cpu") for record in records} - {device.type}
+    if others:
+        raise SystemExit(
+            f"{path} has records of {', '.join(sorted(others))}, and --device is {device.type}: means and times are "
+            "those of one device; give another --json"
+        )
 
 
 def summary(records: list[dict]) -> list[dict]:
@@ -242,13 +271,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, help="a teacher saved by examples/run_glyphs.py")
     parser.add_argument("--json", type=Path, required=True, help="JSON lines, read and appended to")
+    add_device(parser)
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--head_rates", type=float, nargs="+", help="in place of each method's own")
     parser.add_argument("--time", action="store_true", help="time steps instead of training students")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of timing, eight steps each")
     parser.add_argument("--plot", type=Path, help="file of a plot of the records; trains nothing")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def time_students(arguments: argparse.Namespace, teacher, task) -> None:
@@ -256,9 +286,9 @@ def time_students(arguments: argparse.Namespace, teacher, task) -> None:
     times: dict[str, list[float]] = {name: [] for name in arguments.methods}
     for _ in range(arguments.rounds):
         for name in arguments.methods:
-            times[name] += student_milliseconds(METHODS[name], teacher, task, num_steps=8)
+            times[name] += student_milliseconds(METHODS[name], teacher, task, 8, arguments.device)
     for name, values in times.items():
-        append(arguments.json, {"method": name, "student_ms": statistics.median(values)})
+        append(arguments.json, {"method": name, "student_ms": statistics.median(values)}, arguments.device)
 
 
 def train_students(arguments: argparse.Namespace, teacher, task) -> None:
@@ -268,14 +298,16 @@ def train_students(arguments: argparse.Namespace, teacher, task) -> None:
         for name in arguments.methods:
             for head_rate in arguments.head_rates or [METHODS[name]["head_rate"]]:
                 if (name, head_rate, seed) not in done:
-                    run = train(name, seed, {**METHODS[name], "head_rate": head_rate}, teacher, task)
-                    append(arguments.json, run)
+                    settings = {**METHODS[name], "head_rate": head_rate}
+                    found = train(name, seed, settings, teacher, task, arguments.device)
+                    append(arguments.json, found, arguments.device)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    print(f"{machine()}, transformers {transformers.__version__}", flush=True)
+    print(f"{machine(arguments.device)}, transformers {transformers.__version__}", flush=True)
     if arguments.plot is None:
+        check_device(read(arguments.json), arguments.device, arguments.json)
         if arguments.teacher is None:
             raise SystemExit("--teacher is needed: train one with examples/run_glyphs.py")
         run = time_students if arguments.time else train_students

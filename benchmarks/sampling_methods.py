@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from hf_dis import ClassSampler, SamplerSpec, make_sampler
@@ -53,17 +54,17 @@ class Method:
     updated: int | None = None
     sampler: ClassSampler = field(init=False)
 
-    def build(self, num_classes: int) -> None:
-        """Makes the sampler for C classes."""
+    def build(self, num_classes: int, device: torch.device) -> None:
+        """Makes the sampler for C classes on a device."""
         if self.proposal != "oracle":
-            self.sampler = self.sampler_of(num_classes, self.proposal)
+            self.sampler = self.sampler_of(num_classes, self.proposal, device)
             return
         depth = self.depth or num_classes
-        proposal = OracleProposal(num_classes, depth if self.shared else num_classes, depth)
+        proposal = OracleProposal(num_classes, depth if self.shared else num_classes, depth, device)
         sizes = (num_classes, self.sampled, self.shared, self.tails, depth)
         self.sampler = ClassSampler(proposal, *sizes, self.design)
 
-    def sampler_of(self, num_classes: int, proposal: str) -> ClassSampler:
+    def sampler_of(self, num_classes: int, proposal: str, device: torch.device) -> ClassSampler:
         """The library's sampler with a proposal of the library, in this layout."""
         spec = SamplerSpec(
             num_sampled_classes=self.sampled,
@@ -74,7 +75,7 @@ class Method:
             proposal=proposal,
             design="pps" if self.design == "none" else self.design,
         )
-        return make_sampler(num_classes, spec)
+        return make_sampler(num_classes, spec, device=device)
 
     def rows_touched(self, num_items: int) -> int:
         """Rows of W in the gradient of a step, at most."""

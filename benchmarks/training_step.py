@@ -21,11 +21,13 @@ shared tails of K_t = 512; U = 16 classes per item update the head. In "all upda
 "per item" classes are sampled item by item, K = 128 (from a cache the stored ones and 512 further).
 
 peak_mb is the highest resident size of the last step less the resident size before it. Linux only.
+
+With --device models and batches are on the device, in float32. Steps are timed by its events, and peak_mb is the most
+that tensors held in the last step, less what they held before it.
 """
 
 from __future__ import annotations
 
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,9 +35,9 @@ import time
 from pathlib import Path
 
 import torch
-from common import EXACT_NOTE, header, machine, parser, row, write
+from common import EXACT_NOTE, header, machine, parse, parser, row, write
 from head_scaling import GivenTargets
-from timing import PeakMemory
+from timing import PeakMemory, peak_memory, stopwatch
 from transformers import RegNetConfig, RegNetForImageClassification, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -111,20 +113,21 @@ class GivenTeacher:
 
 
 class StepTimes(TrainerCallback):
-    """Times steps, and measures the memory of the last one."""
+    """Times steps on a device, and measures the memory of the last one."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
+        self.device, self.watch = device, stopwatch(device)
         self.milliseconds: list[float] = []
         self.peak: PeakMemory | None = None
         self.peak_mb: float | None = None
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if platform.system() == "Linux" and state.global_step == state.max_steps - 1:
-            self.peak = PeakMemory()
-        self.started = time.perf_counter()
+        if state.global_step == state.max_steps - 1:
+            self.peak = peak_memory(self.device)
+        self.watch.start()
 
     def on_step_end(self, args, state, control, optimizer, **kwargs):
-        self.milliseconds.append(1000 * (time.perf_counter() - self.started))
+        self.milliseconds.append(self.watch.stop())
         if state.global_step == 1:
             # Moments that were never written are not in memory yet. Each of the first tens of steps would wait for
             # the pages of the rows that it is the first to touch.
@@ -136,8 +139,9 @@ class StepTimes(TrainerCallback):
 
 
 def train(method: str, layout: str | None, num_classes: int, teacher, images: list[dict], num_steps: int) -> StepTimes:
-    """Trains for a few steps; the first, after which the optimizer's state is in memory, is not counted."""
-    times = StepTimes()
+    """Trains for a few steps on the teacher's device; the first, which makes the optimizer's state, is not counted."""
+    device = teacher.device
+    times = StepTimes(device)
     sampled = layout is not None
     with tempfile.TemporaryDirectory() as folder:
         args = DISConfig(
@@ -148,7 +152,7 @@ def train(method: str, layout: str | None, num_classes: int, teacher, images: li
             row_sparse_head=sampled,
             hard_label_weight=0.0,
             temperature=TEMPERATURE,
-            use_cpu=True,
+            use_cpu=device.type == "cpu",
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -165,7 +169,7 @@ def train(method: str, layout: str | None, num_classes: int, teacher, images: li
         )
         if method == "dis_given_targets":
             with torch.no_grad():
-                logits = teacher(torch.stack([image["pixel_values"] for image in images])).logits
+                logits = teacher(torch.stack([image["pixel_values"] for image in images]).to(device)).logits
             # One batch, whose items come in any order: the time does not depend on which item is whose.
             targets = GivenTargets(logits, TEMPERATURE, trainer.distiller.sampler.rank_depth)
             trainer.distiller.teacher = GivenTeacher(targets)
@@ -194,25 +198,28 @@ def look_up_ms(cache: TeacherCache, images: list[dict]) -> float:
 @torch.no_grad()
 def teacher_forward(teacher, images: list[dict], num_steps: int) -> list[float]:
     """Milliseconds of the teacher's bare forward, a few times."""
-    pixels, times = torch.stack([image["pixel_values"] for image in images]), []
+    pixels, times = torch.stack([image["pixel_values"] for image in images]).to(teacher.device), []
+    watch = stopwatch(teacher.device)
     for _ in range(num_steps):
-        started = time.perf_counter()
+        watch.start()
         teacher(pixels)
-        times.append(1000 * (time.perf_counter() - started))
+        times.append(watch.stop())
     return times
 
 
-def measure(num_classes: int, num_steps: int, rounds: int) -> tuple[list[dict], float]:
-    """Records of all methods, and the median milliseconds of the teacher's bare forward."""
+def measure(
+    methods: list[tuple[str, str | None]], num_classes: int, num_steps: int, rounds: int, device: torch.device
+) -> tuple[list[dict], float | None]:
+    """Records of the methods, and the median milliseconds of the teacher's bare forward, if one needs the teacher."""
     generator = torch.Generator().manual_seed(0)
     images = [{"pixel_values": torch.randn(3, 32, 32, generator=generator)} for _ in range(ITEMS)]
-    teacher = regnet(num_classes, 1).eval()
+    teacher = regnet(num_classes, 1).eval().to(device)
     bare_forward: list[float] = []
-    times: dict[tuple[str, str | None], list[float]] = {method: [] for method in METHODS}
-    ratios: dict[tuple[str, str | None], list[float]] = {method: [] for method in METHODS}
+    times: dict[tuple[str, str | None], list[float]] = {method: [] for method in methods}
+    ratios: dict[tuple[str, str | None], list[float]] = {method: [] for method in methods}
     peaks = {}
     for _ in range(rounds):
-        for method in METHODS:
+        for method in methods:
             floor = statistics.median(train("headless", None, num_classes, teacher, images, num_steps).milliseconds)
             if method[0] in WITH_TEACHER:
                 forward = teacher_forward(teacher, images, num_steps)
@@ -234,25 +241,30 @@ def measure(num_classes: int, num_steps: int, rounds: int) -> tuple[list[dict], 
         }
         for (method, layout), values in times.items()
     ]
-    return records, statistics.median(bare_forward)
+    return records, statistics.median(bare_forward) if bare_forward else None
 
 
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--classes", type=int, default=100_000)
+    names = list(dict.fromkeys(name for name, _ in METHODS))
+    made.add_argument("--methods", choices=names, nargs="+", default=names, help="each in all of its layouts")
     made.add_argument("--steps", type=int, default=4, help="per method and round")
     made.add_argument("--rounds", type=int, default=6)
-    arguments = made.parse_args()
-    records, teacher_ms = measure(arguments.classes, arguments.steps, arguments.rounds)
-    print(machine())
-    print(f"{arguments.classes:,} classes; the teacher's bare forward: {teacher_ms:.0f} ms")
+    arguments = parse(made)
+    methods = [method for method in METHODS if method[0] in arguments.methods]
+    sizes = arguments.classes, arguments.steps, arguments.rounds
+    records, teacher_ms = measure(methods, *sizes, arguments.device)
+    print(machine(arguments.device))
+    bare = "" if teacher_ms is None else f"; the teacher's bare forward: {teacher_ms:.0f} ms"
+    print(f"{arguments.classes:,} classes{bare}")
     print(f"{EXACT_NOTE}\n")
     print(header("method", "layout", "ms", "samples/s", "ratio to floor", "peak MB"))
     for record in records:
         peak = None if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
         speed = f"{record['ms']:,.0f}", f"{record['samples_per_s']:.1f}", f"{record['ratio_to_floor']:.2f}"
         print(row(record["method"], record["layout"], *speed, peak))
-    write(records, arguments.json)
+    write(records, arguments.json, arguments.device)
 
 
 if __name__ == "__main__":

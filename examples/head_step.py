@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,22 @@ def materialised_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
+def milliseconds_by_clock(call: Callable[[], object]) -> float:
+    """Returns the milliseconds of a call on a processor."""
+    started = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - started)
+
+
 def time_head_steps(
-    num_classes: int, spec: SamplerSpec | None = None, num_items: int = 128, num_features: int = 256, repeats: int = 5
+    num_classes: int,
+    spec: SamplerSpec | None = None,
+    num_items: int = 128,
+    num_features: int = 256,
+    repeats: int = 5,
+    *,
+    device: torch.device | str = "cpu",
+    milliseconds: Callable[[Callable[[], object]], float] = milliseconds_by_clock,
 ) -> dict[str, float]:
     """Median milliseconds of exact and DIS steps on the same tensors, measured in turn.
 
@@ -41,6 +56,8 @@ def time_head_steps(
         num_items: N.
         num_features: d.
         repeats: steps of each, after one that is not counted.
+        device: of all tensors.
+        milliseconds: measures a call on the device.
 
     Returns:
         loss forward and backward, down to the head's dense gradient: ``exact``, all classes by the library's loss;
@@ -48,10 +65,10 @@ def time_head_steps(
         AdamW adds to any of them, because it passes over the whole head.
     """
     torch.manual_seed(0)
-    head = torch.nn.Linear(num_features, num_classes)
-    features = torch.randn(num_items, num_features, requires_grad=True)
-    teacher_logits = 3 * torch.randn(num_items, num_classes)
-    dis_loss = DISLoss(make_sampler(num_classes, spec), TEMPERATURE, hard_label_weight=0.0)
+    head = torch.nn.Linear(num_features, num_classes, device=device)
+    features = torch.randn(num_items, num_features, requires_grad=True, device=device)
+    teacher_logits = 3 * torch.randn(num_items, num_classes, device=device)
+    dis_loss = DISLoss(make_sampler(num_classes, spec, device=device), TEMPERATURE, hard_label_weight=0.0)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True)
 
     def exact() -> None:
@@ -70,7 +87,5 @@ def time_head_steps(
         for name, step in steps.items():
             if name != "adamw":
                 optimizer.zero_grad()
-            started = time.perf_counter()
-            step()
-            times[name].append(1000 * (time.perf_counter() - started))
+            times[name].append(milliseconds(step))
     return {name: statistics.median(values[1:]) for name, values in times.items()}

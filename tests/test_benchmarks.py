@@ -25,6 +25,7 @@ import proposal_variants
 import quality_vs_k
 import training_step
 from sampling_methods import Method
+from timing import Stopwatch
 
 from hf_dis import DISConfig, DISDistillationTrainer
 from hf_dis.data import load_glyphs
@@ -55,11 +56,12 @@ def test_the_exact_methods_of_a_head_have_the_same_gradient():
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("teacher", ["given", "online"])
-def test_the_exact_methods_of_a_language_model_have_the_same_gradient(teacher):
-    steps = language_model.Steps(300, 16, 8, teacher)
-    gradients = [torch.autograd.grad(language_model.METHODS[method](steps), steps.weight)[0] for method in EXACT]
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(("teacher", "peers"), [("given", []), ("online", ["trl_chunked"])])
+def test_the_exact_methods_of_a_language_model_have_the_same_gradient(teacher, peers):
+    steps = language_model.Steps(300, 16, 8, teacher, teacher_width=12)
+    gradients = [torch.autograd.grad(steps.loss(method), steps.weight)[0] for method in [*EXACT, *peers]]
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6)
 
 
 def test_quality_is_the_mean_over_seeds_and_time_the_latest():
@@ -86,7 +88,7 @@ def test_sizes_are_those_that_a_training_uses():
     assert sizes["dis 128 warm-up"]["logits"] == round(0.1 * 3375 + 0.9 * 128)
 
 
-def test_the_students_side_of_a_step_is_all_but_the_teachers(monkeypatch):
+def test_the_students_side_of_a_step_is_all_but_the_teachers():
     now = 0.0
 
     def work(seconds):
@@ -98,9 +100,8 @@ def test_the_students_side_of_a_step_is_all_but_the_teachers(monkeypatch):
             work(seconds)
             yield seconds
 
-    monkeypatch.setattr(quality_vs_k.time, "perf_counter", lambda: now)
-    teacher = quality_vs_k.TimedStream(chunks)
-    times = quality_vs_k.StudentTime(teacher)
+    teacher = quality_vs_k.TimedStream(chunks, Stopwatch(lambda: now))
+    times = quality_vs_k.StudentTime(teacher, Stopwatch(lambda: now))
     for _ in range(2):
         times.on_step_begin(None, None, None)
         for _ in teacher({}, None):
@@ -162,6 +163,7 @@ def test_steps_of_language_models_run(tmp_path, monkeypatch, capsys):
     assert [(r["teacher"], r["method"]) for r in records] == [
         (teacher, method) for teacher in ("given", "online") for method in (*EXACT, "dis")
     ]
+    assert all(record["peak_mb"] > 0 and record["device"] == "cpu" for record in records)
     assert all(0 < record["error"] < 0.1 for record in records if record["method"] == "dis")
 
 
@@ -184,7 +186,7 @@ def few_glyphs(monkeypatch):
 def test_errors_are_measured_of_glyphs(glyph_teacher, monkeypatch):
     """One layout with all updates, with some, and with a proposal that knows the student."""
     monkeypatch.setattr(estimator_error, "WARM_UP_BATCHES", 2)
-    task = estimator_error.glyphs(argparse.Namespace(teacher=glyph_teacher))
+    task = estimator_error.glyphs(argparse.Namespace(teacher=glyph_teacher, device=torch.device("cpu")))
     layout = (16, 64, 32, 4)
     methods = [
         Method("dis", "pps", *layout),
