@@ -56,7 +56,7 @@ from hf_dis.distributed.sums import average_rows
 from hf_dis.head.row_gradients import clip_grad_norm_
 from hf_dis.loss.exact import exact_loss
 from hf_dis.precision import widest
-from hf_dis.teacher.targets import CHUNK_ELEMENTS, TeacherTargets, widen
+from hf_dis.teacher.targets import TeacherTargets, chunk_items, widen
 
 CONTEXT, TEACHER_WIDTH, SPREAD, WARM_STEPS, LEARNING_RATE = 64, 512, 1.5, 50, 5e-3
 SAMPLED, SHARED = 16, 1024
@@ -87,7 +87,7 @@ class Steps:
         torch.manual_seed(0)
         self.vocab, self.tokens, self.teacher, self.place = vocab, tokens, teacher, place
         device = self.place.device
-        self.chunk_items = max(1, CHUNK_ELEMENTS // vocab)
+        self.chunk_items = chunk_items(tokens, vocab, torch.device(device))
         self.projections = [
             torch.randn(CONTEXT, size - 1, device=device) / CONTEXT**0.5 for size in (teacher_width, width)
         ]

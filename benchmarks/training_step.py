@@ -94,7 +94,8 @@ class MaterialisedTrainer(DISDistillationTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         teacher, items = self.distiller.online_teacher, Items(len(inputs["pixel_values"]))
-        parts = model(**inputs).logits.split(teacher.stream.chunk_items)
+        logits = model(**inputs).logits
+        parts = logits.split(teacher.stream.items_of_chunk(len(items), logits.device))
         chunks = zip(parts, teacher.all_classes(inputs, items), strict=True)
         return sum(materialised_loss(part, chunk, TEMPERATURE).sum() for part, chunk in chunks) / len(items)
 
