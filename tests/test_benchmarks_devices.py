@@ -188,7 +188,7 @@ def test_what_was_left_out_is_printed_and_recorded(monkeypatch, capsys, tmp_path
 
 @pytest.mark.parametrize("method", [method for method in head_scaling.METHODS if method not in head_scaling.NEEDS])
 def test_a_head_step_makes_its_tensors_on_the_device(method):
-    with fake_cuda({"unique_consecutive": 200}):
+    with fake_cuda({"tolist": [200, 400]}):
         steps = head_scaling.Steps(3000, "default", 16, 8, Place(CUDA, torch.bfloat16))
         steps.run(method)
         held = [value for value in vars(steps).values() if isinstance(value, torch.Tensor)]
@@ -201,7 +201,7 @@ def test_a_head_step_makes_its_tensors_on_the_device(method):
 def test_a_language_models_step_makes_its_tensors_on_the_device(method, teacher, monkeypatch):
     if method == "trl_chunked":
         monkeypatch.setattr("trl.kernels.chunked_divergence._use_triton", lambda device: False)  # kernels need a card
-    with fake_cuda({"unique_consecutive": 200}):
+    with fake_cuda({"tolist": [200, 400]}):
         steps = language_model.Steps(3000, 16, 8, teacher, 12, Place(CUDA, torch.bfloat16))
         steps.run(method)
         held = [value for value in vars(steps).values() if isinstance(value, torch.Tensor)]
