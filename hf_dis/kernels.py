@@ -21,7 +21,7 @@ LOWEST_CAPABILITY = (8, 0)
 
 @torch.compiler.assume_constant_result
 def uses_triton(device: torch.device) -> bool:
-    """Tells if tensors of a device are computed by Triton's kernels, as ``HF_DIS_KERNELS`` wants; logs the choice once.
+    """Tells if Triton's kernels compute a device's tensors, as ``HF_DIS_KERNELS`` wants; logs the choice once.
 
     ``auto`` takes the kernels where :func:`obstacle` finds none, ``torch`` never, ``triton`` always. With
     ``TRITON_INTERPRET=1``, ``triton`` takes the kernels for CPU tensors too: an interpreter, for tests.
@@ -74,7 +74,11 @@ def obstacle(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     capability = torch.cuda.get_device_capability(device)
-    return None if capability >= LOWEST_CAPABILITY else f"the device has compute capability {capability[0]}.{capability[1]}"
+    return (
+        None
+        if capability >= LOWEST_CAPABILITY
+        else f"the device has compute capability {capability[0]}.{capability[1]}"
+    )
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:

@@ -24,8 +24,8 @@ def mass(logits, temperature, every):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(("num_items", "num_classes"), [(1, 1), (5, 7), (17, 300), (2, 8192), (2, 20000)])
-@pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize(("num_items", "num_classes"), [(1, 1), (5, 7), (17, 300), (1, 8200)])
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
 def test_normaliser_and_mass_are_those_of_float64(dtype, num_items, num_classes, temperature):
     """A block is of 8,192 classes."""
     logits = case(num_items, num_classes, dtype)
@@ -50,7 +50,9 @@ def test_large_logits_do_not_overflow():
     logits = torch.tensor([[3e4, -3e4, 2.9e4], [-6e4, -6e4, -6e4]], dtype=torch.float16)
     found = log_normaliser(logits, 0.5)
     torch.testing.assert_close(found[:, 0].double(), (2 * logits.double()).logsumexp(1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(class_mass(logits, found, 0.5, 1), torch.tensor([4 / 3, 1 / 3, 1 / 3]), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        class_mass(logits, found, 0.5, 1), torch.tensor([4 / 3, 1 / 3, 1 / 3]), atol=1e-2, rtol=0
+    )
 
 
 def test_what_is_not_finite_stays_so_in_its_own_item():
@@ -58,7 +60,7 @@ def test_what_is_not_finite_stays_so_in_its_own_item():
     logits[0, 2], logits[1, 0], logits[2], logits[3, 1:] = torch.nan, torch.inf, -torch.inf, -torch.inf
     found = log_normaliser(logits, 2.0)[:, 0]
     assert not found[:3].isfinite().any() and found[2] == -torch.inf
-    torch.testing.assert_close(found[3:], torch.tensor([0, 4]).clamp_min(1).log())
+    torch.testing.assert_close(found[3:], torch.tensor([1.0, 4.0]).log())
     assert class_mass(logits, found[:, None], 2.0, 1).isnan().any()
     assert class_mass(logits[3:], found[3:, None], 2.0, 1).tolist() == pytest.approx([1.25, 0.25, 0.25, 0.25])
 

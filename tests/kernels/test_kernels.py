@@ -202,7 +202,15 @@ def test_the_step_of_a_parameters_rows_is_two_launches(shape, monkeypatch):
 def test_the_kernels_in_the_interpreter():
     """In a process of their own: the variable has to be set before triton is imported."""
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sorted(map(str, HERE.glob("interpreted_*.py")))],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *sorted(map(str, HERE.glob("interpreted_*.py"))),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1", kernels.VARIABLE: "triton", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parent.parent,
         capture_output=True,
