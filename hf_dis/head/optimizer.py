@@ -121,9 +121,9 @@ class RowSparseAdamW(torch.optim.AdamW):
 def _step_touched(parameter: Tensor, state: dict[str, Any], group: dict[str, Any], ids: Tensor, rows: Tensor) -> None:
     """Steps the rows ``ids`` by their gradient ``rows``, and counts the step in the state."""
     if uses_triton(parameter.device) and parameter.is_contiguous():
-        from hf_dis.head import triton_rows
+        from hf_dis.head import triton_adamw
 
-        triton_rows.adamw(parameter, state, group, ids, rows)
+        triton_adamw.adamw(parameter, state, group, ids, rows)
         return
     elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
     chunk_rows = max(1, elements // max(1, rows[:1].numel()))

@@ -7,8 +7,9 @@ import torch
 from torch.library import opcheck
 
 from hf_dis import RowSparseAdamW
-from hf_dis.head import triton_rows
-from hf_dis.head.triton_rows import PIECE, join_pieces, row_factors, segment_pieces, segment_rows, step_rows
+from hf_dis.head import triton_adamw
+from hf_dis.head.triton_adamw import row_factors, step_rows
+from hf_dis.head.triton_rows import PIECE, join_pieces, segment_pieces, segment_rows
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Contributions per segment; a piece is of 64.
@@ -172,7 +173,7 @@ def test_more_rows_than_a_block(monkeypatch):
 
 
 def test_a_transposed_parameter_is_stepped_by_torch(monkeypatch):
-    monkeypatch.setattr(triton_rows, "adamw", None)
+    monkeypatch.setattr(triton_adamw, "adamw", None)
     parameter = torch.nn.Parameter(torch.ones(3, 7).T)
     parameter.grad = torch.sparse_coo_tensor([[2]], torch.ones(1, 3), (7, 3), is_coalesced=True)
     RowSparseAdamW([parameter], **SETTINGS).step()

@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hf_dis.head import triton_products, triton_rows  # noqa: E402
+from hf_dis.head import triton_adamw, triton_products, triton_rows  # noqa: E402
 from hf_dis.loss import triton_sampled  # noqa: E402
 from hf_dis.teacher import triton_normaliser  # noqa: E402
 
@@ -25,8 +25,8 @@ CASES = {
     "mass": (triton_normaliser.class_mass_kernel, ["bff", "fff", "hff"], "iiiini", MASS),
     "pieces": (triton_rows.pieces_kernel, ["flflf", "blblf", "blflf"], "iii", ROWS),
     "segments": (triton_rows.segments_kernel, ["flflff", "blblfb", "blflff"], "ii", ROWS),
-    "factors": (triton_rows.row_factors_kernel, ["fdlfff"], "innnn", {"BLOCK": 256}),
-    "step": (triton_rows.step_kernel, ["ffflffff", "bbblbfff"], "iinnn", STEP),
+    "factors": (triton_adamw.row_factors_kernel, ["fdlfff"], "innnn", {"BLOCK": 256}),
+    "step": (triton_adamw.step_kernel, ["ffflffff", "bbblbfff"], "iinnn", STEP),
     "divergence": (triton_sampled.forward_kl_kernel, ["ffffffff", "bfffffff"], "iiiiin", {"BLOCK": 1024}),
     "cross-entropy": (triton_sampled.cross_entropy_kernel, ["ffff", "bfff"], "iiii", {"BLOCK": 1024}),
 }
