@@ -85,6 +85,15 @@ def test_the_lowest_log_probability_is_that_of_torch(monkeypatch):
     assert of("triton", sampled_forward_kl, *given)[2].min() == of("torch", sampled_forward_kl, *given)[2].min()
 
 
+def test_a_class_that_the_student_alone_masks_gets_no_gradient(monkeypatch):
+    logits, sample = case(3, 7)
+    logits[1, 4] = -torch.inf
+    assert sample.target[1, 4] > 0
+    found, expected = (of(name, sampled_forward_kl, logits, sample, monkeypatch, 2.0) for name in ("triton", "torch"))
+    assert found[-1][1, 4] == 0
+    check(found[1:], expected[1:], torch.float32)
+
+
 def test_nan_is_told_and_stays_in_its_item(monkeypatch):
     logits, sample = case(3, 7)
     logits[1, 4] = torch.nan
