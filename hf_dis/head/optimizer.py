@@ -11,10 +11,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from hf_dis.head.row_gradients import coalesced
+from hf_dis.kernels import uses_triton
 from hf_dis.precision import widest
 
 # Elements of the rows [n, d] that are stepped at a time on CPU: a chunk and its moments stay in the cache.
 CHUNK_ELEMENTS = 2**17
+
+# The same on an accelerator, where few launches matter: 256 MiB in float32 for each of the three copies of a chunk.
+ACCELERATOR_CHUNK_ELEMENTS = 2**26
 
 
 class RowSparseAdamW(torch.optim.AdamW):
@@ -97,13 +101,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             state["log_decay"] = 0.0
             state["row_log_decay"] = torch.zeros(len(parameter), dtype=widest(device), device=device)
         state["log_decay"] += math.log1p(-decay)
-        ids, rows = gradient._indices()[0], gradient._values()
-        on_cpu = rows.device.type == "cpu"
-        chunk_rows = max(1, CHUNK_ELEMENTS // max(1, rows[:1].numel())) if on_cpu else max(1, len(ids))
-        columns = (1,) * (rows.dim() - 1)
-        factors = [factor.to(rows.dtype).view(-1, *columns) for factor in _row_factors(state, group, ids)]
-        for parts in zip(*(tensor.split(chunk_rows) for tensor in (ids, rows, *factors)), strict=True):
-            _step_chunk(parameter, state, group, *parts)
+        _step_touched(parameter, state, group, gradient._indices()[0], gradient._values())
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state as torch does; the decay that rows have had stays in the device's widest type.
@@ -120,6 +118,21 @@ class RowSparseAdamW(torch.optim.AdamW):
                 self.state[parameter]["row_log_decay"] = saved["row_log_decay"].to(device, widest(device))
 
 
+def _step_touched(parameter: Tensor, state: dict[str, Any], group: dict[str, Any], ids: Tensor, rows: Tensor) -> None:
+    """Steps the rows ``ids`` by their gradient ``rows``, and counts the step in the state."""
+    if uses_triton(parameter.device) and parameter.is_contiguous():
+        from hf_dis.head import triton_adamw
+
+        triton_adamw.adamw(parameter, state, group, ids, rows)
+        return
+    elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    chunk_rows = max(1, elements // max(1, rows[:1].numel()))
+    columns = (1,) * (rows.dim() - 1)
+    factors = [factor.to(rows.dtype).view(-1, *columns) for factor in _row_factors(state, group, ids)]
+    for parts in zip(*(tensor.split(chunk_rows) for tensor in (ids, rows, *factors)), strict=True):
+        _step_chunk(parameter, state, group, *parts)
+
+
 def _row_factors(state: dict[str, Any], group: dict[str, Any], ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Counts a step of each row, marks its decay as done, and computes the factors of the step.
 
@@ -131,13 +144,12 @@ def _row_factors(state: dict[str, Any], group: dict[str, Any], ids: Tensor) -> t
     kept = (state["log_decay"] - state["row_log_decay"].index_select(0, ids)).exp()
     state["step"].index_copy_(0, ids, steps)
     state["row_log_decay"].index_fill_(0, ids, state["log_decay"])
-    bias1, bias2 = (_bias_correction(beta, steps.to(widest(ids.device))) for beta in group["betas"])
+    # 1 - β^t for both β.
+    logs = [math.log(beta) if beta else -math.inf for beta in group["betas"]]
+    bias1, bias2 = torch._foreach_neg(
+        torch._foreach_expm1(torch._foreach_mul([steps.to(widest(ids.device))] * 2, logs))
+    )
     return kept, bias1 / bias2.sqrt(), group["eps"] * bias1
-
-
-def _bias_correction(beta: float, steps: Tensor) -> Tensor:
-    """1 - β^t for each of the steps t."""
-    return -torch.expm1(steps * math.log(beta)) if beta else torch.ones_like(steps)
 
 
 def _step_chunk(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_dis.kernels import uses_triton
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.targets import widen
 
@@ -19,6 +20,10 @@ def sampled_cross_entropy(logits: Tensor, sample: ClassSample) -> Tensor:
     Returns:
         the loss, ``[N]``, in float32 or wider.
     """
+    if uses_triton(logits.device):
+        from hf_dis.loss import triton_sampled
+
+        return triton_sampled.sampled_cross_entropy(logits, sample.log_weights, sample.label_column)
     logits = widen(logits)
     return (logits + sample.log_weights).logsumexp(1) - logits[:, sample.label_column]
 

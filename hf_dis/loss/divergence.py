@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_dis.kernels import uses_triton
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.targets import block_items, widen
 
@@ -48,34 +49,47 @@ def sampled_forward_kl(logits: Tensor, sample: ClassSample, temperature: float) 
 
 
 class _SampledForwardKL(torch.autograd.Function):
-    """Loss and gradient by blocks of items: intermediate tensors have the size of a block."""
+    """Loss and gradient in one pass."""
 
     @staticmethod
     def forward(ctx, logits, log_weights, log_probs, target, temperature):
-        losses, signals, students, gradients = [], [], [], []
-        size = block_items(logits)
-        for part, log_weight, log_prob, wanted in zip(
-            *(tensor.split(size) for tensor in (logits, log_weights, log_probs, target)), strict=True
-        ):
-            scaled = _above_minus_inf(widen(part) / temperature)
-            log_student = scaled - (scaled + log_weight).logsumexp(1, keepdim=True)
-            losses.append(temperature**2 * (wanted * (_above_minus_inf(log_prob) - log_student)).sum(1))
-            signals.append(log_student.exp() - log_prob.exp())
-            students.append(log_student)
-            # τ (ω s - p̂): the target sums to one.
-            gradient = (log_student + log_weight).exp_().sub_(wanted).mul_(temperature)
-            gradients.append(gradient.masked_fill_(part.isneginf(), 0))
+        if uses_triton(logits.device):
+            from hf_dis.loss.triton_sampled import forward_kl
+        else:
+            forward_kl = _forward_kl
+        loss, signal, log_student, gradient = forward_kl(logits, log_weights, log_probs, target, temperature)
         ctx.dtype = logits.dtype
-        ctx.save_for_backward(torch.cat(gradients))
-        signal, log_student = torch.cat(signals), torch.cat(students)
+        ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(signal, log_student)
-        return torch.cat(losses), signal, log_student
+        return loss, signal, log_student
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
         (gradient,) = ctx.saved_tensors
         return (grad[:, None] * gradient).to(ctx.dtype), None, None, None, None
+
+
+def _forward_kl(
+    logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, signal, log s and gradient by blocks of items: intermediate tensors have the size of a block."""
+    size = block_items(logits)
+    parts = zip(*(tensor.split(size) for tensor in (logits, log_weights, log_probs, target)), strict=True)
+    blocks = [_forward_kl_block(*part, temperature) for part in parts]
+    return blocks[0] if len(blocks) == 1 else tuple(torch.cat(results) for results in zip(*blocks, strict=True))
+
+
+def _forward_kl_block(
+    logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scaled = _above_minus_inf(widen(logits) / temperature)
+    log_student = scaled - (scaled + log_weights).logsumexp(1, keepdim=True)
+    loss = temperature**2 * (target * (_above_minus_inf(log_probs) - log_student)).sum(1)
+    signal = log_student.exp() - log_probs.exp()
+    # τ (ω s - p̂): the target sums to one.
+    gradient = (log_student + log_weights).exp_().sub_(target).mul_(temperature)
+    return loss, signal, log_student, gradient.masked_fill_(logits.isneginf(), 0)
 
 
 def exact_forward_kl(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

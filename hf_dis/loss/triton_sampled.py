@@ -1,0 +1,198 @@
+"""Triton kernels: the losses on sampled classes with their gradients, a program per item.
+
+A program reads its item twice: for the normaliser, and for the results. The second time the item is in a cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_dis.kernels import sum_dtype, unit_columns
+from hf_dis.teacher.triton_normaliser import add_exponentials
+
+# Columns that a program reads at a time.
+BLOCK = 1024
+
+
+@triton.jit
+def _above_minus_inf(values):
+    """Replaces -inf by the lowest number, so that 0 · log 0 is 0 and not NaN."""
+    lowest: tl.constexpr = -1.7976931348623157e308 if values.dtype == tl.float64 else -3.4028234663852886e38
+    return tl.where(values == float("-inf"), lowest, values)
+
+
+@triton.jit
+def _log_sum(logits, log_weights, width, factor, BLOCK: tl.constexpr):
+    """log Σ ω exp(logit · factor) over an item."""
+    peak = tl.full((), float("-inf"), factor.dtype)
+    total = tl.full((), 0, factor.dtype)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logit = tl.load(logits + column, column < width, 0).to(factor.dtype)
+        log_weight = tl.load(log_weights + column, column < width, float("-inf")).to(factor.dtype)
+        peak, total = add_exponentials(peak, total, _above_minus_inf(logit * factor) + log_weight)
+    return peak + tl.log(total)
+
+
+@triton.jit
+def forward_kl_kernel(
+    logits,
+    log_weights,
+    log_probs,
+    target,
+    loss,
+    signal,
+    log_student,
+    gradient,
+    width,
+    logits_stride,
+    log_weights_stride,
+    log_probs_stride,
+    target_stride,
+    temperature: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = loss.dtype.element_ty
+    item = tl.program_id(0).to(tl.int64)
+    logits += item * logits_stride
+    log_weights += item * log_weights_stride
+    log_probs += item * log_probs_stride
+    target += item * target_stride
+    factor = tl.cast(1 / temperature, dtype)
+    tau = tl.cast(temperature, dtype)
+    normaliser = _log_sum(logits, log_weights, width, factor, BLOCK)
+    divergence = tl.full((), 0, dtype)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        used = column < width
+        logit = tl.load(logits + column, used, 0).to(dtype)
+        log_weight = tl.load(log_weights + column, used, 0).to(dtype)
+        log_prob = tl.load(log_probs + column, used, 0).to(dtype)
+        wanted = tl.load(target + column, used, 0).to(dtype)
+        log_share = _above_minus_inf(logit * factor) - normaliser
+        divergence += tl.sum(wanted * (_above_minus_inf(log_prob) - log_share), 0)
+        slope = (tl.exp(log_share + log_weight) - wanted) * tau
+        out = item * width + column
+        tl.store(signal + out, tl.exp(log_share) - tl.exp(log_prob), used)
+        tl.store(log_student + out, log_share, used)
+        tl.store(gradient + out, tl.where(logit == float("-inf"), 0.0, slope), used)
+    tl.store(loss + item, divergence * tau * tau)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits,
+    log_weights,
+    loss,
+    gradient,
+    width,
+    logits_stride,
+    log_weights_stride,
+    label,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = loss.dtype.element_ty
+    item = tl.program_id(0).to(tl.int64)
+    logits += item * logits_stride
+    log_weights += item * log_weights_stride
+    normaliser = _log_sum(logits, log_weights, width, tl.full((), 1, dtype), BLOCK)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        used = column < width
+        logit = tl.load(logits + column, used, 0).to(dtype)
+        log_weight = tl.load(log_weights + column, used, 0).to(dtype)
+        slope = tl.exp(logit + log_weight - normaliser) - tl.where(column == label, 1.0, 0.0)
+        tl.store(gradient + item * width + column, slope, used)
+    tl.store(loss + item, normaliser - tl.load(logits + label).to(dtype))
+
+
+@torch.library.custom_op("hf_dis::sampled_forward_kl", mutates_args=())
+def forward_kl(
+    logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """τ² KL(p ‖ s) estimated from sampled classes, with its gradient on the logits.
+
+    Args:
+        logits, log_weights, log_probs, target: of the sampled classes, ``[N, R]`` each.
+        temperature: τ > 0.
+
+    Returns:
+        the loss ``[N]``, the signal s - p, log s, and the gradient, ``[N, R]`` each, in float32 or wider.
+    """
+    given = [unit_columns(tensor) for tensor in (logits, log_weights, log_probs, target)]
+    loss, *others = _forward_kl_results(*given)
+    with torch.cuda.device_of(logits):
+        forward_kl_kernel[(len(logits),)](
+            *given, loss, *others, logits.shape[1], *(tensor.stride(0) for tensor in given), temperature, BLOCK=BLOCK
+        )
+    return loss, *others
+
+
+@forward_kl.register_fake
+def _(logits, log_weights, log_probs, target, temperature):
+    return _forward_kl_results(logits, log_weights, log_probs, target)
+
+
+def _forward_kl_results(logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = sum_dtype(logits, *others)
+    loss = logits.new_empty(len(logits), dtype=dtype)
+    return loss, *(logits.new_empty(logits.shape, dtype=dtype) for _ in range(3))
+
+
+@torch.library.custom_op("hf_dis::sampled_cross_entropy", mutates_args=())
+def cross_entropy(logits: Tensor, log_weights: Tensor, label: int) -> tuple[Tensor, Tensor]:
+    """-log softmax(z)_y estimated from sampled classes, with its gradient on the logits.
+
+    Args:
+        logits, log_weights: of the sampled classes, ``[N, R]`` each.
+        label: the column of the label.
+
+    Returns:
+        the loss ``[N]`` and the gradient ``[N, R]``, in float32 or wider.
+    """
+    given = [unit_columns(tensor) for tensor in (logits, log_weights)]
+    loss, gradient = _cross_entropy_results(logits, log_weights)
+    with torch.cuda.device_of(logits):
+        cross_entropy_kernel[(len(logits),)](
+            *given, loss, gradient, logits.shape[1], *(tensor.stride(0) for tensor in given), label, BLOCK=BLOCK
+        )
+    return loss, gradient
+
+
+@cross_entropy.register_fake
+def _(logits, log_weights, label):
+    return _cross_entropy_results(logits, log_weights)
+
+
+def _cross_entropy_results(logits: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = sum_dtype(logits, log_weights)
+    return logits.new_empty(len(logits), dtype=dtype), logits.new_empty(logits.shape, dtype=dtype)
+
+
+def sampled_cross_entropy(logits: Tensor, log_weights: Tensor, label: int) -> Tensor:
+    """-log softmax(z)_y estimated from sampled classes, ``[N]``, differentiable once in the logits.
+
+    Args:
+        logits, log_weights: of the sampled classes, ``[N, R]`` each.
+        label: the column of the label.
+    """
+    return _SampledCrossEntropy.apply(logits, log_weights, label)
+
+
+class _SampledCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, log_weights, label):
+        loss, gradient = cross_entropy(logits, log_weights, label)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return (grad[:, None] * gradient).to(ctx.dtype), None, None

@@ -1,0 +1,125 @@
+"""Triton kernels: the normaliser of a teacher's logits and the mass of each class, read in the logits' own type."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_dis.kernels import sum_dtype, unit_columns
+
+
+@triton.jit
+def add_exponentials(peak, total, values):
+    """Adds the exponentials of values to a sum exp(peak) · total, and moves the peak to the highest value."""
+    higher = tl.maximum(peak, tl.max(values, 0))
+    # Where all values are -inf so far, -inf - -inf would be NaN.
+    finite = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, total * tl.exp(peak - finite) + tl.sum(tl.exp(values - finite), 0)
+
+
+@triton.jit
+def log_normaliser_kernel(logits, out, num_classes, stride, temperature: tl.float64, BLOCK: tl.constexpr):
+    """A program reads the logits of an item once, with a running maximum."""
+    item = tl.program_id(0).to(tl.int64)
+    factor = tl.cast(1 / temperature, out.dtype.element_ty)
+    peak = tl.full((), float("-inf"), out.dtype.element_ty)
+    total = tl.full((), 0, out.dtype.element_ty)
+    for start in range(0, num_classes, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logit = tl.load(logits + item * stride + column, column < num_classes, float("-inf"))
+        peak, total = add_exponentials(peak, total, logit.to(out.dtype.element_ty) * factor)
+    tl.store(out + item, peak + tl.log(total))
+
+
+@triton.jit
+def class_mass_kernel(
+    logits,
+    log_normaliser,
+    out,
+    num_items,
+    num_classes,
+    stride,
+    normaliser_stride,
+    temperature: tl.float64,
+    times,
+    BLOCK_ITEMS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):
+    """A program sums the probabilities of BLOCK_CLASSES classes over all items."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+    factor = tl.cast(1 / temperature, out.dtype.element_ty)
+    total = tl.zeros((BLOCK_CLASSES,), out.dtype.element_ty)
+    for start in range(0, num_items, BLOCK_ITEMS):
+        item = start + tl.arange(0, BLOCK_ITEMS).to(tl.int64)
+        inside = (item < num_items)[:, None] & (column < num_classes)[None, :]
+        logit = tl.load(logits + (item * stride)[:, None] + column[None, :], inside, float("-inf"))
+        normaliser = tl.load(log_normaliser + item * normaliser_stride, item < num_items, 0.0)
+        scaled = logit.to(out.dtype.element_ty) * factor
+        total += tl.sum(tl.exp(scaled - normaliser.to(out.dtype.element_ty)[:, None]), 0)
+    tl.store(out + column, total * times, column < num_classes)
+
+
+@torch.library.custom_op("hf_dis::log_normaliser", mutates_args=())
+def log_normaliser(logits: Tensor, temperature: float) -> Tensor:
+    """Computes log Σ exp(logit / τ) of each item.
+
+    Args:
+        logits: of the teacher, ``[n, C]``, any floating-point type; -inf for masked classes.
+        temperature: τ > 0.
+
+    Returns:
+        ``[n, 1]``, float32; float64 for float64 logits. NaN where a logit is NaN or inf, -inf where all are masked.
+    """
+    logits = unit_columns(logits)
+    num_items, num_classes = logits.shape
+    out = logits.new_empty(num_items, 1, dtype=sum_dtype(logits))
+    with torch.cuda.device_of(logits):
+        log_normaliser_kernel[(num_items,)](
+            logits, out, num_classes, logits.stride(0), temperature, BLOCK=8192, num_warps=8
+        )
+    return out
+
+
+@log_normaliser.register_fake
+def _(logits, temperature):
+    return logits.new_empty(len(logits), 1, dtype=sum_dtype(logits))
+
+
+@torch.library.custom_op("hf_dis::class_mass", mutates_args=())
+def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, every: int) -> Tensor:
+    """Sums the teacher's probability of each class over items 0, ``every``, 2 ``every``, ..., times ``every``.
+
+    Args:
+        logits: of the teacher, ``[n, C]``, any floating-point type; -inf for masked classes.
+        log_normaliser: log Σ exp(logit / τ), ``[n, 1]``.
+        temperature: τ > 0.
+        every: distance of the items that are read, at least 1.
+
+    Returns:
+        ``[C]``, float32; float64 for float64 logits.
+    """
+    logits, log_normaliser = unit_columns(logits)[::every], log_normaliser[::every]
+    num_items, num_classes = logits.shape
+    out = logits.new_empty(num_classes, dtype=sum_dtype(logits))
+    with torch.cuda.device_of(logits):
+        class_mass_kernel[(triton.cdiv(num_classes, 256),)](
+            logits,
+            log_normaliser,
+            out,
+            num_items,
+            num_classes,
+            logits.stride(0),
+            log_normaliser.stride(0),
+            temperature,
+            every,
+            BLOCK_ITEMS=16,
+            BLOCK_CLASSES=256,
+        )
+    return out
+
+
+@class_mass.register_fake
+def _(logits, log_normaliser, temperature, every):
+    return logits.new_empty(logits.shape[1], dtype=sum_dtype(logits))
