@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -51,6 +52,7 @@ SHAPES = {
     "classifier": Shape("classifier", 1024, 1_000_000, 512, False),
 }
 TARGETS_KINDS = ("given", "cached", "online")
+KERNELS = ("torch", "triton")
 TOKENS = 128  # of a sequence; the number of sequences follows from the items
 
 
@@ -156,12 +158,20 @@ def finish(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> 
     optimizer.zero_grad()
 
 
-def count(shape: Shape, targets: str, row_sparse: bool = True) -> dict[str, str | int | float]:
-    """The counts of one step in its steady state, as a record."""
+def count(shape: Shape, targets: str, row_sparse: bool = True, kernels: str = "torch") -> dict[str, str | int | float]:
+    """The counts of one step in its steady state, as a record.
+
+    Args:
+        shape: one of ``SHAPES``.
+        targets: one of ``TARGETS_KINDS``.
+        row_sparse: give the head a row-sparse gradient.
+        kernels: ``"torch"`` or ``"triton"``.
+    """
     unique = min(shape.num_classes, shape.num_items * 16)
     contributions = shape.num_items * (shape.spec.num_sampled_classes + 1)
     sizes = {"nonzero": shape.num_items, "index": shape.num_items * 1, "tolist": [unique, contributions]}
-    with fake_cuda(sizes) as counts:
+    obstacle = None if kernels == "triton" else "only torch is counted"
+    with mock.patch("hf_dis.kernels.obstacle", lambda device: obstacle), fake_cuda(sizes) as counts:
         if targets == "given":
             of_given(shape, counts, row_sparse)
         else:
@@ -169,7 +179,7 @@ def count(shape: Shape, targets: str, row_sparse: bool = True) -> dict[str, str 
         return {
             "shape": shape.name,
             "targets": targets,
-            "kernels": "torch",
+            "kernels": kernels,
             "launches": sum(counts.launches.values()),
             "waits": sum(counts.waits.values()),
             "peak_gb": round(counts.peak / 1e9, 3),
@@ -185,8 +195,8 @@ def main() -> None:
     print("| " + " | ".join(names) + " |")
     print("|" + "---|" * len(names))
     for shape in SHAPES.values():
-        for targets in TARGETS_KINDS:
-            record = count(shape, targets)
+        for targets, kernels in product(TARGETS_KINDS, KERNELS):
+            record = count(shape, targets, kernels=kernels)
             print("| " + " | ".join(str(record[name]) for name in names) + " |", flush=True)
             if arguments.json:
                 with arguments.json.open("a") as file:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import Updates
 
 
@@ -129,6 +130,10 @@ class TouchedRows:
         which, scales = (values.index_select(0, self._order) for values in (which, scales))
         if self._weights is not None:
             scales = (scales * self._weights.index_select(0, self._place)).to(vectors.dtype)
+        if uses_triton(vectors.device):
+            from hf_dis.head.triton_rows import segment_rows
+
+            return segment_rows(vectors, which, scales, F.pad(self._counts.cumsum(0), (1, 0)), vectors.dtype)
         starts = self._counts.cumsum(0) - self._counts
         return F.embedding_bag(which, vectors, starts, mode="sum", per_sample_weights=scales)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_dis.head.row_gradients import TouchedRows
+from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import Updates
 from hf_dis.sampling.tails import by_item, by_tail, of_items
 
@@ -84,8 +85,7 @@ class _SampledLinear(torch.autograd.Function):
         wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_features = grad_weight = grad_bias = None
         if wants_features:
-            scales = item_grad.to(weight.dtype)
-            grad_features = F.embedding_bag(item_ids, weight, mode="sum", per_sample_weights=scales).to(grad.dtype)
+            grad_features = _features_gradient(item_grad, weight, item_ids).to(grad.dtype)
             tails = by_tail(tail_grad, len(tail_ids)) @ F.embedding(tail_ids, weight).to(grad.dtype)
             grad_features += by_item(tails, len(grad))
         if wants_weight or wants_bias:
@@ -150,6 +150,11 @@ def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, out: Tens
     """Writes ``h wᵀ`` of each item with its classes into ``out``, ``[N, R]``."""
     if not item_ids.numel():
         return
+    if uses_triton(features.device):
+        from hf_dis.head.triton_products import item_products
+
+        out.copy_(item_products(features, weight, item_ids))
+        return
     on_cpu = features.device.type == "cpu" and features.dtype in (torch.float32, torch.float64)
     fits = features.dtype == weight.dtype and weight.is_contiguous() and item_ids.shape[1] <= len(weight)
     if on_cpu and fits:
@@ -172,6 +177,15 @@ def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, out: Tens
     for ids, vectors, products in zip(item_ids.split(size), features.split(size), out.split(size), strict=True):
         gathered = F.embedding(ids, weight).to(wide)
         products.copy_(torch.bmm(gathered, vectors.to(wide)[:, :, None])[:, :, 0])
+
+
+def _features_gradient(scales: Tensor, weight: Tensor, item_ids: Tensor) -> Tensor:
+    """Sums the rows of each item's classes, times their scales ``[N, R]``: ``[N, d]``."""
+    if uses_triton(weight.device):
+        from hf_dis.head.triton_products import features_gradient
+
+        return features_gradient(scales, weight, item_ids)
+    return F.embedding_bag(item_ids, weight, mode="sum", per_sample_weights=scales.to(weight.dtype))
 
 
 def _gathered_items(num_items: int, elements: int, device: torch.device) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_dis.kernels import uses_triton
+
 # Elements of the [n, C] logits of a chunk: 64 MiB in float32.
 CHUNK_ELEMENTS = 2**24
 
@@ -109,26 +111,34 @@ class TeacherTargets:
 
     def __init__(self, logits: Tensor, temperature: float, depth: int, blocks: int = DEVICE_BLOCKS):
         self.logits, self.temperature = logits, temperature
-        top, self.ids = top_ranked(logits, min(depth, logits.shape[1]))
-        highest = widen(top[:, :1])
-        top = widen(top) / temperature
+        highest, self.ids = top_ranked(logits, min(depth, logits.shape[1]))
+        highest = widen(highest)
         on_cpu = logits.device.type == "cpu"
         self._stride = 1 if on_cpu else max(1, min(MASS_STRIDE, len(logits) // MASS_ITEMS))
-        # A single pass of exponentials over all classes gives the normaliser and the classes' probabilities.
+        self._probability: Tensor | None = None
+        if uses_triton(logits.device):
+            from hf_dis.teacher.triton_normaliser import log_normaliser
+
+            self.log_normaliser = log_normaliser(logits, temperature)
+        else:
+            self.log_normaliser = self._normalised_by_blocks(highest[:, :1], blocks)
+        self.log_probs = highest / temperature - self.log_normaliser
+
+    def _normalised_by_blocks(self, highest: Tensor, blocks: int) -> Tensor:
+        """A single pass of exponentials over all classes gives the normaliser and the classes' probabilities."""
+        logits, temperature = self.logits, self.temperature
         items = self._stride * -(-block_items(logits, blocks) // self._stride)
-        self._probability = top.new_zeros(logits.shape[1])
-        totals = []
-        parts = (values.split(items) for values in (logits, highest, top[:, :1]))
-        for part, highest_logit, peak in zip(*parts, strict=True):
-            if on_cpu:
+        self._probability, totals = highest.new_zeros(logits.shape[1]), []
+        peaks = highest / temperature
+        for part, logit, peak in zip(*(values.split(items) for values in (logits, highest, peaks)), strict=True):
+            if logits.device.type == "cpu":
                 exponentials = (widen(part) / temperature).sub_(peak).exp_()
             else:  # the subtraction widens: one launch and no copy
-                exponentials = (part - highest_logit).div_(temperature).exp_()
+                exponentials = (part - logit).div_(temperature).exp_()
             totals.append(exponentials.sum(1))
             counted, total = exponentials[:: self._stride], totals[-1][:: self._stride]
             self._probability.addmv_(counted.T, total.reciprocal(), alpha=self._stride)
-        self.log_normaliser = top[:, :1] + torch.cat(totals)[:, None].log_()
-        self.log_probs = top - self.log_normaliser
+        return peaks + torch.cat(totals)[:, None].log_()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -146,9 +156,14 @@ class TeacherTargets:
 
         On an accelerator the sum is that over every eighth item, times eight.
         """
+        probability = self._probability
+        if probability is None:
+            from hf_dis.teacher.triton_normaliser import class_mass
+
+            probability = class_mass(self.logits, self.log_normaliser, self.temperature, self._stride)
         ids, log_probs = self.ids[:: self._stride], self.log_probs[:: self._stride]
         ranked = log_probs.exp().flatten()
-        return self._probability.index_add(0, ids.flatten(), ranked, alpha=-self._stride).clamp_min_(0)
+        return probability.index_add(0, ids.flatten(), ranked, alpha=-self._stride).clamp_min_(0)
 
 
 def check_teacher_logits(logits: Tensor, num_classes: int, first_item: int = 0, check_finite: bool = True) -> None:
