@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # The environment variable that chooses, and its values; auto is the default.
 VARIABLE = "HF_DIS_KERNELS"
@@ -37,13 +37,13 @@ def uses_triton(device: torch.device) -> bool:
     if wanted not in VALUES:
         raise ValueError(f"{VARIABLE} is {wanted!r}, and has to be one of {', '.join(VALUES)}; set one or unset it")
     if wanted == "torch":
-        logger.info_once(f"kernels: torch ({VARIABLE} is torch)")
+        tell_once(logging.INFO, f"kernels: torch ({VARIABLE} is torch)")
         return False
     if wanted == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return True
     missing = obstacle(device)
     if missing is None:
-        logger.info_once("kernels: triton")
+        tell_once(logging.INFO, "kernels: triton")
         return True
     if wanted == "triton":
         raise RuntimeError(
@@ -51,9 +51,19 @@ def uses_triton(device: torch.device) -> bool:
             f"{'.'.join(map(str, LOWEST_CAPABILITY))} or higher; set {VARIABLE} to auto, or to torch"
         )
     # On CUDA the kernels are a matter of speed that the reader may want to mend.
-    tell = logger.warning_once if device.type == "cuda" else logger.info_once
-    tell(f"kernels: torch ({missing})")
+    tell_once(logging.WARNING if device.type == "cuda" else logging.INFO, f"kernels: torch ({missing})")
     return False
+
+
+@functools.cache
+def tell_once(level: int, message: str) -> None:
+    """Logs a message, once per process.
+
+    Args:
+        level: of the logging module.
+        message: to log.
+    """
+    logger.log(level, message)
 
 
 @functools.cache

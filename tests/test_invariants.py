@@ -20,9 +20,19 @@ from hf_dis.teacher.targets import TeacherTargets
 PACKAGE = Path(hf_dis.__file__).parent
 CLASSES, ITEMS, WIDTH, CHUNK_ITEMS = 20_000, 64, 16, 4
 
-# Folders and files that need torch alone: with them, a loss can be computed where there is no transformers.
+# Folders and files that need torch alone: with them, a loss can be computed where there is no transformers. Triton is
+# imported by the kernels only, which are imported where they run.
 MATHS = (
-    *("arguments.py", "autotune.py", "checks.py", "dis_loss.py", "errors.py", "items.py", "precision.py"),
+    *(
+        "arguments.py",
+        "autotune.py",
+        "checks.py",
+        "dis_loss.py",
+        "errors.py",
+        "items.py",
+        "kernels.py",
+        "precision.py",
+    ),
     *("distributed", "head", "loss", "sampling"),
     *("models/after_head.py", "models/head_features.py", "report/diagnostics.py"),
     *("teacher/cached.py", "teacher/compact.py", "teacher/targets.py"),
@@ -46,7 +56,9 @@ def test_the_maths_imports_neither_transformers_nor_accelerate(file):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             imported.add(node.module)
-    foreign = {name for name in imported if name.split(".")[0] not in {"torch", "numpy", *sys.stdlib_module_names}}
+    foreign = {
+        name for name in imported if name.split(".")[0] not in {"torch", "numpy", "triton", *sys.stdlib_module_names}
+    }
     assert foreign <= set(map(module_name, MATHS_FILES))
 
 

@@ -1,5 +1,6 @@
 """The choice of the kernels, and the tests of the kernels in Triton's interpreter."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import pytest
 import torch
 from fake_accelerator import fake_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.utils import logging
 
 from hf_dis import kernels
 from hf_dis.kernels import obstacle, uses_triton
@@ -25,7 +25,7 @@ def nothing_chosen(monkeypatch):
     """No choice by the environment, and nothing told or found yet."""
     for name in (kernels.VARIABLE, "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
-    logging.info_once.cache_clear()
+    kernels.tell_once.cache_clear()
     obstacle.cache_clear()
     yield
     obstacle.cache_clear()
@@ -35,8 +35,8 @@ def nothing_chosen(monkeypatch):
 def told(monkeypatch):
     """The messages of the choice, by level."""
     messages = SimpleNamespace(info=[], warning=[])
-    monkeypatch.setattr(kernels.logger, "info", messages.info.append)
-    monkeypatch.setattr(kernels.logger, "warning", messages.warning.append)
+    by_level = {logging.INFO: messages.info, logging.WARNING: messages.warning}
+    monkeypatch.setattr(kernels.logger, "log", lambda level, message: by_level[level].append(message))
     return messages
 
 
