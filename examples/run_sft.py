@@ -36,7 +36,7 @@ METHODS = {"exact": "exact KD", "dis": "DIS"}
 # For students with random weights; with --model_name_or_path the defaults are those of DISSFTConfig.
 FROM_SCRATCH = {
     "methods": list(METHODS),
-    "max_steps": 100,
+    "max_steps": 80,
     "max_length": 128,
     "packing": True,
     "assistant_only_loss": True,

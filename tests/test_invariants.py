@@ -35,7 +35,7 @@ MATHS = (
     ),
     *("distributed", "head", "loss", "sampling"),
     *("models/after_head.py", "models/head_features.py", "report/diagnostics.py"),
-    *("teacher/cached.py", "teacher/compact.py", "teacher/targets.py"),
+    *("teacher/cached.py", "teacher/compact.py", "teacher/targets.py", "teacher/triton_normaliser.py"),
 )
 MATHS_FILES = sorted(
     file for path in MATHS for file in [PACKAGE / path, *(PACKAGE / path).glob("*.py")] if file.is_file()
