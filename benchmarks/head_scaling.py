@@ -99,6 +99,16 @@ class Place:
 ON_CPU = Place(torch.device("cpu"), torch.float32)
 
 
+def finish_step(weight: torch.nn.Parameter, dense: torch.optim.Optimizer, sparse: torch.optim.Optimizer) -> None:
+    """Clips the gradient of a head and steps the head, by the optimizer for its kind of gradient."""
+    optimizer = dense
+    if weight.grad.is_sparse:
+        average_rows([weight])  # over one process: as in the trainer, each row once
+        optimizer = sparse
+    clip_grad_norm_([weight], 1.0)
+    optimizer.step()
+
+
 class Steps:
     """Training steps of a head by each method, on the same tensors.
 
@@ -147,12 +157,7 @@ class Steps:
         """One step: loss, backward, clipping, optimizer."""
         try:
             METHODS[method](self)
-            optimizer = self.dense
-            if self.weight.grad.is_sparse:
-                average_rows([self.weight])  # over one process: as in the trainer, each row once
-                optimizer = self.sparse
-            clip_grad_norm_([self.weight], 1.0)
-            optimizer.step()
+            finish_step(self.weight, self.dense, self.sparse)
         finally:
             self.weight.grad = self.features.grad = None
 

@@ -46,14 +46,12 @@ import peers
 import torch
 import torch.nn.functional as F
 from common import EXACT_NOTE, header, machine, parse, parser, row, write
-from head_scaling import ON_CPU, Place, RankedLoss, kl_divergence
+from head_scaling import ON_CPU, Place, RankedLoss, finish_step, kl_divergence
 from peers import NEEDS
 from timing import Measured, add_arguments, attempted, available, clock_name, measure, peak_of_a_step, step_dtype
 from torch import Tensor
 
 from hf_dis import RowSparseAdamW, SamplerSpec, make_sampler
-from hf_dis.distributed.sums import average_rows
-from hf_dis.head.row_gradients import clip_grad_norm_
 from hf_dis.loss.exact import exact_loss
 from hf_dis.precision import widest
 from hf_dis.teacher.targets import TeacherTargets, chunk_items, widen
@@ -137,12 +135,7 @@ class Steps:
         """One step: loss, backward, clipping, optimizer."""
         try:
             self.loss(method).backward()
-            optimizer = self.dense
-            if self.weight.grad.is_sparse:
-                average_rows([self.weight])  # over one process: as in the trainer, each row once
-                optimizer = self.sparse
-            clip_grad_norm_([self.weight], 1.0)
-            optimizer.step()
+            finish_step(self.weight, self.dense, self.sparse)
         finally:
             self.weight.grad = self.features.grad = None
 

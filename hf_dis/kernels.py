@@ -99,3 +99,8 @@ def sum_dtype(*tensors: Tensor) -> torch.dtype:
 def unit_columns(tensor: Tensor) -> Tensor:
     """Returns a matrix whose columns lie side by side in memory, as kernels read them: a copy if they do not."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def block_size(size: int, largest: int) -> int:
+    """Returns the power of two that holds a size, or the largest block of a kernel, itself a power of two."""
+    return min(largest, 1 << max(0, size - 1).bit_length())

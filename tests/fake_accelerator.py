@@ -115,36 +115,3 @@ def fake_cuda() -> Iterator[Waits]:
         Waits() as waits,
     ):
         yield waits
-
-
-@torch.no_grad()
-def backward(loss: Tensor) -> None:
-    """``loss.backward()`` node by node: the engine of autograd refuses CUDA nodes where there is no driver."""
-    waiting, stack, seen = collections.Counter(), [loss.grad_fn], {loss.grad_fn}
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is not None:
-                waiting[node] += 1
-                if node not in seen:
-                    seen.add(node)
-                    stack.append(node)
-    given, ready = {loss.grad_fn: {0: torch.ones_like(loss)}}, [loss.grad_fn]
-    while ready:
-        node = ready.pop()
-        mine = given.pop(node, {})
-        call = node.apply if hasattr(node, "_forward_cls") else node
-        grads = call(*[mine.get(place) for place in range(max(1, len(getattr(node, "_input_metadata", [0]))))])
-        for (after, place), grad in zip(
-            node.next_functions, grads if isinstance(grads, tuple) else (grads,), strict=False
-        ):
-            if after is None:
-                continue
-            if grad is not None:
-                wanted = after.variable if hasattr(after, "variable") else after._input_metadata[place]
-                if grad.layout is torch.strided:
-                    grad = grad.sum_to_size(wanted.shape).to(wanted.dtype)
-                slot = given.setdefault(after, {})
-                slot[place] = slot[place] + grad if place in slot else grad
-            waiting[after] -= 1
-            if not waiting[after]:
-                ready.append(after)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from fake_accelerator import backward, fake_cuda, tensors_of
+from fake_accelerator import fake_cuda, tensors_of
+from fake_cuda import backward
 
 from hf_dis import SamplerSpec, autotune, make_sampler
 from hf_dis.autotune import HeadCosts, measure_costs

@@ -4,12 +4,6 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cache_match
 import cache_quality
@@ -22,7 +16,9 @@ import head_scaling
 import language_model
 import plots
 import proposal_variants
+import pytest
 import quality_vs_k
+import torch
 import training_step
 from sampling_methods import Method
 from timing import Stopwatch

@@ -3,20 +3,16 @@
 import argparse
 import json
 import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accelerator
 import common
 import head_scaling
 import language_model
 import peers
+import pytest
 import quality_vs_k
 import timing
+import torch
 from fake_cuda import fake_cuda
 from head_scaling import Place
 

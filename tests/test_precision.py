@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from fake_accelerator import backward, fake_cuda, tensors_of
+from fake_accelerator import fake_cuda, tensors_of
+from fake_cuda import backward
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dis import DISLoss, SamplerSpec, make_sampler

@@ -46,7 +46,8 @@ def sampled_logits(
         ``[N, R + K_t]``, in the autocast type where autocast is on.
 
     Raises:
-        IndexError: if a class id is outside 0..C-1; on CPU only, an accelerator asserts the range itself.
+        IndexError: if a class id is outside 0..C-1; on CPU only. Elsewhere torch asserts the range on the device, and
+            the kernels of Triton give NaN.
     """
     device, tail_ids = features.device.type, tail_ids[: max(1, len(features))]
     if torch.is_autocast_enabled(device):

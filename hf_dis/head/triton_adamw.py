@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_dis.kernels import sum_dtype
+from hf_dis.kernels import block_size, sum_dtype
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def step_rows(
     """
     rows = rows.contiguous()
     width = math.prod(rows.shape[1:])
-    block = min(1024, triton.next_power_of_2(max(1, width)))
+    block = block_size(width, 1024)
     block_rows = 1024 // block
     with torch.cuda.device_of(parameter):
         step_kernel[triton.cdiv(len(ids), block_rows), triton.cdiv(width, block)](

@@ -5,12 +5,14 @@ The gathered rows ``[N, R, d]`` are never held: a program reads each row straigh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_dis.kernels import sum_dtype, unit_columns
+from hf_dis.kernels import block_size, sum_dtype, unit_columns
 
 
 @triton.jit
@@ -89,26 +91,9 @@ def item_products(features: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     Returns:
         ``[N, R]``, float32; float64 where an argument is float64.
     """
-    features, weight, ids = (unit_columns(tensor) for tensor in (features, weight, ids))
-    (num_items, num_ids), (num_classes, width) = ids.shape, weight.shape
-    out = features.new_empty(num_items, num_ids, dtype=sum_dtype(features, weight))
-    block = _block(num_ids, 32)
-    with torch.cuda.device_of(features):
-        products_kernel[num_items, triton.cdiv(num_ids, block)](
-            features,
-            weight,
-            ids,
-            out,
-            num_ids,
-            num_classes,
-            width,
-            features.stride(0),
-            weight.stride(0),
-            ids.stride(0),
-            BLOCK_IDS=block,
-            BLOCK_WIDTH=_block(width, 128),
-        )
-    return out
+    num_ids, width = ids.shape[1], weight.shape[1]
+    blocks = {"BLOCK_IDS": block_size(num_ids, 32), "BLOCK_WIDTH": block_size(width, 128)}
+    return _launched(products_kernel, features, weight, ids, num_ids, blocks["BLOCK_IDS"], blocks)
 
 
 @item_products.register_fake
@@ -128,26 +113,9 @@ def features_gradient(scales: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     Returns:
         ``[N, d]``, float32; float64 where an argument is float64.
     """
-    scales, weight, ids = (unit_columns(tensor) for tensor in (scales, weight, ids))
-    (num_items, num_ids), (num_classes, width) = ids.shape, weight.shape
-    out = scales.new_empty(num_items, width, dtype=sum_dtype(scales, weight))
-    block = _block(width, 256)
-    with torch.cuda.device_of(scales):
-        features_gradient_kernel[num_items, triton.cdiv(width, block)](
-            scales,
-            weight,
-            ids,
-            out,
-            num_ids,
-            num_classes,
-            width,
-            scales.stride(0),
-            weight.stride(0),
-            ids.stride(0),
-            BLOCK_IDS=_block(num_ids, 16),
-            BLOCK_WIDTH=block,
-        )
-    return out
+    num_ids, width = ids.shape[1], weight.shape[1]
+    blocks = {"BLOCK_IDS": block_size(num_ids, 16), "BLOCK_WIDTH": block_size(width, 256)}
+    return _launched(features_gradient_kernel, scales, weight, ids, width, blocks["BLOCK_WIDTH"], blocks)
 
 
 @features_gradient.register_fake
@@ -155,5 +123,25 @@ def _(scales, weight, ids):
     return scales.new_empty(len(ids), weight.shape[1], dtype=sum_dtype(scales, weight))
 
 
-def _block(size: int, largest: int) -> int:
-    return min(largest, triton.next_power_of_2(max(1, size)))
+def _launched(
+    kernel: Any, of_items: Tensor, weight: Tensor, ids: Tensor, num_columns: int, block: int, blocks: dict[str, int]
+) -> Tensor:
+    """Runs a kernel by a program per item and per block of the result's columns.
+
+    Args:
+        kernel: one of those above.
+        of_items: its first argument, with a row per item.
+        weight, ids: its next arguments.
+        num_columns: of the result.
+        block: columns of the result per program.
+        blocks: the sizes of the kernel's blocks.
+
+    Returns:
+        ``[N, num_columns]``.
+    """
+    given = [unit_columns(tensor) for tensor in (of_items, weight, ids)]
+    strides = [tensor.stride(0) for tensor in given]
+    out = of_items.new_empty(len(ids), num_columns, dtype=sum_dtype(of_items, weight))
+    with torch.cuda.device_of(of_items):
+        kernel[len(ids), triton.cdiv(num_columns, block)](*given, out, ids.shape[1], *weight.shape, *strides, **blocks)
+    return out

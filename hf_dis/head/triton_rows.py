@@ -5,12 +5,14 @@ No sum uses atomic additions: the order of additions, and so the result, depends
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_dis.kernels import sum_dtype, unit_columns
+from hf_dis.kernels import block_size, sum_dtype, unit_columns
 
 # Contributions that a program adds one after the other. A class with more is summed from the sums of such pieces.
 PIECE = 64
@@ -98,24 +100,9 @@ def segment_pieces(vectors: Tensor, which: Tensor, scales: Tensor, starts: Tenso
     Returns:
         ``[P // 64, d]``, float32 or wider; a piece of several segments is left unset.
     """
-    vectors = unit_columns(vectors)
     width, num_pieces = vectors.shape[1], len(which) // PIECE
     out = vectors.new_empty(num_pieces, width, dtype=sum_dtype(vectors, scales))
-    block = _block(width)
-    with torch.cuda.device_of(vectors):
-        pieces_kernel[num_pieces, triton.cdiv(width, block)](
-            vectors,
-            which,
-            scales,
-            starts,
-            out,
-            len(starts) - 1,
-            width,
-            vectors.stride(0),
-            PIECE=PIECE,
-            BLOCK=4,
-            BLOCK_WIDTH=block,
-        )
+    _launch(pieces_kernel, num_pieces, vectors, which, scales, starts, out, len(starts) - 1)
     return out
 
 
@@ -129,24 +116,9 @@ def join_pieces(
     vectors: Tensor, which: Tensor, scales: Tensor, starts: Tensor, pieces: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Sums each segment from its pieces and the contributions beside them; see :func:`segment_rows`."""
-    vectors = unit_columns(vectors)
     num_segments, width = len(starts) - 1, vectors.shape[1]
     out = vectors.new_empty(num_segments, width, dtype=dtype)
-    block = _block(width)
-    with torch.cuda.device_of(vectors):
-        segments_kernel[num_segments, triton.cdiv(width, block)](
-            vectors,
-            which,
-            scales,
-            starts,
-            pieces,
-            out,
-            width,
-            vectors.stride(0),
-            PIECE=PIECE,
-            BLOCK=4,
-            BLOCK_WIDTH=block,
-        )
+    _launch(segments_kernel, num_segments, vectors, which, scales, starts, pieces, out)
     return out
 
 
@@ -172,5 +144,14 @@ def segment_rows(vectors: Tensor, which: Tensor, scales: Tensor, starts: Tensor,
     return join_pieces(vectors, which, scales, starts, pieces, dtype)
 
 
-def _block(width: int) -> int:
-    return min(512, triton.next_power_of_2(max(1, width)))
+def _launch(
+    kernel: Any, programs: int, vectors: Tensor, which: Tensor, scales: Tensor, starts: Tensor, *others: Tensor | int
+) -> None:
+    """Runs a kernel by a number of programs for each block of columns, with the arguments that the kernels share."""
+    vectors = unit_columns(vectors)
+    width = vectors.shape[1]
+    block = block_size(width, 512)
+    with torch.cuda.device_of(vectors):
+        kernel[programs, triton.cdiv(width, block)](
+            vectors, which, scales, starts, *others, width, vectors.stride(0), PIECE=PIECE, BLOCK=4, BLOCK_WIDTH=block
+        )

@@ -125,7 +125,7 @@ class ClassSampler:
         for targets in teacher:
             items = slice(first_item, first_item + len(targets))
             if wants_mass:
-                mass = targets.class_mass() if mass is None else mass.add_(targets.class_mass())
+                mass = targets.class_mass() if mass is None else mass + targets.class_mass()
             parts.append(
                 Answers(
                     targets.ids,

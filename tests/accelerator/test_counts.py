@@ -1,15 +1,10 @@
 """Launches, waits and memory of a step on an accelerator, counted on fake CUDA tensors."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from accelerator_counts import KERNELS, SHAPES, TARGETS_KINDS, count
 from fake_cuda import fake_cuda
 

@@ -5,7 +5,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_accelerator import Memory, backward, fake_cuda
+from fake_accelerator import Memory, fake_cuda
+from fake_cuda import backward
 
 from hf_dis import SamplerSpec, make_sampler
 from hf_dis.loss.exact import exact_loss, exact_losses
