@@ -84,11 +84,11 @@ class Counts(TorchDispatchMode):
         return tensor
 
     def tolist(self, tensor: Tensor) -> list:
-        """Stands for ``Tensor.tolist``: one wait, answered by the sizes given for ``tolist``."""
+        """Stands for ``Tensor.tolist``: one wait, answered by the first sizes given for ``tolist``."""
         if not tensor.is_cuda:
             return _TOLIST(tensor)
         self.waits[_place(), "tolist"] += 1
-        return list(self.sizes["tolist"])
+        return list(self.sizes["tolist"])[: len(tensor)]
 
     @property
     def peak(self) -> int:

@@ -97,27 +97,24 @@ class TouchedRows:
         in_order, order = _sorted(ids)
         is_first = torch.ones_like(in_order, dtype=torch.bool)
         torch.ne(in_order[1:], in_order[:-1], out=is_first[1:])
-        place = is_first.cumsum(0) - 1
-        most = _most_classes(place)
-        exists = torch.arange(most, device=ids.device) <= place[-1:]
-        self._weights: Tensor | None = None
-        is_kept = exists
-        if updates is not None and updates.number < most:
+        place, weights = is_first.cumsum(0) - 1, None
+        if updates is not None and updates.number < (most := _most_classes(place)):
             sums = sizes.new_zeros(most).index_add_(0, place, sizes.index_select(0, order))
-            self._weights = updates.weights(sums, None if ids.device.type == "cpu" else exists)
-            is_kept = self._weights != 0
-        of_kept = is_kept.index_select(0, place)
-        counts = torch.zeros_like(in_order[:most]).index_add_(0, place, torch.ones_like(place))
-        number, contributions = _on_the_host(is_kept.sum(), of_kept.sum())
-        kept = torch.nonzero_static(is_kept, size=number)[:, 0]
-        self.ids = in_order.new_empty(most).index_copy_(0, place, in_order).index_select(0, kept)
-        self._counts = counts.index_select(0, kept)
-        self._order = order.index_select(0, torch.nonzero_static(of_kept, size=contributions)[:, 0])
-        self._place = torch.arange(number, device=ids.device).repeat_interleave(
-            self._counts, output_size=contributions
-        )
-        if self._weights is not None:
-            self._weights = self._weights.index_select(0, kept)
+            exists = None if ids.device.type == "cpu" else torch.arange(most, device=ids.device) <= place[-1:]
+            weights = updates.weights(sums, exists).index_select(0, place)
+            is_kept = weights != 0
+            number, contributions = _on_the_host((is_first & is_kept).sum(), is_kept.sum())
+            kept = torch.nonzero_static(is_kept, size=contributions)[:, 0]
+            in_order, order, is_first, weights = (
+                values.index_select(0, kept) for values in (in_order, order, is_first, weights)
+            )
+            place = is_first.cumsum(0) - 1
+        else:
+            (number,) = _on_the_host(is_first.sum())
+        self._order, self._place = order, place
+        self._starts = torch.nonzero_static(is_first, size=number)[:, 0]
+        self._weights = None if weights is None else weights.index_select(0, self._starts)
+        self.ids = in_order.index_select(0, self._starts)
 
     def weight_rows(self, vectors: Tensor, which: Tensor, scales: Tensor) -> Tensor:
         """Sums the rows of the weight's gradient, ``[U, d]``.
@@ -133,9 +130,8 @@ class TouchedRows:
         if uses_triton(vectors.device):
             from hf_dis.head.triton_rows import segment_rows
 
-            return segment_rows(vectors, which, scales, F.pad(self._counts.cumsum(0), (1, 0)), vectors.dtype)
-        starts = self._counts.cumsum(0) - self._counts
-        return F.embedding_bag(which, vectors, starts, mode="sum", per_sample_weights=scales)
+            return segment_rows(vectors, which, scales, F.pad(self._starts, (0, 1), value=len(which)), vectors.dtype)
+        return F.embedding_bag(which, vectors, self._starts, mode="sum", per_sample_weights=scales)
 
     def bias_rows(self, values: Tensor) -> Tensor:
         """Sums the entries of the bias's gradient, ``[U]``.
