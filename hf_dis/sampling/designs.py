@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_dis.precision import widest
@@ -27,7 +26,8 @@ def inclusion_probabilities(density: Tensor, num_sampled: int, last_size: int = 
     """π = min(1, κ·density), with κ such that ``num_sampled`` classes are expected in the sample.
 
     Args:
-        density: non-negative, not necessarily normalised, ``[..., B]``; positive on at least ``num_sampled`` classes.
+        density: non-negative, not necessarily normalised, falling, ``[..., B]``; positive on at least ``num_sampled``
+            classes.
         num_sampled: K, the number of distinct classes to sample.
         last_size: the number of classes that the last entry stands for; every other entry stands for one class.
 
@@ -36,21 +36,22 @@ def inclusion_probabilities(density: Tensor, num_sampled: int, last_size: int = 
         capped, summing over all classes to min(K, number of classes).
     """
     density = density.to(widest(density.device))
-    num_entries = density.shape[-1]
-    if num_sampled >= num_entries - 1 + last_size:
+    if num_sampled >= density.shape[-1] - 1 + last_size:
         return torch.ones_like(density)
-    # At most K entries can be capped, and they are the largest ones: the rest needs no sorting.
-    top, order = density.topk(min(num_sampled + 1, num_entries), dim=-1)
-    size = torch.where(order == num_entries - 1, last_size, 1)
-    total = density.sum(-1, keepdim=True) + (last_size - 1) * density[..., -1:]
-    capped_mass = F.pad((top * size).cumsum(-1), (1, -1))
-    capped_size = F.pad(size.cumsum(-1), (1, -1))
-    # κ if the j largest entries are capped; the right j is the first that leaves the next entry below one.
-    kappa = (num_sampled - capped_size) / (total - capped_mass).clamp_min(torch.finfo(density.dtype).tiny)
-    num_capped = ((kappa * top <= 1) | (capped_size >= num_sampled)).to(torch.uint8).argmax(-1, keepdim=True)
-    capped = torch.arange(top.shape[-1], device=density.device) < num_capped
-    expected = (kappa.gather(-1, num_capped) * density).clamp_(0, 1)
-    return expected.scatter_(-1, order, torch.where(capped, 1.0, expected.gather(-1, order)))
+    return (capping_scale(density, num_sampled, last_size) * density).clamp_(max=1)
+
+
+def capping_scale(density: Tensor, num_sampled: int, last_size: int = 1) -> Tensor:
+    """κ of :func:`inclusion_probabilities`, ``[..., 1]``; takes its arguments, with fewer classes sampled than exist.
+
+    With the j largest entries capped, κ_j = (K - j) / (sum of the others). κ_j rises with j as long as the next entry
+    is to be capped, κ_j · density > 1, and falls from there on. So κ is the largest of them.
+    """
+    most = min(num_sampled, density.shape[-1])
+    sums = density if last_size == 1 else torch.cat([density[..., :-1], last_size * density[..., -1:]], -1)
+    # Summed from the smallest: a difference from the total would be all rounding where few entries hold the mass.
+    others = sums.flip(-1).cumsum(-1).flip(-1)[..., :most]
+    return (torch.arange(num_sampled, num_sampled - most, -1, device=density.device) / others).amax(-1, keepdim=True)
 
 
 def systematic_points(
@@ -116,14 +117,17 @@ def sample_ranks(
         density = density.to(widest(density.device))
         total = density.sum(-1, keepdim=True) + (last_size - 1) * density[..., -1:]
         expected = num_sampled * density / total
-    cumulative = torch.cat([expected[..., :-1], expected[..., -1:] * last_size], -1).cumsum(-1)
-    entry = torch.searchsorted(cumulative, points, right=True).clamp(max=last)
+    cumulative = torch.cat([expected[..., :-1], expected[..., -1:] * last_size], -1) if last_size > 1 else expected
+    cumulative = cumulative.cumsum(-1)
+    # A point is below K; rounding may leave the sum below the point.
+    ranks = entry = torch.searchsorted(cumulative, points, right=True).clamp_(max=last)
     inclusion = expected.expand(num_items, -1).gather(1, entry)
-    before_last = (cumulative[..., -2:-1] if last else torch.zeros_like(cumulative)).expand(num_items, 1)
-    within_last = ((points - before_last) / expected[..., -1:]).long().clamp(0, last_size - 1)
-    ranks = torch.where(entry == last, last + within_last, entry)
-    certain = (inclusion >= 1) & (design == "pps")
-    return ranks, -inclusion.log().float(), certain
+    if last_size > 1:
+        before_last = (cumulative[..., -2:-1] if last else torch.zeros_like(cumulative)).expand(num_items, 1)
+        within_last = ((points - before_last) / expected[..., -1:]).long().clamp(0, last_size - 1)
+        ranks = torch.where(entry == last, last + within_last, entry)
+    certain = inclusion >= 1 if design == "pps" else torch.zeros_like(entry, dtype=torch.bool)
+    return ranks, inclusion.log_().neg_().float(), certain
 
 
 class Updates(NamedTuple):

@@ -41,7 +41,9 @@ class RankProposal:
         self.scales = 0.5 * 4.0 ** torch.arange(num_scales, dtype=widest(device), device=device)
         self.edges = _rank_bins(num_ranks).to(device)
         self.bin_sizes = self.edges.diff().to(self.scales.dtype)
-        self.component_mass = self._cumulative(self.edges).diff(dim=1)
+        self._masses = (1 - floor) * self._cumulative(self.edges).diff(dim=1)  # of the bins, without the uniform share
+        self._uniform = floor * self.bin_sizes / num_ranks
+        self._means: Tensor | None = None
         self.weights = torch.full_like(self.scales, 1 / num_scales)
         self.squared_signal = torch.zeros_like(self.bin_sizes)
         self.observed = self.bin_sizes.new_zeros(())
@@ -53,10 +55,11 @@ class RankProposal:
 
     def density(self, num_entries: int) -> Tensor:
         """q(r) of the first ranks, ``[num_entries]``; the last entry is the mean over all ranks from there on."""
-        edges = torch.arange(num_entries + 1, dtype=self.weights.dtype, device=self.weights.device)
-        edges[-1] = self.num_ranks
-        mixture = self.weights @ (self._cumulative(edges).diff(dim=1) / edges.diff())
-        return (1 - self.floor) * mixture + self.floor / self.num_ranks
+        if self._means is None or self._means.shape[1] != num_entries:
+            edges = torch.arange(num_entries + 1, dtype=self.weights.dtype, device=self.weights.device)
+            edges[-1] = self.num_ranks
+            self._means = (1 - self.floor) * self._cumulative(edges).diff(dim=1) / edges.diff()
+        return self.weights @ self._means + self.floor / self.num_ranks
 
     def profile(self) -> Tensor:
         """The measured D(r), one value per bin of ranks between :attr:`edges`."""
@@ -80,10 +83,9 @@ class RankProposal:
         self.squared_signal.lerp_(statistics["rank_squared"] / (items.clamp_min(1) * self.bin_sizes), renewal)
         self.observed.lerp_(torch.ones_like(self.observed), renewal)
         wanted = self.bin_sizes * self.profile()
-        joint = (1 - self.floor) * self.weights[:, None] * self.component_mass
-        proposed = joint.sum(0) + self.floor * self.bin_sizes / self.num_ranks
+        proposed = self.weights @ self._masses + self._uniform
         # The tiny term keeps the weights constant while the signal is zero.
-        weights = (joint / proposed) @ wanted + 1e-12 * self.weights
+        weights = self.weights * (self._masses @ (wanted / proposed) + 1e-12)
         self.weights = weights / weights.sum()
 
     def state_dict(self) -> dict[str, Tensor]:

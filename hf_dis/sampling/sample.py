@@ -90,7 +90,7 @@ class Stratum(NamedTuple):
 
     Attributes:
         ids: classes, ``[N, K]``.
-        log_weights: log ω, ``[N, K]``; ``-inf`` where a column is not used.
+        log_weights: log ω, ``[N, K]``; 0 where certain, and ``-inf`` where a column is not used.
         certain: true where the class has the inclusion probability 1, ``[N, K]``.
         log_probs: the teacher's log-probabilities, ``[N, K]``.
         mass: the teacher's probability of all classes that the stratum samples from, ``[N]``.
@@ -122,8 +122,8 @@ class Stratum(NamedTuple):
         Certain classes keep their probability. The other classes share the rest of the mass in proportion to ω·p (a
         ratio estimator). Where no sampled class can carry the rest, the rest is left out.
         """
-        used = self.log_weights > -torch.inf
-        exact = self.log_probs.exp().masked_fill(~(self.certain & used), 0)
-        rest = (self.mass - exact.sum(1)).clamp_min(0)
-        score = (self.log_probs + self.log_weights).masked_fill(self.certain | ~used, -torch.inf)
-        return exact + score.softmax(1).nan_to_num(0) * rest[:, None]
+        weighted = self.log_probs + self.log_weights  # log ω·p: log p of a certain class, -inf of an unused one
+        exact = torch.where(self.certain, weighted.exp(), 0)
+        rest = (self.mass - exact.sum(1)).clamp_min_(0)
+        share = weighted.masked_fill_(self.certain, -torch.inf).softmax(1).nan_to_num_(0)
+        return torch.addcmul(exact, share, rest[:, None])

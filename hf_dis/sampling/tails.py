@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_dis.precision import widest
-from hf_dis.sampling.designs import inclusion_probabilities, unit_steps
+from hf_dis.sampling.designs import capping_scale, unit_steps
 
 
 class Tails(NamedTuple):
@@ -72,7 +72,7 @@ def sample_tails(density: Tensor, num_sampled: int, num_tails: int, generator: t
     largest = density.topk(num_sampled).values
     num_others = num_classes - num_sampled
     others = ((density.sum() - largest.sum()) / num_others).clamp_min(torch.finfo(dtype).tiny)
-    scale = inclusion_probabilities(torch.cat([largest, others[None]]), num_sampled, num_others)[-1] / others
+    scale = capping_scale(torch.cat([largest, others[None]]), num_sampled, num_others)
     # In units of the density: the classes' shares end to end, and the points on them.
     start = torch.rand(1, dtype=torch.float64, generator=generator)
     starts = (start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1

@@ -76,7 +76,7 @@ def test_an_overflow_stays_one(bad):
     num_sampled=st.integers(1, 60),
 )
 def test_inclusion_probabilities_are_those_of_iterated_capping(density, last_size, num_sampled):
-    density = torch.tensor(density, dtype=torch.float64)
+    density = torch.tensor(sorted(density, reverse=True), dtype=torch.float64)
     expanded = torch.cat([density[:-1], density[-1:].expand(last_size)])
     found = inclusion_probabilities(density, num_sampled, last_size)
     found = torch.cat([found[:-1], found[-1:].expand(last_size)])
@@ -91,9 +91,12 @@ def test_inclusion_probabilities_are_those_of_iterated_capping(density, last_siz
 
 
 def test_inclusion_probabilities_of_many_items_and_of_a_truncation():
-    densities = torch.rand(5, 12, dtype=torch.float64) ** 4
+    densities = (torch.rand(5, 12, dtype=torch.float64) ** 4).sort(1, descending=True).values
     items = torch.stack([inclusion_probabilities(item, 4, 3) for item in densities])
     assert torch.equal(inclusion_probabilities(densities, 4, 3), items)
+    # A few entries that hold all of the mass but a rounding error.
+    steep = 10.0 ** -torch.arange(0, 300, 30, dtype=torch.float64)
+    torch.testing.assert_close(inclusion_probabilities(steep, 4), capped_slowly(steep, 4), rtol=1e-12, atol=0)
     truncated = (torch.arange(10) < 3).double()
     assert torch.equal(inclusion_probabilities(truncated, 3), truncated)
 

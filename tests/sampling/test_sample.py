@@ -23,7 +23,8 @@ def test_the_target_keeps_certain_classes_and_sums_to_the_mass():
 
 
 def test_mass_that_no_sampled_class_could_carry_is_left_out():
-    certain = stratum()._replace(certain=torch.ones(1, 4, dtype=torch.bool))
+    log_weights = torch.tensor([[0.0, 0.0, 0.0, -torch.inf]], dtype=torch.float64)
+    certain = stratum()._replace(certain=torch.ones(1, 4, dtype=torch.bool), log_weights=log_weights)
     torch.testing.assert_close(certain.target(), torch.tensor([[0.4, 0.2, 0.1, 0.0]], dtype=torch.float64))
 
 
