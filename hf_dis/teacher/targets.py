@@ -67,7 +67,7 @@ def _part(num_items: int, num_classes: int, number: int) -> int:
     return min(max(least, -(-num_items // number)), most)
 
 
-def top_ranked(logits: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+def top_ranked(logits: Tensor, depth: int, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Finds the highest logits of each item and their classes, best first: as ``topk``, and several times faster.
 
     The m highest logits lie in the m groups with the highest maxima.
@@ -75,22 +75,33 @@ def top_ranked(logits: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     Args:
         logits: ``[n, C]``.
         depth: m, at most C.
+        maxima: of the groups, ``[n, num_groups(C, m)]``; computed here if None.
 
     Returns:
         logits and class ids, ``[n, m]`` each.
     """
     num_items, num_classes = logits.shape
-    num_groups = num_classes // GROUP
-    if num_groups < 2 * depth:
+    groups = num_groups(num_classes, depth)
+    if not groups:
         return logits.topk(depth, dim=1)
-    # Class c is in group c mod G, so that maxima are taken between contiguous stretches of memory.
-    grouped = logits[:, : num_groups * GROUP].unflatten(1, (GROUP, num_groups))
-    groups = grouped.amax(1).topk(depth, dim=1, sorted=False).indices
-    members = groups[:, :, None] + num_groups * torch.arange(GROUP, device=logits.device)
-    left_over = torch.arange(num_groups * GROUP, num_classes, device=logits.device)
+    if maxima is None:
+        # Maxima are taken between contiguous stretches of memory.
+        maxima = logits[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1)
+    highest = maxima.topk(depth, dim=1, sorted=False).indices
+    members = highest[:, :, None] + torch.arange(0, groups * GROUP, groups, device=logits.device)
+    left_over = torch.arange(groups * GROUP, num_classes, device=logits.device)
     candidates = torch.cat([members.flatten(1), left_over.expand(num_items, -1)], 1)
     top, places = logits.gather(1, candidates).topk(depth, dim=1)
     return top, candidates.gather(1, places)
+
+
+def num_groups(num_classes: int, depth: int) -> int:
+    """Counts the groups G of :data:`GROUP` classes that a ranking looks at first; 0: it looks at all classes.
+
+    Class c is in group c mod G. The classes from ``GROUP · G`` on are in none.
+    """
+    groups = num_classes // GROUP
+    return groups if groups >= 2 * depth else 0
 
 
 class TeacherTargets:
@@ -111,16 +122,18 @@ class TeacherTargets:
 
     def __init__(self, logits: Tensor, temperature: float, depth: int, blocks: int = DEVICE_BLOCKS):
         self.logits, self.temperature = logits, temperature
-        highest, self.ids = top_ranked(logits, min(depth, logits.shape[1]))
+        depth, maxima = min(depth, logits.shape[1]), None
+        if uses_triton(logits.device):
+            from hf_dis.teacher.triton_normaliser import log_normaliser
+
+            groups = num_groups(logits.shape[1], depth)
+            self.log_normaliser, maxima = log_normaliser(logits, temperature, groups, GROUP)
+        highest, self.ids = top_ranked(logits, depth, maxima)
         highest = widen(highest)
         on_cpu = logits.device.type == "cpu"
         self._stride = 1 if on_cpu else max(1, min(MASS_STRIDE, len(logits) // MASS_ITEMS))
         self._probability: Tensor | None = None
-        if uses_triton(logits.device):
-            from hf_dis.teacher.triton_normaliser import log_normaliser
-
-            self.log_normaliser = log_normaliser(logits, temperature)
-        else:
+        if maxima is None:
             self.log_normaliser = self._normalised_by_blocks(highest[:, :1], blocks)
         self.log_probs = highest / temperature - self.log_normaliser
 
@@ -161,7 +174,8 @@ class TeacherTargets:
         if probability is None:
             from hf_dis.teacher.triton_normaliser import class_mass
 
-            probability = class_mass(self.logits, self.log_normaliser, self.temperature, self._stride)
+            counted = (values[:: self._stride] for values in (self.logits, self.log_normaliser))
+            probability = class_mass(*counted, self.temperature, self._stride)
         ids, log_probs = self.ids[:: self._stride], self.log_probs[:: self._stride]
         ranked = log_probs.exp().flatten()
         return probability.index_add(0, ids.flatten(), ranked, alpha=-self._stride).clamp_min_(0)

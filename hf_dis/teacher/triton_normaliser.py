@@ -20,16 +20,37 @@ def add_exponentials(peak, total, values):
 
 
 @triton.jit
-def log_normaliser_kernel(logits, out, num_classes, stride, temperature: tl.float64, BLOCK: tl.constexpr):
-    """A program reads the logits of an item once, with a running maximum."""
+def log_normaliser_kernel(
+    logits,
+    out,
+    maxima,
+    num_classes,
+    num_grouped,
+    stride,
+    temperature: tl.float64,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program reads the logits of an item once, with a running maximum, and writes the maximum of each group."""
     item = tl.program_id(0).to(tl.int64)
-    factor = tl.cast(1 / temperature, out.dtype.element_ty)
-    peak = tl.full((), float("-inf"), out.dtype.element_ty)
-    total = tl.full((), 0, out.dtype.element_ty)
-    for start in range(0, num_classes, BLOCK):
+    dtype: tl.constexpr = out.dtype.element_ty
+    factor = tl.cast(1 / temperature, dtype)
+    peak = tl.full((), float("-inf"), dtype)
+    total = tl.full((), 0, dtype)
+    num_groups = num_grouped // GROUP
+    logits += item * stride
+    maxima += item * num_groups
+    member = tl.arange(0, GROUP).to(tl.int64) * num_groups
+    for start in range(0, num_groups, BLOCK // GROUP):
+        group = start + tl.arange(0, BLOCK // GROUP)
+        inside = (group < num_groups)[None, :] & (member >= 0)[:, None]
+        logit = tl.load(logits + member[:, None] + group[None, :], inside, float("-inf"))
+        tl.store(maxima + group, tl.max(logit, 0), group < num_groups)
+        peak, total = add_exponentials(peak, total, tl.reshape(logit, (BLOCK,)).to(dtype) * factor)
+    for start in range(num_grouped, num_classes, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        logit = tl.load(logits + item * stride + column, column < num_classes, float("-inf"))
-        peak, total = add_exponentials(peak, total, logit.to(out.dtype.element_ty) * factor)
+        logit = tl.load(logits + column, column < num_classes, float("-inf"))
+        peak, total = add_exponentials(peak, total, logit.to(dtype) * factor)
     tl.store(out + item, peak + tl.log(total))
 
 
@@ -62,45 +83,62 @@ def class_mass_kernel(
 
 
 @torch.library.custom_op("hf_dis::log_normaliser", mutates_args=())
-def log_normaliser(logits: Tensor, temperature: float) -> Tensor:
-    """Computes log Σ exp(logit / τ) of each item.
+def log_normaliser(logits: Tensor, temperature: float, num_groups: int = 0, group: int = 1) -> tuple[Tensor, Tensor]:
+    """Computes log Σ exp(logit / τ) of each item, and the highest logit of groups of classes.
+
+    Class c is in group c mod G; the classes from G times the group size on are in none.
 
     Args:
         logits: of the teacher, ``[n, C]``, any floating-point type; -inf for masked classes.
         temperature: τ > 0.
+        num_groups: G.
+        group: the classes of a group, a power of two.
 
     Returns:
         ``[n, 1]``, float32; float64 for float64 logits. NaN where a logit is NaN or inf, -inf where all are masked.
+        The maxima, ``[n, G]``, in the type of the logits.
     """
     logits = unit_columns(logits)
-    num_items, num_classes = logits.shape
-    out = logits.new_empty(num_items, 1, dtype=sum_dtype(logits))
+    out, maxima = _normaliser_results(logits, num_groups)
     with torch.cuda.device_of(logits):
-        log_normaliser_kernel[(num_items,)](
-            logits, out, num_classes, logits.stride(0), temperature, BLOCK=8192, num_warps=8
+        log_normaliser_kernel[(len(logits),)](
+            logits,
+            out,
+            maxima,
+            logits.shape[1],
+            group * num_groups,
+            logits.stride(0),
+            temperature,
+            GROUP=group,
+            BLOCK=8192,
+            num_warps=8,
         )
-    return out
+    return out, maxima
 
 
 @log_normaliser.register_fake
-def _(logits, temperature):
-    return logits.new_empty(len(logits), 1, dtype=sum_dtype(logits))
+def _(logits, temperature, num_groups=0, group=1):
+    return _normaliser_results(logits, num_groups)
+
+
+def _normaliser_results(logits: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(len(logits), 1, dtype=sum_dtype(logits)), logits.new_empty(len(logits), num_groups)
 
 
 @torch.library.custom_op("hf_dis::class_mass", mutates_args=())
-def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, every: int) -> Tensor:
-    """Sums the teacher's probability of each class over items 0, ``every``, 2 ``every``, ..., times ``every``.
+def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, times: int) -> Tensor:
+    """Sums the teacher's probability of each class over items, times a number.
 
     Args:
         logits: of the teacher, ``[n, C]``, any floating-point type; -inf for masked classes.
         log_normaliser: log Σ exp(logit / τ), ``[n, 1]``.
         temperature: τ > 0.
-        every: distance of the items that are read, at least 1.
+        times: the factor.
 
     Returns:
         ``[C]``, float32; float64 for float64 logits.
     """
-    logits, log_normaliser = unit_columns(logits)[::every], log_normaliser[::every]
+    logits = unit_columns(logits)
     num_items, num_classes = logits.shape
     out = logits.new_empty(num_classes, dtype=sum_dtype(logits))
     with torch.cuda.device_of(logits):
@@ -113,7 +151,7 @@ def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, every
             logits.stride(0),
             log_normaliser.stride(0),
             temperature,
-            every,
+            times,
             BLOCK_ITEMS=16,
             BLOCK_CLASSES=256,
         )
@@ -121,5 +159,5 @@ def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, every
 
 
 @class_mass.register_fake
-def _(logits, log_normaliser, temperature, every):
+def _(logits, log_normaliser, temperature, times):
     return logits.new_empty(logits.shape[1], dtype=sum_dtype(logits))

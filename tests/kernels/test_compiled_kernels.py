@@ -15,13 +15,14 @@ from hf_dis.teacher import triton_normaliser  # noqa: E402
 NAMES = {"f": "*fp32", "b": "*bf16", "h": "*fp16", "d": "*fp64", "l": "*i64", "i": "i32", "n": "fp64"}
 PRODUCTS = {"BLOCK_IDS": 32, "BLOCK_WIDTH": 128}
 ROWS = {"PIECE": 64, "BLOCK": 4, "BLOCK_WIDTH": 512}
+NORMALISER = {"GROUP": 8, "BLOCK": 8192}
 MASS = {"BLOCK_ITEMS": 16, "BLOCK_CLASSES": 256}
 STEP = {"BLOCK_ROWS": 2, "BLOCK_WIDTH": 512}
 # A letter an argument: pointers to float32, bfloat16, float16, float64, int64; an integer; a number in float64.
 CASES = {
     "products": (triton_products.products_kernel, ["bflf", "fflf", "bblf", "hhlf"], "iiiiii", PRODUCTS),
     "features": (triton_products.features_gradient_kernel, ["bflf", "fflf", "hhlf"], "iiiiii", PRODUCTS),
-    "normaliser": (triton_normaliser.log_normaliser_kernel, ["bf", "ff", "hf", "dd"], "iin", {"BLOCK": 8192}),
+    "normaliser": (triton_normaliser.log_normaliser_kernel, ["bfb", "fff", "hfh", "ddd"], "iiin", NORMALISER),
     "mass": (triton_normaliser.class_mass_kernel, ["bff", "fff", "hff"], "iiiini", MASS),
     "pieces": (triton_rows.pieces_kernel, ["flflf", "blblf", "blflf"], "iii", ROWS),
     "segments": (triton_rows.segments_kernel, ["flflff", "blblfb", "blflff"], "ii", ROWS),
