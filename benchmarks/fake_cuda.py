@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import torch.cuda.amp.common
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +29,7 @@ KERNELS = {
     "cumsum": 2,
     "nonzero": 5,
     "unique_consecutive": 8,
+    "_unique2": 14,
     "masked_select": 6,
     "repeat_interleave": 4,
     "logsumexp": 8,
@@ -60,22 +61,21 @@ class Counts(TorchDispatchMode):
         launches: kernels, by the place in hf_dis that started them.
         waits: the host waits for the device, by place and operation.
         moved: bytes read and written, by place.
-        peak: the most bytes that were held at a time beyond those held at :meth:`start`.
     """
 
-    def __init__(self, sizes: dict[str, int] | None = None):
+    def __init__(self, sizes: dict[str, int | list[int]] | None = None):
         super().__init__()
         self.sizes = sizes or {}
         self._held: dict[int, weakref.ref] = {}
         self._pinned: dict[int, Any] = {}
-        self.live = 0
+        self._live: Counter[str] = Counter()
         self.start()
 
     def start(self) -> None:
         """Counts from zero; memory that is held now counts as given."""
         self.launches, self.waits, self.moved = Counter(), Counter(), Counter()
         self._pinned.clear()
-        self.base = self.most = self.live
+        self._base, self._most = self._live.copy(), self._live.copy()
 
     def pin(self, tensor: Tensor) -> Tensor:
         """Stands for ``Tensor.pin_memory``, which fake tensors lack."""
@@ -84,29 +84,34 @@ class Counts(TorchDispatchMode):
         return tensor
 
     def tolist(self, tensor: Tensor) -> list:
-        """Stands for ``Tensor.tolist``: one wait, answered by the first sizes given for ``tolist``."""
+        """Stands for ``Tensor.tolist``: one wait, answered by the first sizes given for ``tolist``, or by ones.
+
+        Sizes for ``tolist in FILE`` are those of a file of hf_dis.
+        """
         if not tensor.is_cuda:
             return _TOLIST(tensor)
-        self.waits[_place(), "tolist"] += 1
-        return list(self.sizes["tolist"])[: len(tensor)]
+        place = _place()
+        self.waits[place, "tolist"] += 1
+        sizes = self.sizes.get("tolist", [1] * len(tensor))
+        return list(self.sizes.get(f"tolist in {place.split(':')[0]}", sizes))[: len(tensor)]
 
-    @property
-    def peak(self) -> int:
-        return self.most - self.base
+    def peak(self, device: str = "cuda") -> int:
+        """The most bytes that a type of devices held at a time beyond those held at :meth:`start`."""
+        return self._most[device] - self._base[device]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         name, kwargs = func._schema.name.split("::")[1], kwargs or {}
-        inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        inputs = tensors_of((args, kwargs))
         place = _place()
         is_fake = any(one.is_cuda for one in inputs)
         out = self._answer(func, name, args, kwargs, inputs, place, is_fake)
-        outputs = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
+        outputs = tensors_of(out)
+        self._hold(outputs)
         self._count_copy(name, args, inputs, outputs, place)
-        if is_fake or any(one.is_cuda for one in outputs):
-            self._hold(outputs)
-            if name not in NO_KERNEL and not func.is_view:
-                self.launches[place] += KERNELS.get(name, 1)
-                self.moved[place] += _bytes(name, func._schema.is_mutable, args, inputs, outputs)
+        is_fake = is_fake or any(one.is_cuda for one in outputs)
+        if is_fake and name not in NO_KERNEL and not func.is_view:
+            self.launches[place] += KERNELS.get(name, 1)
+            self.moved[place] += _bytes(name, func._schema.is_mutable, args, inputs, outputs)
         return out
 
     def _answer(
@@ -130,7 +135,7 @@ class Counts(TorchDispatchMode):
             )
         if name == "nonzero":
             return first.new_empty(size, first.dim(), dtype=torch.long)
-        if name == "unique_consecutive":
+        if name in ("unique_consecutive", "_unique2"):
             return first.new_empty(size), torch.empty_like(first), first.new_empty(size)
         if name == "index":
             mask = next(one for one in args[1] if one is not None)
@@ -139,7 +144,7 @@ class Counts(TorchDispatchMode):
 
     def _size_of(self, name: str, args: tuple, first: Tensor | None) -> int | None:
         by_mask = name == "index" and any(one is not None and one.dtype is torch.bool for one in args[1])
-        if name in ("nonzero", "unique_consecutive", "masked_select") or by_mask:
+        if name in ("nonzero", "unique_consecutive", "_unique2", "masked_select") or by_mask:
             return min(first.numel(), self.sizes.get(name, first.numel()))
         return None
 
@@ -162,18 +167,36 @@ class Counts(TorchDispatchMode):
             for part in ((one._values(), one._indices()) if one.layout is torch.sparse_coo else (one,))
         )
         for part in parts:
-            storage = part.untyped_storage()
+            storage, device = part.untyped_storage(), part.device.type
             key, size = storage._cdata, storage.nbytes()
-            if not part.is_cuda or key in self._held:
+            if key in self._held:
                 continue
 
-            def drop(_: Any, key: int = key, size: int = size) -> None:
+            def drop(_: Any, key: int = key, size: int = size, device: str = device) -> None:
                 self._held.pop(key, None)
-                self.live -= size
+                self._live[device] -= size
 
             self._held[key] = weakref.ref(storage, drop)
-            self.live += size
-            self.most = max(self.most, self.live)
+            self._live[device] += size
+            self._most[device] = max(self._most[device], self._live[device])
+
+
+def tensors_of(values: object) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    return [one for one in tree_leaves(values) if isinstance(one, Tensor)]
+
+
+_TO = nn.Module.to
+
+
+def _moved_if_elsewhere(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """Stands for ``nn.Module.to``, which cannot move fake parameters, not even to the place where they are."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    for one in (*module.parameters(), *module.buffers()):
+        is_there = device is None or (one.device.type, one.device.index or 0) == (device.type, device.index or 0)
+        if not is_there or dtype not in (None, one.dtype):
+            return _TO(module, *args, **kwargs)
+    return module
 
 
 def _place() -> str:
@@ -206,7 +229,7 @@ def _bytes(name: str, mutates: bool, args: tuple, inputs: list[Tensor], outputs:
 
 
 @contextmanager
-def fake_cuda(sizes: dict[str, int] | None = None) -> Iterator[Counts]:
+def fake_cuda(sizes: dict[str, int | list[int]] | None = None) -> Iterator[Counts]:
     """Within this context CUDA tensors are fake, and operations are counted.
 
     Args:
@@ -216,7 +239,11 @@ def fake_cuda(sizes: dict[str, int] | None = None) -> Iterator[Counts]:
         stack.enter_context(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
         stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True))
         stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", lambda *args: None))
-        stack.enter_context(mock.patch.object(Tensor, "backward", lambda loss: backward(loss)))
+        stack.enter_context(mock.patch.object(torch.cuda, "set_device", lambda device: None))
+        stack.enter_context(mock.patch.object(nn.Module, "to", _moved_if_elsewhere))
+        own = Tensor.backward
+        by_nodes = lambda loss: backward(loss) if loss.is_cuda else own(loss)  # noqa: E731
+        stack.enter_context(mock.patch.object(Tensor, "backward", by_nodes))
         counts = Counts(sizes)
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: counts.pin(tensor)))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda tensor: counts.tolist(tensor)))

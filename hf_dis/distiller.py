@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from hf_dis.models.tasks import Task, base_model, find_items, split_labels
 from hf_dis.sampling.sample import Statistics
 from hf_dis.sampling.sampler import ClassSampler
 from hf_dis.steps import EvaluationStep, ExactStep, Request, SampledStep, Step, WarmupStep
-from hf_dis.teacher.cached import TARGETS, CachedTeacher, stored_items
+from hf_dis.teacher.cached import TARGETS, CachedTeacher
 from hf_dis.teacher.online import OnlineTeacher
 from hf_dis.teacher.stream import LogitStream
 
@@ -90,12 +89,16 @@ class Distiller:
         """The student's output head."""
         return SampledHead(self.student, self.head_layers, self.row_sparse)
 
-    def count(self, batch: dict[str, Tensor]) -> int:
-        """The number of items of a batch, by which a loss is normalised."""
-        return len(find_items(self.task, batch, batch.get("labels")))
+    def count(self, batch: dict[str, Tensor], positions: Tensor | None = None) -> int:
+        """The number of items of a batch, by which a loss is normalised.
+
+        Args:
+            batch, positions: as for :meth:`begin`.
+        """
+        return len(find_items(self.task, batch, batch.get("labels"), positions=positions))
 
     @contextmanager
-    def step(self, batch: dict[str, Tensor], **options: bool) -> Iterator[Step]:
+    def step(self, batch: dict[str, Tensor], **options: Any) -> Iterator[Step]:
         """The step of a batch as a context: leave it after backward, then the head is released.
 
         Args:
@@ -114,6 +117,7 @@ class Distiller:
         warming_up: bool = False,
         holds_logits: bool = True,
         check_values: bool | None = None,
+        positions: Tensor | None = None,
     ) -> Step:
         """Asks the teacher, samples classes and switches the student's head; call :meth:`end` after backward.
 
@@ -124,6 +128,8 @@ class Distiller:
                 its head, its logits exist in chunks only, and ``outputs.logits`` mean nothing.
             check_values: look for labels out of range and for NaN; waits for an accelerator. None: always on a
                 processor, at the first batch elsewhere.
+            positions: places of the items of this batch among its tokens, ``[N]``, where they are known; else an
+                accelerator is waited for. With stored targets there have to be as many of them.
 
         Returns:
             the step: give ``step.inputs`` to the student and its outputs to ``step.loss``.
@@ -137,7 +143,7 @@ class Distiller:
             on_cpu = next(iter(batch.values())).device.type == "cpu"
             check_values = on_cpu or not self._has_checked_values
         self._has_checked_values = True
-        items, inputs, teacher_inputs = self._split(batch, check_values)
+        items, inputs, teacher_inputs = self._split(batch, check_values, positions)
         request = Request(items, inputs, teacher_inputs, check_values)
         if not self.student.training:
             return EvaluationStep(self, request, holds_logits)
@@ -156,16 +162,14 @@ class Distiller:
             self.head.clear()
 
     def _split(
-        self, batch: dict[str, Tensor], check_values: bool
+        self, batch: dict[str, Tensor], check_values: bool, positions: Tensor | None
     ) -> tuple[Items, dict[str, Tensor], dict[str, Tensor]]:
         """The items of a batch, and the inputs of student and teacher."""
         batch = dict(batch)
-        found = batch.pop(TARGETS, None)
-        items, inputs = split_labels(self.student, self.task, batch, self.label_names)
+        stored = batch.pop(TARGETS, None)
+        items, inputs = split_labels(self.student, self.task, batch, self.label_names, stored, positions)
         if items.labels is not None and check_values:
             check_labels(items.labels, self.num_classes)
-        if found is not None:
-            items = replace(items, targets=found[:, 0] if items.positions is None else stored_items(found))
         mine, theirs = (
             {name: value for name, value in inputs.items() if name not in columns}
             for columns in (self.teacher_columns, self.student_columns)

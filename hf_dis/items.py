@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_dis.errors import DataError
+
 # The label of a token that is not supervised.
 IGNORED = -100
+# The byte that fills up stored targets of examples with fewer items than the longest of their batch.
+FILLER = 255
 # Bounds of the documents of a whole padding-free sequence; a model without them reads position_ids.
 DOCUMENT_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -71,8 +75,12 @@ def token_items(
     shape: torch.Size,
     shifts_labels: bool,
     device: torch.device | None = None,
+    stored: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Items:
     """Finds the supervised tokens of a batch of sequences.
+
+    An accelerator is waited for once, for their number; not with ``positions``, or with neither labels nor a mask.
 
     Args:
         labels: class ids ``[B, S]``, -100 at tokens that are not supervised; or None.
@@ -80,30 +88,103 @@ def token_items(
         shape: (B, S).
         shifts_labels: the model's answer at a token is about the next token, as in a causal language model.
         device: of the positions where there are neither labels nor a mask; None: the processor.
+        stored: the result of a look-up in a cache, uint8 ``[B, most items, bytes]``.
+        positions: as this function found them for the same batch on the host, which compared their number with
+            ``stored`` too.
 
     Raises:
         ValueError: if labels are not ``[B, S]``, or a sequence is too short to have a next token.
+        DataError: if targets of another number of items are stored.
     """
     num_examples, length = shape
-    if labels is None:
-        # Without a mask nothing is looked up, so an accelerator is not waited for.
-        every = mask is None
-        positions = torch.arange(num_examples * length, device=device) if every else mask.flatten().nonzero()[:, 0]
-        return Items(num_examples, positions=positions, length=length)
+    if labels is not None:
+        labels = _of_answers(labels, shape, shifts_labels)
+    if positions is None:
+        if labels is None and mask is None:
+            positions = torch.arange(num_examples * length, device=device)
+            targets = None if stored is None else stored_items(stored, len(positions))
+        else:
+            is_item = mask != 0 if labels is None else labels != IGNORED
+            positions, targets = _found_items(is_item.flatten(), stored)
+    else:
+        targets = None if stored is None else _stored_at(stored, _true_places(_is_stored(stored), len(positions)))
+    return Items(num_examples, None if labels is None else labels.flatten()[positions], positions, length, targets)
+
+
+def stored_items(stored: Tensor, number: int | None = None) -> Tensor:
+    """Joins the stored items of all examples, without the filler between them; waits for an accelerator.
+
+    Args:
+        stored: the result of a look-up in a cache, uint8 ``[B, most items, bytes]``.
+        number: N, the number of items that there have to be; None: any.
+
+    Returns:
+        ``[N, bytes]``.
+
+    Raises:
+        DataError: if there is another number of items.
+    """
+    found = _stored_at(stored, _is_stored(stored).nonzero()[:, 0])
+    if number is not None:
+        check_stored_number(len(found), number)
+    return found
+
+
+def _found_items(is_item: Tensor, stored: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The places of the items, and their stored targets, with one wait for an accelerator."""
+    if stored is None:
+        return is_item.nonzero()[:, 0], None
+    is_stored = _is_stored(stored)
+    number, found = torch.stack([is_item.sum(), is_stored.sum()]).tolist()
+    check_stored_number(found, number)
+    return _true_places(is_item, number), _stored_at(stored, _true_places(is_stored, number))
+
+
+def _is_stored(stored: Tensor) -> Tensor:
+    """Tells stored items from filler, for all examples: bool, ``[B·most items]``."""
+    # An item ends with a finite float32; a float32 whose last two bytes are all ones is NaN.
+    return (stored[..., -2:] != FILLER).any(-1).flatten()
+
+
+def _stored_at(stored: Tensor, places: Tensor) -> Tensor:
+    return stored.flatten(0, 1).index_select(0, places)
+
+
+def _true_places(mask: Tensor, number: int) -> Tensor:
+    """Finds where a mask is true a known number of times; CUDA is not waited for."""
+    # torch implements nonzero_static for processors and CUDA alone.
+    has_it = mask.device.type in ("cpu", "cuda")
+    return torch.nonzero_static(mask, size=number)[:, 0] if has_it else mask.nonzero()[:, 0]
+
+
+def check_stored_number(found: int, number: int) -> None:
+    """Checks that a cache holds targets of as many items as a batch has.
+
+    Raises:
+        DataError: if the numbers differ.
+    """
+    if found != number:
+        raise DataError(
+            f"the cache holds targets of {found} items for this batch, and {number} are supervised: mask the labels "
+            "as when the cache was written"
+        )
+
+
+def _of_answers(labels: Tensor, shape: torch.Size, shifts_labels: bool) -> Tensor:
+    """The label of the answer at each token, ``[B, S]``."""
     if labels.shape != shape:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} for tokens of shape {tuple(shape)}: there has to be one class "
             f"id per token, {IGNORED} where there is none"
         )
     if shifts_labels:
-        if length < 2:
+        if shape[1] < 2:
             raise ValueError(
                 "the sequences have length 1: a causal language model learns the next token, so the sequences need "
                 "two tokens or more"
             )
-        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    positions = (labels != IGNORED).flatten().nonzero()[:, 0]
-    return Items(num_examples, labels.flatten()[positions], positions, length)
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return labels
 
 
 def split_examples(inputs: dict[str, Tensor], num_examples: int, chunk_examples: int) -> Iterator[dict[str, Tensor]]:

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from fake_accelerator import fake_cuda, tensors_of
-from fake_cuda import backward
+from fake_cuda import fake_cuda, tensors_of
 
 from hf_dis import SamplerSpec, autotune, make_sampler
 from hf_dis.autotune import HeadCosts, measure_costs
@@ -83,7 +82,6 @@ def test_a_sampler_is_on_its_device(proposal):
 def test_costs_are_measured_on_an_accelerator(clock, monkeypatch, layout):
     """Every tensor of both steps is there: a mix of devices raises."""
     monkeypatch.setattr(autotune, "ACCELERATOR_PRODUCT", autotune.PRODUCT)
-    monkeypatch.setattr(torch.Tensor, "backward", backward)
     with fake_cuda():
         costs = measure_costs(1_600, 8, SamplerSpec(**layout), device="cuda")
     assert costs == HeadCosts(exact=8, sampled=1 + 32 + 8)

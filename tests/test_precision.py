@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from fake_accelerator import fake_cuda, tensors_of
-from fake_cuda import backward
+from fake_cuda import fake_cuda, tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dis import DISLoss, SamplerSpec, make_sampler
@@ -90,7 +89,8 @@ def test_a_step_makes_no_float64_on_the_device(spec, lacks_it, without_float64):
         dis_loss = DISLoss(make_sampler(C, spec, device="cuda"), row_sparse_head=True)
         dis_loss._has_checked_values = True  # a later batch: values are made up here
         head = [torch.empty(size, WIDTH, device="cuda", requires_grad=True) for size in (N, C)]
-        backward(dis_loss(*head, None, torch.empty(N, C, device="cuda"), torch.zeros(N, dtype=torch.long).cuda()))
+        labels = torch.zeros(N, dtype=torch.long, device="cuda")
+        dis_loss(*head, None, torch.empty(N, C, device="cuda"), labels).backward()
         dis_loss.sampler.proposal.class_density()
     assert bool(device.found) != lacks_it, device.found
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from hf_dis.cache.header import CacheHeader, Shard
 from hf_dis.cache.keys import content_keys, is_joined, restarts
 from hf_dis.errors import DataError
-from hf_dis.teacher.cached import FILLER, TARGETS
+from hf_dis.items import FILLER
+from hf_dis.teacher.cached import TARGETS
 
 SCHEMA = pa.schema({"key": pa.int64(), "targets": pa.binary()})
 # The remedy where a training packs examples and the cache holds others.
@@ -79,7 +80,7 @@ class TeacherCache:
 
         Returns:
             uint8 ``[B, R, layout.item_bytes]``, where R is the largest number of items of an example. Examples with
-            fewer items are filled up; :func:`hf_dis.teacher.cached.stored_items` takes the items out.
+            fewer items are filled up; :func:`hf_dis.items.stored_items` takes the items out.
 
         Raises:
             DataError: if an example is not among those that the teacher was given when the cache was written.

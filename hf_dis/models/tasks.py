@@ -87,23 +87,32 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def find_items(task: Task, inputs: dict[str, Tensor], labels: Tensor | None) -> Items:
+def find_items(
+    task: Task,
+    inputs: dict[str, Tensor],
+    labels: Tensor | None,
+    stored: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Items:
     """Finds the items of a batch.
 
     Args:
         task: of the model.
         inputs: of the model.
         labels: ``[B]``, or ``[B, S]`` where items are tokens; or None: every token but padding is an item.
+        stored, positions: as for :func:`hf_dis.items.token_items`.
 
     Raises:
         ValueError: if the labels have another shape, or no column gives the number of tokens.
+        DataError: as :func:`hf_dis.items.token_items`.
     """
     if not task.has_token_items:
         if labels is not None and labels.dim() != 1:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}: a {task.value} model has one class id per example, [B]"
             )
-        return Items(len(next(iter(inputs.values())) if labels is None else labels), labels)
+        number = len(next(iter(inputs.values())) if labels is None else labels)
+        return Items(number, labels, targets=None if stored is None else stored[:, 0])
     side = "decoder_" if task is Task.SEQ2SEQ_LM else ""
     names = f"{side}input_ids", f"{side}inputs_embeds"
     tokens = next((inputs[name] for name in names if inputs.get(name) is not None), labels)
@@ -113,11 +122,17 @@ def find_items(task: Task, inputs: dict[str, Tensor], labels: Tensor | None) -> 
             f"{' or '.join(names)}, or of labels; let the data collator add one of these columns"
         )
     mask = inputs.get(f"{side}attention_mask")
-    return token_items(labels, mask, tokens.shape[:2], shifts_labels=task is Task.CAUSAL_LM, device=tokens.device)
+    shape, shifts_labels = tokens.shape[:2], task is Task.CAUSAL_LM
+    return token_items(labels, mask, shape, shifts_labels, tokens.device, stored, positions)
 
 
 def split_labels(
-    model: nn.Module, task: Task, batch: dict[str, Tensor], label_names: Sequence[str] = ("labels",)
+    model: nn.Module,
+    task: Task,
+    batch: dict[str, Tensor],
+    label_names: Sequence[str] = ("labels",),
+    stored: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Items, dict[str, Tensor]]:
     """Splits a batch into its items and the model's inputs without labels, so that the model computes no loss.
 
@@ -126,16 +141,17 @@ def split_labels(
         task: of the model.
         batch: inputs and labels.
         label_names: columns that the model is not given.
+        stored, positions: as for :func:`find_items`.
 
     Raises:
-        ValueError: as :func:`find_items`.
+        ValueError, DataError: as :func:`find_items`.
     """
     labels = batch.get("labels")
     inputs = {name: value for name, value in batch.items() if name not in label_names}
     if task is Task.SEQ2SEQ_LM and labels is not None and "decoder_input_ids" not in inputs:
         # The model would make them from its labels.
         inputs["decoder_input_ids"] = base_model(model).prepare_decoder_input_ids_from_labels(labels=labels)
-    return find_items(task, inputs, labels), inputs
+    return find_items(task, inputs, labels, stored, positions), inputs
 
 
 def num_outputs(model: nn.Module, task: Task) -> int:

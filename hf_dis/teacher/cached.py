@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_dis.errors import DataError
-from hf_dis.items import Items
+from hf_dis.items import Items, check_stored_number
 from hf_dis.teacher.compact import CompactTargets, TargetLayout
 
 # The log-probability of a class of which nothing is stored: its probability vanishes beside one in float32.
@@ -22,8 +22,6 @@ from hf_dis.teacher.compact import CompactTargets, TargetLayout
 UNKNOWN = -80.0
 # The column of a batch that holds the stored targets of its examples.
 TARGETS = "teacher_targets"
-# The byte that fills up examples with fewer items than the longest of their batch.
-FILLER = 255
 
 
 class CachedTargets:
@@ -132,26 +130,13 @@ class CachedTeacher:
                 "the batch holds no stored targets: collate it with TeacherCache.collator(your_collator), as the "
                 "trainer's own dataloader does"
             )
-        check_targets(items)
+        check_stored_number(len(items.targets), len(items))
         targets = unpack_targets(self.layout, items.targets, check_values)
         yield CachedTargets(targets, self.layout.num_classes)
 
     def all_classes(self, inputs: Any, items: Items, check_values: bool = True) -> Iterator[CachedTargets]:
         """Yields the same: the stored classes stand for all classes."""
         return self(inputs, items, check_values)
-
-
-def check_targets(items: Items) -> None:
-    """Checks that a cache holds targets of as many items as the batch has.
-
-    Raises:
-        DataError: if the numbers differ.
-    """
-    if len(items.targets) != len(items):
-        raise DataError(
-            f"the cache holds targets of {len(items.targets)} items for this batch, and {len(items)} are supervised: "
-            "mask the labels as when the cache was written"
-        )
 
 
 def unpack_targets(layout: TargetLayout, packed: Tensor, check_values: bool) -> CompactTargets:
@@ -177,19 +162,6 @@ def unpack_targets(layout: TargetLayout, packed: Tensor, check_values: bool) -> 
                 "written by hf_dis, or was altered since; write it again"
             )
     return targets
-
-
-def stored_items(found: Tensor) -> Tensor:
-    """Joins the stored items of all examples, without the filler between them.
-
-    Args:
-        found: the result of a look-up in a cache, uint8 ``[B, most items, bytes]``.
-
-    Returns:
-        ``[N, bytes]``.
-    """
-    # An item ends with a finite float32; a float32 whose last two bytes are all ones is NaN.
-    return found[(found[..., -2:] != FILLER).any(-1)]
 
 
 def _are_ranked(ids: Tensor, ranked: Tensor) -> Tensor:

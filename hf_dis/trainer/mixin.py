@@ -32,6 +32,7 @@ from hf_dis.trainer.checks import check_optimizer, check_processes, check_traine
 from hf_dis.trainer.evaluation import Evaluation, NoItemsCheck
 from hf_dis.trainer.features import extract_features
 from hf_dis.trainer.optimizer import give_head_rate
+from hf_dis.trainer.positions import KnownPositions, with_positions
 from hf_dis.trainer.saving import SavingHooks
 
 logger = logging.get_logger(__name__)
@@ -97,7 +98,7 @@ class DISTrainerMixin(SavingHooks):
         check_optimizer(self)
         self.add_callback(NoItemsCheck(self))
         self._means, self._evaluation = RunningMeans(), Evaluation(holds_logits=True)
-        self._quality_step, self._in_training_step = 0, False
+        self._quality_step, self._in_training_step, self._positions = 0, False, KnownPositions()
         self.num_items_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         if isinstance(self.model, PreTrainedModel):
             self.model.add_model_tags(list(self._tag_names))
@@ -148,6 +149,7 @@ class DISTrainerMixin(SavingHooks):
             warming_up=self.state.global_step < warmup,
             holds_logits=self._evaluation.holds_logits,
             check_values=self._checks_values(),
+            positions=self._positions.of(inputs),
         )
 
     def _checks_values(self) -> bool:
@@ -166,7 +168,9 @@ class DISTrainerMixin(SavingHooks):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
-        num_items = torch.tensor(sum(map(self.distiller.count, batch_samples)), device=device)
+        self._positions = KnownPositions(batch_samples)
+        total = sum(self.distiller.count(batch, self._positions.of(batch)) for batch in batch_samples)
+        num_items = torch.tensor(total, device=device)
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             num_items = self.accelerator.gather(num_items).sum()
         self.num_items_seen += num_items
@@ -225,15 +229,16 @@ class DISTrainerMixin(SavingHooks):
 
     def _get_dataloader(self, dataset: Dataset, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         cache = {"Training": self.teacher_cache, "Evaluation": self.eval_teacher_cache}.get(description)
-        if cache is None:
-            return super()._get_dataloader(dataset, description, *args, **kwargs)
-        collator = self.data_collator
-        self.data_collator = cache.collator(collator)
+        own, collate = self.data_collator, self.data_collator if cache is None else cache.collator(self.data_collator)
+        if description == "Training":
+            collate = with_positions(collate, self.distiller.task, dataset, self.args)
+        self.data_collator = collate
         try:
             loader = super()._get_dataloader(dataset, description, *args, **kwargs)
         finally:
-            self.data_collator = collator
-        check_data(loader, self.args.seed)
+            self.data_collator = own
+        if cache is not None:
+            check_data(loader, self.args.seed)
         return loader
 
     # Optimizer

@@ -8,8 +8,8 @@ from transformers import default_data_collator
 
 from hf_dis import DISConfig, DISDistillationTrainer, TeacherCache, cache_teacher_targets
 from hf_dis.errors import DataError
-from hf_dis.items import token_items
-from hf_dis.teacher.cached import TARGETS, stored_items
+from hf_dis.items import stored_items, token_items
+from hf_dis.teacher.cached import TARGETS
 
 datasets = pytest.importorskip("datasets")
 data_utils = pytest.importorskip("trl.data_utils")

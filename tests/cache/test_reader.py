@@ -16,7 +16,8 @@ from hf_dis.cache import SeededViews
 from hf_dis.cache.header import CacheHeader
 from hf_dis.cache.keys import content_keys
 from hf_dis.errors import DataError
-from hf_dis.teacher.cached import TARGETS, stored_items
+from hf_dis.items import stored_items
+from hf_dis.teacher.cached import TARGETS
 from hf_dis.teacher.compact import compact_targets
 
 

@@ -24,8 +24,7 @@ from hf_dis import TeacherCache, cache_teacher_targets
 from hf_dis.cache.attach import cached_teacher
 from hf_dis.cache.header import HEADER
 from hf_dis.errors import DataError
-from hf_dis.items import Items
-from hf_dis.teacher.cached import stored_items
+from hf_dis.items import Items, stored_items
 
 C, ITEMS = 40, 6  # 40 is no power of two: an id may be out of range
 NUMBERS = st.sampled_from([0, 1, -1, 2, 5, 2**31, 2**63, 10**400, 0.0, -1.0, 1e-320, 1e308, math.inf, math.nan, True])

@@ -12,7 +12,7 @@ from transformers import default_data_collator
 from hf_dis import TeacherCache, cache_teacher_targets
 from hf_dis.cache.header import HEADER
 from hf_dis.errors import DataError
-from hf_dis.teacher.cached import stored_items
+from hf_dis.items import stored_items
 
 
 def test_a_second_run_writes_nothing(cache, teacher):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_accelerator import fake_cuda
+from fake_cuda import fake_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dis import kernels

@@ -5,8 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_accelerator import Memory, fake_cuda
-from fake_cuda import backward
+from fake_cuda import fake_cuda
 
 from hf_dis import SamplerSpec, make_sampler
 from hf_dis.loss.exact import exact_loss, exact_losses
@@ -261,16 +260,15 @@ def in_blocks(logits, teacher, labels):
 
 def peak(loss_of, num_items, num_classes, device, dtype):
     """Bytes of product, loss and backward at the highest, beyond the logits and their gradient."""
-    with fake_cuda():  # tensors without values: of any size
+    with fake_cuda() as counts:  # tensors without values: of any size
         features, weight = (
             torch.empty(size, 8, device=device, dtype=dtype, requires_grad=True) for size in (num_items, num_classes)
         )
         teacher = torch.empty(num_items, num_classes, device=device, dtype=dtype)
         labels = torch.empty(num_items, device=device, dtype=torch.long)
-        with Memory() as memory:
-            loss = loss_of(features @ weight.T, teacher, labels).mean()
-            loss.backward() if device == "cpu" else backward(loss)
-    return memory.peak - 2 * teacher.nbytes
+        counts.start()
+        loss_of(features @ weight.T, teacher, labels).mean().backward()
+        return counts.peak(device) - 2 * teacher.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from fake_accelerator import fake_cuda
+from fake_cuda import fake_cuda
 from transformers import TrainerCallback
 
 from hf_dis import DISLoss, SamplerSpec, make_sampler
@@ -177,10 +177,10 @@ def test_a_trainer_logs_it(make_trainer):
 
 def test_a_step_waits_for_the_device_no_more_than_before():
     """Loss and sampler wait nowhere; backward waits for the number of distinct classes."""
-    with fake_cuda() as waits:
+    with fake_cuda() as counts:
         dis_loss = DISLoss(make_sampler(C, SPEC, device="cuda"))
         dis_loss._has_checked_values = True  # only the first batch is looked into
         features, weight = torch.empty(N, 4, device="cuda"), torch.empty(C, 4, device="cuda", requires_grad=True)
         dis_loss(features, weight, None, torch.empty(N, C, device="cuda"))
         assert dis_loss.sampler.not_finite.is_cuda
-    assert not waits.lines
+    assert not counts.waits

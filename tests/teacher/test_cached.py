@@ -6,10 +6,10 @@ from tiny_models import column_ids
 
 from hf_dis import SamplerSpec
 from hf_dis.errors import DataError
-from hf_dis.items import Items
+from hf_dis.items import FILLER, Items, stored_items
 from hf_dis.report.diagnostics import coverage
 from hf_dis.sampling.cached_sampler import make_cached_sampler
-from hf_dis.teacher.cached import FILLER, UNKNOWN, CachedTargets, CachedTeacher, stored_items, unpack_targets
+from hf_dis.teacher.cached import UNKNOWN, CachedTargets, CachedTeacher, unpack_targets
 from hf_dis.teacher.compact import CompactTargets, TargetLayout, compact_targets
 
 C, DEPTH, STORED = 12, 3, 4
