@@ -67,33 +67,33 @@ class Counts(TorchDispatchMode):
         super().__init__()
         self.sizes = sizes or {}
         self._held: dict[int, weakref.ref] = {}
-        self._pinned: dict[int, Any] = {}
+        self._pinned: dict[int, weakref.ref] = {}
         self._live: Counter[str] = Counter()
         self.start()
 
     def start(self) -> None:
         """Counts from zero; memory that is held now counts as given."""
         self.launches, self.waits, self.moved = Counter(), Counter(), Counter()
-        self._pinned.clear()
         self._base, self._most = self._live.copy(), self._live.copy()
 
     def pin(self, tensor: Tensor) -> Tensor:
         """Stands for ``Tensor.pin_memory``, which fake tensors lack."""
         storage = tensor.untyped_storage()
-        self._pinned[storage._cdata] = storage
+        key = storage._cdata
+        self._pinned[key] = weakref.ref(storage, lambda _: self._pinned.pop(key, None))
         return tensor
 
     def tolist(self, tensor: Tensor) -> list:
-        """Stands for ``Tensor.tolist``: one wait, answered by the first sizes given for ``tolist``, or by ones.
+        """Stands for ``Tensor.tolist``, which waits for a device once.
 
-        Sizes for ``tolist in FILE`` are those of a file of hf_dis.
+        The answer is the first of the sizes given for ``tolist in FILE``, a file of hf_dis, or for ``tolist``, or ones.
         """
-        if not tensor.is_cuda:
-            return _TOLIST(tensor)
         place = _place()
-        self.waits[place, "tolist"] += 1
-        sizes = self.sizes.get("tolist", [1] * len(tensor))
-        return list(self.sizes.get(f"tolist in {place.split(':')[0]}", sizes))[: len(tensor)]
+        sizes = self.sizes.get(f"tolist in {place.split(':')[0]}")
+        if tensor.is_cuda:
+            self.waits[place, "tolist"] += 1
+            sizes = sizes or self.sizes.get("tolist", [1] * len(tensor))
+        return _TOLIST(tensor) if sizes is None else list(sizes)[: len(tensor)]
 
     def peak(self, device: str = "cuda") -> int:
         """The most bytes that a type of devices held at a time beyond those held at :meth:`start`."""

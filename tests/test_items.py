@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
 
-from hf_dis.items import Items, check_labels, first_examples, token_items
+from hf_dis.errors import DataError
+from hf_dis.items import FILLER, Items, check_labels, first_examples, stored_items, token_items
 
 LABELS = torch.tensor([[5, -100, 7, 8], [-100, 2, 3, -100]])
 SHAPE = LABELS.shape
@@ -113,3 +115,41 @@ def test_the_first_documents_of_a_padding_free_batch(number, stop):
     assert first.keys() == {"input_ids", "position_ids", "seq_idx", "use_cache"}
     assert first["input_ids"].tolist() == [list(range(stop))]
     assert all(value.shape == (1, stop) for value in first.values() if isinstance(value, torch.Tensor))
+
+
+STORED = torch.full((2, 3, 6), FILLER, dtype=torch.uint8)
+STORED[0], STORED[1, :2] = torch.arange(18).view(3, 6), torch.arange(18, 30).view(2, 6)
+
+
+@pytest.mark.parametrize("given", [{}, {"positions": torch.tensor([0, 2, 3, 5, 6])}])
+def test_stored_targets_of_items(given):
+    items = token_items(LABELS, None, SHAPE, shifts_labels=False, stored=STORED, **given)
+    assert items.positions.tolist() == [0, 2, 3, 5, 6] and items.labels.tolist() == [5, 7, 8, 2, 3]
+    assert items.targets.flatten().tolist() == list(range(30))
+    assert torch.equal(stored_items(STORED), items.targets)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(SHAPE)])
+def test_stored_targets_of_another_number_of_items(mask):
+    with pytest.raises(DataError, match=r"targets of 5 items for this batch, and 4 are supervised: mask the labels"):
+        token_items(LABELS, None, SHAPE, shifts_labels=True, stored=STORED)
+    with pytest.raises(DataError, match=r"targets of 5 items for this batch, and 8 are supervised"):
+        token_items(None, mask, SHAPE, shifts_labels=False, stored=STORED)
+
+
+@pytest.mark.parametrize(
+    ("given", "waits"),
+    [
+        ({}, 1),
+        ({"stored": STORED}, 1),
+        ({"positions": torch.tensor([0, 2, 3, 5, 6])}, 0),
+        ({"positions": torch.tensor([0, 2, 3, 5, 6]), "stored": STORED}, 0),
+    ],
+    ids=["labels", "stored", "known", "known, stored"],
+)
+def test_waits_for_an_accelerator(given, waits):
+    with fake_cuda({"tolist": [5, 5]}) as counts:
+        there = {name: value.to("cuda") for name, value in given.items()}
+        items = token_items(torch.empty(SHAPE, dtype=torch.long, device="cuda"), None, SHAPE, False, **there)
+    assert sum(counts.waits.values()) == waits and items.labels.is_cuda
+    assert "stored" not in given or items.targets.shape == (5, 6)
