@@ -86,7 +86,7 @@ class Counts(TorchDispatchMode):
     def tolist(self, tensor: Tensor) -> list:
         """Stands for ``Tensor.tolist``, which waits for a device once.
 
-        The answer is the first of the sizes given for ``tolist in FILE``, a file of hf_dis, or for ``tolist``, or ones.
+        The answer is the first sizes given for ``tolist in FILE``, a file of hf_dis, or for ``tolist``, or ones.
         """
         place = _place()
         sizes = self.sizes.get(f"tolist in {place.split(':')[0]}")

@@ -71,8 +71,8 @@ class DISLoss:
             labels: class ids ``[N]``.
 
         Raises:
-            ValueError: if sampler, head and teacher have different numbers of classes, labels are outside 0..C-1, or a
-                shape is another one.
+            ValueError: if sampler, head and teacher have different numbers of classes or are on different devices,
+                labels are outside 0..C-1, or a shape is another one.
             FloatingPointError: if the teacher's logits hold NaN or Inf. On an accelerator, where a check of values
                 waits for the device, teacher and labels are checked in the first batch only.
         """
@@ -83,6 +83,7 @@ class DISLoss:
                 f"make_sampler({len(weight)})"
             )
         _check_shapes(features, weight, bias, teacher_logits, labels)
+        self._check_devices(features.device, weight=weight, bias=bias, labels=labels)
         check_values = features.device.type == "cpu" or not self._has_checked_values
         self._has_checked_values = True
         if labels is not None and check_values:
@@ -90,16 +91,26 @@ class DISLoss:
 
         chunks = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
         with torch.no_grad():
-            sample = self.sampler.sample(self._ranked(chunks, check_values), labels)
+            sample = self.sampler.sample(self._ranked(chunks, features.device, check_values), labels)
         ids = sample.item_ids, sample.tail_ids
         logits = sampled_logits(features, weight, bias, *ids, self.row_sparse_head, sample.updates)
         loss, _, divergence = sampled_loss(logits, sample, self.temperature, self.hard_label_weight)
         self.sampler.learn(sample, divergence.signal, self.reduce)
         return loss.sum() / max(1, len(features))
 
-    def _ranked(self, chunks: Iterable[Tensor], check_finite: bool) -> Iterator[TeacherTargets]:
+    def _check_devices(self, device: torch.device, **given: Tensor | None) -> None:
+        """Checks that tensors and the sampler are on a device."""
+        for name, tensor in {"the sampler": self.sampler.not_finite, **given}.items():
+            if tensor is not None and tensor.device != device:
+                remedy = "pass device to make_sampler" if name == "the sampler" else f"bring {name} there with .to()"
+                raise ValueError(f"{name} is on {tensor.device} and the features are on {device}: {remedy}")
+
+    def _ranked(
+        self, chunks: Iterable[Tensor], device: torch.device, check_finite: bool
+    ) -> Iterator[TeacherTargets]:
         first_item = 0
         for logits in chunks:
+            self._check_devices(device, teacher_logits=logits)
             check_teacher_logits(logits, self.sampler.proposal.num_classes, first_item, check_finite)
             first_item += len(logits)
             yield TeacherTargets(logits, self.temperature, self.sampler.rank_depth)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_dis.head.sampled_linear import sampled_columns
 from hf_dis.head.switch import SampledHead
 from hf_dis.models.head_features import evaluating
+from hf_dis.precision import check_sparse
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: 
         is_sharded: the student's parameters are sharded by FSDP or DeepSpeed.
 
     Raises:
-        ValueError: if torch is too old, or the head is sharded or tied.
+        ValueError: if torch is too old or has no sparse tensors for the device, or the head is sharded or tied.
     """
     if torch.__version__ < (2, 14):
         raise ValueError(
@@ -92,6 +93,7 @@ def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: 
             "data parallelism"
         )
     for parameter in SampledHead(student, names).parameters():
+        check_sparse(parameter.device, "row_sparse_head is set", "set row_sparse_head=False")
         tied = [name for name, other in student.named_parameters(remove_duplicate=False) if other is parameter]
         if len(tied) > 1 and parameter.requires_grad:
             raise ValueError(

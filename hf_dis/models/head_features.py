@@ -12,13 +12,16 @@ from torch import Tensor, nn
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts a model into evaluation mode within a context; each module then returns to its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    # A teacher belongs to its user, who may train or add modules between steps, so that each step looks at all of
+    # them. A model that is in evaluation mode already, as a teacher is, is left as it is.
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 class _HeadReached(Exception):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require, require_number
-from hf_dis.precision import widest
+from hf_dis.precision import check_sparse, widest
 from hf_dis.sampling.answers import Answers, Ranked
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal
@@ -37,6 +37,9 @@ class ClassSampler:
         num_updated: U: at most U·N of the distinct sampled classes update the head; all of them if None.
         seed: of the sampler's own generator; give every process its own.
 
+    Raises:
+        ValueError: if a shared tail needs sparse tensors, and torch has none for the device.
+
     Attributes:
         not_finite: the number of items so far from which the proposal did not learn, their signal being NaN or Inf.
     """
@@ -60,6 +63,9 @@ class ClassSampler:
         self.num_ranks = self.rank_depth if self.num_shared else num_classes
         self.num_sampled = min(num_sampled, self.num_ranks)
         self.design, self.num_updated = design, num_updated
+        if self.num_shared and proposal.wants_class_mass:
+            wanted = f"num_shared_classes is {num_shared} with a proposal that learns about classes"
+            check_sparse(proposal.device, wanted, "set num_shared_classes=0, or proposal='uniform'")
         self.generator = torch.Generator().manual_seed(seed)
         self.not_finite = torch.zeros((), dtype=torch.long, device=proposal.device)
 
