@@ -105,9 +105,7 @@ class DISLoss:
                 remedy = "pass device to make_sampler" if name == "the sampler" else f"bring {name} there with .to()"
                 raise ValueError(f"{name} is on {tensor.device} and the features are on {device}: {remedy}")
 
-    def _ranked(
-        self, chunks: Iterable[Tensor], device: torch.device, check_finite: bool
-    ) -> Iterator[TeacherTargets]:
+    def _ranked(self, chunks: Iterable[Tensor], device: torch.device, check_finite: bool) -> Iterator[TeacherTargets]:
         first_item = 0
         for logits in chunks:
             self._check_devices(device, teacher_logits=logits)

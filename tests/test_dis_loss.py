@@ -79,3 +79,25 @@ def test_refuses_nan_and_learns_nothing_from_it(batch, bad):
 def test_refuses_labels_out_of_range(batch, label):
     with pytest.raises(ValueError, match=rf"labels \[{label}\] are outside 0\.\.39"):
         DISLoss(make_sampler(40, SamplerSpec(num_sampled_classes=8)))(*batch, torch.tensor([0, 1, 2, label, 4, 5]))
+
+
+@pytest.mark.parametrize(
+    ("position", "name"),
+    [(1, "weight"), (2, "bias"), (3, "teacher_logits"), (4, "labels")],
+)
+def test_refuses_tensors_on_another_device(batch, position, name):
+    given = [*batch, torch.arange(6)]
+    given[position] = given[position].to("meta")
+    with pytest.raises(ValueError, match=rf"{name} is on meta and the features are on cpu: bring {name} there"):
+        loss = DISLoss(make_sampler(40, SamplerSpec(num_sampled_classes=8)))
+        loss._has_checked_values = True  # else the range of the labels is looked at first
+        loss(*given)
+
+
+def test_refuses_a_sampler_and_chunks_of_a_teacher_on_another_device(batch):
+    *head, teacher = batch
+    sampler = make_sampler(40, SamplerSpec(num_sampled_classes=8), device="meta")
+    with pytest.raises(ValueError, match="the sampler is on meta and the features are on cpu: pass device to"):
+        DISLoss(sampler)(*batch)
+    with pytest.raises(ValueError, match="teacher_logits is on meta and the features are on cpu"):
+        DISLoss(make_sampler(40, SamplerSpec(num_sampled_classes=8)))(*head, [teacher[:3], teacher[3:].to("meta")])

@@ -1,13 +1,17 @@
 """Devices without float64: no tensor of that type is made there, and results are those of float64 to rounding."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fake_cuda import fake_cuda, tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dis import DISLoss, SamplerSpec, make_sampler
+from hf_dis.head.check import check_row_sparse_head
 from hf_dis.loss.divergence import sampled_forward_kl
-from hf_dis.precision import widest
+from hf_dis.precision import _tell, widest
 from hf_dis.report.diagnostics import RunningMeans, sample_quality
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.teacher.cached import CachedTargets
@@ -149,3 +153,54 @@ def test_results_from_a_cache_are_those_of_float64(without_float64):
     found = step_from_cache(STORED["shared tails"], "cpu").proposal.state_dict()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_device_without_float64_is_told_once(without_float64, caplog):
+    _tell.cache_clear()
+    without_float64("cuda")
+    with caplog.at_level(logging.INFO, "hf_dis.precision"):
+        assert widest("cuda") == widest("cuda:1") == torch.float32 and widest("cpu") == torch.float64
+    assert [record.message for record in caplog.records] == [
+        "cuda has no float64: samplers and running means compute in float32 there"
+    ]
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_device_of_intel_is_asked(has_it, monkeypatch):
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=has_it))
+    assert widest("xpu") == (torch.float64 if has_it else torch.float32)
+
+
+# Devices without sparse tensors
+
+
+@pytest.fixture
+def without_sparse(monkeypatch):
+    """Takes sparse tensors from the processor."""
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("Could not run 'aten::_sparse_coo_tensor_with_dims_and_tensors'")
+
+    monkeypatch.setattr("hf_dis.precision.WITH_SPARSE", set())
+    monkeypatch.setattr(torch, "sparse_coo_tensor", refuse)
+
+
+def test_what_needs_sparse_tensors_is_refused_where_there_are_none(without_sparse):
+    shared = SamplerSpec(num_sampled_classes=8, num_shared_classes=32)
+    refused = r"num_shared_classes is 32 .*torch has none for cpu: set num_shared_classes=0, or proposal='uniform'"
+    for make in (lambda: make_sampler(C, shared), lambda: make_cached_sampler(TargetLayout(C, 10, 12), shared)):
+        with pytest.raises(ValueError, match=refused):
+            make()
+    with pytest.raises(ValueError, match=r"row_sparse_head is set.* none for cpu: set row_sparse_head=False"):
+        check_row_sparse_head(torch.nn.Sequential(torch.nn.Linear(2, 3)), ["0"], is_sharded=False)
+
+
+@pytest.mark.parametrize("spec", [SPECS["per item"], SPECS["uniform"]], ids=["per item", "uniform"])
+def test_what_needs_none_works_without_sparse_tensors(spec, without_sparse):
+    losses, _, _ = losses_of(spec)
+    assert losses.isfinite().all()
+
+
+def test_a_trial_finds_sparse_tensors(monkeypatch):
+    monkeypatch.setattr("hf_dis.precision.WITH_SPARSE", set())
+    make_sampler(C, SPECS["shared tails"])
