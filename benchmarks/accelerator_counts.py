@@ -110,10 +110,11 @@ def of_student(shape: Shape, counts: Counts, row_sparse: bool, targets: str) -> 
     distiller = distiller_of(student, teacher, shape, row_sparse, targets)
     parameters = list(student.parameters())
     optimizer = RowSparseAdamW(parameters)
-    batch = batch_of(shape, distiller)
+    batch, positions = batch_of(shape, distiller)
+    known = {"check_values": False, "positions": positions}
     for _ in range(2):
         counts.start()
-        with torch.autocast("cuda", torch.bfloat16), distiller.step(batch, check_values=False) as step:
+        with torch.autocast("cuda", torch.bfloat16), distiller.step(batch, **known) as step:
             loss, _ = step.loss(student(**step.inputs))
             loss = loss.sum() / shape.num_items
             loss.backward()
@@ -141,14 +142,14 @@ def distiller_of(student: nn.Module, teacher: nn.Module, shape: Shape, row_spars
     return distiller
 
 
-def batch_of(shape: Shape, distiller: Distiller) -> dict[str, Tensor]:
-    """Sequences of which every token but the first is supervised."""
+def batch_of(shape: Shape, distiller: Distiller) -> tuple[dict[str, Tensor], Tensor]:
+    """Sequences supervised from their second token on, and the places of the items, as a Trainer has them."""
     ids = torch.ones(shape.num_items // TOKENS, TOKENS + 1, dtype=torch.long, device="cuda")
     batch = {"input_ids": ids, "labels": ids.clone()}
     if isinstance(distiller.teacher, CachedTeacher):
         size = distiller.teacher.layout.item_bytes
         batch[TARGETS] = torch.empty(len(ids), TOKENS, size, dtype=torch.uint8, device="cuda")
-    return batch
+    return batch, torch.empty(shape.num_items, dtype=torch.long, device="cuda")
 
 
 def finish(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -168,8 +169,7 @@ def count(shape: Shape, targets: str, row_sparse: bool = True, kernels: str = "t
     """
     unique = min(shape.num_classes, shape.num_items * 16)
     contributions = shape.num_items * (shape.spec.num_sampled_classes + 1)
-    items = [shape.num_items, shape.num_items]
-    sizes = {"nonzero": shape.num_items, "tolist in items.py": items, "tolist": [unique, contributions]}
+    sizes = {"tolist": [unique, contributions]}
     obstacle = None if kernels == "triton" else "only torch is counted"
     with mock.patch("hf_dis.kernels.obstacle", lambda device: obstacle), fake_cuda(sizes) as counts:
         if targets == "given":
