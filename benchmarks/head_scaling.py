@@ -59,11 +59,7 @@ class GivenTargets(TeacherTargets):
 
     def __init__(self, logits: Tensor, temperature: float, depth: int):
         super().__init__(logits, temperature, depth)
-        self.mass = super().class_mass()
-
-    def class_mass(self) -> Tensor:
-        """The class marginal, computed at construction."""
-        return self.mass
+        self.class_mass()  # kept for every step
 
 
 class RankedLoss(DISLoss):

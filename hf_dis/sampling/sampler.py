@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require, require_number
 from hf_dis.precision import check_sparse, widest
-from hf_dis.sampling.answers import Answers, Ranked
+from hf_dis.sampling.answers import Answers, Logits, Ranked
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum
@@ -94,7 +94,7 @@ class ClassSampler:
         return replace(sample, updates=Updates(self.num_updated * len(sample), float(start)))
 
     def _sample(self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None) -> ClassSample:
-        answers = self._answers(teacher, tails, labels)
+        answers, class_mass = self._answers(teacher, tails, labels)
         ranked, num_items = answers.ranked or self._sample_ranked(answers), len(answers.ids)
         outside_top = ~is_member(answers.ids, tails.ids)
         mass = 1 - ranked.stratum.mass
@@ -104,7 +104,9 @@ class ClassSampler:
             own = _label_stratum(labels, answers.label_log_probs)
             in_top = (answers.ids == own.ids).any(1) | (not self.num_shared)
             strata = [ranked.stratum.without(own, in_top), own, shared.without(own, ~in_top)]
-        target = torch.cat([stratum.target() for stratum in strata], 1)
+        # The label is the only class of its stratum, and certain: its target is the mass.
+        target = [strata[0].target(), *(one.mass[:, None] for one in strata[1:-1]), strata[-1].target()]
+        target = torch.cat(target, 1)
         return ClassSample(
             item_ids=torch.cat([stratum.ids for stratum in strata[:-1]], 1),
             tail_ids=tails.ids,
@@ -116,35 +118,40 @@ class ClassSampler:
             ranks=ranked.ranks,
             rank_weights=ranked.stratum.log_weights.exp(),
             outside_top=outside_top,
-            class_mass=answers.class_mass,
+            class_mass=class_mass,
             has_label=labels is not None,
             with_replacement=self.design == "replacement",
         )
 
-    def _answers(self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None) -> Answers:
-        """Takes from each chunk of the teacher's answers what the sample needs of the chunk, and no more.
-
-        All else is done once for all items: on an accelerator a launch per chunk costs more than its work.
-        """
+    def _answers(
+        self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None
+    ) -> tuple[Answers, Tensor]:
+        """The teacher's answers, and the class mass as :class:`ClassSample` has it."""
         wants_mass = self.num_shared and self.proposal.wants_class_mass
         parts, mass, first_item = [], None, 0
         for targets in teacher:
-            items = slice(first_item, first_item + len(targets))
+            temperature, items = targets.temperature, slice(first_item, first_item + len(targets))
             if wants_mass:
                 mass = targets.class_mass() if mass is None else mass + targets.class_mass()
             parts.append(
-                Answers(
+                Logits(
                     targets.ids,
-                    targets.log_probs,
-                    targets.log_prob(of_items(tails.ids, items.start, len(targets))),
-                    None if labels is None else targets.log_prob(labels[items, None]),
+                    targets.highest,
+                    targets.logits.gather(1, of_items(tails.ids, items.start, len(targets))),
+                    None if labels is None else targets.logits.gather(1, labels[items, None]),
+                    targets.log_normaliser,
+                    targets.counted,
+                    targets.items_per_counted,
                     # All C ranks are sampled from, whose classes only the chunk can tell.
-                    ranked=None if self.num_shared else self._sample_all_ranks(targets),
+                    None if self.num_shared else self._sample_all_ranks(targets),
                 )
             )
             first_item = items.stop
             del targets  # the next chunk is computed without this one in memory
-        return Answers.cat(parts)._replace(class_mass=parts[0].log_probs.new_empty(0) if mass is None else mass)
+        answers = Answers.of(parts, temperature)
+        if mass is None:
+            return answers, answers.log_probs.new_empty(0)
+        return answers, (mass - answers.ranked_mass(parts, len(mass))).clamp_min_(0)
 
     def _sample_ranked(self, answers: Answers) -> Ranked:
         """K of each item's m ranks."""

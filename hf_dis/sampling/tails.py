@@ -35,7 +35,9 @@ def of_items(tails: Tensor, first_item: int, num_items: int) -> Tensor:
     """The tail of each of some consecutive items: ``[n, K_t]`` for ``[G, K_t]``."""
     if len(tails) == 1:
         return tails.expand(num_items, -1)
-    return tails.index_select(0, torch.arange(first_item, first_item + num_items, device=tails.device) % len(tails))
+    first = first_item % len(tails)
+    in_turn = tails.roll(-first, 0) if first else tails
+    return in_turn.repeat(-(-num_items // len(tails)), 1)[:num_items]
 
 
 def by_tail(items: Tensor, num_tails: int) -> Tensor:

@@ -17,6 +17,7 @@ BLOCK_ELEMENTS = 2**18
 # elements of a part. 2^26 elements keep a device busy; 2^29 are 1 GiB in bfloat16.
 DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK = 10, 16, 2
 LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**29
+ITEMS_OF_PART = 8  # a multiple of the usual numbers of tails, so that a part starts with the first tail
 
 # Items of which one is counted in the class mass on an accelerator, where a pass over all logits is what a step costs.
 # Enough items remain: the class mass shapes a proposal that is a running mean over steps.
@@ -62,9 +63,9 @@ def chunk_items(num_items: int, num_classes: int, device: torch.device) -> int:
 
 
 def _part(num_items: int, num_classes: int, number: int) -> int:
-    """Divides items into parts, as many as given or fewer; more only where a part would be too large."""
+    """Divides items into parts of a multiple of 8, as many as given or fewer; more where a part would be too large."""
     least, most = (max(1, elements // max(1, num_classes)) for elements in (LEAST_ELEMENTS, MOST_ELEMENTS))
-    return min(max(least, -(-num_items // number)), most)
+    return -(-min(max(least, -(-num_items // number)), most) // ITEMS_OF_PART) * ITEMS_OF_PART
 
 
 def top_ranked(logits: Tensor, depth: int, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -116,32 +117,32 @@ class TeacherTargets:
     Attributes:
         logits, temperature: as given.
         ids: the m best-ranked classes, best first, ``[n, m]``.
-        log_probs: log-probabilities of these classes at τ, ``[n, m]``, float32 or wider.
-        log_normaliser: log Σ exp(logit / τ), ``[n, 1]``.
+        highest: the logits of these classes, in the type of the logits, ``[n, m]``.
+        log_normaliser: log Σ exp(logit / τ), ``[n, 1]``, float32 or wider.
+        counted: the items that :meth:`class_mass` counts: all on a CPU, every eighth of 1,024 or more elsewhere.
     """
 
     def __init__(self, logits: Tensor, temperature: float, depth: int, blocks: int = DEVICE_BLOCKS):
         self.logits, self.temperature = logits, temperature
-        depth, maxima = min(depth, logits.shape[1]), None
+        on_cpu = logits.device.type == "cpu"
+        self.counted = slice(0, len(logits), 1 if on_cpu else max(1, min(MASS_STRIDE, len(logits) // MASS_ITEMS)))
+        self._mass: Tensor | None = None
+        depth = min(depth, logits.shape[1])
         if uses_triton(logits.device):
             from hf_dis.teacher.triton_normaliser import log_normaliser
 
             groups = num_groups(logits.shape[1], depth)
             self.log_normaliser, maxima = log_normaliser(logits, temperature, groups, GROUP)
-        highest, self.ids = top_ranked(logits, depth, maxima)
-        highest = widen(highest)
-        on_cpu = logits.device.type == "cpu"
-        self._stride = 1 if on_cpu else max(1, min(MASS_STRIDE, len(logits) // MASS_ITEMS))
-        self._probability: Tensor | None = None
-        if maxima is None:
-            self.log_normaliser = self._normalised_by_blocks(highest[:, :1], blocks)
-        self.log_probs = highest / temperature - self.log_normaliser
+            self.highest, self.ids = top_ranked(logits, depth, maxima)
+        else:
+            self.highest, self.ids = top_ranked(logits, depth)
+            self.log_normaliser = self._normalised_by_blocks(widen(self.highest[:, :1]), blocks)
 
     def _normalised_by_blocks(self, highest: Tensor, blocks: int) -> Tensor:
-        """A single pass of exponentials over all classes gives the normaliser and the classes' probabilities."""
-        logits, temperature = self.logits, self.temperature
-        items = self._stride * -(-block_items(logits, blocks) // self._stride)
-        self._probability, totals = highest.new_zeros(logits.shape[1]), []
+        """A single pass of exponentials over all classes gives the normaliser and the mass of each class."""
+        logits, temperature, stride = self.logits, self.temperature, self.counted.step
+        items = stride * -(-block_items(logits, blocks) // stride)
+        self._mass, totals = highest.new_zeros(logits.shape[1]), []
         peaks = highest / temperature
         for part, logit, peak in zip(*(values.split(items) for values in (logits, highest, peaks)), strict=True):
             if logits.device.type == "cpu":
@@ -149,12 +150,22 @@ class TeacherTargets:
             else:  # the subtraction widens: one launch and no copy
                 exponentials = (part - logit).div_(temperature).exp_()
             totals.append(exponentials.sum(1))
-            counted, total = exponentials[:: self._stride], totals[-1][:: self._stride]
-            self._probability.addmv_(counted.T, total.reciprocal(), alpha=self._stride)
+            counted, total = exponentials[::stride], totals[-1][::stride]
+            self._mass.addmv_(counted.T, total.reciprocal(), alpha=self.items_per_counted)
         return peaks + torch.cat(totals)[:, None].log_()
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def items_per_counted(self) -> float:
+        """Items that each counted item stands for, 1 to 8."""
+        return max(1, len(self)) / max(1, len(range(len(self))[self.counted]))
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Log-probabilities of the ranked classes at τ, ``[n, m]``, float32 or wider."""
+        return log_probs(self.highest, self.log_normaliser, self.temperature)
 
     def all_classes(self) -> Tensor:
         """Returns the teacher's answers for a loss on all classes: the logits, ``[n, C]``."""
@@ -162,23 +173,27 @@ class TeacherTargets:
 
     def log_prob(self, ids: Tensor) -> Tensor:
         """Computes log-probabilities at τ of any classes of each item, ``[n, K]`` for class ids ``[n, K]``."""
-        return widen(self.logits.gather(1, ids)) / self.temperature - self.log_normaliser
+        return log_probs(self.logits.gather(1, ids), self.log_normaliser, self.temperature)
 
     def class_mass(self) -> Tensor:
-        """Sums the probability of each class over the items that do not rank the class, ``[C]``.
-
-        On an accelerator with 1,024 items or more the sum is that over every eighth item, times eight. With fewer
-        items the distance is shorter, so that 128 items or more are read.
-        """
-        probability = self._probability
-        if probability is None:
+        """Sums the probability of each class over the counted items, times :attr:`items_per_counted`, ``[C]``."""
+        if self._mass is None:
             from hf_dis.teacher.triton_normaliser import class_mass
 
-            counted = (values[:: self._stride] for values in (self.logits, self.log_normaliser))
-            probability = class_mass(*counted, self.temperature, self._stride)
-        ids, log_probs = self.ids[:: self._stride], self.log_probs[:: self._stride]
-        ranked = log_probs.exp().flatten()
-        return probability.index_add(0, ids.flatten(), ranked, alpha=-self._stride).clamp_min_(0)
+            counted = (values[self.counted] for values in (self.logits, self.log_normaliser))
+            self._mass = class_mass(*counted, self.temperature, self.items_per_counted)
+        return self._mass
+
+
+def log_probs(logits: Tensor, log_normaliser: Tensor, temperature: float) -> Tensor:
+    """Computes log-probabilities at τ, ``[n, K]``, float32 or wider.
+
+    Args:
+        logits: of any classes, ``[n, K]``.
+        log_normaliser: log Σ exp(logit / τ) over all classes, ``[n, 1]``, float32 or wider.
+        temperature: τ > 0.
+    """
+    return widen(logits) / temperature - log_normaliser
 
 
 def check_teacher_logits(logits: Tensor, num_classes: int, first_item: int = 0, check_finite: bool = True) -> None:

@@ -64,7 +64,7 @@ def class_mass_kernel(
     stride,
     normaliser_stride,
     temperature: tl.float64,
-    times,
+    times: tl.float64,
     BLOCK_ITEMS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
@@ -79,7 +79,7 @@ def class_mass_kernel(
         normaliser = tl.load(log_normaliser + item * normaliser_stride, item < num_items, 0.0)
         scaled = logit.to(out.dtype.element_ty) * factor
         total += tl.sum(tl.exp(scaled - normaliser.to(out.dtype.element_ty)[:, None]), 0)
-    tl.store(out + column, total * times, column < num_classes)
+    tl.store(out + column, total * tl.cast(times, out.dtype.element_ty), column < num_classes)
 
 
 @torch.library.custom_op("hf_dis::log_normaliser", mutates_args=())
@@ -126,7 +126,7 @@ def _normaliser_results(logits: Tensor, num_groups: int) -> tuple[Tensor, Tensor
 
 
 @torch.library.custom_op("hf_dis::class_mass", mutates_args=())
-def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, times: int) -> Tensor:
+def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, times: float) -> Tensor:
     """Sums the teacher's probability of each class over items, times a number.
 
     Args:

@@ -23,7 +23,7 @@ CASES = {
     "products": (triton_products.products_kernel, ["bflf", "fflf", "bblf", "hhlf"], "iiiiii", PRODUCTS),
     "features": (triton_products.features_gradient_kernel, ["bflf", "fflf", "hhlf"], "iiiiii", PRODUCTS),
     "normaliser": (triton_normaliser.log_normaliser_kernel, ["bfb", "fff", "hfh", "ddd"], "iiin", NORMALISER),
-    "mass": (triton_normaliser.class_mass_kernel, ["bff", "fff", "hff"], "iiiini", MASS),
+    "mass": (triton_normaliser.class_mass_kernel, ["bff", "fff", "hff"], "iiiinn", MASS),
     "pieces": (triton_rows.pieces_kernel, ["flflf", "blblf", "blflf"], "iii", ROWS),
     "segments": (triton_rows.segments_kernel, ["flflff", "blblfb", "blflff"], "ii", ROWS),
     "factors": (triton_adamw.row_factors_kernel, ["fdlfff"], "innnn", {"BLOCK": 256}),

@@ -169,7 +169,13 @@ def test_a_kernel_is_one_launch_on_fake_tensors():
     assert {tensor.device.type for tensor in results} == {"cuda"}
     shapes = [(6, 3), (6, 5), (5, 5), (6, 1), (6, 2), (5,), (6,), (6, 3), (6, 3), (6, 3), (6,), (6, 5)]
     assert [tuple(tensor.shape) for tensor in results] == shapes
-    assert [tensor.dtype for tensor in results] == [*[torch.float32] * 2, torch.bfloat16, torch.float32, torch.bfloat16, *[torch.float32] * 7]
+    assert [tensor.dtype for tensor in results] == [
+        *[torch.float32] * 2,
+        torch.bfloat16,
+        torch.float32,
+        torch.bfloat16,
+        *[torch.float32] * 7,
+    ]
     assert launches.names == [
         "item_products",
         "features_gradient",
