@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_dis.arguments import DISArguments, SamplerSpec
-from hf_dis.autotune import measure_costs
+from hf_dis.autotune import ITEMS, TOKENS, measure_costs
 from hf_dis.cache.attach import cached_teacher, check_cache, open_cache
 from hf_dis.cache.reader import TeacherCache
 from hf_dis.distiller import Distiller
@@ -48,6 +48,7 @@ def build_distiller(
     precision: torch.dtype | None = None,
     label_names: Sequence[str] = ("labels",),
     is_sharded: bool = False,
+    num_items: int | None = None,
 ) -> Distiller:
     """Makes a :class:`hf_dis.Distiller` from models and arguments; run it on every process, once these are joined.
 
@@ -63,6 +64,8 @@ def build_distiller(
         precision: the narrowest type that the student computes in, if narrower than its logits.
         label_names: columns of a batch that the student is not given.
         is_sharded: the student's parameters are sharded by FSDP or DeepSpeed.
+        num_items: items of a batch, for which ``head_mode="auto"`` times both modes; None: 128 examples, or 2,048
+            tokens.
 
     Raises:
         ValueError, TypeError: if models, caches and arguments do not fit; names value, expectation and remedy.
@@ -74,7 +77,14 @@ def build_distiller(
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
     spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed + process_index(), device)
-    mode = _choose_mode(student, width, num_classes, arguments, spec, sampler, caches[0] is not None, device, context)
+    timed = {
+        "num_items": num_items or (TOKENS if task.has_token_items else ITEMS),
+        "stored": None if caches[0] is None else caches[0].header.layout,
+        "row_sparse": arguments.row_sparse_head,
+        "device": device,
+        "context": context,
+    }
+    mode = _choose_mode(student, width, num_classes, arguments, spec, timed)
     layers = _find_head(student, width, arguments, mode)
     online = _online_teacher(student, teacher, num_classes, arguments, sampler, device, context)
     return Distiller(
@@ -179,11 +189,9 @@ def _choose_mode(
     num_classes: int,
     arguments: DISArguments,
     spec: SamplerSpec,
-    sampler: ClassSampler,
-    is_cached: bool,
-    device: torch.device,
-    context: Context,
+    timed: dict[str, Any],
 ) -> str:
+    """Exact or sampled; ``timed`` has the keywords of :func:`hf_dis.autotune.measure_costs`."""
     num_sampled = spec.num_sampled_classes
     if num_sampled >= num_classes:
         if num_sampled > num_classes or arguments.head_mode == "sampled":
@@ -201,12 +209,8 @@ def _choose_mode(
             raise
         logger.warning(f"head_mode='auto' chose 'exact': {error}")
         return "exact"
-    if is_cached:  # the stored classes of an item are computed too
-        sampled = sampler.columns - sampler.num_shared
-        spec = replace(spec, num_sampled_classes=min(sampled, num_classes), rank_depth=None)
     num_features = student.get_submodule(layers[0]).in_features
-    where = {"row_sparse": arguments.row_sparse_head, "device": device, "context": context}
-    costs = of_first_process(lambda: measure_costs(num_classes, num_features, spec, **where))
+    costs = of_first_process(lambda: measure_costs(num_classes, num_features, spec, **timed))
     mode = "sampled" if costs.sampling_pays else "exact"
     logger.warning(f"head_mode='auto' chose {mode!r} for {num_classes:,} classes: {costs}")
     return mode

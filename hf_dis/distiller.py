@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_dis.arguments import DISArguments
 from hf_dis.distributed.sums import sum_over_processes
-from hf_dis.head.check import check_head
+from hf_dis.head.check import check_head, splits_at_head
 from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items, check_labels, first_examples
 from hf_dis.loss.exact import Losses
@@ -83,6 +83,7 @@ class Distiller:
         if online_teacher is not None:
             self.student_columns, self.teacher_columns = separate_columns(student, online_teacher.model)
         self._head_is_checked = self._has_checked_values = False
+        self._splits: bool | None = None
 
     @property
     def head(self) -> SampledHead:
@@ -124,8 +125,9 @@ class Distiller:
         Args:
             batch: inputs and labels, on the student's device.
             warming_up: compute all classes, the sampler learns meanwhile; in ``"sampled"`` mode only.
-            holds_logits: the student's logits are wanted in evaluation. If False and the student can be split before
-                its head, its logits exist in chunks only, and ``outputs.logits`` mean nothing.
+            holds_logits: the student's logits of all classes are wanted. If False and the student can be split
+                before its head, a step on all classes computes its logits in blocks, in training and in evaluation,
+                and ``outputs.logits`` mean nothing.
             check_values: look for labels out of range and for NaN; waits for an accelerator. None: always on a
                 processor, at the first batch elsewhere.
             positions: places of the items of this batch among its tokens, ``[N]``, where they are known; else an
@@ -148,18 +150,29 @@ class Distiller:
         if not self.student.training:
             return EvaluationStep(self, request, holds_logits)
         if self.mode == "exact":
-            return ExactStep(self, request)
+            return ExactStep(self, request, holds_logits or not self._splits_at_head(request))
         if not self._head_is_checked:
             check_head(self.student, self.head, first_examples(inputs, items, 2), self.precision)
             self._head_is_checked = True
             if self.arguments.probe_steps and self.student_stream is not None:
                 self.student_stream.splits(inputs, items)  # compared while the head is not switched
-        return (WarmupStep if warming_up else SampledStep)(self, request)
+        if warming_up:
+            return WarmupStep(self, request, holds_logits or not self._splits_at_head(request))
+        return SampledStep(self, request)
 
     def end(self) -> None:
         """Releases the head: the student is an ordinary model again."""
         if self.head_layers:
             self.head.clear()
+
+    def _splits_at_head(self, request: Request) -> bool:
+        """Tells if a training step can compute the student's logits in blocks; the first call compares some."""
+        if self._splits is None:
+            # Parameters that are sharded are at hand in the student's own forward only.
+            self._splits = self.student_stream is not None and splits_at_head(
+                self.student, self.head, first_examples(request.inputs, request.items, 1)
+            )
+        return self._splits
 
     def _split(
         self, batch: dict[str, Tensor], check_values: bool, positions: Tensor | None

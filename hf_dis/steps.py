@@ -9,17 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from hf_dis.head.sampled_linear import sampled_columns
+from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
 from hf_dis.items import Items
 from hf_dis.loss.divergence import mix, sampled_forward_kl
-from hf_dis.loss.exact import Losses, exact_loss, exact_losses
+from hf_dis.loss.exact import ExactTerms, LogitsLoss, Losses, Objective, exact_losses
+from hf_dis.loss.exact_head import HeadInput, HeadLoss
 from hf_dis.loss.sampled import sampled_loss
+from hf_dis.models.after_head import AfterHead
 from hf_dis.models.head_features import head_features
+from hf_dis.models.tasks import base_model
 from hf_dis.report.diagnostics import probe, sample_quality
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.cached import CachedTargets
+from hf_dis.teacher.targets import TeacherTargets
 
 if TYPE_CHECKING:
     from hf_dis.distiller import Distiller
@@ -47,17 +52,21 @@ class ExactStep:
     Args:
         distiller: that makes the step.
         request: the batch.
+        holds_logits: compute the student's logits as a whole. If False its head keeps its input, from which the loss
+            computes the logits in blocks.
 
     Attributes:
         inputs: what the student is to be given.
         items: of the batch.
     """
 
-    def __init__(self, distiller: Distiller, request: Request):
+    def __init__(self, distiller: Distiller, request: Request, holds_logits: bool):
         self.distiller, self.items, self.inputs = distiller, request.items, request.inputs
-        self.request = request
+        self.request, self._held = request, None
         self._at_positions = bool(distiller.head_layers) and request.items.positions is not None
-        if self._at_positions:
+        if not holds_logits:
+            self._held = distiller.head.hold_in_training(request.items)
+        elif self._at_positions:
             distiller.head.set_positions(request.items)
 
     def loss(self, outputs: Any) -> tuple[Tensor, Losses]:
@@ -65,8 +74,9 @@ class ExactStep:
 
         A mixture of experts adds its load-balancing loss, the scalar term ``aux_loss``.
         """
-        loss, terms = self._of_logits(outputs, self._teacher())
-        return self.distiller.with_router_loss(loss, terms, outputs)
+        exact = self._exact(outputs)
+        exact.add_all(self._teacher())
+        return self.distiller.with_router_loss(*exact.result(), outputs)
 
     def quality(self) -> dict[str, Tensor]:
         """Returns no values: nothing was sampled."""
@@ -83,11 +93,25 @@ class ExactStep:
             return None
         return distiller.teacher.all_classes(request.teacher_inputs, self.items, request.check_values)
 
-    def _of_logits(self, outputs: Any, teacher: Iterable[Tensor | CachedTargets] | None) -> tuple[Tensor, Losses]:
-        settings = self.distiller.arguments
-        logits = self._logits(outputs)
-        size, labels = self.distiller.num_classes, self.items.labels
-        return exact_loss(logits, size, teacher, labels, settings.temperature, settings.hard_label_weight)
+    def _exact(self, outputs: Any) -> LogitsLoss | HeadLoss:
+        """The loss on all classes, to which the teacher's answers are to be added."""
+        distiller, settings = self.distiller, self.distiller.arguments
+        objective = Objective(
+            distiller.num_classes, self.items.labels, settings.temperature, settings.hard_label_weight
+        )
+        self._head_input = self._of_head()
+        if self._head_input is None:
+            return LogitsLoss(self._logits(outputs), objective)
+        return HeadLoss(self._head_input, objective, self._teacher)
+
+    def _of_head(self) -> HeadInput | None:
+        """The head and its input, where the head kept it."""
+        held, distiller = self._held, self.distiller
+        if held is None or held.features is None:
+            return None
+        weight, bias = distiller.head.weight_and_bias()
+        after_head = AfterHead.of(base_model(distiller.student))._replace(bias=None)
+        return HeadInput(held.features, weight, bias, held.dtype, after_head)
 
     def _logits(self, outputs: Any) -> Tensor:
         """The logits of the items, ``[N, V]``."""
@@ -102,13 +126,21 @@ class WarmupStep(ExactStep):
     def loss(self, outputs: Any) -> tuple[Tensor, Losses]:
         """As :meth:`ExactStep.loss`."""
         distiller, request = self.distiller, self.request
-        targets = list(distiller.teacher(request.teacher_inputs, self.items, request.check_values))
-        self.sample = distiller.sampler.sample(targets, self.items.labels)
-        loss, terms = self._of_logits(outputs, (chunk.all_classes() for chunk in targets))
-        logits = sampled_columns(self._logits(outputs).detach(), self.sample.item_ids, self.sample.tail_ids)
+        exact = self._exact(outputs)
+        targets = distiller.teacher(request.teacher_inputs, self.items, request.check_values)
+        self.sample = distiller.sampler.sample(_added(exact, targets), self.items.labels)
+        logits = self._sampled_logits(outputs)
         self.result = sampled_forward_kl(logits, self.sample, distiller.arguments.temperature)
         distiller.sampler.learn(self.sample, self.result.signal, distiller.reduce)
-        return distiller.with_router_loss(loss, terms, outputs)
+        return distiller.with_router_loss(*exact.result(), outputs)
+
+    @torch.no_grad()
+    def _sampled_logits(self, outputs: Any) -> Tensor:
+        """The student's logits at the sampled classes, ``[N, R + K_t]``."""
+        head, ids = self._head_input, (self.sample.item_ids, self.sample.tail_ids)
+        if head is None:
+            return sampled_columns(self._logits(outputs).detach(), *ids)
+        return head.after_head(sampled_logits(head.features.to(head.dtype), head.weight, head.bias, *ids))
 
     def quality(self) -> dict[str, Tensor]:
         """As :meth:`SampledStep.quality`."""
@@ -225,6 +257,14 @@ class EvaluationStep:
         stored = distiller.eval_teacher or distiller.teacher
         teacher = distiller.online_teacher if self.items.targets is None else stored
         return teacher and teacher.all_classes(request.teacher_inputs, self.items, request.check_values)
+
+
+def _added(exact: ExactTerms, targets: Iterable[TeacherTargets | CachedTargets]) -> Iterator[Any]:
+    """Passes a teacher's targets on, chunk by chunk, each after the loss on all classes had it."""
+    for chunk in targets:
+        exact.add(chunk.all_classes())
+        yield chunk
+        del chunk  # the next chunk is computed without this one in memory
 
 
 Step = SampledStep | WarmupStep | ExactStep | EvaluationStep

@@ -69,7 +69,7 @@ def test_auto_measures_where_the_training_runs(monkeypatch):
         vit(CLASSES), vit(CLASSES, seed=1), arguments(head_mode="auto", row_sparse_head=True), device=device
     )
     assert asked["device"] == device and asked["row_sparse"] and asked["spec"].num_sampled_classes == 6
-    assert (asked["classes"], asked["features"]) == (CLASSES, 16)
+    assert (asked["classes"], asked["features"], asked["num_items"], asked["stored"]) == (CLASSES, 16, 128, None)
 
 
 def test_all_classes_sampled_is_exact_distillation(caplog):

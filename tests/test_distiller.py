@@ -5,7 +5,20 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import bart, bert_tokens, images, llama, llama_sequences, patched_modules, t5, tokens, vit
+import transformers as hf
+from tiny_models import (
+    bart,
+    bert_mlm,
+    bert_tokens,
+    images,
+    llama,
+    llama_sequences,
+    patched_modules,
+    spread_out,
+    t5,
+    tokens,
+    vit,
+)
 
 from hf_dis import DISArguments, SamplerSpec, build_distiller, make_sampler
 from hf_dis.steps import EvaluationStep, ExactStep, SampledStep, WarmupStep
@@ -54,7 +67,7 @@ def distiller_of(student, teacher, mode="sampled", **settings):
 def supervised(task, outputs, batch):
     """Logits and labels of the items, as the definition has them."""
     logits, labels = outputs.logits, batch["labels"]
-    if task == "causal LM":
+    if task in ("causal LM", "soft cap, tied", "scale after the head"):
         logits, labels = logits[:, :-1], labels[:, 1:]
     if labels.dim() == 1:
         return logits, labels
@@ -85,10 +98,34 @@ def assert_same(student, expected, tolerance=1e-10):
         torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=name)
 
 
+def decoder(name, **config):
+    """A language model of transformers by the name of its family, tied where the family is."""
+
+    def build(vocab_size, seed=0, spread=1.0):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        made = getattr(hf, f"{name}Config")(
+            vocab_size=vocab_size, num_key_value_heads=2, head_dim=8, pad_token_id=0, **sizes, **config
+        )
+        return spread_out(getattr(hf, f"{name}ForCausalLM")(made), spread)
+
+    return build
+
+
+STEPS = {
+    **TASKS,
+    "masked LM": (bert_mlm, text_batch),
+    "soft cap, tied": (decoder("Gemma2", final_logit_softcapping=2.0), text_batch),
+    "scale after the head": (decoder("Granite", logits_scaling=3.0), text_batch),
+}
+
+
+@pytest.mark.parametrize("holds_logits", [True, False], ids=["whole logits", "blocks"])
 @pytest.mark.parametrize("kind", ["exact", "warm-up", "sampled, all classes"])
-@pytest.mark.parametrize("task", TASKS)
-def test_a_step_on_all_classes_is_exact_distillation(task, kind):
-    build, make_batch = TASKS[task]
+@pytest.mark.parametrize("task", STEPS)
+def test_a_step_on_all_classes_is_exact_distillation(task, kind, holds_logits, monkeypatch):
+    monkeypatch.setattr("hf_dis.loss.exact_head.CHUNK_ELEMENTS", 3 * CLASSES)
+    build, make_batch = STEPS[task]
     (student, teacher), batch = models(build), make_batch()
     reference = copy.deepcopy(student)
     expected, _ = dense(task, reference, teacher, batch)
@@ -98,9 +135,12 @@ def test_a_step_on_all_classes_is_exact_distillation(task, kind):
         spec = SamplerSpec(num_sampled_classes=CLASSES, num_shared_classes=0, rank_depth=CLASSES)
         distiller.sampler = make_sampler(CLASSES, spec)
         distiller.teacher.depth = CLASSES
-    with distiller.step(batch, warming_up=kind == "warm-up") as step:
-        loss, terms = step.loss(student(**step.inputs))
+    with distiller.step(batch, warming_up=kind == "warm-up", holds_logits=holds_logits) as step:
+        outputs = student(**step.inputs)
+        loss, terms = step.loss(outputs)
         loss.sum().backward()
+    in_blocks = not holds_logits and kind in ("exact", "warm-up") and task != "head before pooling"
+    assert outputs.logits.shape[-1] == (1 if in_blocks else CLASSES)
     assert type(step) is {"exact": ExactStep, "warm-up": WarmupStep}.get(kind, SampledStep)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
     assert terms.keys() == {"kd_loss", "ce_loss"} and not any(term.requires_grad for term in terms.values())
@@ -126,12 +166,17 @@ def test_a_sampled_step_computes_the_sampled_classes_only_and_learns(task):
     assert not torch.equal(before["generator"], after["generator"])
 
 
-def test_a_warm_up_step_teaches_the_sampler_what_a_sampled_step_does():
+@pytest.mark.parametrize("holds_logits", [True, False], ids=["whole logits", "blocks"])
+@pytest.mark.parametrize(
+    "build", [vit, bart, decoder("Gemma2", final_logit_softcapping=2.0)], ids=["vit", "bart", "cap"]
+)
+def test_a_warm_up_step_teaches_the_sampler_what_a_sampled_step_does(build, holds_logits):
     learnt = []
     for warming_up in (False, True):
-        student, teacher = models(vit)
+        student, teacher = models(build)
         distiller = distiller_of(student, teacher)
-        with distiller.step(image_batch(), warming_up=warming_up) as step:
+        batch = image_batch() if build is vit else text_batch()
+        with distiller.step(batch, warming_up=warming_up, holds_logits=holds_logits) as step:
             step.loss(student(**step.inputs))
         learnt.append(distiller.sampler.state_dict())
     for name, value in learnt[0].items():
@@ -232,10 +277,11 @@ def test_the_exact_step_computes_the_supervised_tokens_only():
     assert student.eval()(**step.inputs).logits.shape == (*batch["labels"].shape, CLASSES)
 
 
-def test_a_second_backward_of_an_exact_loss_is_refused():
+@pytest.mark.parametrize("holds_logits", [True, False], ids=["whole logits", "blocks"])
+def test_a_second_backward_of_an_exact_loss_is_refused(holds_logits):
     student, teacher = models(vit)
     distiller = distiller_of(student, teacher, "exact")
-    with distiller.step(image_batch()) as step:
+    with distiller.step(image_batch(), holds_logits=holds_logits) as step:
         loss, _ = step.loss(student(**step.inputs))
         loss.sum().backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="one backward pass"):

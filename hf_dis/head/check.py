@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_dis.head.sampled_linear import sampled_columns
 from hf_dis.head.switch import SampledHead
+from hf_dis.items import Items
+from hf_dis.models.after_head import AfterHead
 from hf_dis.models.head_features import evaluating
+from hf_dis.models.tasks import base_model
 from hf_dis.precision import check_sparse
 
 
@@ -71,6 +75,48 @@ def check_head(
         )
 
 
+@torch.no_grad()
+def splits_at_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor]) -> bool:
+    """Tells if a model's logits follow from the input of its head, so that a loss can compute them from there.
+
+    The head has to be one ``nn.Linear``, called once and without hooks. The logits of a few examples are compared.
+    Model and random state are left as they were.
+
+    Args:
+        model: the student.
+        head: the student's head.
+        inputs: a few examples, without labels.
+    """
+    if len(head.layers) != 1 or not _is_plain_linear(head.module) or not hasattr(base_model(model), "config"):
+        return False
+    with evaluating(model), _random_state_kept(next(model.parameters()).device):
+        full = model(**inputs).logits
+        items = Items(len(full))
+        if full.dim() == 3:
+            full = full.flatten(0, 1)
+            positions = torch.arange(len(full), device=full.device)
+            items = Items(items.num_examples, positions=positions, length=len(full) // items.num_examples)
+        try:
+            holding = head.hold_in_training(items)
+            model(**inputs)
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError too, and no fault of the model
+        except (RuntimeError, ValueError, IndexError):
+            return False  # of a model that needs all classes, or an item for every token
+        finally:
+            head.clear()
+    if holding.dtype == torch.float16:
+        return True  # all classes were computed, as they are in training
+    if holding.features is None or holding.features.shape != (len(full), head.module.in_features):
+        return False
+    weight, bias = head.weight_and_bias()
+    values = (None if one is None else one.to(holding.dtype) for one in (holding.features, weight, bias))
+    logits = AfterHead.of(base_model(model))._replace(bias=None)(F.linear(*values))
+    tolerance = 16 * max(torch.finfo(full.dtype).eps, torch.finfo(holding.dtype).eps)
+    largest = float(full.abs().nan_to_num(0, 0, 0).max().clamp_min(1))
+    return torch.allclose(logits.to(full.dtype), full, rtol=0, atol=tolerance * largest, equal_nan=True)
+
+
 def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: bool) -> None:
     """Checks that the gradients of a head can be row-sparse.
 
@@ -100,6 +146,18 @@ def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: 
                 f"row_sparse_head is set, but the head's weight is tied ({', '.join(tied)}) and gets dense gradients "
                 "from its other use: set row_sparse_head=False, or untie it"
             )
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Tells if a layer computes ``h Wᵀ + b`` and nothing else, from a weight that is at hand."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return (
+        type(layer).forward is nn.Linear.forward
+        and "forward" not in vars(layer)
+        and not any(hooks)
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and layer.weight.is_floating_point()
+    )
 
 
 def _classes_to_compare(num_items: int, num_classes: int, device: torch.device) -> tuple[Tensor, Tensor]:

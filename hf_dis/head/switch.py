@@ -9,9 +9,10 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_dis.head.sampled_linear import sampled_logits
@@ -84,6 +85,27 @@ class _Holding:
     def __call__(self, layer: nn.Module, features: Tensor) -> Tensor:
         self.features = _of_items(self.items, features)
         return self.features[:, :1]
+
+
+class _HoldingInTraining(_Holding):
+    """Keeps the features with their graph, and the type of the product; see :meth:`SampledHead.hold_in_training`."""
+
+    def __init__(self, items: Items, bias: Tensor | None):
+        super().__init__(items)
+        self.bias, self.dtype = bias, None
+
+    def __call__(self, layer: nn.Module, features: Tensor) -> Tensor:
+        device = features.device.type
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+        if self.dtype == torch.float16:
+            logits = _AtPositions(self.items)(layer, features)
+            return logits if self.bias is None else logits + self.bias
+        self.features = _of_items(self.items, features)
+        # Distributed training looks for the parameters in use from the outputs on: a logit leads to all of them.
+        return F.linear(self.features, layer.weight[:1], None if layer.bias is None else layer.bias[:1])
+
+
+_Held = TypeVar("_Held", bound=_Holding)
 
 
 class SampledHead:
@@ -188,11 +210,25 @@ class SampledHead:
         Raises:
             ValueError: if the head is made of several layers.
         """
-        self.clear()
-        holding = _Holding(items)
-        self._switch(self.module, holding)
-        self._take_logits_bias()  # else the model would spread [N, 1] to all classes
-        return holding
+        return self._hold(_Holding(items))
+
+    def hold_in_training(self, items: Items) -> _HoldingInTraining:
+        """Switches the head to keep its features with their graph until :meth:`clear`.
+
+        The model's logits are then those of the first class alone, ``[N, 1]``. In float16 the head computes all
+        classes of the items, ``[N, C]``, and keeps nothing.
+
+        Args:
+            items: as for :meth:`set_positions`.
+
+        Returns:
+            an object whose ``features`` are those of the items, ``[N, d]``, once the model has run; None in float16.
+            Its ``dtype`` is that of the product.
+
+        Raises:
+            ValueError: if the head is made of several layers.
+        """
+        return self._hold(_HoldingInTraining(items, self._logits_bias()))
 
     def clear(self) -> None:
         """Gives the layers their own forward back."""
@@ -205,6 +241,12 @@ class SampledHead:
                 own = state.pop("full_forward")
                 if own is not None:
                     state["forward"] = own
+
+    def _hold(self, holding: _Held) -> _Held:
+        self.clear()
+        self._switch(self.module, holding)
+        self._take_logits_bias()  # else the model would spread [N, 1] to all classes
+        return holding
 
     @staticmethod
     def _switch(layer: nn.Module, switched: Callable[[nn.Module, Tensor], Tensor]) -> None:

@@ -89,9 +89,9 @@ class DISSFTTrainer(DISTrainerMixin, SFTTrainer):
         check_chat_template(self.processing_class, self._teacher[1], self._conversation)
         return super()._make_distiller()
 
-    def _begin(self, inputs: dict[str, Any]) -> Step:
+    def _begin(self, inputs: dict[str, Any], returns_outputs: bool) -> Step:
         # With a cache of keys and values a model does not look for the documents of a packed sequence.
-        return super()._begin({**inputs, "use_cache": False})
+        return super()._begin({**inputs, "use_cache": False}, returns_outputs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._num_tokens = torch.zeros((), dtype=torch.long, device=self.args.device)

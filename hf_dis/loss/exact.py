@@ -1,11 +1,14 @@
 """Losses on all classes, with the gradient computed in forward, block by block.
 
-Beside the student's logits only their gradient is of size ``[N, C]``.
+Beside the student's logits only their gradient is of size ``[N, C]``. :mod:`hf_dis.loss.exact_head` holds neither.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +16,143 @@ from torch.autograd.function import once_differentiable
 
 from hf_dis.loss.cross_entropy import exact_cross_entropy
 from hf_dis.loss.divergence import exact_forward_kl, mix, sparse_forward_kl
+from hf_dis.models.after_head import AfterHead
 from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.targets import CHUNK_ELEMENTS, block_items, widen
 
 Losses = dict[str, Tensor]
+
+# Logits that the passes of a loss take at a time on an accelerator: 32 MiB per intermediate tensor in float32.
+PASS_ELEMENTS = 2**23
+
+
+class Objective(NamedTuple):
+    """The loss of every item on all classes: (1 - λ) KD + λ CE.
+
+    Attributes:
+        num_classes: C; logits from C on have no part in the loss.
+        labels: class ids ``[N]``, or None.
+        temperature: τ > 0.
+        hard_label_weight: λ in [0, 1].
+    """
+
+    num_classes: int
+    labels: Tensor | None
+    temperature: float
+    hard_label_weight: float = 0.0
+
+
+# Stored targets by class ids, log-probabilities and target; logits; or no teacher.
+_Answer = tuple[Tensor, Tensor, Tensor] | Tensor | None
+
+
+class ExactTerms(ABC):
+    """Computes the terms of a loss on all classes block by block, as the teacher answers.
+
+    A subclass gives the student's logits of a block.
+
+    Args:
+        objective: the loss.
+        num_items: N.
+        block_items: items of a block; no chunk of the teacher is taken in larger parts.
+        with_kl: add the divergence at temperature 1, as far as the teacher is known at that temperature.
+        after_head: computed on the logits of a block before the loss; None: the logits are the student's.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        num_items: int,
+        block_items: int,
+        with_kl: bool = False,
+        after_head: AfterHead | None = None,
+    ):
+        self.objective, self.num_items, self._block_items = objective, num_items, max(1, block_items)
+        self._with_kl, self._after_head = with_kl, after_head
+        self._first, self._parts = 0, []
+
+    @abstractmethod
+    def _block(self, items: slice) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
+        """The logits of a block of items, ``[n, C]`` or wider, and where their gradient goes, of the same shape.
+
+        The context is left once the gradient is there. The two may be one tensor.
+        """
+
+    @torch.no_grad()
+    def add(self, chunk: Tensor | CachedTargets | None) -> None:
+        """Computes the loss of the next items.
+
+        Args:
+            chunk: the teacher's answer: logits ``[n, C]``, or stored targets; None: all items, without a teacher.
+        """
+        answer = (chunk.ids, chunk.log_probs, chunk.target) if isinstance(chunk, CachedTargets) else chunk
+        size = self.num_items if chunk is None else len(chunk)
+        for part in slices(size, self._block_items):
+            items = slice(self._first + part.start, self._first + part.stop)
+            with self._block(items) as (logits, slopes):
+                self._passes(logits, slopes, items.start, _part(answer, part))
+            del logits, slopes
+        self._first += size
+
+    def add_all(self, teacher: Iterable[Tensor | CachedTargets] | None) -> None:
+        """Computes the loss of all items.
+
+        Args:
+            teacher: the answers for consecutive chunks of the items; None: cross-entropy alone.
+        """
+        for chunk in [None] if teacher is None else teacher:
+            self.add(chunk)
+            del chunk  # the next chunk is computed without this one in memory
+
+    def terms(self) -> Losses:
+        """The terms ``kd_loss``, ``ce_loss`` and ``kl`` of all items that were added, ``[N]``, as far as they are."""
+        return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+
+    def _passes(self, logits: Tensor, slopes: Tensor | None, first: int, answer: _Answer) -> None:
+        """Computes the terms of a block in passes over some of its items, and the gradient into ``slopes``."""
+        size, num_classes = _pass_items(logits), self.objective.num_classes
+        for part in slices(len(logits), size):
+            raw = logits[part, :num_classes]
+            values = widen(raw if self._after_head is None else self._after_head(raw))
+            here = slice(first + part.start, first + part.stop)
+            losses, slope = _losses(values, _part(answer, part), self.objective, here, self._with_kl)
+            self._parts.append(losses)
+            if slopes is not None:
+                slopes[part, :num_classes] = self._slope(slope, values, here)
+
+    def _slope(self, slope: Tensor, values: Tensor, items: slice) -> Tensor:
+        """The gradient on the logits before the operations after the head."""
+        return slope if self._after_head is None else self._after_head.gradient(slope, values)
+
+
+class LogitsLoss(ExactTerms):
+    """The loss of every item on all classes, differentiable once in the student's logits.
+
+    The gradient is kept in the type of the logits. It is kept in float32 for float16, where small values would vanish
+    before backward scales them.
+
+    Args:
+        logits: the student's, ``[N, V]`` with V >= C.
+        objective: the loss.
+    """
+
+    def __init__(self, logits: Tensor, objective: Objective):
+        super().__init__(objective, len(logits), CHUNK_ELEMENTS // objective.num_classes)
+        self._logits, self._gradient = logits, None
+        if logits.requires_grad:
+            dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+            self._gradient = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
+            self._gradient[:, objective.num_classes :] = 0
+
+    def _block(self, items: slice) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
+        gradient = None if self._gradient is None else self._gradient[items]
+        return nullcontext((self._logits.detach()[items], gradient))
+
+    def result(self) -> tuple[Tensor, Losses]:
+        """The loss ``[N]``, and its terms ``kd_loss`` and ``ce_loss`` ``[N]``, without gradient."""
+        terms = self.terms()
+        loss = mixture(terms, self.objective)
+        return (loss if self._gradient is None else _GivenGradient.apply(self._logits, loss, self._gradient)), terms
 
 
 class _GivenGradient(torch.autograd.Function):
@@ -31,12 +167,21 @@ class _GivenGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise RuntimeError("the exact loss was differentiated twice: its gradient is kept for one backward pass")
+        check_first_backward(gradient)
         size = block_items(gradient)
         for part, factor in zip(gradient.split(size), grad[:, None].split(size), strict=True):
             part.mul_(factor)  # in the wider of both types
         return gradient.to(ctx.dtype), None, None
+
+
+def check_first_backward(gradient: object | None) -> None:
+    """Checks that a gradient which one backward pass uses up is still there.
+
+    Raises:
+        RuntimeError: if it is None.
+    """
+    if gradient is None:
+        raise RuntimeError("the exact loss was differentiated twice: its gradient is kept for one backward pass")
 
 
 def exact_loss(
@@ -49,9 +194,6 @@ def exact_loss(
 ) -> tuple[Tensor, Losses]:
     """The loss of every item on all classes, (1 - λ) KD + λ CE, differentiable once in the logits.
 
-    The gradient is kept in the type of the logits. It is kept in float32 for float16, where small values would vanish
-    before backward scales them.
-
     Args:
         logits: the student's, ``[N, V]`` with V >= C.
         num_classes: C; the classes from C on have no part in the loss.
@@ -63,19 +205,22 @@ def exact_loss(
     Returns:
         the loss ``[N]``, and its terms ``kd_loss`` and ``ce_loss`` ``[N]`` as far as there are any, without gradient.
     """
-    gradient = None
-    if logits.requires_grad:
-        dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-        gradient = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
-        gradient[:, num_classes:] = 0
-    student = logits.detach().__getitem__
-    terms = exact_losses(student, len(logits), num_classes, teacher, labels, temperature, hard_label_weight, gradient)
-    ce = terms.get("ce_loss")
-    loss = ce if teacher is None else mix(terms["kd_loss"], ce, hard_label_weight)
-    return (loss if gradient is None else _GivenGradient.apply(logits, loss, gradient)), terms
+    exact = LogitsLoss(logits, Objective(num_classes, labels, temperature, hard_label_weight))
+    exact.add_all(teacher)
+    return exact.result()
 
 
-@torch.no_grad()
+class _OfStudent(ExactTerms):
+    """The terms without gradient, of logits that a function gives."""
+
+    def __init__(self, student: Callable[[slice], Tensor], objective: Objective, num_items: int, with_kl: bool):
+        super().__init__(objective, num_items, CHUNK_ELEMENTS // objective.num_classes, with_kl)
+        self._student = student
+
+    def _block(self, items: slice) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
+        return nullcontext((self._student(items), None))
+
+
 def exact_losses(
     student: Callable[[slice], Tensor],
     num_items: int,
@@ -83,8 +228,6 @@ def exact_losses(
     teacher: Iterable[Tensor | CachedTargets] | None,
     labels: Tensor | None,
     temperature: float,
-    hard_label_weight: float = 0.0,
-    gradient: Tensor | None = None,
     with_kl: bool = False,
 ) -> Losses:
     """The terms of the loss of every item on all classes, without gradient.
@@ -92,54 +235,32 @@ def exact_losses(
     Args:
         student: gives the student's logits of a slice of the items, ``[n, V]``.
         num_items: N.
-        num_classes, teacher, labels, temperature, hard_label_weight: as for :func:`exact_loss`.
-        gradient: filled with the gradient of (1 - λ) KD + λ CE on the first C logits, ``[N, V]``; or None.
+        num_classes, teacher, labels, temperature: as for :func:`exact_loss`.
         with_kl: add the divergence at temperature 1, as far as the teacher is known at that temperature.
 
     Returns:
         ``kd_loss``, ``ce_loss`` and ``kl``, ``[N]`` each, as far as there are any.
     """
-    parts: list[Losses] = []
-    for items, answer in _pieces(teacher, num_items, num_classes):
-        logits = student(items)[:, :num_classes]
-        for block in _slices(len(logits), block_items(logits)):
-            here = slice(items.start + block.start, items.start + block.stop)
-            losses, slope = _block(
-                widen(logits[block]),
-                _part(answer, block),
-                None if labels is None else labels[here],
-                temperature,
-                hard_label_weight,
-                with_kl,
-            )
-            parts.append(losses)
-            if gradient is not None:
-                gradient[here, :num_classes] = slope
-        del logits, answer  # the next chunk is computed without this one in memory
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    exact = _OfStudent(student, Objective(num_classes, labels, temperature), num_items, with_kl)
+    exact.add_all(teacher)
+    return exact.terms()
 
 
-# Stored targets by class ids, log-probabilities and target; logits; or no teacher.
-_Answer = tuple[Tensor, Tensor, Tensor] | Tensor | None
+def mixture(terms: Losses, objective: Objective) -> Tensor:
+    """(1 - λ) KD + λ CE of the terms, or the one that there is, ``[N]``."""
+    kd, ce = terms.get("kd_loss"), terms.get("ce_loss")
+    return ce if kd is None else mix(kd, ce, objective.hard_label_weight)
 
 
-def _pieces(
-    teacher: Iterable[Tensor | CachedTargets] | None, num_items: int, num_classes: int
-) -> Iterator[tuple[slice, _Answer]]:
-    """Consecutive items of at most ``CHUNK_ELEMENTS`` logits, with the teacher's answer; at least one piece."""
-    first = 0
-    for chunk in [None] if teacher is None else teacher:
-        answer = (chunk.ids, chunk.log_probs, chunk.target) if isinstance(chunk, CachedTargets) else chunk
-        size = num_items if chunk is None else len(chunk)
-        for part in _slices(size, max(1, CHUNK_ELEMENTS // num_classes)):
-            yield slice(first + part.start, first + part.stop), _part(answer, part)
-        first += size
-        del chunk, answer
-
-
-def _slices(size: int, step: int) -> Iterator[slice]:
+def slices(size: int, step: int) -> Iterator[slice]:
     """Consecutive slices that cover a size; at least one, even if empty."""
     return (slice(start, min(start + step, size)) for start in range(0, max(1, size), step))
+
+
+def _pass_items(logits: Tensor) -> int:
+    """Items that a pass takes at a time: as many as stay in a processor's cache, elsewhere ``PASS_ELEMENTS``."""
+    in_cache = logits.device.type == "cpu"
+    return block_items(logits) if in_cache else max(1, PASS_ELEMENTS // max(1, logits.shape[1]))
 
 
 def _part(answer: _Answer, items: slice) -> _Answer:
@@ -148,28 +269,23 @@ def _part(answer: _Answer, items: slice) -> _Answer:
     return None if answer is None else answer[items]
 
 
-def _block(
-    logits: Tensor,
-    answer: _Answer,
-    labels: Tensor | None,
-    temperature: float,
-    hard_label_weight: float,
-    with_kl: bool,
+def _losses(
+    logits: Tensor, answer: _Answer, objective: Objective, items: slice, with_kl: bool
 ) -> tuple[Losses, Tensor | None]:
-    """The terms of a block of items, ``[n]``, and the gradient of their mixture, ``[n, C]``."""
+    """The terms of some items, ``[n]``, and the gradient of their mixture, ``[n, C]``."""
     losses, slopes = {}, []
     if answer is not None:
-        losses["kd_loss"], slope = _forward_kl(logits, answer, temperature)
+        losses["kd_loss"], slope = _forward_kl(logits, answer, objective.temperature)
         slopes.append(slope)
-        if with_kl and temperature == 1:
+        if with_kl and objective.temperature == 1:
             losses["kl"] = losses["kd_loss"]
         elif with_kl and isinstance(answer, Tensor):
             losses["kl"], _ = _forward_kl(logits, answer, 1.0)
-    if labels is not None:
-        losses["ce_loss"], slope = exact_cross_entropy(logits, labels)
+    if objective.labels is not None:
+        losses["ce_loss"], slope = exact_cross_entropy(logits, objective.labels[items])
         slopes.append(slope)
     if len(slopes) == 2:
-        return losses, slopes[0].lerp_(slopes[1], hard_label_weight)
+        return losses, slopes[0].lerp_(slopes[1], objective.hard_label_weight)
     return losses, slopes[0] if slopes else None
 
 

@@ -39,3 +39,14 @@ class AfterHead(NamedTuple):
         if self.soft_cap is not None:
             logits = (logits / self.soft_cap).tanh() * self.soft_cap
         return logits
+
+    def gradient(self, gradient: Tensor, results: Tensor) -> Tensor:
+        """Computes the gradient on the logits of the output layer.
+
+        Args:
+            gradient: on the results, ``[n, C]``.
+            results: of the call, ``[n, C]``.
+        """
+        if self.soft_cap is not None:
+            gradient = gradient * (1 - (results / self.soft_cap).square())
+        return gradient if self.scale == 1 else gradient * self.scale

@@ -30,6 +30,7 @@ from hf_dis.steps import EvaluationStep, Step
 from hf_dis.teacher.loading import load_teacher, load_tokenizer
 from hf_dis.trainer.checks import check_optimizer, check_processes, check_trainer_arguments
 from hf_dis.trainer.evaluation import Evaluation, NoItemsCheck
+from hf_dis.trainer.expected import expected_items
 from hf_dis.trainer.features import extract_features
 from hf_dis.trainer.optimizer import give_head_rate
 from hf_dis.trainer.positions import KnownPositions, with_positions
@@ -114,7 +115,9 @@ class DISTrainerMixin(SavingHooks):
     ) -> Tensor | tuple[Tensor, Any]:
         """The distillation loss of a batch: on sampled classes in training, on all classes in evaluation."""
         try:
-            step = self._begin(inputs)  # the teacher answers, classes are sampled, the head is switched
+            step = self._begin(
+                inputs, return_outputs
+            )  # the teacher answers, classes are sampled, the head is switched
             outputs = model(**step.inputs)  # the student computes the sampled logits only
             losses, terms = step.loss(outputs)  # per item, [N]; the sampler learns from the signal
         finally:
@@ -136,7 +139,7 @@ class DISTrainerMixin(SavingHooks):
             self._in_training_step = False
             self.distiller.end()
 
-    def _begin(self, inputs: dict[str, Tensor]) -> Step:
+    def _begin(self, inputs: dict[str, Tensor], returns_outputs: bool) -> Step:
         settings = self.distiller.arguments
         if settings.hard_label_weight and self.model.training and inputs.get("labels") is None:
             logger.warning_once(
@@ -147,7 +150,7 @@ class DISTrainerMixin(SavingHooks):
         return self.distiller.begin(
             inputs,
             warming_up=self.state.global_step < warmup,
-            holds_logits=self._evaluation.holds_logits,
+            holds_logits=returns_outputs if self.model.training else self._evaluation.holds_logits,
             check_values=self._checks_values(),
             positions=self._positions.of(inputs),
         )
@@ -211,6 +214,7 @@ class DISTrainerMixin(SavingHooks):
             precision={"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision),
             label_names=self.label_names,
             is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            num_items=expected_items(self) if self.args.head_mode == "auto" else None,
         )
 
     def _refresh_distiller(self) -> None:

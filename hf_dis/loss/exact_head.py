@@ -1,0 +1,215 @@
+"""The loss on all classes from the input of the student's head: logits exist for a block of items at a time.
+
+Forward computes the gradients of the head and of its input. A block's logits become their own gradient in place, and
+are dropped once the gradient was multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_dis.loss.exact import ExactTerms, Losses, Objective, check_first_backward, mixture, slices
+from hf_dis.models.after_head import AfterHead
+from hf_dis.teacher.cached import CachedTargets
+from hf_dis.teacher.targets import CHUNK_ELEMENTS
+
+# Elements of the [n, C] logits of a block on an accelerator, where a block reads the whole head: 256 MiB in bfloat16.
+BLOCK_ELEMENTS = 2**27
+# Elements of a product that is added to a gradient of a wider type.
+ADDED_ELEMENTS = 2**24
+
+Teacher = Iterable[Tensor | CachedTargets] | None
+
+
+class HeadInput(NamedTuple):
+    """A linear output head and what it was given.
+
+    Attributes:
+        features: input of the head, ``[N, d]``.
+        weight: of the head, ``[V, d]``.
+        bias: added to the logits, ``[V]``, or None.
+        dtype: of the products; not float16, in which small gradients vanish.
+        after_head: the operations after the bias; its own bias is None.
+    """
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+    after_head: AfterHead | None = None
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What gets a gradient: features, weight and bias."""
+        return self.features, self.weight, self.bias
+
+    def detached(self, num_classes: int) -> HeadInput:
+        """The same for the first C classes, without gradient and in the type of the products."""
+        features, weight = (values.detach().to(self.dtype) for values in (self.features, self.weight[:num_classes]))
+        bias = None if self.bias is None else self.bias.detach()[:num_classes].to(self.dtype)
+        return self._replace(features=features, weight=weight, bias=bias)
+
+
+def block_items(num_classes: int, device: torch.device) -> int:
+    """Counts the items whose logits of all classes exist at a time."""
+    return max(1, (CHUNK_ELEMENTS if device.type == "cpu" else BLOCK_ELEMENTS) // num_classes)
+
+
+class HeadLoss(ExactTerms):
+    """The loss of every item on all classes, differentiable once in features, weight and bias.
+
+    Args:
+        head: the student's head and its input.
+        objective: the loss.
+        again: gives the teacher's answers once more. They are needed in backward if the items count differently, as
+            the gradient of the weight is a sum over items.
+        factors: the gradient of every item is multiplied by, ``[N]``; None: by one.
+    """
+
+    def __init__(
+        self, head: HeadInput, objective: Objective, again: Callable[[], Teacher], factors: Tensor | None = None
+    ):
+        size = block_items(objective.num_classes, head.features.device)
+        after_head = head.after_head if head.after_head != AfterHead() else None
+        super().__init__(objective, len(head.features), size, after_head=after_head)
+        self._head, self._again, self._factors = head, again, factors
+        self._used = head.detached(objective.num_classes)
+        # Gradients with factors are computed in backward, where autograd is off.
+        self.gradients = _Gradients(head, objective.num_classes, torch.is_grad_enabled() or factors is not None)
+
+    @contextmanager
+    def _block(self, items: slice) -> Iterator[tuple[Tensor, Tensor | None]]:
+        used = self._used
+        # The types are those of the products: autocast would cast them once more, and keep the copy.
+        with torch.autocast(used.features.device.type, enabled=False):
+            logits = F.linear(used.features[items], used.weight, used.bias)
+            yield logits, (logits if self.gradients.wanted else None)
+            self.gradients.add(items, logits, used)
+
+    def _slope(self, slope: Tensor, values: Tensor, items: slice) -> Tensor:
+        slope = super()._slope(slope, values, items)
+        return slope if self._factors is None else slope * self._factors[items, None]
+
+    def result(self) -> tuple[Tensor, Losses]:
+        """The loss ``[N]``, and its terms ``kd_loss`` and ``ce_loss`` ``[N]``, without gradient."""
+        terms = self.terms()
+        loss = mixture(terms, self.objective)
+        if self.gradients.wanted:
+            # No method of this object, which holds the head in the type of the products until backward.
+            weighted = partial(_weighted_gradients, self._head, self.objective, self._again)
+            loss = _GivenGradients.apply(*self._head.parameters, loss, self.gradients, weighted)
+        return loss, terms
+
+
+def _weighted_gradients(
+    head: HeadInput, objective: Objective, again: Callable[[], Teacher], factors: Tensor
+) -> _Gradients:
+    """The gradients where the items count differently, ``factors`` ``[N]``: computed from the start."""
+    exact = HeadLoss(head, objective, again, factors)
+    exact.add_all(again())
+    return exact.gradients
+
+
+class _Gradients:
+    """The gradients of features, weight and bias, summed block by block.
+
+    Those of weight and bias are summed in float32 or wider: a sum in bfloat16 would be rounded once per block.
+
+    Args:
+        head: the head and its input.
+        num_classes: C.
+        wanted: compute those that ``requires_grad`` asks for; False: none.
+    """
+
+    def __init__(self, head: HeadInput, num_classes: int, wanted: bool):
+        features, weight, bias = (
+            value if wanted and value is not None and value.requires_grad else None for value in head.parameters
+        )
+        self._num_classes, self._is_empty = num_classes, True
+        self.features = None if features is None else torch.empty_like(features)
+        self.weight = None if weight is None else torch.empty_like(weight, dtype=_sum_type(weight))
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=_sum_type(bias))
+        self.wanted = any(value is not None for value in (features, weight, bias))
+
+    def add(self, items: slice, slopes: Tensor, used: HeadInput) -> None:
+        """Adds the part of a block of items.
+
+        Args:
+            items: of the block.
+            slopes: gradient on the logits of the first C classes, ``[n, C]``.
+            used: the head of these classes.
+        """
+        if self.features is not None:
+            self.features[items] = slopes @ used.weight
+        if self.weight is not None:
+            self._add_product(slopes.T, used.features[items])
+        if self.bias is not None:
+            self.bias[: self._num_classes] += slopes.sum(0, dtype=self.bias.dtype)
+        self._is_empty = False
+
+    def _add_product(self, left: Tensor, right: Tensor) -> None:
+        """Adds ``left @ right`` ``[C, d]`` to the weight's gradient, or starts the gradient with it."""
+        total = self.weight[: self._num_classes]
+        if self._is_empty:
+            self.weight[self._num_classes :] = 0
+        if total.dtype == left.dtype:
+            torch.addmm(total, left, right, beta=0 if self._is_empty else 1, out=total)
+            return
+        for rows in slices(len(total), max(1, ADDED_ELEMENTS // total.shape[1])):
+            if self._is_empty:
+                total[rows] = left[rows] @ right
+            else:
+                total[rows] += left[rows] @ right
+
+    def scale(self, factors: Tensor) -> None:
+        """Scales the gradients in place.
+
+        Args:
+            factors: of the items, all equal, ``[N]``.
+        """
+        if self.features is not None:
+            self.features.mul_(factors[:, None])
+        for total in (self.weight, self.bias):
+            if total is not None and len(factors):
+                total.mul_(factors[0])
+
+
+class _GivenGradients(torch.autograd.Function):
+    """A loss per item whose gradients on features, weight and bias are known; backward uses the gradients up."""
+
+    @staticmethod
+    def forward(ctx, features, weight, bias, loss, gradients, weighted):
+        ctx.gradients, ctx.weighted = gradients, weighted
+        ctx.dtypes = [None if value is None else value.dtype for value in (features, weight, bias)]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gradients, ctx.gradients = ctx.gradients, None
+        check_first_backward(gradients)
+        weighted, ctx.weighted = ctx.weighted, None
+        if _are_equal(grad):
+            gradients.scale(grad)
+        else:
+            del gradients  # the new ones are computed without these in memory
+            gradients = weighted(grad)
+        found = zip((gradients.features, gradients.weight, gradients.bias), ctx.dtypes, strict=True)
+        return *(None if value is None else value.to(dtype) for value, dtype in found), None, None, None
+
+
+def _sum_type(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _are_equal(factors: Tensor) -> bool:
+    """Tells if all items count equally; waits for an accelerator if the loss was not simply summed."""
+    return len(factors) < 2 or factors.stride(0) == 0 or bool((factors == factors[0]).all())
