@@ -151,11 +151,8 @@ class _HeadSteps:
         values = _values(device)
         self.device, self.num_items = device, min(num_items, limits.items)
         exact_part = min(num_classes, max(SMALLEST_PART, limits.product // (self.num_items * num_features)))
-        if stored is None:
-            spec = spec.resolved()
-            sampled = spec.num_sampled_classes
-        else:
-            sampled = stored.depth + stored.sample_size + (spec.num_sampled_classes or 0)
+        spec = spec.resolved(stored_sample_size=None if stored is None else stored.sample_size)
+        sampled = spec.num_sampled_classes + (0 if stored is None else stored.depth + stored.sample_size)
         shared = spec.num_shared_classes * spec.num_tails
         part = min(num_classes, max(exact_part, 4 * (sampled + shared)))
         self.features = values(self.num_items, num_features).requires_grad_()

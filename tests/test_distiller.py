@@ -140,7 +140,7 @@ def test_a_step_on_all_classes_is_exact_distillation(task, kind, holds_logits, m
         loss, terms = step.loss(outputs)
         loss.sum().backward()
     in_blocks = not holds_logits and kind in ("exact", "warm-up") and task != "head before pooling"
-    assert outputs.logits.shape[-1] == (1 if in_blocks else CLASSES)
+    assert outputs.logits.shape[-1] == (1 if in_blocks else CLASSES + kind.startswith("sampled"))  # and the label
     assert type(step) is {"exact": ExactStep, "warm-up": WarmupStep}.get(kind, SampledStep)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
     assert terms.keys() == {"kd_loss", "ce_loss"} and not any(term.requires_grad for term in terms.values())

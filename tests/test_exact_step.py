@@ -84,7 +84,8 @@ def test_in_float16_all_logits_are_computed():
             loss, _ = step.loss(outputs)
         assert outputs.logits.shape == (len(loss), width)
         with distiller.step(text_batch()) as step, torch.autocast("cpu", dtype):
-            torch.testing.assert_close(loss, step.loss(student(**step.inputs))[0])
+            expected, _ = step.loss(student(**step.inputs))
+        torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)  # the bias is added in the type of the product
 
 
 def test_the_comparison_of_the_first_step_leaves_the_random_state_alone():
