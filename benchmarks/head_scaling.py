@@ -44,7 +44,7 @@ from torch import Tensor
 from hf_dis import DISLoss, RowSparseAdamW, SamplerSpec, make_sampler
 from hf_dis.distributed.sums import average_rows
 from hf_dis.head.row_gradients import clip_grad_norm_
-from hf_dis.loss.exact import exact_loss
+from hf_dis.loss.exact_head import exact_head_loss
 from hf_dis.teacher.targets import TeacherTargets, widen
 
 TEMPERATURE, ITEMS, FEATURES, CHUNK_ITEMS, PARTIAL_FC_SHARE = 2.0, 128, 256, 32, 0.1
@@ -159,8 +159,9 @@ class Steps:
 
     def exact(self) -> None:
         """All classes, by the library."""
-        logits = self.logits(self.features, self.weight)
-        loss, _ = exact_loss(logits, self.num_classes, [self.teacher_logits], None, TEMPERATURE, 0.0)
+        head = self.features, self.weight, None
+        with self.place.precision():
+            loss, _ = exact_head_loss(*head, lambda: [self.teacher_logits], None, TEMPERATURE, 0.0)
         loss.mean().backward()
 
     def materialised(self) -> None:

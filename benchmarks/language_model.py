@@ -52,7 +52,7 @@ from timing import Measured, add_arguments, attempted, available, clock_name, me
 from torch import Tensor
 
 from hf_dis import RowSparseAdamW, SamplerSpec, make_sampler
-from hf_dis.loss.exact import exact_loss
+from hf_dis.loss.exact_head import exact_head_loss
 from hf_dis.precision import widest
 from hf_dis.teacher.targets import TeacherTargets, chunk_items, widen
 
@@ -146,8 +146,8 @@ class Steps:
 
     def exact(self) -> Tensor:
         """All tokens, by the library."""
-        chunks = [self.log_probs] if self.teacher == "given" else self._stream()
-        return exact_loss(self.features @ self.weight.T, self.vocab, chunks, None, 1.0, 0.0)[0].mean()
+        chunks = (lambda: [self.log_probs]) if self.teacher == "given" else self._stream
+        return exact_head_loss(self.features, self.weight, None, chunks, None, 1.0, 0.0)[0].mean()
 
     def materialised(self) -> Tensor:
         """All tokens, by autograd."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hf_dis.arguments import SamplerSpec
 from hf_dis.head.sampled_linear import sampled_logits
-from hf_dis.loss.exact import Objective, slices
-from hf_dis.loss.exact_head import HeadInput, HeadLoss, block_items
+from hf_dis.loss.exact import slices
+from hf_dis.loss.exact_head import block_items, exact_head_loss
 from hf_dis.loss.sampled import sampled_loss
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.sampling.sampler import make_sampler
@@ -171,15 +171,16 @@ class _HeadSteps:
 
     def exact(self) -> None:
         """Loss and gradients on all classes of the slice."""
-        part, device = len(self.exact_weight), self.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.features.dtype
-        head = HeadInput(self.features, self.exact_weight, None, dtype)
-        exact = HeadLoss(head, Objective(part, None, TEMPERATURE), lambda: None)
+        loss, _ = exact_head_loss(self.features, self.exact_weight, None, self._answers, None, TEMPERATURE, 0.0)
+        loss.sum().backward()
+
+    def _answers(self) -> Iterator[Tensor | CachedTargets]:
+        """The teacher's answers on the classes of the exact step, block by block."""
+        part = len(self.exact_weight)
         for block in slices(self.num_items, self.block_items):
             size = block.stop - block.start
             logits = self.teacher_logits[:size, :part]
-            exact.add(logits if self.stored is None else _cached(self.exact_stored, part, size))
-        exact.result()[0].sum().backward()
+            yield logits if self.stored is None else _cached(self.exact_stored, part, size)
 
     def sampled(self) -> None:
         """Ranking, sample, loss and gradients on sampled classes of the slice."""

@@ -30,6 +30,12 @@ def widest(device: torch.device | str) -> torch.dtype:
     return torch.float32
 
 
+def product_type(features: torch.Tensor) -> torch.dtype:
+    """The type in which a linear layer multiplies its input: that of autocast, or the input's own."""
+    device = features.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+
+
 def check_sparse(device: torch.device | str, wanted: str, remedy: str) -> None:
     """Checks that a device can hold sparse tensors.
 

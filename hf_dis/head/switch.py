@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.items import Items
+from hf_dis.precision import product_type
 from hf_dis.sampling.designs import Updates
 
 # The buffer, [1, C], that Bart, Marian, Pegasus and their relatives add to the logits of all classes.
@@ -95,8 +96,7 @@ class _HoldingInTraining(_Holding):
         self.bias, self.dtype = bias, None
 
     def __call__(self, layer: nn.Module, features: Tensor) -> Tensor:
-        device = features.device.type
-        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+        self.dtype = product_type(features)
         if self.dtype == torch.float16:
             logits = _AtPositions(self.items)(layer, features)
             return logits if self.bias is None else logits + self.bias

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_dis.loss.exact import ExactTerms, Losses, Objective, check_first_backward, mixture, slices
 from hf_dis.models.after_head import AfterHead
+from hf_dis.precision import product_type
 from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.targets import CHUNK_ELEMENTS
 
@@ -107,6 +108,35 @@ class HeadLoss(ExactTerms):
             weighted = partial(_weighted_gradients, self._head, self.objective, self._again)
             loss = _GivenGradients.apply(*self._head.parameters, loss, self.gradients, weighted)
         return loss, terms
+
+
+def exact_head_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Callable[[], Teacher],
+    labels: Tensor | None,
+    temperature: float,
+    hard_label_weight: float,
+) -> tuple[Tensor, Losses]:
+    """The loss of every item on all classes, (1 - λ) KD + λ CE, differentiable once in features, weight and bias.
+
+    Args:
+        features: input of the head, ``[N, d]``.
+        weight, bias: of the head, ``[C, d]`` and ``[C]`` or None.
+        teacher: gives logits ``[n, C]`` or stored targets for consecutive chunks of the items; None: cross-entropy
+            alone. It is called once, and once more in backward if the items count differently.
+        labels: class ids ``[N]``, or None.
+        temperature: τ > 0.
+        hard_label_weight: λ in [0, 1].
+
+    Returns:
+        the loss ``[N]``, and its terms ``kd_loss`` and ``ce_loss`` ``[N]`` as far as there are any, without gradient.
+    """
+    head = HeadInput(features, weight, bias, product_type(features))
+    exact = HeadLoss(head, Objective(len(weight), labels, temperature, hard_label_weight), teacher)
+    exact.add_all(teacher())
+    return exact.result()
 
 
 def _weighted_gradients(
