@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +23,7 @@ from hf_dis.models.tasks import Task, find_task, num_outputs
 from hf_dis.models.vocabulary import shared_classes
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.sampling.sampler import ClassSampler, make_sampler
+from hf_dis.teacher.cached import CachedTeacher
 from hf_dis.teacher.loading import check_separate, placed
 from hf_dis.teacher.online import OnlineTeacher
 from hf_dis.teacher.stream import LogitStream
@@ -64,8 +64,7 @@ def build_distiller(
         precision: the narrowest type that the student computes in, if narrower than its logits.
         label_names: columns of a batch that the student is not given.
         is_sharded: the student's parameters are sharded by FSDP or DeepSpeed.
-        num_items: items of a batch, for which ``head_mode="auto"`` times both modes; None: 128 examples, or 2,048
-            tokens.
+        num_items: of a batch, for the choice of ``head_mode="auto"``; None: 128 examples, or 2,048 tokens.
 
     Raises:
         ValueError, TypeError: if models, caches and arguments do not fit; names value, expectation and remedy.
@@ -77,28 +76,19 @@ def build_distiller(
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
     spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed + process_index(), device)
-    timed = {
-        "num_items": num_items or (TOKENS if task.has_token_items else ITEMS),
-        "stored": None if caches[0] is None else caches[0].header.layout,
-        "row_sparse": arguments.row_sparse_head,
-        "device": device,
-        "context": context,
-    }
-    mode = _choose_mode(student, width, num_classes, arguments, spec, timed)
+    num_items = num_items or (TOKENS if task.has_token_items else ITEMS)
+    mode = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
     layers = _find_head(student, width, arguments, mode)
-    online = _online_teacher(student, teacher, num_classes, arguments, sampler, device, context)
     return Distiller(
         student,
         arguments,
         task=task,
         num_classes=num_classes,
         sampler=sampler,
-        teacher=online if caches[0] is None else cached_teacher(caches[0]),
         head_layers=layers,
         mode=mode,
         row_sparse=_is_row_sparse(student, layers, arguments, mode, is_sharded),
-        online_teacher=online,
-        eval_teacher=None if caches[1] is None else cached_teacher(caches[1]),
+        **_teachers(student, teacher, caches, num_classes, arguments, sampler, device, context),
         student_stream=LogitStream(student, width, context=context) if len(layers) == 1 and not is_sharded else None,
         label_names=label_names,
         precision=precision,
@@ -135,20 +125,24 @@ def _count_classes(
     return counts[0]
 
 
-def _online_teacher(
+def _teachers(
     student: nn.Module,
     teacher: nn.Module | None,
+    caches: Sequence[TeacherCache | None],
     num_classes: int,
     arguments: DISArguments,
     sampler: ClassSampler,
     device: torch.device,
     context: Context,
-) -> OnlineTeacher | None:
-    if teacher is None:
-        return None
-    check_separate(student, teacher)
-    teacher, temperature = placed(teacher, device), arguments.temperature
-    return OnlineTeacher(teacher, num_classes, temperature, sampler.rank_depth, context=context)
+) -> dict[str, OnlineTeacher | CachedTeacher | None]:
+    """The teachers of a Distiller, by its arguments: of training, the one that is a model, and of evaluation."""
+    online = None
+    if teacher is not None:
+        check_separate(student, teacher)
+        teacher, temperature = placed(teacher, device), arguments.temperature
+        online = OnlineTeacher(teacher, num_classes, temperature, sampler.rank_depth, context=context)
+    stored, evaluation = (None if cache is None else cached_teacher(cache) for cache in caches)
+    return {"teacher": stored or online, "online_teacher": online, "eval_teacher": evaluation}
 
 
 def _make_sampler(
@@ -187,11 +181,13 @@ def _choose_mode(
     student: nn.Module,
     width: int,
     num_classes: int,
+    num_items: int,
     arguments: DISArguments,
     spec: SamplerSpec,
-    timed: dict[str, Any],
+    cache: TeacherCache | None,
+    device: torch.device,
+    context: Context,
 ) -> str:
-    """Exact or sampled; ``timed`` has the keywords of :func:`hf_dis.autotune.measure_costs`."""
     num_sampled = spec.num_sampled_classes
     if num_sampled >= num_classes:
         if num_sampled > num_classes or arguments.head_mode == "sampled":
@@ -210,7 +206,18 @@ def _choose_mode(
         logger.warning(f"head_mode='auto' chose 'exact': {error}")
         return "exact"
     num_features = student.get_submodule(layers[0]).in_features
-    costs = of_first_process(lambda: measure_costs(num_classes, num_features, spec, **timed))
+    costs = of_first_process(
+        lambda: measure_costs(
+            num_classes,
+            num_features,
+            spec,
+            num_items=num_items,
+            stored=None if cache is None else cache.header.layout,
+            row_sparse=arguments.row_sparse_head,
+            device=device,
+            context=context,
+        )
+    )
     mode = "sampled" if costs.sampling_pays else "exact"
     logger.warning(f"head_mode='auto' chose {mode!r} for {num_classes:,} classes: {costs}")
     return mode

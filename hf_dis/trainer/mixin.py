@@ -115,9 +115,8 @@ class DISTrainerMixin(SavingHooks):
     ) -> Tensor | tuple[Tensor, Any]:
         """The distillation loss of a batch: on sampled classes in training, on all classes in evaluation."""
         try:
-            step = self._begin(
-                inputs, return_outputs
-            )  # the teacher answers, classes are sampled, the head is switched
+            # The teacher answers, classes are sampled, the head is switched.
+            step = self._begin(inputs, return_outputs)
             outputs = model(**step.inputs)  # the student computes the sampled logits only
             losses, terms = step.loss(outputs)  # per item, [N]; the sampler learns from the signal
         finally:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_accelerator import Memory, backward, fake_cuda
+from fake_accelerator import Memory, fake_cuda
+from fake_cuda import backward
 
 from hf_dis.loss.exact import Objective
 from hf_dis.loss.exact_head import HeadInput, HeadLoss
