@@ -5,7 +5,8 @@
 A step is the head's: teacher's targets, sample, student's head, loss, backward, clipping and optimizer. The bodies of
 student and teacher have no layers. Shapes, on fake CUDA tensors (benchmarks/fake_cuda.py): ``lm`` has 8,192
 tokens, 151,936 classes and 2,048 features, ``classifier`` 1,024 examples, 1,000,000 classes and 512 features. The
-teacher's logits are given, stored in a cache, or computed by a teacher of the same width.
+teacher's logits are given, stored in a cache, or computed by a teacher of the same width. Head modes are ``sampled``,
+with row-sparse gradients of the head, and ``exact``, with dense ones, torch's fused AdamW and no kernels of Triton.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_dis import DISArguments, DISLoss, RowSparseAdamW, build_distiller, make_sampler
 from hf_dis.distiller import Distiller
 from hf_dis.head.row_gradients import clip_grad_norm_
+from hf_dis.loss.exact_head import exact_head_loss
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.teacher.cached import TARGETS, CachedTeacher
 from hf_dis.teacher.compact import TargetLayout
@@ -53,6 +55,7 @@ SHAPES = {
 }
 TARGETS_KINDS = ("given", "cached", "online")
 KERNELS = ("torch", "triton")
+MODES = ("sampled", "exact")
 TOKENS = 128  # of a sequence; the number of sequences follows from the items
 
 
@@ -84,8 +87,8 @@ def bodiless(shape: Shape, dtype: torch.dtype) -> nn.Module:
         torch.set_default_dtype(torch.float32)
 
 
-def of_given(shape: Shape, counts: Counts, row_sparse: bool) -> None:
-    """A step of DISLoss, with the teacher's logits given in bfloat16."""
+def of_given(shape: Shape, counts: Counts, row_sparse: bool, mode: str) -> None:
+    """A step of DISLoss, or of the loss on all classes, with the teacher's logits given in bfloat16."""
     features = torch.empty(shape.num_items, shape.num_features, device="cuda", requires_grad=True)
     weight = nn.Parameter(torch.empty(shape.num_classes, shape.num_features, device="cuda"))
     logits = torch.empty(shape.num_items, shape.num_classes, device="cuda", dtype=torch.bfloat16)
@@ -93,28 +96,31 @@ def of_given(shape: Shape, counts: Counts, row_sparse: bool) -> None:
     sampler = make_sampler(shape.num_classes, shape.spec, device="cuda")
     dis_loss = DISLoss(sampler, row_sparse_head=row_sparse)
     dis_loss._has_checked_values = True  # a look at made-up values would find what is not there
-    optimizer = RowSparseAdamW([weight])
+    optimizer = optimizer_of([weight], mode)
     for _ in range(2):  # the first step makes the moments
         counts.start()
         with torch.autocast("cuda", torch.bfloat16):
-            loss = dis_loss(features, weight, None, logits, labels)
+            if mode == "exact":
+                loss = exact_head_loss(features, weight, None, lambda: [logits], labels, 1.0, 0.5)[0].mean()
+            else:
+                loss = dis_loss(features, weight, None, logits, labels)
         loss.backward()
         finish([weight], optimizer)
         features.grad = None
 
 
-def of_student(shape: Shape, counts: Counts, row_sparse: bool, targets: str) -> None:
+def of_student(shape: Shape, counts: Counts, row_sparse: bool, targets: str, mode: str) -> None:
     """A step of a Distiller, with a teacher beside the student or a cache of its targets."""
     student = bodiless(shape, torch.float32).train()
     teacher = bodiless(shape, torch.bfloat16) if targets == "online" else bodiless(tiny(shape), torch.bfloat16)
-    distiller = distiller_of(student, teacher, shape, row_sparse, targets)
+    distiller = distiller_of(student, teacher, shape, row_sparse, targets, mode)
     parameters = list(student.parameters())
-    optimizer = RowSparseAdamW(parameters)
+    optimizer = optimizer_of(parameters, mode)
     batch, positions = batch_of(shape, distiller)
-    known = {"check_values": False, "positions": positions}
+    options = {"check_values": False, "positions": positions, "holds_logits": False}
     for _ in range(2):
         counts.start()
-        with torch.autocast("cuda", torch.bfloat16), distiller.step(batch, **known) as step:
+        with torch.autocast("cuda", torch.bfloat16), distiller.step(batch, **options) as step:
             loss, _ = step.loss(student(**step.inputs))
             loss = loss.sum() / shape.num_items
             loss.backward()
@@ -125,11 +131,13 @@ def tiny(shape: Shape) -> Shape:
     return Shape(shape.name, shape.num_items, shape.num_classes, 8, shape.is_lm)
 
 
-def distiller_of(student: nn.Module, teacher: nn.Module, shape: Shape, row_sparse: bool, targets: str) -> Distiller:
-    settings = DISArguments(head_mode="sampled", row_sparse_head=row_sparse)
+def distiller_of(
+    student: nn.Module, teacher: nn.Module, shape: Shape, row_sparse: bool, targets: str, mode: str
+) -> Distiller:
+    settings = DISArguments(head_mode=mode, row_sparse_head=row_sparse)
     with head_is_known("lm_head"):
         distiller = build_distiller(student, teacher, settings, device=torch.device("cuda", 0))
-    distiller._head_is_checked = True
+    distiller._head_is_checked = distiller._splits = True
     for stream in (distiller.student_stream, distiller.online_teacher.stream):
         stream._head, stream._is_compared = stream.model.lm_head, True
     if targets == "cached":
@@ -152,20 +160,27 @@ def batch_of(shape: Shape, distiller: Distiller) -> tuple[dict[str, Tensor], Ten
     return batch, torch.empty(shape.num_items, dtype=torch.long, device="cuda")
 
 
+def optimizer_of(parameters: list[nn.Parameter], mode: str) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True) if mode == "exact" else RowSparseAdamW(parameters)
+
+
 def finish(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
-def count(shape: Shape, targets: str, row_sparse: bool = True, kernels: str = "torch") -> dict[str, str | int | float]:
+def count(
+    shape: Shape, targets: str, row_sparse: bool = True, kernels: str = "torch", mode: str = "sampled"
+) -> dict[str, str | int | float]:
     """The counts of one step in its steady state, as a record.
 
     Args:
         shape: one of ``SHAPES``.
         targets: one of ``TARGETS_KINDS``.
-        row_sparse: give the head a row-sparse gradient.
+        row_sparse: give the head a row-sparse gradient; without effect in exact mode.
         kernels: ``"torch"`` or ``"triton"``.
+        mode: one of ``MODES``.
     """
     unique = min(shape.num_classes, shape.num_items * 16)
     contributions = shape.num_items * (shape.spec.num_sampled_classes + 1)
@@ -173,12 +188,13 @@ def count(shape: Shape, targets: str, row_sparse: bool = True, kernels: str = "t
     obstacle = None if kernels == "triton" else "only torch is counted"
     with mock.patch("hf_dis.kernels.obstacle", lambda device: obstacle), fake_cuda(sizes) as counts:
         if targets == "given":
-            of_given(shape, counts, row_sparse)
+            of_given(shape, counts, row_sparse, mode)
         else:
-            of_student(shape, counts, row_sparse, targets)
+            of_student(shape, counts, row_sparse and mode == "sampled", targets, mode)
         return {
             "shape": shape.name,
             "targets": targets,
+            "mode": mode,
             "kernels": kernels,
             "launches": sum(counts.launches.values()),
             "waits": sum(counts.waits.values()),
@@ -191,12 +207,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="Append the records to this file, one per line.")
     arguments = parser.parse_args()
-    names = ("shape", "targets", "kernels", "launches", "waits", "peak_gb", "moved_gb")
+    names = ("shape", "targets", "mode", "kernels", "launches", "waits", "peak_gb", "moved_gb")
     print("| " + " | ".join(names) + " |")
     print("|" + "---|" * len(names))
     for shape in SHAPES.values():
-        for targets, kernels in product(TARGETS_KINDS, KERNELS):
-            record = count(shape, targets, kernels=kernels)
+        for targets, (mode, kernels) in product(TARGETS_KINDS, (*product(["sampled"], KERNELS), ("exact", "torch"))):
+            record = count(shape, targets, kernels=kernels, mode=mode)
             print("| " + " | ".join(str(record[name]) for name in names) + " |", flush=True)
             if arguments.json:
                 with arguments.json.open("a") as file:

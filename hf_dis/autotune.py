@@ -1,7 +1,7 @@
 """The choice between exact and sampled: both steps of an output head are timed on the device of the run.
 
 The steps are those of training: losses, samplers and heads are the same functions, with the run's number of items and
-its blocks of teacher's logits.
+its chunks of teacher's logits.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from hf_dis.arguments import SamplerSpec
 from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.loss.exact import slices
-from hf_dis.loss.exact_head import block_items, exact_head_loss
+from hf_dis.loss.exact_head import exact_head_loss
 from hf_dis.loss.sampled import sampled_loss
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.sampling.sampler import make_sampler
 from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.compact import CompactTargets, TargetLayout, compact_targets
-from hf_dis.teacher.targets import TeacherTargets
+from hf_dis.teacher.targets import TeacherTargets, chunk_items
 
 TEMPERATURE, REPEATS = 2.0, 3
 # Items of a step where their number is not known, and tokens of a step of a language model.
@@ -158,9 +158,9 @@ class _HeadSteps:
         self.features = values(self.num_items, num_features).requires_grad_()
         self.weight = values(part, num_features).requires_grad_()
         self.exact_weight = self.weight.detach()[:exact_part].requires_grad_()
-        # A block is as large as in the run, where it has all classes.
-        self.block_items = min(self.num_items, block_items(num_classes, device))
-        self.teacher_logits = values(self.block_items, part)
+        # A chunk is as large as in the run, where it has all classes.
+        self.chunk_items = min(self.num_items, chunk_items(self.num_items, num_classes, device))
+        self.teacher_logits = values(self.chunk_items, part)
         self.ranked_logits = values(min(self.num_items, max(1, limits.ranked // num_classes)), num_classes)
         if stored is None:
             self.stored, self.sampler = None, make_sampler(part, spec, device=device)
@@ -175,10 +175,10 @@ class _HeadSteps:
         loss.sum().backward()
 
     def _answers(self) -> Iterator[Tensor | CachedTargets]:
-        """The teacher's answers on the classes of the exact step, block by block."""
+        """The teacher's answers on the classes of the exact step, chunk by chunk."""
         part = len(self.exact_weight)
-        for block in slices(self.num_items, self.block_items):
-            size = block.stop - block.start
+        for chunk in slices(self.num_items, self.chunk_items):
+            size = chunk.stop - chunk.start
             logits = self.teacher_logits[:size, :part]
             yield logits if self.stored is None else _cached(self.exact_stored, part, size)
 
@@ -206,9 +206,9 @@ class _HeadSteps:
         self.weight.grad = torch.empty_like(self.weight).zero_()
 
     def _logits(self) -> Iterator[Tensor]:
-        """The teacher's logits of each block, whose best-ranked classes differ from block to block."""
-        for number, block in enumerate(slices(self.num_items, self.block_items)):
-            yield self.teacher_logits[: block.stop - block.start].roll(101 * number, 1)
+        """The teacher's logits of each chunk, whose best-ranked classes differ from chunk to chunk."""
+        for number, chunk in enumerate(slices(self.num_items, self.chunk_items)):
+            yield self.teacher_logits[: chunk.stop - chunk.start].roll(101 * number, 1)
 
     def _targets(self) -> Iterator[TeacherTargets | CachedTargets]:
         if self.stored is None:

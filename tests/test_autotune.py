@@ -61,9 +61,9 @@ def test_stored_targets_are_not_ranked(clock):
 
 
 @pytest.mark.parametrize("stored", [None, TargetLayout(1_600, 6, 4)], ids=["given", "cached"])
-def test_the_steps_are_those_of_training_in_blocks_of_the_run(clock, monkeypatch, stored):
+def test_the_steps_are_those_of_training_in_chunks_of_the_run(clock, monkeypatch, stored):
     """The teacher answers 32 items at a time, as with all 1,600 classes. Gradients arrive."""
-    monkeypatch.setattr("hf_dis.loss.exact_head.CHUNK_ELEMENTS", 32 * 1_600)
+    monkeypatch.setattr("hf_dis.teacher.targets.CHUNK_ELEMENTS", 32 * 1_600)
     sizes, found = [], {}
     add, sample = HeadLoss.add, ClassSampler.sample
     monkeypatch.setattr(HeadLoss, "add", lambda loss, chunk: sizes.append(len(chunk)) or add(loss, chunk))

@@ -124,7 +124,7 @@ STEPS = {
 @pytest.mark.parametrize("kind", ["exact", "warm-up", "sampled, all classes"])
 @pytest.mark.parametrize("task", STEPS)
 def test_a_step_on_all_classes_is_exact_distillation(task, kind, holds_logits, monkeypatch):
-    monkeypatch.setattr("hf_dis.loss.exact_head.CHUNK_ELEMENTS", 3 * CLASSES)
+    monkeypatch.setattr("hf_dis.loss.exact_head.BLOCK_BYTES", 3 * CLASSES * 8)
     build, make_batch = STEPS[task]
     (student, teacher), batch = models(build), make_batch()
     reference = copy.deepcopy(student)

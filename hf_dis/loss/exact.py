@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -46,15 +45,29 @@ class Objective(NamedTuple):
 _Answer = tuple[Tensor, Tensor, Tensor] | Tensor | None
 
 
+class Block(NamedTuple):
+    """Logits that exist at a time.
+
+    Attributes:
+        items: of the block.
+        logits: the student's, ``[n, V]``.
+        slopes: where their gradient goes, ``[n, V]``, or None; it may be ``logits``.
+    """
+
+    items: slice
+    logits: Tensor
+    slopes: Tensor | None
+
+
 class ExactTerms(ABC):
     """Computes the terms of a loss on all classes block by block, as the teacher answers.
 
-    A subclass gives the student's logits of a block.
+    A subclass gives the student's logits of a block. Chunks of the teacher and blocks need not agree.
 
     Args:
         objective: the loss.
         num_items: N.
-        block_items: items of a block; no chunk of the teacher is taken in larger parts.
+        block_items: items of a block.
         with_kl: add the divergence at temperature 1, as far as the teacher is known at that temperature.
         after_head: computed on the logits of a block before the loss; None: the logits are the student's.
     """
@@ -70,13 +83,17 @@ class ExactTerms(ABC):
         self.objective, self.num_items, self._block_items = objective, num_items, max(1, block_items)
         self._with_kl, self._after_head = with_kl, after_head
         self._first, self._parts = 0, []
+        self._block: Block | None = None
 
     @abstractmethod
-    def _block(self, items: slice) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
-        """The logits of a block of items, ``[n, C]`` or wider, and where their gradient goes, of the same shape.
+    def _open(self, items: slice) -> tuple[Tensor, Tensor | None]:
+        """The logits of a block of items, ``[n, V]`` with V >= C, and where their gradient goes, or None.
 
-        The context is left once the gradient is there. The two may be one tensor.
+        The gradient has the shape of the logits, and may take their place.
         """
+
+    def _close(self, block: Block) -> None:  # noqa: B027 - nothing is left to do where the gradient is kept
+        """Takes the gradient of a block."""
 
     @torch.no_grad()
     def add(self, chunk: Tensor | CachedTargets | None) -> None:
@@ -84,15 +101,29 @@ class ExactTerms(ABC):
 
         Args:
             chunk: the teacher's answer: logits ``[n, C]``, or stored targets; None: all items, without a teacher.
+
+        Raises:
+            ValueError: if the teacher answers for more than N items.
         """
         answer = (chunk.ids, chunk.log_probs, chunk.target) if isinstance(chunk, CachedTargets) else chunk
         size = self.num_items if chunk is None else len(chunk)
-        for part in slices(size, self._block_items):
-            items = slice(self._first + part.start, self._first + part.stop)
-            with self._block(items) as (logits, slopes):
-                self._passes(logits, slopes, items.start, _part(answer, part))
-            del logits, slopes
-        self._first += size
+        if self._first + size > self.num_items:
+            raise ValueError(
+                f"the teacher answers for {self._first + size} items or more, and the student for {self.num_items}: "
+                "both need the same items"
+            )
+        start = 0
+        while start < size or not self._parts:  # without items there is one empty part
+            if self._block is None:
+                items = slice(self._first, min(self._first + self._block_items, self.num_items))
+                self._block = Block(items, *self._open(items))
+            stop = min(size, start + self._block.items.stop - self._first)
+            self._passes(self._block, self._first, _part(answer, slice(start, stop)), stop - start)
+            self._first, start = self._first + stop - start, stop
+            if self._first == self._block.items.stop:
+                block, self._block = self._block, None
+                self._close(block)
+                del block  # the next block is computed without this one in memory
 
     def add_all(self, teacher: Iterable[Tensor | CachedTargets] | None) -> None:
         """Computes the loss of all items.
@@ -105,20 +136,30 @@ class ExactTerms(ABC):
             del chunk  # the next chunk is computed without this one in memory
 
     def terms(self) -> Losses:
-        """The terms ``kd_loss``, ``ce_loss`` and ``kl`` of all items that were added, ``[N]``, as far as they are."""
+        """The terms ``kd_loss``, ``ce_loss`` and ``kl``, ``[N]`` each, as far as there are any.
+
+        Raises:
+            ValueError: if the teacher answered for fewer than N items.
+        """
+        if self._first < self.num_items:
+            raise ValueError(
+                f"the teacher answers for {self._first} items, and the student for {self.num_items}: both need the "
+                "same items"
+            )
         return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
 
-    def _passes(self, logits: Tensor, slopes: Tensor | None, first: int, answer: _Answer) -> None:
-        """Computes the terms of a block in passes over some of its items, and the gradient into ``slopes``."""
-        size, num_classes = _pass_items(logits), self.objective.num_classes
-        for part in slices(len(logits), size):
-            raw = logits[part, :num_classes]
-            values = widen(raw if self._after_head is None else self._after_head(raw))
+    def _passes(self, block: Block, first: int, answer: _Answer, size: int) -> None:
+        """Computes the terms of items of a block in passes over some of them, and their gradient."""
+        num_classes = self.objective.num_classes
+        for part in slices(size, _pass_items(block.logits)):
             here = slice(first + part.start, first + part.stop)
+            rows = slice(here.start - block.items.start, here.stop - block.items.start)
+            raw = block.logits[rows, :num_classes]
+            values = widen(raw if self._after_head is None else self._after_head(raw))
             losses, slope = _losses(values, _part(answer, part), self.objective, here, self._with_kl)
             self._parts.append(losses)
-            if slopes is not None:
-                slopes[part, :num_classes] = self._slope(slope, values, here)
+            if block.slopes is not None:
+                block.slopes[rows, :num_classes] = self._slope(slope, values, here)
 
     def _slope(self, slope: Tensor, values: Tensor, items: slice) -> Tensor:
         """The gradient on the logits before the operations after the head."""
@@ -137,16 +178,15 @@ class LogitsLoss(ExactTerms):
     """
 
     def __init__(self, logits: Tensor, objective: Objective):
-        super().__init__(objective, len(logits), CHUNK_ELEMENTS // objective.num_classes)
+        super().__init__(objective, len(logits), len(logits))
         self._logits, self._gradient = logits, None
         if logits.requires_grad:
             dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
             self._gradient = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
             self._gradient[:, objective.num_classes :] = 0
 
-    def _block(self, items: slice) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
-        gradient = None if self._gradient is None else self._gradient[items]
-        return nullcontext((self._logits.detach()[items], gradient))
+    def _open(self, items: slice) -> tuple[Tensor, Tensor | None]:
+        return self._logits.detach(), self._gradient
 
     def result(self) -> tuple[Tensor, Losses]:
         """The loss ``[N]``, and its terms ``kd_loss`` and ``ce_loss`` ``[N]``, without gradient."""
@@ -217,8 +257,8 @@ class _OfStudent(ExactTerms):
         super().__init__(objective, num_items, CHUNK_ELEMENTS // objective.num_classes, with_kl)
         self._student = student
 
-    def _block(self, items: slice) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
-        return nullcontext((self._student(items), None))
+    def _open(self, items: slice) -> tuple[Tensor, Tensor | None]:
+        return self._student(items), None
 
 
 def exact_losses(

@@ -71,11 +71,11 @@ def assert_is_reference(head, loss, expected, factors, tolerance=1e-12):
 CASES = [(kind, labelled) for kind in TEACHERS for labelled in (False, True) if labelled or kind != "none"]
 
 
-@pytest.mark.parametrize("block", [1, 2 * C, 2**24], ids=["item by item", "two items", "at once"])
+@pytest.mark.parametrize("block", [1, 2 * C * 8, 2**24], ids=["item by item", "two items", "at once"])
 @pytest.mark.parametrize("after_head", AFTER.values(), ids=AFTER)
 @pytest.mark.parametrize(("kind", "labelled"), CASES)
 def test_loss_and_gradients_are_those_of_autograd(kind, labelled, after_head, block, monkeypatch):
-    monkeypatch.setattr("hf_dis.loss.exact_head.CHUNK_ELEMENTS", block)
+    monkeypatch.setattr("hf_dis.loss.exact_head.BLOCK_BYTES", block)
     labels = torch.randint(C, (N,)) if labelled else None
     teacher, target, log_probs = teacher_of(kind)
     head = head_of(after_head, has_bias=labelled)
@@ -90,7 +90,7 @@ def test_loss_and_gradients_are_those_of_autograd(kind, labelled, after_head, bl
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_items_may_count_differently(kind, after_head, monkeypatch):
     """The gradient of the weight is a sum over items: it is computed anew, with the factors."""
-    monkeypatch.setattr("hf_dis.loss.exact_head.CHUNK_ELEMENTS", 2 * C)
+    monkeypatch.setattr("hf_dis.loss.exact_head.BLOCK_BYTES", 2 * C * 8)
     labels, (teacher, target, log_probs) = torch.randint(C, (N,)), teacher_of(kind)
     head = head_of(after_head)
     loss, _ = loss_of(head, teacher, labels)
@@ -158,7 +158,7 @@ def test_masked_classes_have_no_part_in_it():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_bfloat16_sums_are_taken_in_float32(dtype, monkeypatch):
     """64 blocks of one item: the gradients are as good as those of a single block."""
-    monkeypatch.setattr("hf_dis.loss.exact_head.CHUNK_ELEMENTS", C)
+    monkeypatch.setattr("hf_dis.loss.exact_head.BLOCK_BYTES", C * 2)
     head = head_of(num_items=64, dtype=dtype, product=torch.bfloat16)
     teacher, target, log_probs = teacher_of("dense", 64)
     loss, _ = loss_of(head, [part.float() for part in teacher], None)
@@ -172,6 +172,22 @@ def test_in_bfloat16_sums_are_taken_in_float32(dtype, monkeypatch):
     assert all(one.dtype == dtype for one in found)
     for one, other in zip(found, gradients(wide, expected.sum(), None), strict=True):
         assert (one.double() - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("answered", [N - 1, N + 1, 2 * N])
+def test_a_teacher_of_other_items_is_refused(answered):
+    """The gradient of an item without an answer would be what was in memory before."""
+    with pytest.raises(ValueError, match=f"answers for {answered} items.* the student for {N}"):
+        loss_of(head_of(), [torch.randn(answered, C)], None)
+
+
+def test_a_block_is_as_large_whatever_the_chunks_of_the_teacher(monkeypatch):
+    """The product with the head is as slow for few items as for many."""
+    monkeypatch.setattr("hf_dis.loss.exact_head.BLOCK_BYTES", 3 * C * 8)
+    opened, own = [], HeadLoss._open
+    monkeypatch.setattr(HeadLoss, "_open", lambda loss, items: opened.append(items) or own(loss, items))
+    loss_of(head_of(), torch.randn(N, C).split(1), None)
+    assert opened == [slice(0, 3), slice(3, 6), slice(6, 7)]
 
 
 def test_a_second_backward_raises():
