@@ -44,6 +44,16 @@ def test_a_dense_head_launches_no_more():
     assert count(shape, "given", row_sparse=False)["launches"] <= count(shape, "given")["launches"]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_exact_step_holds_blocks_only(shape):
+    """Of a language model at most 1.5 GB beyond the gradient of W; one wait, as the loss is a mean."""
+    shape = SHAPES[shape]
+    record = count(shape, "given", mode="exact")
+    gradients_gb = (shape.num_classes + shape.num_items) * shape.num_features * 4 / 1e9
+    assert 0.5 < record["peak_gb"] - gradients_gb < (1.5 if shape.is_lm else 2.1)
+    assert record["launches"] <= 4800 and record["waits"] <= 1
+
+
 # What the counts find
 
 
