@@ -4,7 +4,7 @@
 
 Loss forward and backward, down to the head's dense gradient, on random features and teacher logits; medians of
 interleaved steps. One of d (features), N (items) and the layout (K sampled per item, G tails of K_t) is changed at a
-time. exact is the library's own exact loss, whose gradient is computed in forward. exact (materialised) is the loss by
+time. exact is the library's own exact loss from the head's input. exact (materialised) is the loss by
 autograd, which earlier tables call exact. exact / DIS is the ratio of the library's two losses.
 
 Beside the measured times are the times that ``head_mode="auto"`` estimates at set-up, and its decision. The second

@@ -6,7 +6,7 @@ The features are random, the head is random and has no bias, and the teacher's a
 and class marginal are computed once, outside of the measurement. All methods step the same weight in turn; the times
 are medians. The dense methods share one fused AdamW. Methods:
 
-exact                 every logit, the library's own exact loss, whose gradient is computed in forward
+exact                 every logit, in blocks of items, by the library's exact loss, which computes gradients in forward
 exact (materialised)  every logit, KL divergence by F.kl_div and autograd; earlier tables call this method exact
 chunked_exact         the same by chunks of 32 items, each with its backward at once: no [N, C] outlives a chunk
 liger                 LigerFusedLinearJSDLoss with beta 0, if liger-kernel is installed, teacher head included

@@ -14,7 +14,7 @@ online  its features are given, and its head is applied within the step; for exa
 
 Methods, all on the same tensors in turn; medians. The dense ones share one fused AdamW:
 
-exact                 every logit, the library's own exact loss, whose gradient is computed in forward
+exact                 every logit, in blocks of items, by the library's exact loss, which computes gradients in forward
 exact (materialised)  every logit, KL divergence by F.kl_div and autograd; earlier tables call this method exact
 trl_gkd               GKDTrainer.generalized_jsd_loss with beta 0 on every logit, if trl is installed
 trl_chunked           ChunkedDivergenceFunction of TRL with beta 0, in tiles; applies the teacher's head (online)

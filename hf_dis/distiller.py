@@ -168,9 +168,13 @@ class Distiller:
     def _splits_at_head(self, request: Request) -> bool:
         """Tells if a training step can compute the student's logits in blocks; the first call compares some."""
         if self._splits is None:
-            # Parameters that are sharded are at hand in the student's own forward only.
-            self._splits = self.student_stream is not None and splits_at_head(
-                self.student, self.head, first_examples(request.inputs, request.items, 1)
+            # Without a stream the student's parameters are sharded, and at hand in its own forward only.
+            stream, inputs, items = self.student_stream, request.inputs, request.items
+            first = first_examples(inputs, items, 1)
+            self._splits = (
+                stream is not None
+                and stream.splits(inputs, items)
+                and splits_at_head(self.student, self.head, first, stream.after_head)
             )
         return self._splits
 

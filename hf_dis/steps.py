@@ -18,9 +18,7 @@ from hf_dis.loss.divergence import mix, sampled_forward_kl
 from hf_dis.loss.exact import ExactTerms, LogitsLoss, Losses, Objective, exact_losses
 from hf_dis.loss.exact_head import HeadInput, HeadLoss
 from hf_dis.loss.sampled import sampled_loss
-from hf_dis.models.after_head import AfterHead
 from hf_dis.models.head_features import head_features
-from hf_dis.models.tasks import base_model
 from hf_dis.report.diagnostics import probe, sample_quality
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.cached import CachedTargets
@@ -110,7 +108,7 @@ class ExactStep:
         if held is None or held.features is None:
             return None
         weight, bias = distiller.head.weight_and_bias()
-        after_head = AfterHead.of(base_model(distiller.student))._replace(bias=None)
+        after_head = distiller.student_stream.after_head._replace(bias=None)
         return HeadInput(held.features, weight, bias, held.dtype, after_head)
 
     def _logits(self, outputs: Any) -> Tensor:

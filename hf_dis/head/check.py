@@ -14,7 +14,6 @@ from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items
 from hf_dis.models.after_head import AfterHead
 from hf_dis.models.head_features import evaluating
-from hf_dis.models.tasks import base_model
 from hf_dis.precision import check_sparse
 
 
@@ -76,7 +75,7 @@ def check_head(
 
 
 @torch.no_grad()
-def splits_at_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor]) -> bool:
+def splits_at_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor], after_head: AfterHead) -> bool:
     """Tells if a model's logits follow from the input of its head, so that a loss can compute them from there.
 
     The head has to be one ``nn.Linear``, called once and without hooks. The logits of a few examples are compared.
@@ -86,8 +85,9 @@ def splits_at_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor
         model: the student.
         head: the student's head.
         inputs: a few examples, without labels.
+        after_head: the operations after the head; the model's own bias among them is read from the head.
     """
-    if len(head.layers) != 1 or not _is_plain_linear(head.module) or not hasattr(base_model(model), "config"):
+    if len(head.layers) != 1 or not _is_plain_linear(head.module):
         return False
     with evaluating(model), _random_state_kept(next(model.parameters()).device):
         full = model(**inputs).logits
@@ -111,7 +111,7 @@ def splits_at_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor
         return False
     weight, bias = head.weight_and_bias()
     values = (None if one is None else one.to(holding.dtype) for one in (holding.features, weight, bias))
-    logits = AfterHead.of(base_model(model))._replace(bias=None)(F.linear(*values))
+    logits = after_head._replace(bias=None)(F.linear(*values))
     tolerance = 16 * max(torch.finfo(full.dtype).eps, torch.finfo(holding.dtype).eps)
     largest = float(full.abs().nan_to_num(0, 0, 0).max().clamp_min(1))
     return torch.allclose(logits.to(full.dtype), full, rtol=0, atol=tolerance * largest, equal_nan=True)
