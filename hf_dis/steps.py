@@ -22,7 +22,7 @@ from hf_dis.models.head_features import head_features
 from hf_dis.report.diagnostics import probe, sample_quality
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.cached import CachedTargets
-from hf_dis.teacher.targets import TeacherTargets
+from hf_dis.teacher.targets import TeacherTargets, chunk_items
 
 if TYPE_CHECKING:
     from hf_dis.distiller import Distiller
@@ -226,9 +226,11 @@ class EvaluationStep:
             ValueError: if there are neither labels nor a teacher.
         """
         distiller, settings = self.distiller, self.distiller.arguments
+        student, block_items = self._student(outputs)
         terms = exact_losses(
-            self._student(outputs),
+            student,
             len(self.items),
+            block_items,
             distiller.num_classes,
             self._teacher(),
             self.items.labels,
@@ -243,12 +245,16 @@ class EvaluationStep:
         ce = terms.get("ce_loss")
         return (mix(terms["kd_loss"], ce, settings.hard_label_weight) if "kd_loss" in terms else ce), terms
 
-    def _student(self, outputs: Any) -> Callable[[slice], Tensor]:
+    def _student(self, outputs: Any) -> tuple[Callable[[slice], Tensor], int]:
+        """The student's logits of a slice of items, and the items of a slice."""
+        num_items = len(self.items)
         if self._held is None:
-            return lambda chunk: self.items.of(outputs.logits, chunk)
+            logits = outputs.logits
+            size = chunk_items(num_items, logits.shape[-1], logits.device)
+            return lambda chunk: self.items.of(logits, chunk), size
         self.distiller.end()  # the head is applied to chunks of what it was given
-        features = self._held.features
-        return lambda chunk: self.distiller.student_stream.of_features(features[chunk])
+        stream, features = self.distiller.student_stream, self._held.features
+        return lambda chunk: stream.of_features(features[chunk]), stream.items_of_chunk(num_items, features.device)
 
     def _teacher(self) -> Iterator[Tensor | CachedTargets] | None:
         distiller, request = self.distiller, self.request

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from hf_dis.loss.cross_entropy import exact_cross_entropy
 from hf_dis.loss.divergence import exact_forward_kl, mix, sparse_forward_kl
 from hf_dis.models.after_head import AfterHead
 from hf_dis.teacher.cached import CachedTargets
-from hf_dis.teacher.targets import CHUNK_ELEMENTS, block_items, widen
+from hf_dis.teacher.targets import block_items, widen
 
 Losses = dict[str, Tensor]
 
@@ -253,8 +253,8 @@ def exact_loss(
 class _OfStudent(ExactTerms):
     """The terms without gradient, of logits that a function gives."""
 
-    def __init__(self, student: Callable[[slice], Tensor], objective: Objective, num_items: int, with_kl: bool):
-        super().__init__(objective, num_items, CHUNK_ELEMENTS // objective.num_classes, with_kl)
+    def __init__(self, student: Callable[[slice], Tensor], *of_terms: Any):
+        super().__init__(*of_terms)
         self._student = student
 
     def _open(self, items: slice) -> tuple[Tensor, Tensor | None]:
@@ -264,6 +264,7 @@ class _OfStudent(ExactTerms):
 def exact_losses(
     student: Callable[[slice], Tensor],
     num_items: int,
+    block_items: int,
     num_classes: int,
     teacher: Iterable[Tensor | CachedTargets] | None,
     labels: Tensor | None,
@@ -275,13 +276,14 @@ def exact_losses(
     Args:
         student: gives the student's logits of a slice of the items, ``[n, V]``.
         num_items: N.
+        block_items: the most items that the student is asked for at a time.
         num_classes, teacher, labels, temperature: as for :func:`exact_loss`.
         with_kl: add the divergence at temperature 1, as far as the teacher is known at that temperature.
 
     Returns:
         ``kd_loss``, ``ce_loss`` and ``kl``, ``[N]`` each, as far as there are any.
     """
-    exact = _OfStudent(student, Objective(num_classes, labels, temperature), num_items, with_kl)
+    exact = _OfStudent(student, Objective(num_classes, labels, temperature), num_items, block_items, with_kl)
     exact.add_all(teacher)
     return exact.terms()
 

@@ -32,6 +32,20 @@ def placed(teacher: nn.Module, device: torch.device) -> nn.Module:
     return teacher if stays else teacher.to(device)
 
 
+def open_teacher(
+    teacher: nn.Module | str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[nn.Module | None, PreTrainedTokenizerBase | None]:
+    """Returns a teacher and its tokenizer; loads them where the teacher is a name or a path.
+
+    Args:
+        teacher: a model, the name or path of a checkpoint, or None.
+        tokenizer: takes the place of the checkpoint's own.
+    """
+    if isinstance(teacher, str):
+        return load_teacher(teacher), tokenizer or load_tokenizer(teacher)
+    return teacher, tokenizer
+
+
 def check_separate(student: nn.Module, teacher: nn.Module) -> None:
     """Checks that student and teacher share no parameter: the teacher is frozen.
 

@@ -27,7 +27,7 @@ from hf_dis.loss.exact import Losses
 from hf_dis.models.columns import forward_columns
 from hf_dis.report.diagnostics import RunningMeans
 from hf_dis.steps import EvaluationStep, Step
-from hf_dis.teacher.loading import load_teacher, load_tokenizer
+from hf_dis.teacher.loading import open_teacher
 from hf_dis.trainer.checks import check_optimizer, check_processes, check_trainer_arguments
 from hf_dis.trainer.evaluation import Evaluation, NoItemsCheck
 from hf_dis.trainer.expected import expected_items
@@ -91,7 +91,7 @@ class DISTrainerMixin(SavingHooks):
         check_trainer_arguments(args, teacher_model, teacher_cache, kwargs)
         super().__init__(model=model, args=args, **kwargs)
         check_processes(self)
-        self._teacher = self._open_teacher(teacher_model, teacher_processing_class)
+        self._teacher = open_teacher(teacher_model, teacher_processing_class)
         self.teacher_cache, self.eval_teacher_cache = map(open_cache, (teacher_cache, eval_teacher_cache))
         # A forward without labels leaves label_names empty, and Trainer would drop the labels column silently.
         self.label_names = self.label_names or ["labels"]
@@ -189,13 +189,6 @@ class DISTrainerMixin(SavingHooks):
     def _student(self) -> nn.Module:
         """The student without the wrapper that FSDP puts into ``model``."""
         return self.accelerator.unwrap_model(self.model)
-
-    def _open_teacher(
-        self, teacher: nn.Module | str | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> tuple[nn.Module | None, PreTrainedTokenizerBase | None]:
-        if isinstance(teacher, str):
-            return load_teacher(teacher), tokenizer or load_tokenizer(teacher)
-        return teacher, tokenizer
 
     def _make_distiller(self) -> Distiller:
         tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None

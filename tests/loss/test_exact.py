@@ -203,7 +203,7 @@ def test_the_sampled_loss_with_all_classes_is_this_loss(labelled):
 def test_the_divergence_at_temperature_1_as_far_as_it_is_known(kind, temperature, dense_kd):
     logits, teacher = student_logits().detach(), torch.randn(N, C, dtype=torch.float64)
     answer = [teacher] if kind == "dense" else teacher_of(kind)[0]
-    terms = exact_losses(logits.__getitem__, N, C, answer, torch.arange(N), temperature, with_kl=True)
+    terms = exact_losses(logits.__getitem__, N, 2, C, answer, torch.arange(N), temperature, with_kl=True)
     assert ("kl" in terms) == (kind == "dense" or (kind == "stored" and temperature == 1))
     if kind == "dense":
         torch.testing.assert_close(terms["kl"], dense_kd(logits, teacher, 1.0), rtol=1e-12, atol=1e-12)
@@ -214,9 +214,8 @@ def test_the_divergence_at_temperature_1_as_far_as_it_is_known(kind, temperature
 
 
 @pytest.mark.parametrize("kind", TEACHERS)
-def test_the_student_is_asked_for_no_more_than_a_chunk(kind, monkeypatch):
+def test_the_student_is_asked_for_no_more_than_a_block(kind):
     """Also where stored targets of all items come as one chunk."""
-    monkeypatch.setattr("hf_dis.loss.exact.CHUNK_ELEMENTS", 3 * C)
     logits, labels = student_logits().detach(), torch.arange(N)
     teacher, target, log_probs = teacher_of(kind)
     asked = []
@@ -225,7 +224,7 @@ def test_the_student_is_asked_for_no_more_than_a_chunk(kind, monkeypatch):
         asked.append(items)
         return logits[items]
 
-    terms = exact_losses(student, N, C, teacher, labels, TEMPERATURE)
+    terms = exact_losses(student, N, 3, C, teacher, labels, TEMPERATURE)
     assert max(items.stop - items.start for items in asked) == 3
     assert [item for items in asked for item in range(N)[items]] == list(range(N))
     for name in terms:

@@ -42,7 +42,8 @@ def trainer_of(make_trainer, build, **keywords):
     data = data_of(build)
     student, teacher = build(CLASSES, spread=3), build(CLASSES, seed=1, spread=30)
     trainer = make_trainer(student, teacher, **{"train_dataset": data, "eval_dataset": data, **keywords})
-    trainer.distiller.online_teacher.stream.chunk_items = CHUNK
+    for stream in (trainer.distiller.online_teacher.stream, trainer.distiller.student_stream):
+        stream.chunk_items = CHUNK
     rows = []
 
     def note(module, args, output):
