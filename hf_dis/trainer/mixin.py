@@ -171,8 +171,8 @@ class DISTrainerMixin(SavingHooks):
         if not batch_samples:
             return None
         self._positions = KnownPositions(batch_samples)
-        total = sum(self.distiller.count(batch, self._positions.of(batch)) for batch in batch_samples)
-        num_items = torch.tensor(total, device=device)
+        counts = (self.distiller.count(batch, self._positions.of(batch)) for batch in batch_samples)
+        num_items = torch.tensor(sum(counts), device=device)
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             num_items = self.accelerator.gather(num_items).sum()
         self.num_items_seen += num_items
@@ -226,9 +226,8 @@ class DISTrainerMixin(SavingHooks):
     def _get_dataloader(self, dataset: Dataset, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         cache = {"Training": self.teacher_cache, "Evaluation": self.eval_teacher_cache}.get(description)
         own, collate = self.data_collator, self.data_collator if cache is None else cache.collator(self.data_collator)
-        if description == "Training":
-            collate = with_positions(collate, self.distiller.task, dataset, self.args)
-        self.data_collator = collate
+        given = self.distiller.task, dataset, self.args
+        self.data_collator = with_positions(collate, *given) if description == "Training" else collate
         try:
             loader = super()._get_dataloader(dataset, description, *args, **kwargs)
         finally:

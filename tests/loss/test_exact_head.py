@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_accelerator import Memory, fake_cuda
-from fake_cuda import backward
+from fake_cuda import fake_cuda
 
 from hf_dis.loss.exact import Objective
 from hf_dis.loss.exact_head import HeadInput, HeadLoss
@@ -203,21 +202,21 @@ def test_a_second_backward_raises():
 
 def peak(num_items, num_classes, num_features, device, product, dtype=torch.float32):
     """Bytes of loss and backward at the highest, beyond features, weight and the gradient of the weight."""
-    with fake_cuda():  # tensors without values: of any size
+    with fake_cuda() as counts:  # tensors without values: of any size
         features = torch.empty(num_items, num_features, device=device, requires_grad=True)
         weight = torch.empty(num_classes, num_features, device=device, requires_grad=True)
         block = torch.empty(512, num_classes, device=device, dtype=dtype)  # of the teacher, always the same
         labels = torch.empty(num_items, device=device, dtype=torch.long)
-        with Memory() as memory:
-            head = HeadInput(features, weight, None, product, AfterHead())
-            exact = HeadLoss(head, Objective(num_classes, labels, TEMPERATURE, 0.3), lambda: None)
-            for _ in range(num_items // len(block)):
-                exact.add(block)
-            loss, _ = exact.result()
-            del exact
-            loss = loss.sum()
-            loss.backward() if device == "cpu" else backward(loss)
-    return memory.peak - weight.nbytes
+        counts.start()
+        head = HeadInput(features, weight, None, product, AfterHead())
+        exact = HeadLoss(head, Objective(num_classes, labels, TEMPERATURE, 0.3), lambda: None)
+        for _ in range(num_items // len(block)):
+            exact.add(block)
+        loss, _ = exact.result()
+        del exact
+        loss = loss.sum()
+        loss.backward()
+        return counts.peak(device) - weight.nbytes
 
 
 def test_on_an_accelerator_it_takes_less_than_15_gb_for_a_language_model():
