@@ -29,7 +29,6 @@ Beyond --dense_up_to classes the methods with a dense gradient are not run; exac
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -60,13 +59,6 @@ class GivenTargets(TeacherTargets):
     def __init__(self, logits: Tensor, temperature: float, depth: int):
         super().__init__(logits, temperature, depth)
         self.class_mass()  # kept for every step
-
-
-class RankedLoss(DISLoss):
-    """The library's sampled step for a teacher whose answers are ranked already; call it with targets, not logits."""
-
-    def _ranked(self, chunks: Iterable[TeacherTargets], check_finite: bool) -> Iterable[TeacherTargets]:
-        return chunks
 
 
 def kl_divergence(logits: Tensor, log_probs: Tensor, temperature: float, reduction: str = "batchmean") -> Tensor:
@@ -129,8 +121,8 @@ class Steps:
             make_sampler(num_classes, one, device=device) for one in (spec, replace(spec, num_updated_classes=None))
         )
         self.targets = GivenTargets(self.teacher_logits, TEMPERATURE, sampler.rank_depth)
-        self.row_sparse_loss = RankedLoss(sampler, TEMPERATURE, row_sparse_head=True)
-        self.dense_loss = RankedLoss(dense_sampler, TEMPERATURE)
+        self.row_sparse_loss = DISLoss(sampler, TEMPERATURE, row_sparse_head=True)
+        self.dense_loss = DISLoss(dense_sampler, TEMPERATURE)
         self.dense = torch.optim.AdamW([self.weight], lr=1e-3, fused=True)
         self.sparse = RowSparseAdamW([self.weight], lr=1e-3)
 
@@ -194,13 +186,13 @@ class Steps:
     def dis_dense(self) -> None:
         """Sampled classes, by the library, with a dense gradient."""
         with self.place.precision():
-            loss = self.dense_loss(self.features, self.weight, None, [self.targets])
+            loss = self.dense_loss.of_targets(self.features, self.weight, None, [self.targets])
         loss.backward()
 
     def dis_row_sparse(self) -> None:
         """Sampled classes, by the library, with a row-sparse gradient."""
         with self.place.precision():
-            loss = self.row_sparse_loss(self.features, self.weight, None, [self.targets])
+            loss = self.row_sparse_loss.of_targets(self.features, self.weight, None, [self.targets])
         loss.backward()
 
 

@@ -46,12 +46,12 @@ import peers
 import torch
 import torch.nn.functional as F
 from common import EXACT_NOTE, header, machine, parse, parser, row, write
-from head_scaling import ON_CPU, Place, RankedLoss, finish_step, kl_divergence
+from head_scaling import ON_CPU, Place, finish_step, kl_divergence
 from peers import NEEDS
 from timing import Measured, add_arguments, attempted, available, clock_name, measure, peak_of_a_step, step_dtype
 from torch import Tensor
 
-from hf_dis import RowSparseAdamW, SamplerSpec, make_sampler
+from hf_dis import DISLoss, RowSparseAdamW, SamplerSpec, make_sampler
 from hf_dis.loss.exact_head import exact_head_loss
 from hf_dis.precision import widest
 from hf_dis.teacher.targets import TeacherTargets, chunk_items, widen
@@ -95,7 +95,7 @@ class Steps:
         teacher_weight[:, :1] = -frequency_rank.log()
         self.teacher_weight = teacher_weight.to(self.place.dtype)
         self.weight = torch.nn.Parameter(0.02 * torch.randn(vocab, width, device=device))
-        self.dis_loss = RankedLoss(make_sampler(vocab, SPEC, device=device), temperature=1.0, row_sparse_head=True)
+        self.dis_loss = DISLoss(make_sampler(vocab, SPEC, device=device), temperature=1.0, row_sparse_head=True)
         self.dense = torch.optim.AdamW([self.weight], lr=LEARNING_RATE, fused=True)
         self.sparse = RowSparseAdamW([self.weight], lr=LEARNING_RATE)
         self.labels = torch.zeros(tokens, dtype=torch.long, device=device)
@@ -178,7 +178,7 @@ class Steps:
 
     def dis(self) -> Tensor:
         """Sampled tokens, by the library."""
-        return self.dis_loss(self.features, self.weight, None, self._ranked())
+        return self.dis_loss.of_targets(self.features, self.weight, None, self._ranked())
 
     def error(self, samples: int = 5) -> float:
         """Squared relative error of the sampled gradient on the features, mean over samples for the same batch."""

@@ -90,8 +90,24 @@ class DISLoss:
             check_labels(labels, num_classes)
 
         chunks = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
+        return self.of_targets(features, weight, bias, self._ranked(chunks, features.device, check_values), labels)
+
+    def of_targets(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Iterable[TeacherTargets],
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The mean loss of a batch for a teacher whose answers are ranked already, a scalar; checks no argument.
+
+        Args:
+            features, weight, bias, labels: as for the loss itself.
+            targets: of consecutive chunks of items, at the temperature, to the depth ``sampler.rank_depth``.
+        """
         with torch.no_grad():
-            sample = self.sampler.sample(self._ranked(chunks, features.device, check_values), labels)
+            sample = self.sampler.sample(targets, labels)
         ids = sample.item_ids, sample.tail_ids
         logits = sampled_logits(features, weight, bias, *ids, self.row_sparse_head, sample.updates)
         loss, _, divergence = sampled_loss(logits, sample, self.temperature, self.hard_label_weight)
