@@ -70,7 +70,7 @@ def head_is_known(name: str) -> Iterator[None]:
 
 
 def bodiless(shape: Shape, dtype: torch.dtype) -> nn.Module:
-    """A language model without layers: an embedding, a norm and the head."""
+    """A language model without layers: a frozen embedding, a norm and the head."""
     config = LlamaConfig(
         vocab_size=shape.num_classes,
         hidden_size=shape.num_features,
@@ -82,12 +82,14 @@ def bodiless(shape: Shape, dtype: torch.dtype) -> nn.Module:
     torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda"):
-            return LlamaForCausalLM(config)
+            model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(torch.float32)
+    model.get_input_embeddings().requires_grad_(False)  # its gradient would be larger than all that the head needs
+    return model
 
 
-def of_given(shape: Shape, counts: Counts, row_sparse: bool, mode: str) -> None:
+def of_given(shape: Shape, counts: Counts, row_sparse: bool, mode: str) -> dict[str, float]:
     """A step of DISLoss, or of the loss on all classes, with the teacher's logits given in bfloat16."""
     features = torch.empty(shape.num_items, shape.num_features, device="cuda", requires_grad=True)
     weight = nn.Parameter(torch.empty(shape.num_classes, shape.num_features, device="cuda"))
@@ -104,17 +106,18 @@ def of_given(shape: Shape, counts: Counts, row_sparse: bool, mode: str) -> None:
                 loss = exact_head_loss(features, weight, None, lambda: [logits], labels, 1.0, 0.5)[0].mean()
             else:
                 loss = dis_loss(features, weight, None, logits, labels)
-        loss.backward()
+        measured = measure(counts, loss, weight, mode)
         finish([weight], optimizer)
         features.grad = None
+    return measured
 
 
-def of_student(shape: Shape, counts: Counts, row_sparse: bool, targets: str, mode: str) -> None:
+def of_student(shape: Shape, counts: Counts, row_sparse: bool, targets: str, mode: str) -> dict[str, float]:
     """A step of a Distiller, with a teacher beside the student or a cache of its targets."""
     student = bodiless(shape, torch.float32).train()
     teacher = bodiless(shape, torch.bfloat16) if targets == "online" else bodiless(tiny(shape), torch.bfloat16)
     distiller = distiller_of(student, teacher, shape, row_sparse, targets, mode)
-    parameters = list(student.parameters())
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = optimizer_of(parameters, mode)
     batch, positions = batch_of(shape, distiller)
     options = {"check_values": False, "positions": positions, "holds_logits": False}
@@ -122,9 +125,18 @@ def of_student(shape: Shape, counts: Counts, row_sparse: bool, targets: str, mod
         counts.start()
         with torch.autocast("cuda", torch.bfloat16), distiller.step(batch, **options) as step:
             loss, _ = step.loss(student(**step.inputs))
-            loss = loss.sum() / shape.num_items
-            loss.backward()
+            measured = measure(counts, loss.sum() / shape.num_items, student.lm_head.weight, mode)
         finish(parameters, optimizer)
+    return measured
+
+
+def measure(counts: Counts, loss: Tensor, weight: nn.Parameter, mode: str) -> dict[str, float]:
+    """Runs backward; the peak beyond the gradient of W, and the bytes moved by the loss and all gradients, in GB."""
+    forward = counts.peak() if mode == "sampled" else 0  # an exact forward computes the gradient of W
+    loss.backward()
+    rows = counts.sizes["tolist"][0] if weight.grad.is_sparse else len(weight)  # a fake sparse tensor holds nothing
+    peak = max(forward, counts.peak() - rows * weight[0].nbytes)
+    return {"peak_gb": round(peak / 1e9, 3), "moved_gb": round(sum(counts.moved.values()) / 1e9, 2)}
 
 
 def tiny(shape: Shape) -> Shape:
@@ -188,9 +200,9 @@ def count(
     obstacle = None if kernels == "triton" else "only torch is counted"
     with mock.patch("hf_dis.kernels.obstacle", lambda device: obstacle), fake_cuda(sizes) as counts:
         if targets == "given":
-            of_given(shape, counts, row_sparse, mode)
+            measured = of_given(shape, counts, row_sparse, mode)
         else:
-            of_student(shape, counts, row_sparse and mode == "sampled", targets, mode)
+            measured = of_student(shape, counts, row_sparse and mode == "sampled", targets, mode)
         return {
             "shape": shape.name,
             "targets": targets,
@@ -198,8 +210,7 @@ def count(
             "kernels": kernels,
             "launches": sum(counts.launches.values()),
             "waits": sum(counts.waits.values()),
-            "peak_gb": round(counts.peak() / 1e9, 3),
-            "moved_gb": round(sum(counts.moved.values()) / 1e9, 2),
+            **measured,
         }
 
 

@@ -13,12 +13,22 @@ from hf_dis.sampling import sampler as sampling
 
 # Launches of a step, with torch alone and with Triton's kernels: a change that needs more has to say so here.
 LAUNCHES = {
-    ("lm", "given"): (615, 415),
-    ("lm", "cached"): (500, 400),
-    ("lm", "online"): (1100, 845),
-    ("classifier", "given"): (720, 525),
-    ("classifier", "cached"): (575, 475),
-    ("classifier", "online"): (1090, 835),
+    ("lm", "given"): (525, 325),
+    ("lm", "cached"): (435, 335),
+    ("lm", "online"): (870, 600),
+    ("classifier", "given"): (605, 405),
+    ("classifier", "cached"): (510, 410),
+    ("classifier", "online"): (865, 595),
+}
+# Gigabytes beyond inputs, weights and the gradient of W, with Triton's kernels, and gigabytes moved before the
+# optimizer's step.
+GIGABYTES = {
+    ("lm", "given"): (0.43, 12),
+    ("lm", "cached"): (0.35, 9),
+    ("lm", "online"): (0.35, 23),
+    ("classifier", "given"): (0.3, 8),
+    ("classifier", "cached"): (0.05, 5),
+    ("classifier", "online"): (0.3, 22),
 }
 WAITS = 1  # for the number of distinct classes
 
@@ -30,6 +40,9 @@ def test_launches_and_waits(shape, targets, kernels):
     record = count(SHAPES[shape], targets, kernels=kernels)
     assert record["launches"] <= LAUNCHES[shape, targets][KERNELS.index(kernels)]
     assert record["waits"] <= WAITS
+    if kernels == "triton":
+        peak, moved = GIGABYTES[shape, targets]
+        assert record["peak_gb"] <= peak and record["moved_gb"] <= moved
 
 
 @pytest.mark.parametrize("targets", TARGETS_KINDS)
@@ -49,8 +62,7 @@ def test_an_exact_step_holds_blocks_only(shape):
     """Of a language model at most 1.5 GB beyond the gradient of W; one wait, as the loss is a mean."""
     shape = SHAPES[shape]
     record = count(shape, "given", mode="exact")
-    gradients_gb = (shape.num_classes + shape.num_items) * shape.num_features * 4 / 1e9
-    assert 0.5 < record["peak_gb"] - gradients_gb < (1.5 if shape.is_lm else 2.1)
+    assert 0.5 < record["peak_gb"] < (1.5 if shape.is_lm else 2.1)
     assert record["launches"] <= 4800 and record["waits"] <= 1
 
 
