@@ -11,6 +11,7 @@ from hf_dis.checks import require, require_number
 PROPOSALS = ("dis", "teacher", "uniform", "topk")
 DESIGNS = ("pps", "replacement")
 HEAD_MODES = ("auto", "sampled", "exact")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -143,6 +144,36 @@ class SamplerSpec:
         )
 
 
+def check_divergence(divergence: str, jsd_beta: float | None = None, skew_alpha: float | None = None) -> None:
+    """Checks the settings that choose a divergence.
+
+    Args:
+        divergence, jsd_beta, skew_alpha: as for :class:`DISArguments`.
+
+    Raises:
+        TypeError: if ``jsd_beta`` or ``skew_alpha`` is neither a number nor None.
+        ValueError: if a value is outside its range, or is given beside another divergence than its own.
+    """
+    require(divergence in DIVERGENCES, "divergence", divergence, f"one of {', '.join(DIVERGENCES)}")
+    for name, value, its_own in (("jsd_beta", jsd_beta, "jsd"), ("skew_alpha", skew_alpha, "skew_kl")):
+        if value is None:
+            continue
+        require_number(name, value, float)
+        require(
+            divergence == its_own,
+            name,
+            value,
+            f"None with divergence={divergence!r}, which does not read it; set divergence={its_own!r} to use it",
+        )
+        limits = "0.5 is usual; for the limits 0 and 1 set 'forward_kl' and 'reverse_kl'"
+        require(
+            0 < value < 1,
+            name,
+            value,
+            f"in (0, 1), both excluded; {limits if its_own == 'jsd' else '0.1 is usual'}",
+        )
+
+
 def _of_spec(name: str) -> Any:
     """A field of :class:`SamplerSpec` with the default and the help text that it has there."""
     found = SamplerSpec.__dataclass_fields__[name]
@@ -154,8 +185,14 @@ class DISArguments:
     """Settings of the method, for any host: the fields of :class:`SamplerSpec` and those below.
 
     Args:
-        temperature: τ > 0, divides the logits of teacher and student; the loss carries τ² (arXiv 1503.02531).
+        temperature: τ > 0, divides the logits of teacher and student.
         hard_label_weight: λ in [0, 1]; loss = (1 - λ) KD + λ CE. Without labels there is no CE.
+        divergence: of the student s from the teacher p. ``"forward_kl"``: KL(p ‖ s). ``"reverse_kl"``: KL(s ‖ p).
+            ``"jsd"``: the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649). ``"skew_kl"``: the skew KL
+            of DistiLLM (arXiv 2402.03898). See docs/divergences.md.
+        jsd_beta: β in (0, 1) of ``"jsd"``, the teacher's share of the mixture. None: 0.5.
+        skew_alpha: α in (0, 1) of ``"skew_kl"``, the teacher's share of the mixture. None: 0.1.
+        scale_by_temperature: multiply the divergence by τ², so that the size of its gradient does not depend on τ.
         head_mode: ``"sampled"``, ``"exact"`` (every logit), or ``"auto"``: both are timed at set-up, and sampled is
             taken where it is clearly faster (:mod:`hf_dis.autotune`).
         head_name: the output head among ``model.named_modules()``, where it is not found automatically; two names
@@ -174,10 +211,20 @@ class DISArguments:
         ValueError: if a value is outside its range, or two values exclude each other.
     """
 
-    temperature: float = _setting(2.0, "Divides the logits of teacher and student; above 0. The loss has its square.")
+    temperature: float = _setting(2.0, "Divides the logits of teacher and student; above 0.")
     hard_label_weight: float = _setting(
         0.1, "Share of cross-entropy in the loss, within [0, 1]; the rest is distillation."
     )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = _setting(
+        "forward_kl", "The divergence of the student from the teacher."
+    )
+    jsd_beta: float | None = _setting(
+        None, "The teacher's share of the mixture in divergence 'jsd', in (0, 1); if not given 0.5."
+    )
+    skew_alpha: float | None = _setting(
+        None, "The teacher's share of the mixture in divergence 'skew_kl', in (0, 1); if not given 0.1."
+    )
+    scale_by_temperature: bool = _setting(True, "Multiply the divergence by the square of the temperature.")
     num_sampled_classes: int | None = _of_spec("num_sampled_classes")
     num_shared_classes: int | None = _of_spec("num_shared_classes")
     num_tails: int | None = _of_spec("num_tails")
@@ -210,6 +257,7 @@ class DISArguments:
             require_number("head_learning_rate", self.head_learning_rate, float)
         require(0 < self.temperature < inf, "temperature", self.temperature, "above 0 and finite; 1 to 4 is usual")
         require(0 <= self.hard_label_weight <= 1, "hard_label_weight", self.hard_label_weight, "within [0, 1]")
+        check_divergence(self.divergence, self.jsd_beta, self.skew_alpha)
         require(self.head_mode in HEAD_MODES, "head_mode", self.head_mode, f"one of {', '.join(HEAD_MODES)}")
         require(
             0 <= self.exact_warmup_steps < 1 or self.exact_warmup_steps % 1 == 0 < self.exact_warmup_steps < inf,

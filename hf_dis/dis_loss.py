@@ -11,10 +11,11 @@ from torch import Tensor
 from hf_dis.checks import require
 from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.items import check_labels
+from hf_dis.loss.f_divergence import make_divergence
 from hf_dis.loss.sampled import sampled_loss
 from hf_dis.sampling.sample import Statistics
 from hf_dis.sampling.sampler import ClassSampler
-from hf_dis.teacher.targets import TeacherTargets, check_teacher_logits
+from hf_dis.teacher.targets import TeacherTargets, check_support, check_teacher_logits
 
 
 class DISLoss:
@@ -29,9 +30,11 @@ class DISLoss:
             :func:`hf_dis.distributed.sums.sum_over_processes` does.
         row_sparse_head: give weight and bias sparse gradients, which hold the sampled rows only; for
             :class:`hf_dis.RowSparseAdamW`. ``DistributedDataParallel`` cannot reduce sparse gradients.
+        divergence, jsd_beta, skew_alpha, scale_by_temperature: as for :class:`hf_dis.DISArguments`.
 
     Raises:
-        ValueError: if ``temperature`` or ``hard_label_weight`` is out of range.
+        TypeError: if ``jsd_beta`` or ``skew_alpha`` is neither a number nor None.
+        ValueError: if a value is out of range, or does not belong to the divergence.
 
     Example::
 
@@ -47,11 +50,16 @@ class DISLoss:
         hard_label_weight: float = 0.1,
         reduce: Callable[[Statistics], Statistics] | None = None,
         row_sparse_head: bool = False,
+        divergence: str = "forward_kl",
+        jsd_beta: float | None = None,
+        skew_alpha: float | None = None,
+        scale_by_temperature: bool = True,
     ):
         require(0 < temperature < inf, "temperature", temperature, "above 0 and finite; 1 to 4 is usual")
         require(0 <= hard_label_weight <= 1, "hard_label_weight", hard_label_weight, "within [0, 1]")
         self.sampler, self.temperature, self.hard_label_weight = sampler, temperature, hard_label_weight
         self.reduce, self.row_sparse_head = reduce, row_sparse_head
+        self.divergence = make_divergence(divergence, jsd_beta, skew_alpha, scale_by_temperature)
         self._has_checked_values = False
 
     def __call__(
@@ -72,7 +80,7 @@ class DISLoss:
 
         Raises:
             ValueError: if sampler, head and teacher have different numbers of classes or are on different devices,
-                labels are outside 0..C-1, or a shape is another one.
+                labels are outside 0..C-1, a shape is another one, or the teacher masks classes under the reverse KL.
             FloatingPointError: if the teacher's logits hold NaN or Inf. On an accelerator, where a check of values
                 waits for the device, teacher and labels are checked in the first batch only.
         """
@@ -110,8 +118,8 @@ class DISLoss:
             sample = self.sampler.sample(targets, labels)
         ids = sample.item_ids, sample.tail_ids
         logits = sampled_logits(features, weight, bias, *ids, self.row_sparse_head, sample.updates)
-        loss, _, divergence = sampled_loss(logits, sample, self.temperature, self.hard_label_weight)
-        self.sampler.learn(sample, divergence.signal, self.reduce)
+        loss, _, result = sampled_loss(logits, sample, self.temperature, self.hard_label_weight, self.divergence)
+        self.sampler.learn(sample, result.signal, self.reduce)
         return loss.sum() / max(1, len(features))
 
     def _check_devices(self, device: torch.device, **given: Tensor | None) -> None:
@@ -126,6 +134,8 @@ class DISLoss:
         for logits in chunks:
             self._check_devices(device, teacher_logits=logits)
             check_teacher_logits(logits, self.sampler.proposal.num_classes, first_item, check_finite)
+            if check_finite and self.divergence.needs_full_support:
+                check_support(logits, first_item)
             first_item += len(logits)
             yield TeacherTargets(logits, self.temperature, self.sampler.rank_depth)
             del logits  # the next chunk may be computed without this one in memory

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
 from hf_dis.items import Items
-from hf_dis.loss.divergence import mix, sampled_forward_kl
+from hf_dis.loss.divergence import mix
 from hf_dis.loss.exact import ExactTerms, LogitsLoss, Losses, Objective, exact_losses
 from hf_dis.loss.exact_head import HeadInput, HeadLoss
 from hf_dis.loss.sampled import sampled_loss
@@ -128,7 +128,7 @@ class WarmupStep(ExactStep):
         targets = distiller.teacher(request.teacher_inputs, self.items, request.check_values)
         self.sample = distiller.sampler.sample(_added(exact, targets), self.items.labels)
         logits = self._sampled_logits(outputs)
-        self.result = sampled_forward_kl(logits, self.sample, distiller.arguments.temperature)
+        self.result = distiller.divergence.sampled(logits, self.sample, distiller.arguments.temperature)
         distiller.sampler.learn(self.sample, self.result.signal, distiller.reduce)
         return distiller.with_router_loss(*exact.result(), outputs)
 
@@ -180,7 +180,7 @@ class SampledStep:
         """
         distiller, settings = self.distiller, self.distiller.arguments
         loss, terms, self.result = sampled_loss(
-            outputs.logits, self.sample, settings.temperature, settings.hard_label_weight
+            outputs.logits, self.sample, settings.temperature, settings.hard_label_weight, distiller.divergence
         )
         distiller.sampler.learn(self.sample, self.result.signal, distiller.reduce)
         return distiller.with_router_loss(loss, terms, outputs)

@@ -1,12 +1,16 @@
-"""The divergence of the student from the teacher, on sampled classes and on all of them. Pure functions of tensors.
+"""The divergence of the student from the teacher, on sampled classes and on all of them.
 
-All return one value per item, in float32 or wider. All carry the factor τ² of Hinton et al. (arXiv 1503.02531), so
-that the size of the gradient does not depend on the temperature.
+All losses are per item, in float32 or wider. By default they carry the factor τ² of Hinton et al. (arXiv 1503.02531),
+so that the size of the gradient does not depend on the temperature. Below, p and s are the probabilities of teacher
+and student at the temperature τ, and u = z/τ are the student's scaled logits.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +20,17 @@ from hf_dis.kernels import uses_triton
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.targets import block_items, widen
 
+# Loss [N], and signal, log s and gradient on the logits, [N, R + K_t] each.
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 class SampledLoss(NamedTuple):
     """A divergence estimated from sampled classes.
 
     Attributes:
         loss: per item, ``[N]``, differentiable once in the logits.
-        signal: s - p at every column, ``[N, R + K_t]``, without gradient; up to the factor τ the gradient dL/dz of
-            exact distillation.
+        signal: the gradient dL/dz of exact distillation at every column, up to a factor, ``[N, R + K_t]``, without
+            gradient; s - p for the forward KL.
         log_student: log s at every column, ``[N, R + K_t]``, without gradient.
     """
 
@@ -32,32 +39,80 @@ class SampledLoss(NamedTuple):
     log_student: Tensor
 
 
-def sampled_forward_kl(logits: Tensor, sample: ClassSample, temperature: float) -> SampledLoss:
-    """τ² KL(p ‖ s), estimated from the sampled classes.
-
-    ``τ² (Σ p̂ (log p - z/τ) + log Ẑ)`` with ``log Ẑ = logsumexp(z/τ + log ω)``. The normaliser makes the estimate
-    consistent, not unbiased: its bias falls as 1/K. With all classes sampled for certain it is the exact loss.
+@dataclass(frozen=True)
+class Divergence(ABC):
+    """A divergence of the student from the teacher.
 
     Args:
-        logits: the student's, of the sampled classes, ``[N, R + K_t]``.
-        sample: the classes, their weights and the teacher's answers.
-        temperature: τ > 0, the temperature of the sample.
+        scale_by_temperature: multiply loss and gradient by τ².
+
+    Attributes:
+        name: as ``divergence`` of :class:`hf_dis.DISArguments`.
+        needs_all_teacher_probs: the loss reads the teacher's probability of every class it computes, so that a cache,
+            which stores some probabilities, cannot serve it.
+        needs_full_support: the loss is infinite where the teacher gives a class the probability 0.
     """
-    return SampledLoss(
-        *_SampledForwardKL.apply(logits, sample.log_weights, sample.log_probs, sample.target, temperature)
-    )
+
+    scale_by_temperature: bool = True
+
+    name: ClassVar[str]
+    needs_all_teacher_probs: ClassVar[bool] = True
+    needs_full_support: ClassVar[bool] = False
+
+    def sampled(self, logits: Tensor, sample: ClassSample, temperature: float) -> SampledLoss:
+        """Estimates the loss of every item from the sampled classes.
+
+        Args:
+            logits: the student's, of the sampled classes, ``[N, R + K_t]``.
+            sample: the classes, their weights and the teacher's answers.
+            temperature: τ > 0, the temperature of the sample.
+        """
+        given = sample.log_weights, sample.log_probs, sample.target
+        loss, signal, log_student = _Sampled.apply(logits, *given, temperature, self._results)
+        return SampledLoss(loss if self.scale_by_temperature else loss / temperature**2, signal, log_student)
+
+    def exact(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Computes the loss of every item over all classes, and its gradient on the student's logits.
+
+        Args:
+            logits: the student's, ``[n, C]``, float32 or wider.
+            teacher_logits: ``[n, C]``, of the type of the student's.
+            temperature: τ > 0.
+
+        Returns:
+            the loss ``[n]`` and the gradient ``[n, C]``.
+        """
+        return self.scaled(*self._exact(logits, teacher_logits, temperature), temperature)
+
+    def scaled(self, loss: Tensor, gradient: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Takes the factor τ² out of a loss and its gradient, in place, unless the divergence has this factor.
+
+        Args:
+            loss: with the factor, ``[n]``.
+            gradient: with the factor, ``[n, C]``.
+            temperature: τ > 0.
+        """
+        if self.scale_by_temperature:
+            return loss, gradient
+        return loss.div_(temperature**2), gradient.div_(temperature**2)
+
+    @abstractmethod
+    def _results(
+        self, logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
+    ) -> Results:
+        """Loss, signal, log s and gradient on sampled classes, with the factor τ²."""
+
+    @abstractmethod
+    def _exact(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Loss and gradient on all classes, with the factor τ²."""
 
 
-class _SampledForwardKL(torch.autograd.Function):
+class _Sampled(torch.autograd.Function):
     """Loss and gradient in one pass."""
 
     @staticmethod
-    def forward(ctx, logits, log_weights, log_probs, target, temperature):
-        if uses_triton(logits.device):
-            from hf_dis.loss.triton_sampled import forward_kl
-        else:
-            forward_kl = _forward_kl
-        loss, signal, log_student, gradient = forward_kl(logits, log_weights, log_probs, target, temperature)
+    def forward(ctx, logits, log_weights, log_probs, target, temperature, results):
+        loss, signal, log_student, gradient = results(logits, log_weights, log_probs, target, temperature)
         ctx.dtype = logits.dtype
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(signal, log_student)
@@ -67,25 +122,63 @@ class _SampledForwardKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):
         (gradient,) = ctx.saved_tensors
-        return (grad[:, None] * gradient).to(ctx.dtype), None, None, None, None
+        return (grad[:, None] * gradient).to(ctx.dtype), None, None, None, None, None
 
 
-def _forward_kl(
-    logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, signal, log s and gradient by blocks of items: intermediate tensors have the size of a block."""
-    size = block_items(logits)
-    parts = zip(*(tensor.split(size) for tensor in (logits, log_weights, log_probs, target)), strict=True)
-    blocks = [_forward_kl_block(*part, temperature) for part in parts]
-    return blocks[0] if len(blocks) == 1 else tuple(torch.cat(results) for results in zip(*blocks, strict=True))
+def by_blocks(results: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Computes results by blocks of items and joins them: intermediate tensors have the size of a block.
+
+    Args:
+        results: a function of the blocks' tensors.
+        *tensors: ``[N, K]`` each.
+    """
+    size = block_items(tensors[0])
+    blocks = [results(*part) for part in zip(*(tensor.split(size) for tensor in tensors), strict=True)]
+    return blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(p ‖ s), the divergence of Hinton et al. (arXiv 1503.02531): the student covers all that the teacher does.
+
+    Estimate: ``Σ p̂ (log p - u) + log Ẑ`` with ``log Ẑ = logsumexp(u + log ω)``. The normaliser makes the estimate
+    consistent, not unbiased: its bias falls as 1/K. With all classes sampled for certain it is the exact loss.
+    """
+
+    name: ClassVar[str] = "forward_kl"
+    needs_all_teacher_probs: ClassVar[bool] = False
+
+    def _results(
+        self, logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
+    ) -> Results:
+        if uses_triton(logits.device):
+            from hf_dis.loss.triton_sampled import forward_kl
+
+            return forward_kl(logits, log_weights, log_probs, target, temperature)
+
+        def block(*tensors: Tensor) -> Results:
+            return _forward_kl_block(*tensors, temperature)
+
+        return by_blocks(block, logits, log_weights, log_probs, target)
+
+    def _exact(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return exact_forward_kl(logits, teacher_logits, temperature)
+
+
+# The default, with the factor τ².
+FORWARD_KL = ForwardKL()
+
+
+def sampled_forward_kl(logits: Tensor, sample: ClassSample, temperature: float) -> SampledLoss:
+    """τ² KL(p ‖ s), estimated from the sampled classes as :meth:`Divergence.sampled` does."""
+    return FORWARD_KL.sampled(logits, sample, temperature)
 
 
 def _forward_kl_block(
     logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scaled = _above_minus_inf(widen(logits) / temperature)
-    log_student = scaled - (scaled + log_weights).logsumexp(1, keepdim=True)
-    loss = temperature**2 * (target * (_above_minus_inf(log_probs) - log_student)).sum(1)
+) -> Results:
+    log_student = sampled_log_softmax(logits, log_weights, temperature)
+    loss = temperature**2 * (target * (above_minus_inf(log_probs) - log_student)).sum(1)
     signal = log_student.exp() - log_probs.exp()
     # τ (ω s - p̂): the target sums to one.
     gradient = (log_student + log_weights).exp_().sub_(target).mul_(temperature)
@@ -103,8 +196,8 @@ def exact_forward_kl(logits: Tensor, teacher_logits: Tensor, temperature: float)
     Returns:
         the loss ``[n]`` and the gradient ``[n, C]``.
     """
-    log_student = _log_softmax(logits, temperature)
-    log_teacher = _log_softmax(teacher_logits, temperature)
+    log_student = log_softmax(logits, temperature)
+    log_teacher = log_softmax(teacher_logits, temperature)
     teacher = log_teacher.exp()
     loss = temperature**2 * log_teacher.sub_(log_student).mul_(teacher).sum(1)  # autocast would round a product
     gradient = log_student.exp_().sub_(teacher).mul_(temperature)
@@ -126,7 +219,7 @@ def sparse_forward_kl(
     Returns:
         ``τ² Σ p̂ (log p - log s)``, ``[n]``, and the gradient ``[n, C]``.
     """
-    log_student = _log_softmax(logits, temperature)
+    log_student = log_softmax(logits, temperature)
     loss = temperature**2 * (target * (log_probs - log_student.gather(1, ids))).sum(1)
     gradient = log_student.exp_().scatter_add_(1, ids, -target.to(log_student.dtype)).mul_(temperature)
     return loss, gradient.masked_fill_(logits.isneginf(), 0)
@@ -139,10 +232,23 @@ def mix(distillation: Tensor, cross_entropy: Tensor | None, hard_label_weight: f
     return (1 - hard_label_weight) * distillation + hard_label_weight * cross_entropy
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return _above_minus_inf((logits / temperature).log_softmax(1))
+def sampled_log_softmax(logits: Tensor, log_weights: Tensor, temperature: float) -> Tensor:
+    """log s at sampled classes, ``[n, K]``, with the normaliser estimated from these classes.
+
+    Args:
+        logits: of the sampled classes, ``[n, K]``.
+        log_weights: log ω, ``[n, K]``.
+        temperature: τ > 0.
+    """
+    scaled = above_minus_inf(widen(logits) / temperature)
+    return scaled - (scaled + log_weights).logsumexp(1, keepdim=True)
 
 
-def _above_minus_inf(values: Tensor) -> Tensor:
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / τ) over all classes, ``[n, C]``, above minus infinity."""
+    return above_minus_inf((logits / temperature).log_softmax(1))
+
+
+def above_minus_inf(values: Tensor) -> Tensor:
     """Replaces the -inf of masked classes by the lowest number, so that 0 · log 0 is 0 and not NaN."""
     return values.clamp_min(torch.finfo(values.dtype).min)

@@ -14,7 +14,7 @@ from hf_dis.items import Items
 from hf_dis.models.provenance import stored_values
 from hf_dis.models.tasks import base_model, find_task, num_outputs
 from hf_dis.teacher.stream import LogitStream
-from hf_dis.teacher.targets import BLOCKS_OF_CHUNK, TeacherTargets, check_teacher_logits
+from hf_dis.teacher.targets import BLOCKS_OF_CHUNK, TeacherTargets, check_support, check_teacher_logits
 
 
 class OnlineTeacher:
@@ -29,6 +29,7 @@ class OnlineTeacher:
         depth: m, the ranks to resolve.
         chunk_items: items per chunk; None: as :func:`hf_dis.teacher.targets.chunk_items` chooses for the device.
         context: entered around each forward; ``accelerator.autocast`` for mixed precision.
+        may_mask: classes may have the probability 0.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class OnlineTeacher:
         depth: int,
         chunk_items: int | None = None,
         context: Callable[[], AbstractContextManager] = nullcontext,
+        may_mask: bool = True,
     ):
         self.model = model.eval().requires_grad_(False)
         self.num_classes, self.temperature, self.depth = num_classes, temperature, depth
+        self.may_mask = may_mask
         self.num_outputs = _num_outputs(model) or num_classes
         self.stream = LogitStream(model, self.num_outputs, chunk_items, context)
 
@@ -78,14 +81,18 @@ class OnlineTeacher:
             check_values: look for NaN and Inf; on an accelerator this waits for the device.
 
         Raises:
-            ValueError: if the logits have another number of columns than the model has classes.
+            ValueError: if the logits have another number of columns than the model has classes, or mask classes that
+                the student has, unless the teacher may.
             FloatingPointError: if the logits hold NaN or Inf; names the items.
         """
         first_item = 0
         for logits in self.stream(inputs, items):
             check_teacher_logits(logits, self.num_outputs, first_item, check_values)
+            logits = logits[:, : self.num_classes]
+            if check_values and not self.may_mask:
+                check_support(logits, first_item)
             first_item += len(logits)
-            yield logits[:, : self.num_classes]
+            yield logits
             del logits
 
 

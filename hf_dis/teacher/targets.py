@@ -199,6 +199,26 @@ def log_probs(logits: Tensor, log_normaliser: Tensor, temperature: float) -> Ten
     return widen(logits) / temperature - log_normaliser
 
 
+def check_support(logits: Tensor, first_item: int = 0) -> None:
+    """Checks that a teacher gives every class a probability above 0; on an accelerator this waits for the device.
+
+    Args:
+        logits: of consecutive items, ``[n, C]``, without NaN and +Inf.
+        first_item: number of the first of these items in the batch.
+
+    Raises:
+        ValueError: if classes are masked, by -inf or by the lowest numbers of the type; names the items.
+    """
+    masked = logits.amin(1) < torch.finfo(logits.dtype).min / 2
+    if masked.any():
+        raise ValueError(
+            f"the teacher masks classes in items {(masked.nonzero()[:, 0] + first_item).tolist()[:20]} of the batch: "
+            "their logits are -inf, or as low as their type allows. divergence='reverse_kl' is infinite where the "
+            "teacher's probability is 0: set divergence to 'jsd' or 'skew_kl', or give masked classes a floor, for "
+            "example the item's highest logit minus 30"
+        )
+
+
 def check_teacher_logits(logits: Tensor, num_classes: int, first_item: int = 0, check_finite: bool = True) -> None:
     """Checks the answers of a teacher. Classes may be masked: their logits are -inf.
 
