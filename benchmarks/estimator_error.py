@@ -2,12 +2,16 @@
 
     python benchmarks/estimator_error.py --teacher runs/glyphs/teacher --json estimator_error.json
     python benchmarks/estimator_error.py --task lm --teacher runs/clm/_teacher --json estimator_error_lm.json
+    python benchmarks/estimator_error.py --task lm --teacher runs/clm/_teacher --divergence jsd --default_layout
 
 A student is distilled exactly, without labels: glyphs at temperature 2 in batches of 256, or the tokens of
 run_clm.py's texts at temperature 1 in batches of 512. At some steps each method samples classes many times for the
 same 128 images (512 tokens). error is E‖ĝ - g‖² / ‖g‖² of the gradient on the features, and error_head the same on the
 head's weights. bias2 is the part of error that no number of samples averages away. A method learns from its own
 samples at every training step; before step 0 it sees 20 batches of the untrained student.
+
+With --divergence another loss is distilled and estimated. With --default_layout every proposal is measured in the
+default layout alone, beside truncations to as many classes.
 
 With --device models and batches are on the device, in float32.
 """
@@ -22,7 +26,7 @@ from pathlib import Path
 
 import torch
 from common import header, machine, parse, parser, row, write
-from sampling_methods import Method, glyph_methods, lm_methods
+from sampling_methods import GLYPH_DEFAULT, LM_DEFAULT, Method, default_methods, glyph_methods, lm_methods
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import clm_task
 import glyph_task
 
-from hf_dis.head.sampled_linear import sampled_logits
-from hf_dis.loss.divergence import exact_forward_kl, sampled_forward_kl
-from hf_dis.loss.exact import exact_loss
+from hf_dis.arguments import DIVERGENCES
+from hf_dis.loss.divergence import FORWARD_KL, Divergence
+from hf_dis.loss.f_divergence import make_divergence
 
 WARM_UP_BATCHES = 20
 
@@ -53,6 +57,8 @@ class Task:
     steps: tuple[int, ...]
     num_samples: int
     methods: list[Method]
+    default_layout: tuple[int, ...]
+    divergence: Divergence = FORWARD_KL
 
 
 def glyphs(arguments: argparse.Namespace) -> Task:
@@ -82,6 +88,7 @@ def glyphs(arguments: argparse.Namespace) -> Task:
         steps=(0, 100, 480),
         num_samples=40,
         methods=glyph_methods(),
+        default_layout=GLYPH_DEFAULT,
     )
 
 
@@ -110,6 +117,7 @@ def lm(arguments: argparse.Namespace) -> Task:
         steps=(0, 40, 80, 160),
         num_samples=10,
         methods=lm_methods(),
+        default_layout=LM_DEFAULT,
     )
 
 
@@ -117,18 +125,14 @@ def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teache
     """Error and bias of one method on one batch, over many samples."""
     features = features.requires_grad_()
     weight, temperature = task.head.weight, task.temperature
-    exact_gradient = exact_forward_kl(logits, teacher_logits, temperature)[1] / len(logits)
-    signal = (logits / temperature).softmax(1) - (teacher_logits / temperature).softmax(1)
+    signal = task.divergence.exact(logits, teacher_logits, temperature)[1] / temperature
+    exact_gradient = temperature / len(logits) * signal
     reference = {"features": exact_gradient @ weight.detach(), "head": exact_gradient.T @ features.detach()}
     squared, by_item = dict.fromkeys(reference, 0.0), features.new_zeros(len(features))
     mean = {name: torch.zeros_like(value) for name, value in reference.items()}
-    repeats = 1 if method.proposal == "topk" else task.num_samples
+    repeats = 1 if method.design == "none" else task.num_samples
     for _ in range(repeats):
-        sample = method.sample(teacher_logits, signal, temperature)
-        ids = sample.item_ids, sample.tail_ids
-        columns = sampled_logits(features, weight, task.head.bias, *ids, updates=sample.updates)
-        loss = sampled_forward_kl(columns, sample, temperature).loss
-        gradients = torch.autograd.grad(loss.mean(), (features, weight))
+        gradients = method.gradients(task.head, features, teacher_logits, signal, temperature)
         for name, value in zip(reference, gradients, strict=True):
             squared[name] += float((value - reference[name]).square().sum()) / repeats
             mean[name] += value / repeats
@@ -137,7 +141,10 @@ def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teache
     bias2 = float((mean["features"] - reference["features"]).square().sum())
     if repeats > 1:  # the mean over finitely many samples still has some of the variance, which is no bias
         bias2 -= (squared["features"] - bias2) / (repeats - 1)
+    layout = method.sampled, method.shared, method.depth, method.tails
     return {
+        "divergence": task.divergence.name,
+        "default": (method.proposal, method.updated, layout) == ("dis", None, task.default_layout),
         "proposal": method.proposal,
         "design": method.design,
         "sampled": method.sampled,
@@ -159,6 +166,7 @@ def run(task: Task) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     for method in task.methods:
+        method.divergence = task.divergence
         method.build(task.head.out_features, task.head.weight.device)
     captured = {}
     task.head.register_forward_pre_hook(lambda module, args: captured.update(features=args[0].detach()))
@@ -186,8 +194,8 @@ def run(task: Task) -> list[dict]:
             method.learn(teacher_logits, logits.detach(), task.temperature)
         if step >= 0:
             optimizer.zero_grad()
-            loss, _ = exact_loss(logits, logits.shape[1], [teacher_logits], None, task.temperature, 0.0)
-            loss.mean().backward()
+            _, slope = task.divergence.exact(logits.detach(), teacher_logits, task.temperature)
+            logits.backward(slope / len(logits))
             optimizer.step()
     return records
 
@@ -235,9 +243,17 @@ def main() -> None:
     made.add_argument("--task", choices=["glyphs", "lm"], default="glyphs")
     made.add_argument("--teacher", type=Path, help="saved by run_glyphs.py or run_clm.py; glyphs: trained if missing")
     made.add_argument("--teacher_epochs", type=float, default=8.0)
+    made.add_argument("--divergence", choices=DIVERGENCES, default="forward_kl")
+    made.add_argument("--jsd_beta", type=float, help="of --divergence jsd")
+    made.add_argument("--default_layout", action="store_true", help="the default layout alone, beside truncations")
+    made.add_argument("--steps", type=int, nargs="+", help="steps at which the methods are measured")
     arguments = parse(made)
     print(machine(arguments.device))
     task = {"glyphs": glyphs, "lm": lm}[arguments.task](arguments)
+    task.divergence = make_divergence(arguments.divergence, arguments.jsd_beta)
+    if arguments.default_layout:
+        task.methods = default_methods(task.default_layout)
+    task.steps = tuple(arguments.steps or task.steps)
     task.teacher.eval()
     write(run(task), arguments.json, arguments.device)
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_dis import ClassSampler, SamplerSpec, make_sampler
-from hf_dis.head.sampled_linear import sampled_columns
-from hf_dis.loss.divergence import sampled_forward_kl
+from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
+from hf_dis.loss.divergence import FORWARD_KL, Divergence
 from hf_dis.sampling.proposal import Proposal
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.targets import TeacherTargets
 
 
 class OracleProposal(Proposal):
-    """q ∝ |s - p|, which needs every student logit; no proposal over ranks or classes can be much better."""
+    """q ∝ |dL/dz|, |s - p| for the forward KL, which needs every student logit.
+
+    No proposal over ranks or classes can be much better.
+    """
 
     def look(self, signal: Tensor, targets: TeacherTargets) -> None:
-        """Sees the whole ``s - p [N, C]`` of the items whose classes are sampled next."""
+        """Sees the whole signal ``[N, C]`` of the items whose classes are sampled next."""
         self.signal = signal.abs()
         self.outside_top = self.signal.scatter(1, targets.ids, 0)
 
@@ -42,6 +45,7 @@ class Method:
         sampled, shared, tails: K, K_t and G.
         depth: m; None resolves every rank.
         updated: U; None lets all sampled classes update the head.
+        divergence: of the student from the teacher.
         sampler: samples the classes, once :meth:`build` has run.
     """
 
@@ -52,6 +56,7 @@ class Method:
     depth: int | None = None
     tails: int = 1
     updated: int | None = None
+    divergence: Divergence = FORWARD_KL
     sampler: ClassSampler = field(init=False)
 
     def build(self, num_classes: int, device: torch.device) -> None:
@@ -83,7 +88,7 @@ class Method:
         return sampled if self.updated is None else min(sampled, num_items * self.updated)
 
     def sample(self, teacher_logits: Tensor, signal: Tensor, temperature: float) -> ClassSample:
-        """Samples classes for items, of which only the oracle sees the signal ``s - p [N, C]``."""
+        """Samples classes for items, of which only the oracle sees the signal ``[N, C]``."""
         targets = TeacherTargets(teacher_logits, temperature, self.sampler.rank_depth)
         if self.proposal == "oracle":
             self.sampler.proposal.look(signal, targets)
@@ -97,7 +102,76 @@ class Method:
     def learn_from(self, sample: ClassSample, logits: Tensor, temperature: float) -> None:
         """Lets the proposal learn from a sample and the student's logits ``[N, C]``."""
         columns = sampled_columns(logits, sample.item_ids, sample.tail_ids)
-        self.sampler.learn(sample, sampled_forward_kl(columns, sample, temperature).signal)
+        self.sampler.learn(sample, self.divergence.sampled(columns, sample, temperature).signal)
+
+    def gradients(
+        self, head: nn.Linear, features: Tensor, teacher_logits: Tensor, signal: Tensor, temperature: float
+    ) -> tuple[Tensor, ...]:
+        """The gradients of the mean loss on the features ``[N, d]`` and the head's weights ``[C, d]``."""
+        sample = self.sample(teacher_logits, signal, temperature)
+        ids = sample.item_ids, sample.tail_ids
+        columns = sampled_logits(features, head.weight, head.bias, *ids, updates=sample.updates)
+        loss = self.divergence.sampled(columns, sample, temperature).loss
+        return torch.autograd.grad(loss.mean(), (features, head.weight))
+
+
+@dataclass
+class Truncation(Method):
+    """The K likeliest classes of teacher or student as the whole, as in top-K distillation; ``proposal`` is its name.
+
+    The probabilities are those of a softmax over all classes, so that every logit is computed.
+
+    Attributes:
+        of_student: the classes are the student's likeliest ones, not the teacher's.
+        has_bucket: all other classes count as one; without this bucket both models are normalised over the K classes.
+    """
+
+    of_student: bool = False
+    has_bucket: bool = False
+
+    def build(self, num_classes: int, device: torch.device) -> None:
+        """Makes nothing: no class is sampled."""
+
+    def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
+        """Learns nothing."""
+
+    def gradients(
+        self, head: nn.Linear, features: Tensor, teacher_logits: Tensor, signal: Tensor, temperature: float
+    ) -> tuple[Tensor, ...]:
+        logits = head(features)
+        log_probs = [(values / temperature).log_softmax(1) for values in (logits, teacher_logits)]
+        ids = log_probs[0 if self.of_student else 1].topk(self.sampled, dim=1).indices
+        student, teacher = (self._shortened(values, ids) for values in log_probs)
+        # The shortened log-probabilities at temperature 1 have the loss of the whole ones, up to the factor τ².
+        _, slope = self.divergence.exact(student.detach(), teacher, 1.0)
+        slope *= temperature**2 / len(features)
+        return torch.autograd.grad(student, (features, head.weight), slope)
+
+    def _shortened(self, log_probs: Tensor, ids: Tensor) -> Tensor:
+        kept = log_probs.gather(1, ids)
+        if not self.has_bucket:
+            return kept
+        rest = (-kept.logsumexp(1, keepdim=True).clamp_max(-1e-7).expm1()).log()
+        return torch.cat([kept, rest], 1)
+
+
+def truncations(sampled: int) -> list[Method]:
+    """Truncations to K classes, of the teacher's and the student's likeliest, with and without a bucket."""
+    return [
+        Truncation(f"{name}{' and bucket' * bucket}", "none", sampled, of_student=student, has_bucket=bucket)
+        for student, name in ((False, "teacher's top"), (True, "student's top"))
+        for bucket in (False, True)
+    ]
+
+
+def default_methods(layout: tuple[int, ...]) -> list[Method]:
+    """Every proposal in one layout (K, K_t, m, G), and truncations to as many classes of an item."""
+    proposals = [Method(proposal, "pps", *layout) for proposal in ("dis", "teacher", "uniform", "oracle")]
+    return proposals + truncations(layout[0] + layout[1])
+
+
+# The layouts (K, K_t, m, G) that a Trainer takes if none is given.
+GLYPH_DEFAULT, LM_DEFAULT = (32, 512, 64, 4), (16, 1024, 16, 4)
 
 
 def lm_methods() -> list[Method]:
