@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -58,6 +58,12 @@ class Divergence(ABC):
     name: ClassVar[str]
     needs_all_teacher_probs: ClassVar[bool] = True
     needs_full_support: ClassVar[bool] = False
+
+    @property
+    def described(self) -> str:
+        """The name with its parameters, and the factor, for people to read."""
+        own = [f"{one.name} {getattr(self, one.name):g}" for one in fields(self) if one.name != "scale_by_temperature"]
+        return ", ".join([self.name, *own, "times τ²" if self.scale_by_temperature else "without the factor τ²"])
 
     def sampled(self, logits: Tensor, sample: ClassSample, temperature: float) -> SampledLoss:
         """Estimates the loss of every item from the sampled classes.

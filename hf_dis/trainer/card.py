@@ -156,6 +156,7 @@ def _settings(trainer: DISTrainerMixin) -> dict[str, Any]:
     return {
         "Classes (C)": distiller.num_classes,
         **sampled,
+        "Divergence": distiller.divergence.described,
         "Temperature": settings.temperature,
         "Weight of the hard labels": settings.hard_label_weight,
         "Head mode": distiller.mode,
