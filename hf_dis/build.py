@@ -18,6 +18,7 @@ from hf_dis.cache.reader import TeacherCache
 from hf_dis.distiller import Distiller
 from hf_dis.distributed.processes import of_first_process, process_index
 from hf_dis.head.check import check_row_sparse_head
+from hf_dis.loss.f_divergence import divergence_of
 from hf_dis.models.head_search import find_head_layers, find_heads
 from hf_dis.models.tasks import Task, find_task, num_outputs
 from hf_dis.models.vocabulary import shared_classes
@@ -113,6 +114,12 @@ def _count_classes(
             f"probe_steps is {arguments.probe_steps}, but a teacher_cache does not know every class: set probe_steps "
             "to 0, or pass teacher_model too"
         )
+    if caches != [None, None] and divergence_of(arguments).needs_all_teacher_probs:
+        raise ValueError(
+            f"divergence is {arguments.divergence!r}, and a cache of teacher targets was given: this divergence needs "
+            "the teacher's probability of every class that is computed, and a cache knows some of them. Pass a "
+            "teacher in place of teacher_cache and eval_teacher_cache, or set divergence='forward_kl'"
+        )
     counts = [
         check_cache(cache, student, width, task.is_lm, arguments.temperature, tokenizer)
         for cache in caches
@@ -140,7 +147,10 @@ def _teachers(
     if teacher is not None:
         check_separate(student, teacher)
         teacher, temperature = placed(teacher, device), arguments.temperature
-        online = OnlineTeacher(teacher, num_classes, temperature, sampler.rank_depth, context=context)
+        may_mask = not divergence_of(arguments).needs_full_support
+        online = OnlineTeacher(
+            teacher, num_classes, temperature, sampler.rank_depth, context=context, may_mask=may_mask
+        )
     stored, evaluation = (None if cache is None else cached_teacher(cache) for cache in caches)
     return {"teacher": stored or online, "online_teacher": online, "eval_teacher": evaluation}
 

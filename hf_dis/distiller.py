@@ -21,8 +21,8 @@ from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.head.check import check_head, splits_at_head
 from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items, check_labels, first_examples
-from hf_dis.loss.exact import Losses
-from hf_dis.loss.f_divergence import make_divergence
+from hf_dis.loss.f_divergence import divergence_of
+from hf_dis.loss.objective import Losses
 from hf_dis.models.columns import separate_columns
 from hf_dis.models.tasks import Task, base_model, find_items, split_labels
 from hf_dis.sampling.sample import Statistics
@@ -80,9 +80,7 @@ class Distiller:
         self.row_sparse, self.online_teacher, self.eval_teacher = row_sparse, online_teacher, eval_teacher
         self.student_stream, self.label_names, self.precision = student_stream, tuple(label_names), precision
         self.reduce = reduce
-        self.divergence = make_divergence(
-            arguments.divergence, arguments.jsd_beta, arguments.skew_alpha, arguments.scale_by_temperature
-        )
+        self.divergence = divergence_of(arguments)
         self.student_columns, self.teacher_columns = frozenset(), frozenset()
         if online_teacher is not None:
             self.student_columns, self.teacher_columns = separate_columns(student, online_teacher.model)

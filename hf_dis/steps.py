@@ -15,8 +15,9 @@ from torch import Tensor
 from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
 from hf_dis.items import Items
 from hf_dis.loss.divergence import mix
-from hf_dis.loss.exact import ExactTerms, LogitsLoss, Losses, Objective, exact_losses
+from hf_dis.loss.exact import ExactTerms, LogitsLoss, exact_losses
 from hf_dis.loss.exact_head import HeadInput, HeadLoss
+from hf_dis.loss.objective import Losses, Objective
 from hf_dis.loss.sampled import sampled_loss
 from hf_dis.models.head_features import head_features
 from hf_dis.report.diagnostics import probe, sample_quality
@@ -95,7 +96,11 @@ class ExactStep:
         """The loss on all classes, to which the teacher's answers are to be added."""
         distiller, settings = self.distiller, self.distiller.arguments
         objective = Objective(
-            distiller.num_classes, self.items.labels, settings.temperature, settings.hard_label_weight
+            distiller.num_classes,
+            self.items.labels,
+            settings.temperature,
+            settings.hard_label_weight,
+            distiller.divergence,
         )
         self._head_input = self._of_head()
         if self._head_input is None:
@@ -219,8 +224,7 @@ class EvaluationStep:
             self._held = distiller.head.hold(request.items)
 
     def loss(self, outputs: Any) -> tuple[Tensor, Losses]:
-        """The loss of every item ``[N]``; its terms ``kd_loss`` and ``ce_loss``, and ``kl``, the divergence at
-        temperature 1, as far as they are known.
+        """The loss of every item ``[N]``, and its terms as :func:`hf_dis.loss.exact.exact_losses` returns them.
 
         Raises:
             ValueError: if there are neither labels nor a teacher.
@@ -236,6 +240,7 @@ class EvaluationStep:
             self.items.labels,
             settings.temperature,
             with_kl=True,
+            divergence=distiller.divergence,
         )
         if not terms:
             raise ValueError(
@@ -284,5 +289,5 @@ def _probe(distiller: Distiller, request: Request, sample: ClassSample) -> dict[
     weight, bias = head.weight_and_bias()
     features = request.items.of(head_features(distiller.student, head.module, request.inputs))
     teacher = distiller.online_teacher.all_classes(request.teacher_inputs, request.items, check_values=False)
-    temperature = distiller.arguments.temperature
-    return probe(weight, bias, features, sample, teacher, temperature, stream.after_head._replace(bias=None))
+    temperature, after_head = distiller.arguments.temperature, stream.after_head._replace(bias=None)
+    return probe(weight, bias, features, sample, teacher, temperature, after_head, distiller.divergence)

@@ -19,7 +19,7 @@ from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.integrations import require
 from hf_dis.integrations.sft_checks import check_chat_template, check_config, check_text_only, check_trainer
 from hf_dis.loss.entropy import sampled_entropy
-from hf_dis.loss.exact import Losses
+from hf_dis.loss.objective import Losses
 from hf_dis.models.tasks import base_model
 from hf_dis.steps import SampledStep, Step, WarmupStep
 from hf_dis.trainer.mixin import DISTrainerMixin

@@ -13,36 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_dis.loss.cross_entropy import exact_cross_entropy
-from hf_dis.loss.divergence import exact_forward_kl, mix, sparse_forward_kl
+from hf_dis.loss.divergence import FORWARD_KL, Divergence
+from hf_dis.loss.objective import Answer, Losses, Objective, mixture, objective_losses
 from hf_dis.models.after_head import AfterHead
 from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.targets import block_items, widen
 
-Losses = dict[str, Tensor]
-
 # Logits that the passes of a loss take at a time on an accelerator: 32 MiB per intermediate tensor in float32.
 PASS_ELEMENTS = 2**23
-
-
-class Objective(NamedTuple):
-    """The loss of every item on all classes: (1 - λ) KD + λ CE.
-
-    Attributes:
-        num_classes: C; logits from C on have no part in the loss.
-        labels: class ids ``[N]``, or None.
-        temperature: τ > 0.
-        hard_label_weight: λ in [0, 1].
-    """
-
-    num_classes: int
-    labels: Tensor | None
-    temperature: float
-    hard_label_weight: float = 0.0
-
-
-# Stored targets by class ids, log-probabilities and target; logits; or no teacher.
-_Answer = tuple[Tensor, Tensor, Tensor] | Tensor | None
 
 
 class Block(NamedTuple):
@@ -148,7 +126,7 @@ class ExactTerms(ABC):
             )
         return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
 
-    def _passes(self, block: Block, first: int, answer: _Answer, size: int) -> None:
+    def _passes(self, block: Block, first: int, answer: Answer, size: int) -> None:
         """Computes the terms of items of a block in passes over some of them, and their gradient."""
         num_classes = self.objective.num_classes
         for part in slices(size, _pass_items(block.logits)):
@@ -156,7 +134,7 @@ class ExactTerms(ABC):
             rows = slice(here.start - block.items.start, here.stop - block.items.start)
             raw = block.logits[rows, :num_classes]
             values = widen(raw if self._after_head is None else self._after_head(raw))
-            losses, slope = _losses(values, _part(answer, part), self.objective, here, self._with_kl)
+            losses, slope = objective_losses(values, _part(answer, part), self.objective, here, self._with_kl)
             self._parts.append(losses)
             if block.slopes is not None:
                 block.slopes[rows, :num_classes] = self._slope(slope, values, here)
@@ -231,6 +209,7 @@ def exact_loss(
     labels: Tensor | None,
     temperature: float,
     hard_label_weight: float,
+    divergence: Divergence = FORWARD_KL,
 ) -> tuple[Tensor, Losses]:
     """The loss of every item on all classes, (1 - λ) KD + λ CE, differentiable once in the logits.
 
@@ -241,11 +220,12 @@ def exact_loss(
         labels: class ids ``[N]``, or None.
         temperature: τ > 0.
         hard_label_weight: λ in [0, 1].
+        divergence: KD.
 
     Returns:
         the loss ``[N]``, and its terms ``kd_loss`` and ``ce_loss`` ``[N]`` as far as there are any, without gradient.
     """
-    exact = LogitsLoss(logits, Objective(num_classes, labels, temperature, hard_label_weight))
+    exact = LogitsLoss(logits, Objective(num_classes, labels, temperature, hard_label_weight, divergence))
     exact.add_all(teacher)
     return exact.result()
 
@@ -270,6 +250,7 @@ def exact_losses(
     labels: Tensor | None,
     temperature: float,
     with_kl: bool = False,
+    divergence: Divergence = FORWARD_KL,
 ) -> Losses:
     """The terms of the loss of every item on all classes, without gradient.
 
@@ -278,20 +259,17 @@ def exact_losses(
         num_items: N.
         block_items: the most items that the student is asked for at a time.
         num_classes, teacher, labels, temperature: as for :func:`exact_loss`.
-        with_kl: add the divergence at temperature 1, as far as the teacher is known at that temperature.
+        with_kl: add KL(p ‖ s) and the divergence at temperature 1, as far as the teacher is known at that temperature.
+        divergence: KD.
 
     Returns:
-        ``kd_loss``, ``ce_loss`` and ``kl``, ``[N]`` each, as far as there are any.
+        ``kd_loss``, ``ce_loss``, ``kl`` and, with another divergence than the forward KL, the divergence under its
+        name, ``[N]`` each, as far as there are any.
     """
-    exact = _OfStudent(student, Objective(num_classes, labels, temperature), num_items, block_items, with_kl)
+    objective = Objective(num_classes, labels, temperature, divergence=divergence)
+    exact = _OfStudent(student, objective, num_items, block_items, with_kl)
     exact.add_all(teacher)
     return exact.terms()
-
-
-def mixture(terms: Losses, objective: Objective) -> Tensor:
-    """(1 - λ) KD + λ CE of the terms, or the one that there is, ``[N]``."""
-    kd, ce = terms.get("kd_loss"), terms.get("ce_loss")
-    return ce if kd is None else mix(kd, ce, objective.hard_label_weight)
 
 
 def slices(size: int, step: int) -> Iterator[slice]:
@@ -305,33 +283,7 @@ def _pass_items(logits: Tensor) -> int:
     return block_items(logits) if in_cache else max(1, PASS_ELEMENTS // max(1, logits.shape[1]))
 
 
-def _part(answer: _Answer, items: slice) -> _Answer:
+def _part(answer: Answer, items: slice) -> Answer:
     if isinstance(answer, tuple):
         return tuple(value[items] for value in answer)
     return None if answer is None else answer[items]
-
-
-def _losses(
-    logits: Tensor, answer: _Answer, objective: Objective, items: slice, with_kl: bool
-) -> tuple[Losses, Tensor | None]:
-    """The terms of some items, ``[n]``, and the gradient of their mixture, ``[n, C]``."""
-    losses, slopes = {}, []
-    if answer is not None:
-        losses["kd_loss"], slope = _forward_kl(logits, answer, objective.temperature)
-        slopes.append(slope)
-        if with_kl and objective.temperature == 1:
-            losses["kl"] = losses["kd_loss"]
-        elif with_kl and isinstance(answer, Tensor):
-            losses["kl"], _ = _forward_kl(logits, answer, 1.0)
-    if objective.labels is not None:
-        losses["ce_loss"], slope = exact_cross_entropy(logits, objective.labels[items])
-        slopes.append(slope)
-    if len(slopes) == 2:
-        return losses, slopes[0].lerp_(slopes[1], objective.hard_label_weight)
-    return losses, slopes[0] if slopes else None
-
-
-def _forward_kl(logits: Tensor, answer: _Answer, temperature: float) -> tuple[Tensor, Tensor]:
-    if isinstance(answer, tuple):
-        return sparse_forward_kl(logits, *answer, temperature)
-    return exact_forward_kl(logits, answer.to(logits.dtype), temperature)

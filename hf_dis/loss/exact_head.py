@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_dis.loss.exact import Block, ExactTerms, Losses, Objective, check_first_backward, mixture, slices
+from hf_dis.loss.divergence import FORWARD_KL, Divergence
+from hf_dis.loss.exact import Block, ExactTerms, check_first_backward, slices
+from hf_dis.loss.objective import Losses, Objective, mixture
 from hf_dis.models.after_head import AfterHead
 from hf_dis.precision import product_type
 from hf_dis.teacher.cached import CachedTargets
@@ -117,6 +119,7 @@ def exact_head_loss(
     labels: Tensor | None,
     temperature: float,
     hard_label_weight: float,
+    divergence: Divergence = FORWARD_KL,
 ) -> tuple[Tensor, Losses]:
     """The loss of every item on all classes, (1 - λ) KD + λ CE, differentiable once in features, weight and bias.
 
@@ -128,12 +131,13 @@ def exact_head_loss(
         labels: class ids ``[N]``, or None.
         temperature: τ > 0.
         hard_label_weight: λ in [0, 1].
+        divergence: KD.
 
     Returns:
         the loss ``[N]``, and its terms ``kd_loss`` and ``ce_loss`` ``[N]`` as far as there are any, without gradient.
     """
     head = HeadInput(features, weight, bias, product_type(features))
-    exact = HeadLoss(head, Objective(len(weight), labels, temperature, hard_label_weight), teacher)
+    exact = HeadLoss(head, Objective(len(weight), labels, temperature, hard_label_weight, divergence), teacher)
     exact.add_all(teacher())
     return exact.result()
 

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_dis.arguments import check_divergence
+from hf_dis.arguments import DISArguments, check_divergence
 from hf_dis.loss.divergence import (
     Divergence,
     ForwardKL,
@@ -165,6 +165,16 @@ def make_divergence(
     if name == "skew_kl":
         return SkewKL(scale_by_temperature, *([] if skew_alpha is None else [skew_alpha]))
     return (ForwardKL if name == "forward_kl" else ReverseKL)(scale_by_temperature)
+
+
+def divergence_of(arguments: DISArguments) -> Divergence:
+    """Makes the divergence that the settings choose.
+
+    Args:
+        arguments: the settings of the method.
+    """
+    given = arguments.jsd_beta, arguments.skew_alpha, arguments.scale_by_temperature
+    return make_divergence(arguments.divergence, *given)
 
 
 def _log_mixture(given: _Densities, of_teacher: float) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_dis.loss.cross_entropy import sampled_cross_entropy
 from hf_dis.loss.divergence import FORWARD_KL, Divergence, SampledLoss, mix
-from hf_dis.loss.exact import Losses
+from hf_dis.loss.objective import Losses
 from hf_dis.sampling.sample import ClassSample
 
 

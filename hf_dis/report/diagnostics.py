@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_dis.head.sampled_linear import sampled_logits
-from hf_dis.loss.divergence import SampledLoss, sampled_forward_kl
+from hf_dis.loss.divergence import FORWARD_KL, Divergence, SampledLoss
 from hf_dis.loss.exact import exact_loss
 from hf_dis.precision import widest
 from hf_dis.sampling.sample import ClassSample
@@ -66,6 +66,7 @@ def probe(
     teacher_logits: Iterable[Tensor],
     temperature: float,
     after_head: Callable[[Tensor], Tensor],
+    divergence: Divergence = FORWARD_KL,
 ) -> dict[str, Tensor]:
     """Compares the sampled distillation loss of a batch and its gradient on the features with exact distillation.
 
@@ -76,6 +77,7 @@ def probe(
         teacher_logits: ``[n, C]`` for consecutive chunks of the items; the exact loss is computed chunk by chunk.
         temperature: τ.
         after_head: maps the head's logits to the student's, element by element.
+        divergence: the distillation loss.
 
     Returns:
         scalars: ``exact_kd_loss`` and ``sampled_kd_loss``, means over items; ``cosine`` and ``relative_error``,
@@ -85,14 +87,14 @@ def probe(
         features = features.detach().to(weight.dtype).requires_grad_()
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         logits = after_head(sampled_logits(features, weight, bias, sample.item_ids, sample.tail_ids))
-        sampled = sampled_forward_kl(logits, sample, temperature).loss.mean()
+        sampled = divergence.sampled(logits, sample, temperature).loss.mean()
         (sampled_gradient,) = torch.autograd.grad(sampled, features)
         exact, exact_gradient, first = 0.0, torch.zeros_like(features), 0
         for chunk in teacher_logits:
             items = slice(first, first + len(chunk))
             part = features[items].detach().requires_grad_()
             logits = after_head(F.linear(part, weight, bias))
-            loss, _ = exact_loss(logits, chunk.shape[1], [chunk], None, temperature, 0.0)
+            loss, _ = exact_loss(logits, chunk.shape[1], [chunk], None, temperature, 0.0, divergence)
             loss = loss.sum() / len(features)
             (exact_gradient[items],) = torch.autograd.grad(loss, part)
             exact = exact + loss.detach()

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_dis.items import Items
-from hf_dis.loss.exact import Losses
+from hf_dis.loss.objective import Losses
 from hf_dis.precision import widest
 from hf_dis.report.diagnostics import RunningMeans
 

@@ -23,7 +23,7 @@ from hf_dis.distributed.sums import average_rows, sum_over_processes
 from hf_dis.head.optimizer import RowSparseAdamW
 from hf_dis.head.row_gradients import clip_grad_norm_
 from hf_dis.head.switch import SampledHead
-from hf_dis.loss.exact import Losses
+from hf_dis.loss.objective import Losses
 from hf_dis.models.columns import forward_columns
 from hf_dis.report.diagnostics import RunningMeans
 from hf_dis.steps import EvaluationStep, Step

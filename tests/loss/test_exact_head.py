@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from fake_cuda import fake_cuda
 
-from hf_dis.loss.exact import Objective
 from hf_dis.loss.exact_head import HeadInput, HeadLoss
+from hf_dis.loss.objective import Objective
 from hf_dis.models.after_head import AfterHead
 from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.compact import compact_targets
