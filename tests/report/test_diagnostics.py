@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from divergences_by_definition import definition
 from tiny_models import column_ids
 from torch import nn
 
 from hf_dis import SamplerSpec, make_sampler
-from hf_dis.loss.divergence import sampled_forward_kl
+from hf_dis.loss.divergence import FORWARD_KL, sampled_forward_kl
+from hf_dis.loss.f_divergence import JensenShannon
 from hf_dis.models.after_head import AfterHead
 from hf_dis.report.diagnostics import RunningMeans, certain_share, coverage, effective_sample_size, probe
 from hf_dis.teacher.targets import TeacherTargets
@@ -104,11 +106,15 @@ def test_probe_compares_with_dense_distillation(layout, bias, dense_kd):
     assert head.weight.grad is None
 
 
-def test_probe_of_a_complete_sample_finds_no_error():
+@pytest.mark.parametrize("divergence", [FORWARD_KL, JensenShannon()], ids=lambda one: one.name)
+def test_probe_of_a_complete_sample_finds_no_error(divergence):
     head, features, teacher = nn.Linear(5, C).double(), torch.randn(N, 5).double(), torch.randn(N, C).double()
     sample = sample_of(teacher, num_sampled_classes=C, num_shared_classes=0)
-    figures = probe(head.weight, head.bias, features, sample, [teacher], TEMPERATURE, AfterHead())
+    figures = probe(head.weight, head.bias, features, sample, [teacher], TEMPERATURE, AfterHead(), divergence)
     assert figures["relative_error"] < 1e-10 and figures["cosine"] == pytest.approx(1)
+    expected = definition(divergence, head(features), teacher, TEMPERATURE).mean().detach()
+    torch.testing.assert_close(figures["exact_kd_loss"], expected)
+    torch.testing.assert_close(figures["sampled_kd_loss"], expected)
 
 
 def test_running_means_weigh_every_element_alike_and_start_anew():

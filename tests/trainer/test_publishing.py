@@ -209,7 +209,14 @@ def facts(card):
 
 def test_the_card_states_every_setting(make_trainer):
     trainer = make_trainer(
-        temperature=3.0, hard_label_weight=0.25, learning_rate=1e-3, head_learning_rate=4e-3, exact_warmup_steps=2
+        temperature=3.0,
+        hard_label_weight=0.25,
+        divergence="jsd",
+        jsd_beta=0.3,
+        scale_by_temperature=False,
+        learning_rate=1e-3,
+        head_learning_rate=4e-3,
+        exact_warmup_steps=2,
     )
     found = facts(card_of(trainer, dataset=["a|b", "c"]))
     expected = {
@@ -225,6 +232,7 @@ def test_the_card_states_every_setting(make_trainer):
         "Proposal": "dis",
         "Design": "pps",
         "Exact warm-up steps": "2",
+        "Divergence": "jsd, beta 0.3, without the factor τ²",
         "Temperature": "3",
         "Weight of the hard labels": "0.25",
         "Head mode": "sampled",
