@@ -23,7 +23,7 @@ class ProposalSnapshot(NamedTuple):
     Attributes:
         step: of training.
         edges: of the bins of ranks, ``[bins + 1]``.
-        measured: the root mean square of s - p, student minus teacher probability, by bin and up to a factor,
+        measured: the root mean square of the signal by bin and up to a factor,
             ``[bins]``.
         fitted: the proposal's density, ``[ranks]``.
     """

@@ -51,8 +51,8 @@ class Proposal:
 
         Args:
             sample: the classes; items with a signal that is not finite have weights of zero.
-            signal: s - p, student minus teacher probability at the temperature, ``[N, R + K_t]``; zero for items with
-                a signal that is not finite.
+            signal: as for :meth:`hf_dis.ClassSampler.learn`, ``[N, R + K_t]``; zero for items with a signal that is
+                not finite.
         """
         return {}
 

@@ -18,7 +18,7 @@ class RankProposal:
 
     ``q(r) = (1 - ε) Σ_j w_j Lap_j(r) + ε / R``: the Laplace densities have their peak at rank 0, are cut to
     0..R-1 and have scales ½, 2, 8, 32, ... up to R. Of all proposals that depend on the rank alone, ``q ∝ D(r) =
-    sqrt(mean (s - p)²)`` has the least variance. A running mean of the importance-weighted ``(s - p)²`` at the
+    sqrt(mean g²)``, with the signal g, has the least variance. A running mean of the importance-weighted ``g²`` at the
     sampled ranks, in bins of ranks, estimates D². A step moves w by one iteration of expectation-maximisation.
 
     Args:
@@ -66,7 +66,7 @@ class RankProposal:
         return (self.squared_signal / self.observed.clamp_min(1e-12)).sqrt()
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
-        """Importance-weighted Σ (s - p)² in each bin of ranks."""
+        """Importance-weighted sum of the squared signal in each bin of ranks."""
         squared = signal[:, : sample.ranks.shape[1]].to(self.weights.dtype).square() * sample.rank_weights
         bins = torch.bucketize(sample.ranks, self.edges[1:], right=True)
         return {"rank_squared": torch.zeros_like(self.bin_sizes).index_add_(0, bins.flatten(), squared.flatten())}

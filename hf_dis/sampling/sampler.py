@@ -179,8 +179,8 @@ class ClassSampler:
 
         Args:
             sample: the classes.
-            signal: s - p at every column, ``[N, R + K_t]``, as
-                :func:`hf_dis.loss.divergence.sampled_forward_kl` returns it.
+            signal: the gradient of the exact loss at every column, up to a factor, ``[N, R + K_t]``, as
+                :meth:`hf_dis.loss.divergence.Divergence.sampled` returns it; s - p for the forward KL.
             reduce: sums the statistics over processes, see :func:`hf_dis.distributed.sums.sum_over_processes`; not
                 needed with one process.
         """
