@@ -23,8 +23,7 @@ class ProposalSnapshot(NamedTuple):
     Attributes:
         step: of training.
         edges: of the bins of ranks, ``[bins + 1]``.
-        measured: the root mean square of the signal by bin and up to a factor,
-            ``[bins]``.
+        measured: the root mean square of the signal by bin and up to a factor, ``[bins]``.
         fitted: the proposal's density, ``[ranks]``.
     """
 

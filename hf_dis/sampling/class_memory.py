@@ -13,8 +13,8 @@ from hf_dis.sampling.tails import by_tail
 class ClassMemory:
     """A density over classes by the disagreement of teacher and student outside the items' ranked classes.
 
-    Keeps a running mean of the squared signal, renewed only at sampled classes, and the teacher's running class marginal,
-    which is known for every class and follows the data at once.
+    Keeps a running mean of the squared signal, renewed only at sampled classes, and the teacher's running class
+    marginal, which is known for every class and follows the data at once.
 
     Args:
         num_classes: C.
@@ -50,9 +50,9 @@ class ClassMemory:
         """Sums over the items of a step.
 
         Returns:
-            ``tail``, sparse ``[C, 2]``, not coalesced: per shared class the sum of the squared signal over the items that have the class
-            outside their ranked classes, and the number of these items; ``class_mass`` ``[C]``: the teacher's mass of
-            every class.
+            ``tail``, sparse ``[C, 2]``, not coalesced: per shared class the sum of the squared signal over the items
+            that have the class outside their ranked classes, and the number of these items; ``class_mass`` ``[C]``:
+            the teacher's mass of every class.
         """
         num_tails, num_shared = sample.tail_ids.shape
         squared = signal[:, signal.shape[1] - num_shared :].square().masked_fill(~sample.outside_top, 0)
