@@ -20,8 +20,10 @@ import pytest
 import quality_vs_k
 import torch
 import training_step
-from sampling_methods import Method
+from divergences_by_definition import OTHERS, definition
+from sampling_methods import Method, truncations
 from timing import Stopwatch
+from torch import nn
 
 from hf_dis import DISConfig, DISDistillationTrainer
 from hf_dis.data import load_glyphs
@@ -178,6 +180,29 @@ def few_glyphs(monkeypatch):
         monkeypatch.setattr(module, "load_glyphs", lambda: few)
 
 
+@pytest.mark.parametrize("divergence", OTHERS.values(), ids=OTHERS)
+def test_a_truncation_is_the_divergence_of_what_it_keeps(divergence):
+    head, features = nn.Linear(5, 10).double(), torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, 10, dtype=torch.float64)
+    everything = definition(divergence, head(features), teacher, 2.0).mean()
+    exact = torch.autograd.grad(everything, (features, head.weight))
+    for method in truncations(10):
+        method.divergence = divergence
+        found = method.gradients(head, features, teacher, None, 2.0)
+        for one, other in zip(found, exact, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    (bucket,) = (one for one in truncations(3) if one.of_student and one.has_bucket)
+    bucket.divergence = divergence
+    found = bucket.gradients(head, features, teacher, None, 2.0)
+    probabilities = [(values / 2).softmax(1) for values in (head(features), teacher)]
+    ids = probabilities[0].topk(3, dim=1).indices
+    kept = [values.gather(1, ids) for values in probabilities]
+    kept = [torch.cat([values, 1 - values.sum(1, keepdim=True)], 1).log() for values in kept]
+    loss = 4 * definition(divergence, *kept, 1.0).mean()
+    for one, other in zip(found, torch.autograd.grad(loss, (features, head.weight)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.slow
 def test_errors_are_measured_of_glyphs(glyph_teacher, monkeypatch):
     """One layout with all updates, with some, and with a proposal that knows the student."""
@@ -191,9 +216,12 @@ def test_errors_are_measured_of_glyphs(glyph_teacher, monkeypatch):
         proposal_variants.Variant("sketch", "pps", *layout, knows="both", rank=8),
         proposal_variants.Variant("started", "pps", *layout, memory="started and counted"),
     ]
-    task = dataclasses.replace(task, steps=(0, 1), num_samples=3, batch_size=16, measured_size=16, methods=methods)
+    sizes = {"num_samples": 3, "batch_size": 16, "measured_size": 16, "default_layout": layout}
+    task = dataclasses.replace(task, steps=(0, 1), methods=methods, **sizes)
     records = estimator_error.run(task)
     assert [record["step"] for record in records] == 5 * [0] + 5 * [1]
+    assert [record["default"] for record in records[:5]] == [True, False, False, False, False]
+    assert {record["divergence"] for record in records} == {"forward_kl"}
     all_update, some, oracle = records[5:8]
     assert (all_update["rows_touched"], some["rows_touched"]) == (512, 32)
     assert some["error_head"] > all_update["error_head"] and oracle["error"] < all_update["error"]

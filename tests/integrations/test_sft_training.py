@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from chats import make_trainer
+from divergences_by_definition import OTHERS, definition
 from reference import supervised
 from tiny_models import SMALL, patched_modules
 from transformers import AutoModelForCausalLM
@@ -44,6 +45,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, settings):
 
 
 # Evaluation
+
+
+@pytest.mark.parametrize("mode", ["sampled", "exact"])
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd 0.5", "skew_kl 0.1"])
+def test_another_divergence_is_distilled_and_evaluated(tmp_path, name, mode):
+    divergence = OTHERS[name]
+    settings = {"divergence": divergence.name, "hard_label_weight": 0.0, "head_mode": mode, "max_steps": 10}
+    data = chats.chats(11, seed=3)
+    trainer = make_trainer(tmp_path, train_dataset=data, eval_dataset=data, optim="adamw_torch", **settings)
+    before = trainer.evaluate()[f"eval_{divergence.name}"]
+    trainer.train()
+    metrics = trainer.evaluate()
+    models = trainer.model, trainer.distiller.online_teacher.model
+    found = [supervised(batch, *models)[1:] for batch in trainer.get_eval_dataloader()]
+    with torch.no_grad():
+        ours, theirs = (torch.cat(parts) for parts in zip(*found, strict=True))
+    for key, temperature in (("eval_kd_loss", 2.0), (f"eval_{divergence.name}", 1.0)):
+        expected = definition(divergence, ours, theirs, temperature).mean().item()
+        assert metrics[key] == pytest.approx(expected, rel=1e-4)
+    assert metrics[f"eval_{divergence.name}"] < before
 
 
 @pytest.mark.parametrize("settings", [{}, PACKED, {"assistant_only_loss": True}], ids=["text", "packed", "assistant"])
