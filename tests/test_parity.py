@@ -1,0 +1,51 @@
+"""benchmarks/parity.py: its table, its command line, and a call that goes on with the records of another."""
+
+import json
+import sys
+
+import parity
+import pytest
+
+
+def record(method, seed, kl, top1=None):
+    where = {"task": "glyphs", "rate": 5.0, "method": method, "seed": seed}
+    return {**where, "logits": 0.16, "kl": kl, "top1": top1}
+
+
+def test_a_method_is_compared_over_the_seeds_that_exact_has_too(capsys):
+    records = [record("exact", 0, 0.2, 0.6), record("dis", 0, 0.3, 0.59), record("dis", 1, 0.5, 0.49)]
+    parity.print_table(records)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| glyphs | x5 | dis | 16.0% | 2 | 54.0% | 0.4000 | -1.0 | 1.500 |" in lines
+    assert "| glyphs | x5 | exact | 16.0% | 1 | 60.0% | 0.2000 |  |  |" in lines
+
+
+def test_text_has_no_accuracy(capsys):
+    parity.print_table([record("exact", 0, 0.2), record("dis", 0, 0.3)])
+    assert "| glyphs | x5 | dis | 16.0% | 1 |  | 0.3000 |  | 1.500 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--name", "other"], ["--settings", "{}"], []])
+def test_flags_that_belong_together_are_asked_for(flags, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["parity.py", *flags, *(["--json", str(tmp_path / "a")] if flags else [])])
+    with pytest.raises(SystemExit):
+        parity.main()
+    assert ("belong together" if flags else "--json is needed") in capsys.readouterr().err
+
+
+def test_a_student_that_is_in_the_file_is_not_trained_again(monkeypatch, capsys, tmp_path):
+    path, trained = tmp_path / "records.jsonl", []
+    path.write_text(json.dumps(record("exact", 0, 0.2, 0.6)) + "\n")
+    monkeypatch.setattr(parity, "glyphs", lambda teacher, folder: None)
+    monkeypatch.setattr(
+        parity, "train", lambda make, rate, settings, seed, cpu: trained.append(settings) or {**RESULT, "kl": 0.3}
+    )
+    flags = ["--tasks", "glyphs", "--rates", "5", "--methods", "exact", "dis", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["parity.py", *flags])
+    parity.main()
+    parity.main()
+    assert trained == [{}] and [one["method"] for one in parity.read(path)] == ["exact", "dis"]
+    assert "| 1.500 |" in capsys.readouterr().out
+
+
+RESULT = {"logits": 0.16, "top1": 0.6}
