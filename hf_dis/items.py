@@ -107,7 +107,7 @@ def token_items(
             is_item = mask != 0 if labels is None else labels != IGNORED
             positions, targets = _found_items(is_item.flatten(), stored)
     else:
-        targets = None if stored is None else _stored_at(stored, _true_places(_is_stored(stored), len(positions)))
+        targets = None if stored is None else _stored_at(stored, true_places(_is_stored(stored), len(positions)))
     return Items(num_examples, None if labels is None else labels.flatten()[positions], positions, length, targets)
 
 
@@ -137,7 +137,7 @@ def _found_items(is_item: Tensor, stored: Tensor | None) -> tuple[Tensor, Tensor
     is_stored = _is_stored(stored)
     number, found = torch.stack([is_item.sum(), is_stored.sum()]).tolist()
     check_stored_number(found, number)
-    return _true_places(is_item, number), _stored_at(stored, _true_places(is_stored, number))
+    return true_places(is_item, number), _stored_at(stored, true_places(is_stored, number))
 
 
 def _is_stored(stored: Tensor) -> Tensor:
@@ -150,8 +150,16 @@ def _stored_at(stored: Tensor, places: Tensor) -> Tensor:
     return stored.flatten(0, 1).index_select(0, places)
 
 
-def _true_places(mask: Tensor, number: int) -> Tensor:
-    """Finds where a mask is true a known number of times; CUDA is not waited for."""
+def true_places(mask: Tensor, number: int) -> Tensor:
+    """Finds where a mask is true a known number of times; a CUDA device is not waited for.
+
+    Args:
+        mask: bool, ``[n]``.
+        number: k, the number of places.
+
+    Returns:
+        the places in ascending order, ``[k]``.
+    """
     # torch implements nonzero_static for processors and CUDA alone.
     has_it = mask.device.type in ("cpu", "cuda")
     return torch.nonzero_static(mask, size=number)[:, 0] if has_it else mask.nonzero()[:, 0]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_dis.items import true_places
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import Updates
 
@@ -104,7 +105,7 @@ class TouchedRows:
             weights = updates.weights(sums, exists).index_select(0, place)
             is_kept = weights != 0
             number, contributions = _on_the_host((is_first & is_kept).sum(), is_kept.sum())
-            kept = torch.nonzero_static(is_kept, size=contributions)[:, 0]
+            kept = true_places(is_kept, contributions)
             in_order, order, is_first, weights = (
                 values.index_select(0, kept) for values in (in_order, order, is_first, weights)
             )
@@ -112,7 +113,7 @@ class TouchedRows:
         else:
             (number,) = _on_the_host(is_first.sum())
         self._order, self._place = order, place
-        self._starts = torch.nonzero_static(is_first, size=number)[:, 0]
+        self._starts = true_places(is_first, number)
         self._weights = None if weights is None else weights.index_select(0, self._starts)
         self.ids = in_order.index_select(0, self._starts)
 
