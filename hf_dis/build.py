@@ -19,7 +19,7 @@ from hf_dis.distiller import Distiller
 from hf_dis.distributed.processes import of_first_process, process_index
 from hf_dis.head.check import check_row_sparse_head
 from hf_dis.loss.f_divergence import divergence_of
-from hf_dis.models.head_search import find_head_layers, find_heads
+from hf_dis.models.head_search import find_head_layers, find_heads, find_tied_embeddings
 from hf_dis.models.tasks import Task, find_task, num_outputs
 from hf_dis.models.vocabulary import shared_classes
 from hf_dis.sampling.cached_sampler import make_cached_sampler
@@ -80,6 +80,7 @@ def build_distiller(
     num_items = num_items or (TOKENS if task.has_token_items else ITEMS)
     mode = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
     layers = _find_head(student, width, arguments, mode)
+    row_sparse = _is_row_sparse(student, layers, arguments, mode, is_sharded)
     return Distiller(
         student,
         arguments,
@@ -88,7 +89,8 @@ def build_distiller(
         sampler=sampler,
         head_layers=layers,
         mode=mode,
-        row_sparse=_is_row_sparse(student, layers, arguments, mode, is_sharded),
+        row_sparse=row_sparse,
+        tied_embeddings=find_tied_embeddings(student, layers) if row_sparse else (),
         **_teachers(student, teacher, caches, num_classes, arguments, sampler, device, context),
         student_stream=LogitStream(student, width, context=context) if len(layers) == 1 and not is_sharded else None,
         label_names=label_names,

@@ -48,6 +48,7 @@ class Distiller:
         head_layers: the linear layers of the student's output head, by name.
         mode: ``"sampled"`` or ``"exact"``.
         row_sparse: give the head row-sparse gradients.
+        tied_embeddings: names of the embeddings that share the head's weight, whose gradient is then row-sparse too.
         online_teacher: a teacher at hand, for evaluation and the probe; ``teacher`` where it is one.
         eval_teacher: a cache of targets of the evaluation data.
         student_stream: computes the student's logits in chunks for evaluation; None: evaluation holds all logits.
@@ -68,6 +69,7 @@ class Distiller:
         head_layers: Sequence[str],
         mode: str,
         row_sparse: bool = False,
+        tied_embeddings: Sequence[str] = (),
         online_teacher: OnlineTeacher | None = None,
         eval_teacher: CachedTeacher | None = None,
         student_stream: LogitStream | None = None,
@@ -80,6 +82,7 @@ class Distiller:
         self.row_sparse, self.online_teacher, self.eval_teacher = row_sparse, online_teacher, eval_teacher
         self.student_stream, self.label_names, self.precision = student_stream, tuple(label_names), precision
         self.reduce = reduce
+        self.tied_embeddings = tuple(tied_embeddings)
         self.divergence = divergence_of(arguments)
         self.student_columns, self.teacher_columns = frozenset(), frozenset()
         if online_teacher is not None:
@@ -90,7 +93,7 @@ class Distiller:
     @property
     def head(self) -> SampledHead:
         """The student's output head."""
-        return SampledHead(self.student, self.head_layers, self.row_sparse)
+        return SampledHead(self.student, self.head_layers, self.row_sparse, self.tied_embeddings)
 
     def count(self, batch: dict[str, Tensor], positions: Tensor | None = None) -> int:
         """The number of items of a batch, by which a loss is normalised.

@@ -109,9 +109,11 @@ def test_models_that_do_not_fit_are_refused(keywords, message):
         build_distiller(vit(CLASSES), **given)
 
 
-def test_a_tied_row_sparse_head_is_refused():
-    with pytest.raises(ValueError, match=r"the head's weight is tied \(.*shared"):
-        build_distiller(bart(CLASSES), bart(CLASSES, seed=1), arguments(row_sparse_head=True))
+def test_the_embeddings_of_a_tied_row_sparse_head_are_found():
+    distiller = build_distiller(bart(CLASSES), bart(CLASSES, seed=1), arguments(row_sparse_head=True))
+    assert "model.shared" in distiller.tied_embeddings
+    dense = build_distiller(bart(CLASSES), bart(CLASSES, seed=1), arguments())
+    assert dense.tied_embeddings == ()
 
 
 def test_a_student_with_layers_of_its_teacher_is_refused_naming_them():

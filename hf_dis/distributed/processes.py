@@ -114,16 +114,15 @@ def kept_from_ddp(model: nn.Module, module_names: Iterable[str]) -> Iterator[Non
         module_names: among ``model.named_modules()``. :func:`hf_dis.distributed.average_rows` has to average the
             gradients of these modules after every backward pass.
     """
-    parameters = {
-        f"{module_name}.{name}": parameter
-        for module_name in module_names
-        for name, parameter in model.get_submodule(module_name).named_parameters()
-    }
+    parameters = [one for name in module_names for one in model.get_submodule(name).parameters()]
     if num_processes() > 1:
-        for parameter in parameters.values():
+        for parameter in parameters:
             dist.broadcast(parameter.data, 0)
+    kept = {id(parameter) for parameter in parameters}
+    # A tied parameter has several names, and the wrapper looks for each of them.
+    names = [name for name, one in model.named_parameters(remove_duplicate=False) if id(one) in kept]
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", None)
-    model._ddp_params_and_buffers_to_ignore = [*(ignored or []), *parameters]
+    model._ddp_params_and_buffers_to_ignore = [*(ignored or []), *names]
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items
 from hf_dis.models.after_head import AfterHead
 from hf_dis.models.head_features import evaluating
+from hf_dis.models.head_search import modules_with
 from hf_dis.precision import check_sparse
 
 
@@ -126,7 +127,8 @@ def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: 
         is_sharded: the student's parameters are sharded by FSDP or DeepSpeed.
 
     Raises:
-        ValueError: if torch is too old or has no sparse tensors for the device, or the head is sharded or tied.
+        ValueError: if torch is too old or has no sparse tensors for the device, if the head is sharded, or if its
+            weight is tied to a layer with dense gradients.
     """
     if torch.__version__ < (2, 14):
         raise ValueError(
@@ -138,14 +140,30 @@ def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: 
             "row_sparse_head is set, but FSDP and DeepSpeed shard dense gradients only: set it to False, or use plain "
             "data parallelism"
         )
-    for parameter in SampledHead(student, names).parameters():
+    head = SampledHead(student, names)
+    for parameter in head.parameters():
         check_sparse(parameter.device, "row_sparse_head is set", "set row_sparse_head=False")
-        tied = [name for name, other in student.named_parameters(remove_duplicate=False) if other is parameter]
-        if len(tied) > 1 and parameter.requires_grad:
-            raise ValueError(
-                f"row_sparse_head is set, but the head's weight is tied ({', '.join(tied)}) and gets dense gradients "
-                "from its other use: set row_sparse_head=False, or untie it"
-            )
+    for name, layer in head.layers.items():
+        if layer.weight.requires_grad:
+            for other, module in modules_with(student, layer.weight).items():
+                _check_tied(name, other, module)
+
+
+def _check_tied(head: str, other: str, module: nn.Module) -> None:
+    """Checks that a module with the head's weight can give it a row-sparse gradient."""
+    if other == head:
+        return
+    if not isinstance(module, nn.Embedding):
+        raise ValueError(
+            f"row_sparse_head is set, but the weight of the head {head} is tied to {other}, and the "
+            f"{type(module).__name__} gives it a dense gradient: set row_sparse_head=False, or untie it"
+        )
+    if module.scale_grad_by_freq:
+        raise ValueError(
+            f"row_sparse_head is set, but the embedding {other}, to which the head {head} is tied, has "
+            "scale_grad_by_freq, of which torch has no sparse gradient: set row_sparse_head=False, or "
+            f"{other}.scale_grad_by_freq = False"
+        )
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:

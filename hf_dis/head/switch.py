@@ -72,9 +72,19 @@ class _AtPositions(NamedTuple):
     items: Items
 
     def __call__(self, layer: nn.Module, features: Tensor) -> Tensor:
-        forward = layer.__dict__["full_forward"] or types.MethodType(type(layer).forward, layer)
         # A model whose head is its embedding calls the module with token ids, and multiplies by the weight elsewhere.
-        return forward(_of_items(self.items, features) if features.is_floating_point() else features)
+        return _own_forward(layer)(_of_items(self.items, features) if features.is_floating_point() else features)
+
+
+class _SparseEmbedding:
+    """Gives an embedding a row-sparse gradient; its output is the same."""
+
+    def __call__(self, layer: nn.Embedding, ids: Tensor) -> Tensor:
+        before, layer.sparse = layer.sparse, True
+        try:
+            return _own_forward(layer)(ids)
+        finally:
+            layer.sparse = before
 
 
 class _Holding:
@@ -117,15 +127,21 @@ class SampledHead:
             :func:`hf_dis.models.head_search.find_head_layers` finds them. The logits have to be linear in the output
             of each layer, where adapters or a second head make several.
         row_sparse: give the parameters sparse gradients of the sampled rows while sampled classes are computed.
+        embeddings: names of the embeddings that share the head's weight, as
+            :func:`hf_dis.models.head_search.find_tied_embeddings` finds them. With ``row_sparse`` their gradient is
+            sparse too, in the rows of the input tokens.
 
     Attributes:
         layers: the layers by name.
         row_sparse: as given.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], row_sparse: bool = False):
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], row_sparse: bool = False, embeddings: Sequence[str] = ()
+    ):
         self.layers = {name: model.get_submodule(name) for name in names}
         self.row_sparse = row_sparse
+        self._embeddings = [model.get_submodule(name) for name in embeddings] if row_sparse else []
         self._adds_bias = next((found for name in names if (found := _adds_logits_bias(model, name))), None)
 
     @property
@@ -183,6 +199,8 @@ class SampledHead:
         for layer in self.layers.values():
             self._switch(layer, _Sampled(item_ids, tail_ids, positions, updates, self.row_sparse, bias))
             bias = None  # added by the first layer alone
+        for embedding in self._embeddings:
+            self._switch(embedding, _SparseEmbedding())
 
     def set_positions(self, items: Items) -> None:
         """Switches the head to all classes of the items until :meth:`clear`; its output is then ``[N, C]``.
@@ -234,7 +252,7 @@ class SampledHead:
         """Gives the layers their own forward back."""
         if self._adds_bias is not None:
             self._adds_bias.__dict__.pop(LOGITS_BIAS, None)
-        for layer in self.layers.values():
+        for layer in (*self.layers.values(), *self._embeddings):
             state = layer.__dict__
             if state.pop("switched", None) is not None:
                 del state["forward"]
@@ -267,6 +285,11 @@ class SampledHead:
 
     def _logits_bias(self) -> Tensor | None:
         return None if self._adds_bias is None else self._adds_bias._buffers[LOGITS_BIAS][0]
+
+
+def _own_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The forward of a switched module before it was switched."""
+    return layer.__dict__["full_forward"] or types.MethodType(type(layer).forward, layer)
 
 
 def _of_items(items: Items, features: Tensor) -> Tensor:

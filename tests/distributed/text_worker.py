@@ -33,6 +33,7 @@ RUNS = {
     "sampled": (llama, SGD),
     "tied": (gpt2, SGD),
     "row-sparse": (llama, ADAMW),
+    "row-sparse, tied": (gpt2, ADAMW),
     "adapter on the head": (lambda vocab_size: with_adapter(llama(vocab_size)), SGD),
     "row-sparse adapter": (lambda vocab_size: with_adapter(llama(vocab_size)), ADAMW),
 }

@@ -153,12 +153,17 @@ def test_out_of_memory_is_not_taken_for_another_head():
 # Row-sparse
 
 
-def test_a_row_sparse_head_must_not_be_tied_or_sharded():
+def test_a_row_sparse_head_must_not_be_sharded_or_tied_to_a_dense_layer():
     tied, untied = llama(C, tie_word_embeddings=True), llama(C)
     check_row_sparse_head(untied, ["lm_head"], is_sharded=False)
-    with pytest.raises(
-        ValueError, match=r"head's weight is tied \(model.embed_tokens.weight, lm_head.weight\).*untie"
-    ):
+    check_row_sparse_head(tied, ["lm_head"], is_sharded=False)
+    tied.model.embed_tokens.scale_grad_by_freq = True
+    with pytest.raises(ValueError, match=r"the embedding model.embed_tokens, .*has scale_grad_by_freq"):
+        check_row_sparse_head(tied, ["lm_head"], is_sharded=False)
+    tied.model.embed_tokens.scale_grad_by_freq = False
+    tied.other = torch.nn.Linear(16, C, bias=False)
+    tied.other.weight = tied.lm_head.weight
+    with pytest.raises(ValueError, match=r"head lm_head is tied to other, and the Linear gives it a dense.*untie it"):
         check_row_sparse_head(tied, ["lm_head"], is_sharded=False)
     tied.lm_head.weight.requires_grad_(False)
     check_row_sparse_head(tied, ["lm_head"], is_sharded=False)

@@ -179,10 +179,11 @@ def test_a_head_that_falls_to_exact_trains_densely_with_a_warning(make_trainer, 
     assert type(trainer.optimizer.optimizer) is torch.optim.AdamW
 
 
-def test_a_tied_head_is_refused(make_trainer):
+def test_a_head_with_the_weight_of_a_dense_layer_is_refused(make_trainer):
     student = vit(40)
-    student.other = student.classifier
-    with pytest.raises(ValueError, match=r"weight is tied \(classifier.weight, other.weight\)"):
+    student.other = torch.nn.Linear(16, 40)
+    student.other.weight = student.classifier.weight
+    with pytest.raises(ValueError, match=r"the head classifier is tied to other, and the Linear"):
         make_trainer(student, row_sparse_head=True, head_name="classifier")
 
 
