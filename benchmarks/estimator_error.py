@@ -13,6 +13,10 @@ samples at every training step; before step 0 it sees 20 batches of the untraine
 With --divergence another loss is distilled and estimated. With --default_layout every proposal is measured in the
 default layout alone, beside truncations to as many classes.
 
+With --own_text (of --task lm) the student learns from the texts by the forward KL for 200 steps. From step 0 on it
+learns from text of its own: it goes on from the first 32 tokens of a block with 96 sampled tokens, and these are the
+items. The token that the student sampled is always in an item's sample, as in the on-policy trainers.
+
 With --device models and batches are on the device, in float32.
 """
 
@@ -21,7 +25,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +44,8 @@ from hf_dis.loss.divergence import FORWARD_KL, Divergence
 from hf_dis.loss.f_divergence import make_divergence
 
 WARM_UP_BATCHES = 20
+# Of --own_text: steps on given texts, and the tokens of a block that the student does not write.
+GIVEN_TEXT_STEPS, PROMPT_TOKENS = 200, 32
 
 
 @dataclass
@@ -59,6 +65,29 @@ class Task:
     methods: list[Method]
     default_layout: tuple[int, ...]
     divergence: Divergence = FORWARD_KL
+    writes: bool = False
+
+    @torch.no_grad()
+    def written(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of a step: the given ones, or what the student writes after their first tokens."""
+        if not self.writes:
+            return inputs
+        was_training, prompts = self.student.training, inputs["input_ids"][:, :PROMPT_TOKENS]
+        self.student.eval()
+        new = inputs["input_ids"].shape[1] - PROMPT_TOKENS
+        mask, options = torch.ones_like(prompts), {"do_sample": True, "top_k": 0, "pad_token_id": 0}
+        # No text ends early, so that every token after the prompt is the student's.
+        ids = self.student.generate(prompts, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, **options)
+        self.student.train(was_training)
+        return {"input_ids": ids}
+
+    def by_item(self, values: Tensor) -> Tensor:
+        """The values of each item: ``[N, C]`` of ``[B, C]`` or ``[B, S, C]``."""
+        return (values[:, PROMPT_TOKENS - 1 : -1] if self.writes else values).flatten(0, -2)
+
+    def labels(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """The class that is always in an item's sample, ``[N]``: the token that the student wrote."""
+        return inputs["input_ids"][:, PROMPT_TOKENS:].flatten() if self.writes else None
 
 
 def glyphs(arguments: argparse.Namespace) -> Task:
@@ -121,7 +150,9 @@ def lm(arguments: argparse.Namespace) -> Task:
     )
 
 
-def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teacher_logits: Tensor) -> dict:
+def measure(
+    task: Task, method: Method, features: Tensor, logits: Tensor, teacher_logits: Tensor, labels: Tensor | None
+) -> dict:
     """Error and bias of one method on one batch, over many samples."""
     features = features.requires_grad_()
     weight, temperature = task.head.weight, task.temperature
@@ -132,7 +163,7 @@ def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teache
     mean = {name: torch.zeros_like(value) for name, value in reference.items()}
     repeats = 1 if method.design == "none" else task.num_samples
     for _ in range(repeats):
-        gradients = method.gradients(task.head, features, teacher_logits, signal, temperature)
+        gradients = method.gradients(task.head, features, teacher_logits, signal, temperature, labels)
         for name, value in zip(reference, gradients, strict=True):
             squared[name] += float((value - reference[name]).square().sum()) / repeats
             mean[name] += value / repeats
@@ -144,6 +175,7 @@ def measure(task: Task, method: Method, features: Tensor, logits: Tensor, teache
     layout = method.sampled, method.shared, method.depth, method.tails
     return {
         "divergence": task.divergence.name,
+        "own_text": task.writes,
         "default": (method.proposal, method.updated, layout) == ("dis", None, task.default_layout),
         "proposal": method.proposal,
         "design": method.design,
@@ -171,38 +203,54 @@ def run(task: Task) -> list[dict]:
     captured = {}
     task.head.register_forward_pre_hook(lambda module, args: captured.update(features=args[0].detach()))
     optimizer = torch.optim.AdamW(task.student.parameters(), lr=task.learning_rate, weight_decay=0.05)
-    measured = next(task.batches(task.measured_size, generator))
+    given = next(task.batches(task.measured_size, generator))
     stream = task.batches(task.batch_size, generator)
+    if task.writes:
+        learn_given_text(task, stream, optimizer)
     records = []
     for step in range(-WARM_UP_BATCHES, max(task.steps) + 1):
         if step in task.steps:
             task.student.eval()
+            inputs = task.written(given)
             with torch.no_grad():
-                logits, teacher_logits = (by_item(model(**measured).logits) for model in (task.student, task.teacher))
+                models = task.student, task.teacher
+                logits, teacher_logits = (task.by_item(model(**inputs).logits) for model in models)
+            features = task.by_item(captured["features"])
             for method in task.methods:
-                record = measure(task, method, by_item(captured["features"]), logits, teacher_logits)
+                record = measure(task, method, features, logits, teacher_logits, task.labels(inputs))
                 records.append({"step": step, **record})
             profile = rank_profile(logits / task.temperature, teacher_logits / task.temperature)
             spread = spread_by_frequency(teacher_logits / task.temperature)
             print(f"{table(records, step)}\n\n{profile}\n{spread}", flush=True)
-        task.student.train()
-        inputs = next(stream)
-        with torch.no_grad():
-            teacher_logits = by_item(task.teacher(**inputs).logits)
-        logits = by_item(task.student(**inputs).logits)
+        inputs = task.written(next(stream))
+        slope, teacher_logits, logits = exact_step(task, inputs, task.divergence)
         for method in task.methods:
-            method.learn(teacher_logits, logits.detach(), task.temperature)
+            method.learn(teacher_logits, logits.detach(), task.temperature, task.labels(inputs))
         if step >= 0:
             optimizer.zero_grad()
-            _, slope = task.divergence.exact(logits.detach(), teacher_logits, task.temperature)
-            logits.backward(slope / len(logits))
+            logits.backward(slope)
             optimizer.step()
     return records
 
 
-def by_item(values: Tensor) -> Tensor:
-    """The values of each image or token: ``[N, C]`` of ``[B, C]`` or ``[B, S, C]``."""
-    return values.flatten(0, -2)
+def exact_step(task: Task, inputs: dict[str, Tensor], divergence: Divergence) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the mean loss on the student's logits, the teacher's logits and the student's, ``[N, C]``."""
+    task.student.train()
+    with torch.no_grad():
+        teacher_logits = task.by_item(task.teacher(**inputs).logits)
+    logits = task.by_item(task.student(**inputs).logits)
+    _, slope = divergence.exact(logits.detach(), teacher_logits, task.temperature)
+    return slope / len(logits), teacher_logits, logits
+
+
+def learn_given_text(task: Task, stream: Iterator[dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
+    """Distils the student by the forward KL on the given texts, so that it writes text at all."""
+    whole = replace(task, writes=False)
+    for _ in range(GIVEN_TEXT_STEPS):
+        slope, _, logits = exact_step(whole, next(stream), FORWARD_KL)
+        optimizer.zero_grad()
+        logits.backward(slope)
+        optimizer.step()
 
 
 def rank_profile(logits: Tensor, teacher_logits: Tensor) -> str:
@@ -245,11 +293,15 @@ def main() -> None:
     made.add_argument("--teacher_epochs", type=float, default=8.0)
     made.add_argument("--divergence", choices=DIVERGENCES, default="forward_kl")
     made.add_argument("--jsd_beta", type=float, help="of --divergence jsd")
+    made.add_argument("--own_text", action="store_true", help="text that the student writes; of --task lm")
     made.add_argument("--default_layout", action="store_true", help="the default layout alone, beside truncations")
     made.add_argument("--steps", type=int, nargs="+", help="steps at which the methods are measured")
     arguments = parse(made)
     print(machine(arguments.device))
+    if arguments.own_text and arguments.task != "lm":
+        made.error("--own_text needs --task lm: an image is not written by the student")
     task = {"glyphs": glyphs, "lm": lm}[arguments.task](arguments)
+    task.writes = arguments.own_text
     task.divergence = make_divergence(arguments.divergence, arguments.jsd_beta)
     if arguments.default_layout:
         task.methods = default_methods(task.default_layout)

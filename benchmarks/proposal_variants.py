@@ -109,20 +109,22 @@ class Variant(Method):
         if self.memory:
             fitted.memory = VariedMemory(num_classes, fitted.memory.decay, self.memory, device)
 
-    def sample(self, teacher_logits: Tensor, signal: Tensor, temperature: float) -> ClassSample:
+    def sample(
+        self, teacher_logits: Tensor, signal: Tensor, temperature: float, labels: Tensor | None = None
+    ) -> ClassSample:
         targets = TeacherTargets(teacher_logits, temperature, self.sampler.rank_depth)
         if self.knows:
             teacher = (teacher_logits / temperature).softmax(1)
             if self.rank:
                 signal = approximated(signal + teacher, self.rank) - teacher
             self.sampler.proposal.look(signal, targets)
-        return self.sampler.sample([targets])
+        return self.sampler.sample([targets], labels)
 
-    def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
+    def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float, labels: Tensor | None = None) -> None:
         if self.knows == "both":
             return
         student, teacher = ((values / temperature).softmax(1) for values in (logits, teacher_logits))
-        self.learn_from(self.sample(teacher_logits, student - teacher, temperature), logits, temperature)
+        self.learn_from(self.sample(teacher_logits, student - teacher, temperature, labels), logits, temperature)
 
 
 def approximated(probabilities: Tensor, rank: int) -> Tensor:

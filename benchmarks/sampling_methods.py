@@ -87,17 +87,19 @@ class Method:
         sampled = num_items * self.sampled + self.tails * self.shared
         return sampled if self.updated is None else min(sampled, num_items * self.updated)
 
-    def sample(self, teacher_logits: Tensor, signal: Tensor, temperature: float) -> ClassSample:
-        """Samples classes for items, of which only the oracle sees the signal ``[N, C]``."""
+    def sample(
+        self, teacher_logits: Tensor, signal: Tensor, temperature: float, labels: Tensor | None = None
+    ) -> ClassSample:
+        """Samples classes for items, of which only the oracle sees the signal ``[N, C]``; labels are in the sample."""
         targets = TeacherTargets(teacher_logits, temperature, self.sampler.rank_depth)
         if self.proposal == "oracle":
             self.sampler.proposal.look(signal, targets)
-        return self.sampler.sample([targets])
+        return self.sampler.sample([targets], labels)
 
-    def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
+    def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float, labels: Tensor | None = None) -> None:
         """Lets the proposal learn from a sample of a training step, if the proposal learns."""
         if self.proposal == "dis" or (self.proposal == "teacher" and self.shared):
-            self.learn_from(self.sample(teacher_logits, logits, temperature), logits, temperature)
+            self.learn_from(self.sample(teacher_logits, logits, temperature, labels), logits, temperature)
 
     def learn_from(self, sample: ClassSample, logits: Tensor, temperature: float) -> None:
         """Lets the proposal learn from a sample and the student's logits ``[N, C]``."""
@@ -105,10 +107,16 @@ class Method:
         self.sampler.learn(sample, self.divergence.sampled(columns, sample, temperature).signal)
 
     def gradients(
-        self, head: nn.Linear, features: Tensor, teacher_logits: Tensor, signal: Tensor, temperature: float
+        self,
+        head: nn.Linear,
+        features: Tensor,
+        teacher_logits: Tensor,
+        signal: Tensor,
+        temperature: float,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """The gradients of the mean loss on the features ``[N, d]`` and the head's weights ``[C, d]``."""
-        sample = self.sample(teacher_logits, signal, temperature)
+        sample = self.sample(teacher_logits, signal, temperature, labels)
         ids = sample.item_ids, sample.tail_ids
         columns = sampled_logits(features, head.weight, head.bias, *ids, updates=sample.updates)
         loss = self.divergence.sampled(columns, sample, temperature).loss
@@ -132,11 +140,17 @@ class Truncation(Method):
     def build(self, num_classes: int, device: torch.device) -> None:
         """Makes nothing: no class is sampled."""
 
-    def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float) -> None:
+    def learn(self, teacher_logits: Tensor, logits: Tensor, temperature: float, labels: Tensor | None = None) -> None:
         """Learns nothing."""
 
     def gradients(
-        self, head: nn.Linear, features: Tensor, teacher_logits: Tensor, signal: Tensor, temperature: float
+        self,
+        head: nn.Linear,
+        features: Tensor,
+        teacher_logits: Tensor,
+        signal: Tensor,
+        temperature: float,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         logits = head(features)
         log_probs = [(values / temperature).log_softmax(1) for values in (logits, teacher_logits)]
