@@ -172,7 +172,9 @@ class Steps:
         labels = torch.zeros(len(self.features), dtype=torch.long, device=self.place.device)
         features = self.features.detach().to(self.place.dtype)
         with self.place.precision():
-            loss = peers.liger_jsd(self.features, self.weight, features, self.teacher_head, labels, TEMPERATURE)
+            loss = peers.liger_jsd(
+                self.features, self.weight, features, self.teacher_head, labels, temperature=TEMPERATURE
+            )
         loss.backward()
 
     def partial_fc(self) -> None:

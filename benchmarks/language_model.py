@@ -15,15 +15,17 @@ online  its features are given, and its head is applied within the step; for exa
 Methods, all on the same tensors in turn; medians. The dense ones share one fused AdamW:
 
 exact                 every logit, in blocks of items, by the library's exact loss, which computes gradients in forward
-exact (materialised)  every logit, KL divergence by F.kl_div and autograd; earlier tables call this method exact
-trl_gkd               GKDTrainer.generalized_jsd_loss with beta 0 on every logit, if trl is installed
-trl_chunked           ChunkedDivergenceFunction of TRL with beta 0, in tiles; applies the teacher's head (online)
-liger                 LigerFusedLinearJSDLoss with beta 0, if liger-kernel is installed; applies the teacher's head
-                      (online)
+exact (materialised)  every logit, by F.kl_div and autograd; earlier tables call this method exact
+trl_gkd               GKDTrainer.generalized_jsd_loss on every logit, if trl is installed
+trl_chunked           ChunkedDivergenceFunction of TRL, in tiles; applies the teacher's head (online)
+liger                 LigerFusedLinearJSDLoss, if liger-kernel is installed; applies the teacher's head (online)
 liger_kl              LigerFusedLinearKLDivLoss, if liger-kernel is installed and has it; is given the teacher's
-                      probabilities (given)
+                      probabilities (given); forward KL alone
 head_product          features @ W.T by chunks with both gradients, and no loss: a floor of the methods above
 dis                   16 tokens per item and 1,024 for all items, row_sparse_head and RowSparseAdamW
+
+--divergence is the loss of all methods: the forward KL (beta 0 of TRL and Liger), the reverse KL (beta 1), or the
+Jensen-Shannon divergence with beta 0.5.
 
 With --device the tensors are made on the device, and steps are timed by its events. By default the student's head then
 runs in bfloat16 autocast: the weight and its moments are float32, and the teacher's head, features and given
@@ -39,6 +41,7 @@ the memory that a step takes beyond the memory in use between steps, measured as
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 
@@ -46,19 +49,22 @@ import peers
 import torch
 import torch.nn.functional as F
 from common import EXACT_NOTE, header, machine, parse, parser, row, write
-from head_scaling import ON_CPU, Place, finish_step, kl_divergence
+from head_scaling import ON_CPU, Place, finish_step
 from peers import NEEDS
 from timing import Measured, add_arguments, attempted, available, clock_name, measure, peak_of_a_step, step_dtype
 from torch import Tensor
 
 from hf_dis import DISLoss, RowSparseAdamW, SamplerSpec, make_sampler
 from hf_dis.loss.exact_head import exact_head_loss
+from hf_dis.loss.f_divergence import make_divergence
 from hf_dis.precision import widest
 from hf_dis.teacher.targets import TeacherTargets, chunk_items, widen
 
 CONTEXT, TEACHER_WIDTH, SPREAD, WARM_STEPS, LEARNING_RATE = 64, 512, 1.5, 50, 5e-3
 SAMPLED, SHARED = 16, 1024
 SPEC = SamplerSpec(num_sampled_classes=SAMPLED, num_shared_classes=SHARED, num_tails=4, rank_depth=SAMPLED)
+# TRL's and Liger's beta of each divergence.
+BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 # The one kind of teacher that a method can take.
 TEACHER_OF = {"trl_chunked": "online", "liger": "online", "liger_kl": "given"}
 
@@ -71,6 +77,7 @@ class Steps:
         teacher: ``"given"`` or ``"online"``.
         teacher_width: of the teacher.
         place: of the tensors.
+        divergence: a key of ``BETAS``.
     """
 
     def __init__(
@@ -81,9 +88,11 @@ class Steps:
         teacher: str,
         teacher_width: int = TEACHER_WIDTH,
         place: Place = ON_CPU,
+        divergence: str = "forward_kl",
     ):
         torch.manual_seed(0)
         self.vocab, self.tokens, self.teacher, self.place = vocab, tokens, teacher, place
+        self.beta, self.divergence = BETAS[divergence], make_divergence(divergence)
         device = self.place.device
         self.chunk_items = chunk_items(tokens, vocab, torch.device(device))
         self.projections = [
@@ -95,7 +104,8 @@ class Steps:
         teacher_weight[:, :1] = -frequency_rank.log()
         self.teacher_weight = teacher_weight.to(self.place.dtype)
         self.weight = torch.nn.Parameter(0.02 * torch.randn(vocab, width, device=device))
-        self.dis_loss = DISLoss(make_sampler(vocab, SPEC, device=device), temperature=1.0, row_sparse_head=True)
+        sampler = make_sampler(vocab, SPEC, device=device)
+        self.dis_loss = DISLoss(sampler, temperature=1.0, row_sparse_head=True, divergence=divergence)
         self.dense = torch.optim.AdamW([self.weight], lr=LEARNING_RATE, fused=True)
         self.sparse = RowSparseAdamW([self.weight], lr=LEARNING_RATE)
         self.labels = torch.zeros(tokens, dtype=torch.long, device=device)
@@ -147,26 +157,28 @@ class Steps:
     def exact(self) -> Tensor:
         """All tokens, by the library."""
         chunks = (lambda: [self.log_probs]) if self.teacher == "given" else self._stream
-        return exact_head_loss(self.features, self.weight, None, chunks, None, 1.0, 0.0)[0].mean()
+        settings = chunks, None, 1.0, 0.0, self.divergence
+        return exact_head_loss(self.features, self.weight, None, *settings)[0].mean()
 
     def materialised(self) -> Tensor:
         """All tokens, by autograd."""
         teacher = self._teacher_logits()
         if self.teacher == "online":
             teacher = widen(teacher).log_softmax(1)
-        return kl_divergence(self.features @ self.weight.T, teacher, temperature=1.0)
+        return divergence_of_logits(self.features @ self.weight.T, teacher, self.beta)
 
     def trl_gkd(self) -> Tensor:
         """All tokens, by TRL."""
-        return peers.trl_gkd(self.features @ self.weight.T, self._teacher_logits(), self.labels)
+        return peers.trl_gkd(self.features @ self.weight.T, self._teacher_logits(), self.labels, self.beta)
 
     def trl_chunked(self) -> Tensor:
         """All tokens, by TRL in tiles."""
-        return peers.trl_chunked(self.features, self.weight, self.teacher_features, self.teacher_weight)
+        return peers.trl_chunked(self.features, self.weight, self.teacher_features, self.teacher_weight, self.beta)
 
     def liger(self) -> Tensor:
         """All tokens, by Liger, teacher's head included."""
-        return peers.liger_jsd(self.features, self.weight, self.teacher_features, self.teacher_weight, self.labels)
+        heads = self.features, self.weight, self.teacher_features, self.teacher_weight
+        return peers.liger_jsd(*heads, self.labels, self.beta)
 
     def liger_kl(self) -> Tensor:
         """All tokens, by Liger, for given probabilities."""
@@ -187,14 +199,24 @@ class Steps:
         weight = self.weight.detach().to(wide)
         for logits in self._stream():
             items = slice(start, start + len(logits))
-            student = (self.features[items].detach().to(wide) @ weight.T).softmax(1)
-            exact[items] = (student - logits.to(wide).softmax(1)) @ weight
+            student = self.features[items].detach().to(wide) @ weight.T
+            exact[items] = self.divergence.exact(student, logits.to(wide), 1.0)[1] @ weight
             start = items.stop
         total = 0.0
         for _ in range(samples):
             (sampled,) = torch.autograd.grad(self.loss("dis") * self.tokens, self.features)
             total += float((sampled - exact).square().sum() / exact.square().sum())
         return total / samples
+
+
+def divergence_of_logits(logits: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """The mean divergence over items by autograd in float32 or wider, for log-probabilities of the teacher."""
+    student, teacher = widen(logits).log_softmax(1), widen(teacher)
+    kl = partial(F.kl_div, reduction="batchmean", log_target=True)
+    if beta in (0.0, 1.0):
+        return kl(teacher, student) if beta else kl(student, teacher)
+    mixed = torch.logaddexp(student + math.log(1 - beta), teacher + math.log(beta))
+    return beta * kl(mixed, teacher) + (1 - beta) * kl(mixed, student)
 
 
 METHODS = {
@@ -226,6 +248,7 @@ def parse_arguments() -> argparse.Namespace:
     made.add_argument("--width", type=int, nargs="+", default=[256, 512])
     made.add_argument("--teacher_width", type=int, default=TEACHER_WIDTH)
     made.add_argument("--teacher", choices=["given", "online"], nargs="+", default=["given", "online"])
+    made.add_argument("--divergence", choices=list(BETAS), default="forward_kl")
     made.add_argument("--repeats", type=int, default=5)
     add_arguments(made, list(METHODS))
     return parse(made)
@@ -234,7 +257,7 @@ def parse_arguments() -> argparse.Namespace:
 def make_steps(arguments: argparse.Namespace, vocab: int, width: int, teacher: str) -> Steps:
     """The steps of one size and teacher."""
     place = Place(arguments.device, step_dtype(arguments))
-    return Steps(vocab, arguments.tokens, width, teacher, arguments.teacher_width, place)
+    return Steps(vocab, arguments.tokens, width, teacher, arguments.teacher_width, place, arguments.divergence)
 
 
 def main() -> None:
@@ -252,7 +275,7 @@ def main() -> None:
     for vocab in arguments.vocab:
         for width in arguments.width:
             sizes = {"vocab": vocab, "tokens": arguments.tokens, "width": width}
-            sizes["teacher_width"] = arguments.teacher_width
+            sizes |= {"teacher_width": arguments.teacher_width, "divergence": arguments.divergence}
             make = partial(make_steps, arguments, vocab, width)
             error = None
             if "dis" in methods:
@@ -260,12 +283,17 @@ def main() -> None:
                 if why:
                     print(f"the error at V={vocab:,} is left out: {why}")
             for teacher in arguments.teacher:
-                here = [method for method in methods if TEACHER_OF.get(method, teacher) == teacher]
+                here = [method for method in methods if takes(method, teacher, arguments.divergence)]
                 measured = measure(
                     partial(make, teacher), here, arguments.repeats, arguments.device, arguments.cpu_time, peers=NEEDS
                 )
                 records += report(arguments, measured, {**sizes, "teacher": teacher}, error)
                 write(records, arguments.json, arguments.device)
+
+
+def takes(method: str, teacher: str, divergence: str) -> bool:
+    """Tells if a method can be measured with a kind of teacher and a divergence."""
+    return TEACHER_OF.get(method, teacher) == teacher and (method != "liger_kl" or divergence == "forward_kl")
 
 
 def report(

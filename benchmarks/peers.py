@@ -1,7 +1,8 @@
 """Losses of other packages that head_scaling.py and language_model.py measure, and the bare product of a head.
 
 The functions return a scalar, the mean over items, and take tensors on any device. Within autocast the products are
-in its type. All losses are KL(p ‖ s) from teacher to student.
+in its type. ``beta`` is that of both packages: 0 for the forward KL, 1 for the reverse KL, between them the
+Jensen-Shannon divergence.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ NEEDS = {
 CHUNK, DEVICE_CHUNK = 2**24, 2**28
 
 
-def trl_gkd(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+def trl_gkd(logits: Tensor, teacher_logits: Tensor, labels: Tensor, beta: float = 0.0) -> Tensor:
     """TRL's loss on all logits, ``[N, V]`` each; labels ``[N]`` only tell which items count."""
     from trl.experimental.gkd import GKDTrainer
 
-    return GKDTrainer.generalized_jsd_loss(logits[None], teacher_logits[None], labels[None], beta=0)
+    return GKDTrainer.generalized_jsd_loss(logits[None], teacher_logits[None], labels[None], beta=beta)
 
 
-def trl_chunked(features: Tensor, weight: Tensor, teacher_features: Tensor, teacher_weight: Tensor) -> Tensor:
+def trl_chunked(
+    features: Tensor, weight: Tensor, teacher_features: Tensor, teacher_weight: Tensor, beta: float = 0.0
+) -> Tensor:
     """TRL's loss from features and heads in tiles, with a gradient in backward; TRL also computes an entropy."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     student, teacher = (features, weight, None), (teacher_features, teacher_weight, None)
-    beta, temperature, scale, soft_cap = 0.0, 1.0, 1.0, None
+    temperature, scale, soft_cap = 1.0, 1.0, None
     settings = (beta, temperature, scale, soft_cap, scale, soft_cap)
     return ChunkedDivergenceFunction.apply(*student, *teacher, *settings)[0].mean()
 
@@ -45,6 +48,7 @@ def liger_jsd(
     teacher_features: Tensor,
     teacher_weight: Tensor,
     labels: Tensor,
+    beta: float = 0.0,
     temperature: float = 1.0,
 ) -> Tensor:
     """Liger's loss from features and heads by chunks; compiled on a device, as by Liger's default."""
@@ -52,7 +56,7 @@ def liger_jsd(
 
     compiled = features.device.type != "cpu"
     loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=temperature, compiled=compiled
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=temperature, compiled=compiled
     )
     return loss(features, weight, teacher_features, teacher_weight, labels)
 

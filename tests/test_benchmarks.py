@@ -54,9 +54,10 @@ def test_the_exact_methods_of_a_head_have_the_same_gradient():
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("teacher", "peers"), [("given", []), ("online", ["trl_chunked"])])
-def test_the_exact_methods_of_a_language_model_have_the_same_gradient(teacher, peers):
-    steps = language_model.Steps(300, 16, 8, teacher, teacher_width=12)
+@pytest.mark.parametrize("divergence", language_model.BETAS)
+@pytest.mark.parametrize(("teacher", "peers"), [("given", []), ("online", ["trl_chunked", "trl_gkd"])])
+def test_the_exact_methods_of_a_language_model_have_the_same_gradient(teacher, peers, divergence):
+    steps = language_model.Steps(300, 16, 8, teacher, teacher_width=12, divergence=divergence)
     gradients = [torch.autograd.grad(steps.loss(method), steps.weight)[0] for method in [*EXACT, *peers]]
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6)
