@@ -14,13 +14,14 @@ from torch import Tensor
 
 from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
 from hf_dis.items import Items
-from hf_dis.loss.divergence import mix
+from hf_dis.loss.divergence import SampledLoss, mix
 from hf_dis.loss.exact import ExactTerms, LogitsLoss, exact_losses
 from hf_dis.loss.exact_head import HeadInput, HeadLoss
 from hf_dis.loss.objective import Losses, Objective
 from hf_dis.loss.sampled import sampled_loss
 from hf_dis.models.head_features import head_features
 from hf_dis.report.diagnostics import probe, sample_quality
+from hf_dis.report.gradient_error import GradientError, gradient_error
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.targets import TeacherTargets, chunk_items
@@ -77,7 +78,7 @@ class ExactStep:
         exact.add_all(self._teacher())
         return self.distiller.with_router_loss(*exact.result(), outputs)
 
-    def quality(self) -> dict[str, Tensor]:
+    def quality(self) -> dict[str, Tensor | GradientError]:
         """Returns no values: nothing was sampled."""
         return {}
 
@@ -145,9 +146,9 @@ class WarmupStep(ExactStep):
             return sampled_columns(self._logits(outputs).detach(), *ids)
         return head.after_head(sampled_logits(head.features.to(head.dtype), head.weight, head.bias, *ids))
 
-    def quality(self) -> dict[str, Tensor]:
+    def quality(self) -> dict[str, Tensor | GradientError]:
         """As :meth:`SampledStep.quality`."""
-        return sample_quality(self.sample, self.result)
+        return _quality(self.distiller, self.sample, self.result)
 
     def probe(self) -> dict[str, Tensor]:
         """As :meth:`SampledStep.probe`."""
@@ -190,9 +191,13 @@ class SampledStep:
         distiller.sampler.learn(self.sample, self.result.signal, distiller.reduce)
         return distiller.with_router_loss(loss, terms, outputs)
 
-    def quality(self) -> dict[str, Tensor]:
-        """Effective sample size, coverage and share of certain classes of every item, ``[N]``; after :meth:`loss`."""
-        return sample_quality(self.sample, self.result)
+    def quality(self) -> dict[str, Tensor | GradientError]:
+        """Effective sample size, coverage and share of certain classes of every item, ``[N]``; after :meth:`loss`.
+
+        Where the head is one layer whose weight is at hand, ``gradient_error`` is that of some items, estimated from
+        the sample. A truncation has none, since its sample tells nothing of the dropped classes.
+        """
+        return _quality(self.distiller, self.sample, self.result)
 
     def probe(self) -> dict[str, Tensor]:
         """Sampled loss and gradient of the batch against the exact ones; see :func:`hf_dis.report.diagnostics.probe`.
@@ -277,6 +282,15 @@ def _added(exact: ExactTerms, targets: Iterable[TeacherTargets | CachedTargets])
 
 
 Step = SampledStep | WarmupStep | ExactStep | EvaluationStep
+
+
+def _quality(distiller: Distiller, sample: ClassSample, result: SampledLoss) -> dict[str, Tensor | GradientError]:
+    quality: dict[str, Tensor | GradientError] = sample_quality(sample, result)
+    # Without a stream the head has several layers, or its weight is sharded.
+    if distiller.student_stream is not None and distiller.arguments.proposal != "topk":
+        weight, _ = distiller.head.weight_and_bias()
+        quality["gradient_error"] = gradient_error(weight, sample, result, distiller.divergence)
+    return quality
 
 
 def _probe(distiller: Distiller, request: Request, sample: ClassSample) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from tiny_models import (
 )
 
 from hf_dis import DISArguments, SamplerSpec, build_distiller, make_sampler
+from hf_dis.report.gradient_error import MEASURED_ITEMS
 from hf_dis.steps import EvaluationStep, ExactStep, SampledStep, WarmupStep
 
 CLASSES, TEMPERATURE, WEIGHT = 40, 2.0, 0.3
@@ -160,6 +161,7 @@ def test_a_sampled_step_computes_the_sampled_classes_only_and_learns(task):
         loss.mean().backward()
         quality = step.quality()
     assert outputs.logits.shape == (distiller.count(batch), 6 + 1 + 8)  # the label's column between
+    assert len(quality.pop("gradient_error").squared_error) == min(len(loss), MEASURED_ITEMS)
     assert loss.shape == (distiller.count(batch),) and all(len(value) == len(loss) for value in quality.values())
     after = distiller.sampler.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before if name != "generator")

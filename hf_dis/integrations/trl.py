@@ -21,6 +21,7 @@ from hf_dis.integrations.sft_checks import check_chat_template, check_config, ch
 from hf_dis.loss.entropy import sampled_entropy
 from hf_dis.loss.objective import Losses
 from hf_dis.models.tasks import base_model
+from hf_dis.report.gradient_error import GradientError
 from hf_dis.steps import SampledStep, Step, WarmupStep
 from hf_dis.trainer.mixin import DISTrainerMixin
 
@@ -103,7 +104,7 @@ class DISSFTTrainer(DISTrainerMixin, SFTTrainer):
             mask = step.inputs.get("attention_mask")  # none where batches are padding-free
             self._num_tokens += step.inputs["input_ids"].numel() if mask is None else mask.sum()
 
-    def _quality(self, step: Step) -> dict[str, Tensor]:
+    def _quality(self, step: Step) -> dict[str, Tensor | GradientError]:
         quality = super()._quality(step)
         if isinstance(step, (SampledStep, WarmupStep)):
             # Up to a constant per item the logits, at temperature 1 as in SFT's entropy.

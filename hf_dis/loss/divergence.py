@@ -103,6 +103,31 @@ class Divergence(ABC):
         return loss.div_(temperature**2), gradient.div_(temperature**2)
 
     @abstractmethod
+    def weighted_signal(self, sample: ClassSample, result: SampledLoss) -> Tensor:
+        """The estimated gradient on the logits without its constant factors, ``[N, R + K_t]``.
+
+        Args:
+            sample: the classes.
+            result: of :meth:`sampled` for these classes.
+        """
+
+    @abstractmethod
+    def centres(self, sample: ClassSample, result: SampledLoss) -> list[tuple[Tensor, Tensor]]:
+        """The corrections of the linearised error of the gradient on the head's input.
+
+        To first order the error is that of a sum over the sampled classes of ``ω_j r_j``, with the residual
+        ``r_j = signal_j w_j - Σ_k scale_kj Σ_i factor_ki w_i``. The corrections come from the normalisers, which are
+        estimated from the same sample.
+
+        Args:
+            sample: the classes.
+            result: of :meth:`sampled` for these classes.
+
+        Returns:
+            pairs of scales and factors, ``[N, R + K_t]`` each.
+        """
+
+    @abstractmethod
     def _results(
         self, logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
     ) -> Results:
@@ -153,6 +178,24 @@ class ForwardKL(Divergence):
 
     name: ClassVar[str] = "forward_kl"
     needs_all_teacher_probs: ClassVar[bool] = False
+
+    def weighted_signal(self, sample: ClassSample, result: SampledLoss) -> Tensor:
+        """As :meth:`Divergence.weighted_signal`: ``ω s - p̂``."""
+        return (result.log_student + sample.log_weights).exp_().sub_(sample.target)
+
+    def centres(self, sample: ClassSample, result: SampledLoss) -> list[tuple[Tensor, Tensor]]:
+        """As :meth:`Divergence.centres`: s about its mean row, and p of each stratum about that of the stratum."""
+        student = result.log_student.exp()
+        pairs = [(student, student * sample.log_weights.exp())]
+        # Certain classes keep their probability; the others share the rest of their stratum's mass.
+        ratio = sample.target.masked_fill(sample.certain, 0)
+        minus = sample.log_probs.exp().neg_()
+        is_shared = torch.arange(ratio.shape[1], device=ratio.device) >= sample.item_ids.shape[1]
+        for stratum in (is_shared, ~is_shared):
+            part = ratio * stratum
+            mass = part.sum(1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny)
+            pairs.append((minus * stratum, part / mass))
+        return pairs
 
     def _results(
         self, logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float

@@ -15,11 +15,13 @@ from hf_dis.loss.divergence import (
     Divergence,
     ForwardKL,
     Results,
+    SampledLoss,
     above_minus_inf,
     by_blocks,
     log_softmax,
     sampled_log_softmax,
 )
+from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.targets import widen
 
 
@@ -53,6 +55,20 @@ class FDivergence(Divergence):
 
     Where student and teacher agree, p/ŝ is the same at all classes, so that the gradient is zero whatever the sample.
     """
+
+    def weighted_signal(self, sample: ClassSample, result: SampledLoss) -> Tensor:
+        """As :meth:`Divergence.weighted_signal`: ω times the signal."""
+        return sample.log_weights.exp().mul_(result.signal)
+
+    def centres(self, sample: ClassSample, result: SampledLoss) -> list[tuple[Tensor, Tensor]]:
+        """As :meth:`Divergence.centres`.
+
+        The gradient is ``Σ s ψ w - (Σ s ψ)(Σ s w)`` with three sums that the normaliser divides. Their linearised
+        errors add up to the residual ``signal_j (w_j - Σ s w) - s_j g``.
+        """
+        student = result.log_student.exp()
+        weighted = student * sample.log_weights.exp()
+        return [(result.signal, weighted), (student, self.weighted_signal(sample, result))]
 
     @abstractmethod
     def _terms(self, given: _Densities) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -12,6 +13,7 @@ from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.loss.divergence import FORWARD_KL, Divergence, SampledLoss
 from hf_dis.loss.exact import exact_loss
 from hf_dis.precision import widest
+from hf_dis.report.gradient_error import GradientError
 from hf_dis.sampling.sample import ClassSample
 
 
@@ -109,26 +111,34 @@ def probe(
 
 
 class RunningMeans:
-    """Means of named values over items and steps, kept on the device until :meth:`pop`."""
+    """Means of named values over items and steps, kept on the device until :meth:`pop`.
+
+    An error of gradients becomes ‖ĝ - g‖ / ‖g‖, the root of the sum of squared errors over the sum of squared lengths.
+    """
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
+        self._errors: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         """True if a value of that name was added since the last call of :meth:`pop`."""
         return name in self._sums
 
-    def add(self, values: dict[str, Tensor], counts: Tensor | None = None) -> None:
-        """Adds values of any shape.
+    def add(self, values: dict[str, Tensor | GradientError], counts: Tensor | None = None) -> None:
+        """Adds values of any shape, or errors of gradients.
 
         Args:
             values: by name; an element counts as one item.
             counts: where the elements are sums over items, the number of items of each.
         """
         for name, value in values.items():
+            over = counts
+            if isinstance(value, GradientError):
+                self._errors.add(name)
+                value, over = value
             dtype = widest(value.device)
             value = value.detach().to(dtype)
-            count = value.new_full((), value.numel()) if counts is None else counts.to(dtype).sum()
+            count = value.new_full((), value.numel()) if over is None else over.to(dtype).sum()
             step = torch.stack([value.sum(), count])
             self._sums[name] = self._sums[name] + step if name in self._sums else step
 
@@ -141,4 +151,7 @@ class RunningMeans:
         sums, self._sums = self._sums, {}
         if reduce is not None and sums:
             sums = reduce(sums)
-        return {name: float(total / count) for name, (total, count) in sums.items()}
+        means = {name: float(total / count) for name, (total, count) in sums.items()}
+        # A length that is not known to be above 0 is that of a gradient lost in its noise.
+        roots = {name: math.sqrt(means[name]) if means[name] >= 0 else math.inf for name in self._errors & set(means)}
+        return means | roots

@@ -72,6 +72,27 @@ class ClassSample:
         """
         return signal.masked_fill(self.log_weights.isneginf(), 0).sum(1).isfinite()
 
+    def of_items(self, items: Tensor, tails: Tensor) -> ClassSample:
+        """The sample of some of the items, without a sample of updates.
+
+        Args:
+            items: places of the items, ``[n]``.
+            tails: the tails in another order, ``[G]``, so that the i-th of the items uses the tail ``i mod G``.
+        """
+        return replace(
+            self,
+            item_ids=self.item_ids.index_select(0, items),
+            tail_ids=self.tail_ids.index_select(0, tails),
+            log_weights=self.log_weights.index_select(0, items),
+            certain=self.certain.index_select(0, items),
+            log_probs=self.log_probs.index_select(0, items),
+            target=self.target.index_select(0, items),
+            ranks=self.ranks.index_select(0, items),
+            rank_weights=self.rank_weights.index_select(0, items),
+            outside_top=self.outside_top.index_select(0, items),
+            updates=None,
+        )
+
     def without_items(self, left_out: Tensor) -> ClassSample:
         """The sample with weights of zero for some items, so that no statistic counts them.
 

@@ -26,6 +26,7 @@ from hf_dis.head.switch import SampledHead
 from hf_dis.loss.objective import Losses
 from hf_dis.models.columns import forward_columns
 from hf_dis.report.diagnostics import RunningMeans
+from hf_dis.report.gradient_error import GradientError
 from hf_dis.steps import EvaluationStep, Step
 from hf_dis.teacher.loading import open_teacher
 from hf_dis.trainer.checks import check_optimizer, check_processes, check_trainer_arguments
@@ -279,7 +280,7 @@ class DISTrainerMixin(SavingHooks):
             values |= {f"probe/{name}": value for name, value in step.probe().items()}
         self._means.add(values)
 
-    def _quality(self, step: Step) -> dict[str, Tensor]:
+    def _quality(self, step: Step) -> dict[str, Tensor | GradientError]:
         """The logs of a step's sample, per item."""
         return {f"dis/{name}": value for name, value in step.quality().items()}
 
