@@ -285,10 +285,9 @@ class DISArguments:
             "None without row_sparse_head=True: a dense gradient touches every row of the head anyway",
         )
 
-    @staticmethod
-    def copied(arguments: DISArguments) -> DISArguments:
-        """The settings of the method alone, of any class that has them; later changes do not reach the copy."""
-        return DISArguments(**{one.name: getattr(arguments, one.name) for one in fields(DISArguments)})
+    def settings(self) -> DISArguments:
+        """The settings of the method alone, as a :class:`hf_dis.Distiller` reads them; a copy."""
+        return DISArguments(**{one.name: getattr(self, one.name) for one in fields(DISArguments)})
 
     def sampler_spec(self) -> SamplerSpec:
         """The settings of the sampler, as they were given."""

@@ -70,7 +70,7 @@ def build_distiller(
     Raises:
         ValueError, TypeError: if models, caches and arguments do not fit; names value, expectation and remedy.
     """
-    arguments = DISArguments.copied(arguments or DISArguments())
+    arguments = (arguments or DISArguments()).settings()
     device = device or next(student.parameters()).device
     task = find_task(student)
     width = num_outputs(student, task)

@@ -18,11 +18,10 @@ from hf_dis.distiller import Distiller
 from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.integrations import require
 from hf_dis.integrations.sft_checks import check_chat_template, check_config, check_text_only, check_trainer
-from hf_dis.loss.entropy import sampled_entropy
+from hf_dis.integrations.trl_host import TRLHost
 from hf_dis.loss.objective import Losses
 from hf_dis.models.tasks import base_model
-from hf_dis.report.gradient_error import GradientError
-from hf_dis.steps import SampledStep, Step, WarmupStep
+from hf_dis.steps import Step
 from hf_dis.trainer.mixin import DISTrainerMixin
 
 require("trl", "1.16")
@@ -48,7 +47,7 @@ class DISSFTConfig(DISArguments, SFTConfig):
         check_config(self)
 
 
-class DISSFTTrainer(DISTrainerMixin, SFTTrainer):
+class DISSFTTrainer(TRLHost, SFTTrainer):
     """Distils a teacher into a student on what ``trl.SFTTrainer`` prepares.
 
     The data may be conversations, prompts with completions, or text, packed or padding-free, with the loss on all
@@ -90,10 +89,6 @@ class DISSFTTrainer(DISTrainerMixin, SFTTrainer):
         check_chat_template(self.processing_class, self._teacher[1], self._conversation)
         return super()._make_distiller()
 
-    def _begin(self, inputs: dict[str, Any], returns_outputs: bool) -> Step:
-        # With a cache of keys and values a model does not look for the documents of a packed sequence.
-        return super()._begin({**inputs, "use_cache": False}, returns_outputs)
-
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._num_tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
         return super()._prepare_for_training(*args, **kwargs)
@@ -104,24 +99,12 @@ class DISSFTTrainer(DISTrainerMixin, SFTTrainer):
             mask = step.inputs.get("attention_mask")  # none where batches are padding-free
             self._num_tokens += step.inputs["input_ids"].numel() if mask is None else mask.sum()
 
-    def _quality(self, step: Step) -> dict[str, Tensor | GradientError]:
-        quality = super()._quality(step)
-        if isinstance(step, (SampledStep, WarmupStep)):
-            # Up to a constant per item the logits, at temperature 1 as in SFT's entropy.
-            logits = self.distiller.arguments.temperature * step.result.log_student
-            quality["entropy_estimate"] = sampled_entropy(logits, step.sample.log_weights)
-        return quality
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the mixin's, with ``num_tokens``, those that the student was given on all processes."""
         if "loss" in logs and self.model.training:
             summed = sum_over_processes({"num_tokens": self._num_tokens})
             logs = {**logs, "num_tokens": int(summed["num_tokens"]) // self._tp_size}
         super().log(logs, start_time)
-
-    def create_model_card(self, *, dataset_name: str | None = None, **summary: Any) -> None:
-        """As the mixin's; ``dataset_name``, as TRL's trainers take it, is ``dataset`` there."""
-        super().create_model_card(**({} if dataset_name is None else {"dataset": dataset_name}), **summary)
 
 
 def _first_conversation(dataset: Any) -> Mapping[str, Any] | None:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from hf_dis.arguments import DISArguments
 from hf_dis.build import build_distiller
 from hf_dis.cache.attach import check_data, open_cache
 from hf_dis.cache.reader import TeacherCache
@@ -207,12 +206,16 @@ class DISTrainerMixin(SavingHooks):
             precision={"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision),
             label_names=self.label_names,
             is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
-            num_items=expected_items(self) if self.args.head_mode == "auto" else None,
+            num_items=self._expected_items() if self.args.head_mode == "auto" else None,
         )
+
+    def _expected_items(self) -> int | None:
+        """The number of items that a batch of one process is expected to have; None where it is not known."""
+        return expected_items(self)
 
     def _refresh_distiller(self) -> None:
         """Makes the engine anew for a new student or changed settings, so that trials share nothing."""
-        changed = self.distiller.arguments != DISArguments.copied(self.args)
+        changed = self.distiller.arguments != self.args.settings()
         if changed or self.distiller.student is not self._student:
             self.distiller = self._make_distiller()
             check_optimizer(self)

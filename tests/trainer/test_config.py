@@ -88,7 +88,7 @@ def test_the_command_line_lists_the_choices(tmp_path, field, capsys):
 
 
 def test_the_settings_of_the_method_are_taken_out_of_a_config(tmp_path):
-    found = DISArguments.copied(config(tmp_path, **COMMAND_LINE))
+    found = config(tmp_path, **COMMAND_LINE).settings()
     assert type(found) is DISArguments and found == DISArguments(**COMMAND_LINE)
 
 
