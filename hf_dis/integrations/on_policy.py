@@ -82,8 +82,7 @@ class DISOnPolicyTrainer(TRLHost, DistillationTrainer):
         args: DISOnPolicyConfig | None = None,
         **kwargs: Any,
     ):
-        caches = {name: kwargs.get(name) for name in ("teacher_cache", "eval_teacher_cache")}
-        checks.check_teacher(args, teacher_model, caches)
+        checks.check_teacher(args, teacher_model, kwargs)
         check_text_only(kwargs.get("processing_class"))
         if teacher_model is None and args is not None:
             teacher_model = args.teacher_model_name_or_path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -11,37 +11,87 @@ from trl import is_conversational
 
 from hf_dis.integrations.sft_checks import check_chat_template
 
+if TYPE_CHECKING:
+    from hf_dis.integrations.gkd import DISGKDConfig
+
 logger = logging.get_logger(__name__)
 
 
-def check_teacher(args: Any, teacher_model: Any, caches: Mapping[str, Any]) -> None:
+# Settings of SFT that GKD's collator does not read.
+NOT_OF_GKD = ("packing", "eval_packing", "padding_free", "assistant_only_loss", "completion_only_loss")
+
+
+def check_teacher(args: Any, teacher_model: Any, kwargs: Mapping[str, Any]) -> None:
     """Checks how the teacher of an on-policy training is given.
 
     Args:
         args: the configuration, with TRL's fields about the teacher, or None.
         teacher_model: the teacher, its name, or None.
-        caches: caches of targets, by argument.
+        kwargs: further arguments of the trainer.
 
     Raises:
         ValueError: if there is a cache, or a field about the teacher that would have no effect.
     """
-    for name, cache in caches.items():
-        if cache is not None:
+    for name in ("teacher_cache", "eval_teacher_cache"):
+        if kwargs.get(name) is not None:
             raise ValueError(
                 f"{name} holds targets of a given text, and here the student writes the text: pass the teacher itself "
                 "as teacher_model"
             )
+    given = {} if args is None else vars(args)
     for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
-        value = getattr(args, name, None)
+        value = given.get(name)
         if value is not None:
             raise ValueError(
                 f"{name} is {value!r}, and hf_dis loads a teacher by name as its checkpoint says: load the teacher "
                 f"yourself, pass the model as teacher_model, and leave {name} out"
             )
-    named = getattr(args, "teacher_model_name_or_path", None)
+    named = given.get("teacher_model_name_or_path")
     if named is not None and isinstance(teacher_model, str) and named != teacher_model:
         raise ValueError(
             f"teacher_model is {teacher_model!r}, and teacher_model_name_or_path is {named!r}: name one teacher"
+        )
+
+
+def check_gkd_config(args: DISGKDConfig) -> None:
+    """Checks the settings that GKD does not read.
+
+    Raises:
+        ValueError: if a setting would have no effect, or DeepSpeed would prepare the teacher.
+    """
+    for name in NOT_OF_GKD:
+        value = getattr(args, name)
+        if value != args.__dataclass_fields__[name].default:
+            raise ValueError(
+                f"{name} is {value}, and GKD prepares conversations in a way of its own, padded, with the loss on the "
+                f"last answer: leave {name} out, or train with DISSFTTrainer"
+            )
+    if args.deepspeed:
+        raise ValueError(
+            "deepspeed is set: GKD would make an engine of the teacher, which hf_dis keeps whole; use "
+            "DISOnPolicyTrainer, or leave deepspeed out"
+        )
+
+
+def check_gkd_data(kwargs: Mapping[str, Any]) -> None:
+    """Checks what GKD's collator makes batches of.
+
+    Args:
+        kwargs: arguments of the trainer.
+
+    Raises:
+        ValueError: if there is no tokenizer, or the training data holds no conversations.
+    """
+    if kwargs.get("data_collator") is not None:
+        return
+    if kwargs.get("processing_class") is None:
+        raise ValueError("processing_class is None: GKD's collator needs the student's tokenizer; pass it")
+    dataset = kwargs.get("train_dataset")
+    example = None if dataset is None else next(iter(dataset), None)
+    if example is not None and "messages" not in example:
+        raise ValueError(
+            f"the first example has the columns {', '.join(example)} and no 'messages': GKD takes conversations with "
+            "an answer at the end; for prompts alone use DISOnPolicyTrainer"
         )
 
 
