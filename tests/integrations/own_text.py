@@ -8,7 +8,9 @@ from pathlib import Path
 import chats
 from datasets import Dataset
 from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+from hf_dis.integrations.gkd import DISGKDConfig, DISGKDTrainer
 from hf_dis.integrations.on_policy import DISOnPolicyConfig, DISOnPolicyTrainer
 
 # What a test sets where it does not matter, for TRL's trainer too.
@@ -26,6 +28,8 @@ HOST = {
     "save_strategy": "no",
     "logging_steps": 1,
 }
+OF_GKD = {name: value for name, value in HOST.items() if name != "max_completion_length"}
+OF_GKD |= {"max_length": 32, "max_new_tokens": 8, "train_sampling_strategy": "sequential"}
 METHOD = {"head_mode": "sampled", "num_sampled_classes": 6, "num_shared_classes": 8, "rank_depth": 10}
 # All classes are sampled for certain.
 ALL = {"num_sampled_classes": 10, "num_shared_classes": chats.V}
@@ -40,11 +44,6 @@ def prompts(number: int, form: str = "messages", seed: int = 0) -> Dataset:
     return Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in said])
 
 
-def student(seed: int = 0, **config):
-    """A student that ends a good part of its answers before the limit."""
-    return chats.student(seed, **config)
-
-
 def _split(keywords: dict, config: type) -> tuple[dict, dict]:
     of_trainer = {name: keywords.pop(name) for name in list(keywords) if name not in config.__dataclass_fields__}
     return of_trainer, keywords
@@ -56,7 +55,7 @@ def make_trainer(folder: Path, model=None, teacher_model="made here", **keywords
     args = DISOnPolicyConfig(**{"output_dir": str(folder / "out"), **chats.QUIET, **HOST, **METHOD, **fields})
     given = {"train_dataset": prompts(48), "processing_class": chats.tokenizer(), **given}
     made = chats.teacher() if isinstance(teacher_model, str) and teacher_model == "made here" else teacher_model
-    return DISOnPolicyTrainer(student() if model is None else model, made, args, **given)
+    return DISOnPolicyTrainer(chats.student() if model is None else model, made, args, **given)
 
 
 def trl_trainer(folder: Path, model, teacher_model, **keywords) -> DistillationTrainer:
@@ -65,3 +64,20 @@ def trl_trainer(folder: Path, model, teacher_model, **keywords) -> DistillationT
     args = DistillationConfig(**{"output_dir": str(folder / "trl"), **chats.QUIET, **HOST, **fields})
     given = {"train_dataset": prompts(48), "processing_class": chats.tokenizer(), **given}
     return DistillationTrainer(model, teacher_model, args, **given)
+
+
+def gkd_trainer(folder: Path, model=None, teacher_model="made here", **keywords) -> DISGKDTrainer:
+    """Keywords: DISGKDConfig's fields, or the trainer's."""
+    given, fields = _split(keywords, DISGKDConfig)
+    args = DISGKDConfig(**{"output_dir": str(folder / "gkd"), **chats.QUIET, **OF_GKD, **METHOD, **fields})
+    given = {"train_dataset": chats.chats(48), "processing_class": chats.tokenizer(), **given}
+    made = chats.teacher() if isinstance(teacher_model, str) and teacher_model == "made here" else teacher_model
+    return DISGKDTrainer(chats.student() if model is None else model, made, args, **given)
+
+
+def trl_gkd_trainer(folder: Path, model, teacher_model, **keywords) -> GKDTrainer:
+    """TRL's own trainer with the same settings as :func:`gkd_trainer`."""
+    given, fields = _split(keywords, GKDConfig)
+    args = GKDConfig(**{"output_dir": str(folder / "trl"), **chats.QUIET, **OF_GKD, **fields})
+    given = {"train_dataset": chats.chats(48), "processing_class": chats.tokenizer(), **given}
+    return GKDTrainer(model, teacher_model, args, **given)
