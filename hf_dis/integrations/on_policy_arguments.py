@@ -111,14 +111,14 @@ def agreed_divergence(
     if divergence is None:
         beta = default_beta if beta is None else beta
         divergence = {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jsd")
-        if divergence == "jsd" and jsd_beta is None:
-            jsd_beta = float(beta)
+    if divergence == "jsd" and jsd_beta is None:
+        jsd_beta = 0.5 if beta is None else float(beta)
     check_divergence(divergence, jsd_beta, skew_alpha)
-    own = OWN_BETA.get(divergence, 0.5 if jsd_beta is None else jsd_beta)
+    own = OWN_BETA.get(divergence, jsd_beta)
     if beta is not None and beta != own:
         raise ValueError(
             f"beta is {beta}, and divergence is {divergence!r}"
             f"{f' with jsd_beta={own}' if divergence == 'jsd' else ''}, for which beta is {own}: both choose the "
             "divergence, so give one of them and leave the other at None"
         )
-    return divergence, own if divergence == "jsd" else None, own
+    return divergence, jsd_beta, own
