@@ -10,10 +10,11 @@ import ast
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from clm_task import HELD_OUT, build_teacher, standard_library, train_tokenizer
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from hf_dis.integrations.trl import DISSFTConfig
@@ -26,6 +27,8 @@ CHAT_TEMPLATE = (
     "{% else %}<|user|>{{ message.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# Settings of SFT that prepare the chats.
+PREPARATION = ("max_length", "packing", "assistant_only_loss")
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -124,13 +127,36 @@ def train_teacher(
     Returns:
         the teacher.
     """
-    teacher_args = SFTConfig(
-        output_dir=str(Path(args.output_dir) / "_teacher"),  # push_to_hub leaves out names that start with _
+    given = {name: getattr(args, name) for name in ("per_device_train_batch_size", *PREPARATION)}
+    return fine_tuned(build_teacher(len(tokenizer)), "_teacher", splits, tokenizer, steps, args, **given)
+
+
+def fine_tuned(
+    model: LlamaForCausalLM,
+    name: str,
+    splits: DatasetDict,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    args: TrainingArguments,
+    **settings: Any,
+) -> LlamaForCausalLM:
+    """Trains a model on the chats by plain SFT, and saves the model with its tokenizer.
+
+    Args:
+        model: with initial weights.
+        name: of its folder in ``output_dir``; push_to_hub leaves out names that start with _.
+        splits: of :func:`load_chats`.
+        tokenizer: with a chat template.
+        steps: optimizer steps.
+        args: of the student's run: the folder, device and precision.
+        **settings: of ``SFTConfig``, batch size and preparation of the chats among them.
+
+    Returns:
+        the model, loaded from its folder.
+    """
+    sft_args = SFTConfig(
+        output_dir=str(Path(args.output_dir) / name),
         max_steps=steps,
-        per_device_train_batch_size=args.per_device_train_batch_size,
-        max_length=args.max_length,
-        packing=args.packing,
-        assistant_only_loss=args.assistant_only_loss,
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
@@ -142,10 +168,9 @@ def train_teacher(
         bf16=args.bf16,
         disable_tqdm=args.disable_tqdm,
         report_to=args.report_to,
+        **settings,
     )
-    trainer = PlainSFT(
-        build_teacher(len(tokenizer)), teacher_args, train_dataset=splits["train"], processing_class=tokenizer
-    )
+    trainer = PlainSFT(model, sft_args, train_dataset=splits["train"], processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
-    return LlamaForCausalLM.from_pretrained(teacher_args.output_dir)
+    return LlamaForCausalLM.from_pretrained(sft_args.output_dir)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_dis.arguments import _setting
 from hf_dis.distiller import Distiller
 from hf_dis.integrations import require
 from hf_dis.integrations.on_policy_arguments import OnPolicyArguments
@@ -49,9 +48,12 @@ class DISGKDConfig(OnPolicyArguments, GKDConfig):
             SFT would have no effect.
     """
 
-    temperature: float = _setting(0.9, "Divides the logits where text is written, not in the loss; above 0.")
-    kd_temperature: float | None = _setting(
-        1.0, "Divides the logits of teacher and student in the loss; if not given temperature."
+    temperature: float = field(
+        default=0.9, metadata={"help": "Divides the logits where text is written, not in the loss; above 0."}
+    )
+    kd_temperature: float | None = field(
+        default=1.0,
+        metadata={"help": "Divides the logits of teacher and student in the loss; if not given temperature."},
     )
 
     def __post_init__(self) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Literal
 
-from hf_dis.arguments import DISArguments, _setting, check_divergence
+from hf_dis.arguments import DISArguments, check_divergence
 from hf_dis.checks import require, require_number
 
 # β of TRL's generalised Jensen-Shannon divergence. The skew KL is a forward KL from a mixture, so it shares β = 0.
@@ -33,18 +33,26 @@ class OnPolicyArguments(DISArguments):
             if ``hard_label_weight`` is not 0.
     """
 
-    temperature: float = _setting(1.0, "Divides the student's logits where it writes text; above 0.")
-    kd_temperature: float | None = _setting(
-        None, "Divides the logits of teacher and student in the loss; if not given temperature."
+    temperature: float = field(
+        default=1.0, metadata={"help": "Divides the student's logits where it writes text; above 0."}
     )
-    beta: float | None = _setting(
-        None, "0: forward KL, 1: reverse KL, between: Jensen-Shannon; if not given that of divergence."
+    kd_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Divides the logits of teacher and student in the loss; if not given temperature."},
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] | None = _setting(
-        None, "The divergence of the student from the teacher; if not given that of beta."
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "0: forward KL, 1: reverse KL, between: Jensen-Shannon; if not given that of divergence."},
     )
-    scale_by_temperature: bool = _setting(False, "Multiply the divergence by the square of kd_temperature.")
-    hard_label_weight: float = _setting(0.0, "0: the labels of a text that the student wrote are its own samples.")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] | None = field(
+        default=None, metadata={"help": "The divergence of the student from the teacher; if not given that of beta."}
+    )
+    scale_by_temperature: bool = field(
+        default=False, metadata={"help": "Multiply the divergence by the square of kd_temperature."}
+    )
+    hard_label_weight: float = field(
+        default=0.0, metadata={"help": "0: the labels of a text that the student wrote are its own samples."}
+    )
 
     def __post_init__(self) -> None:
         self._choose_divergence()
