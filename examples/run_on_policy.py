@@ -35,11 +35,11 @@ METHODS = {"exact": "exact KD", "dis": "DIS"}
 # For models that are made here; with --model_name_or_path the defaults are those of DISOnPolicyConfig.
 FROM_SCRATCH = {
     "methods": list(METHODS),
-    "max_steps": 60,
+    "max_steps": 50,
     "max_completion_length": 32,
     "per_device_train_batch_size": 16,
     "learning_rate": 1e-3,
-    "head_learning_rate": 1e-2,
+    "head_learning_rate": 4e-3,
     "warmup_steps": 0.1,
     "lr_scheduler_type": "cosine",
     "head_mode": "sampled",
@@ -77,7 +77,7 @@ class OnPolicyExample:
         default_factory=lambda: ["dis"],
         metadata={"help": f"Methods to run, of {', '.join(METHODS)}; all of them without model_name_or_path."},
     )
-    teacher_steps: int = field(default=200, metadata={"help": "Steps of the teacher's SFT."})
+    teacher_steps: int = field(default=160, metadata={"help": "Steps of the teacher's SFT."})
     student_steps: int = field(default=60, metadata={"help": "Steps of the initial student's SFT."})
 
 
