@@ -21,6 +21,7 @@ from hf_dis.integrations.sft_checks import check_config
 from hf_dis.items import IGNORED
 from hf_dis.teacher.loading import open_teacher
 from hf_dis.trainer.mixin import DISTrainerMixin
+from hf_dis.trainer.positions import POSITIONS
 
 require("trl", "1.16")
 
@@ -168,6 +169,7 @@ class DISGKDTrainer(DISSFTTrainer, _Host):
         ) as writer:
             written = self.generate_on_policy_outputs(writer, batch, self.generation_config)
         batch.update(zip(COLUMNS, written, strict=True))
+        batch.pop(POSITIONS, None)  # of the given answers
         self._warn_of_lengths(batch["labels"])
 
     def _warn_of_lengths(self, labels: Tensor) -> None:

@@ -12,6 +12,7 @@ from tiny_models import patched_modules
 from transformers import AutoModelForCausalLM
 
 from hf_dis.integrations.on_policy import _labelled
+from hf_dis.trainer.positions import PositionsCollator
 
 # Sampled in earnest: by several tails, a fitted proposal, and a warm-up.
 SAMPLED = {"num_tails": 2, "exact_warmup_steps": 1.0, "optim": "adamw_torch", "learning_rate": 1e-2}
@@ -163,6 +164,20 @@ def test_the_mixture_has_given_and_own_answers(tmp_path):
     assert all(row in data for batch in found[0] for row in batch)
     is_given = [all(row in data for row in batch) for batch in found[1]]
     assert 0 < sum(is_given) < len(is_given) == 12
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
+def test_items_found_on_the_host_are_those_of_the_given_answers(tmp_path, monkeypatch, lmbda):
+    """On an accelerator the collator finds the places of the items, which an own answer then has not."""
+    settings, states = {"lmbda": lmbda, "max_steps": 4, "gradient_accumulation_steps": 2}, []
+    of_host = "hf_dis.trainer.mixin.with_positions"
+    for wraps in (False, True):
+        if wraps:
+            monkeypatch.setattr(of_host, lambda own, task, *_: PositionsCollator(own, task))
+        trainer = gkd_trainer(tmp_path, **settings)
+        trainer.train()
+        states.append(state(trainer))
+    assert differing(*states) == []
 
 
 def test_the_teacher_answers_with_seq_kd(tmp_path):
