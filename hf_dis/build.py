@@ -80,7 +80,6 @@ def build_distiller(
     num_items = num_items or (TOKENS if task.has_token_items else ITEMS)
     mode = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
     layers = _find_head(student, width, arguments, mode)
-    row_sparse = _is_row_sparse(student, layers, arguments, mode, is_sharded)
     return Distiller(
         student,
         arguments,
@@ -89,8 +88,7 @@ def build_distiller(
         sampler=sampler,
         head_layers=layers,
         mode=mode,
-        row_sparse=row_sparse,
-        tied_embeddings=find_tied_embeddings(student, layers) if row_sparse else (),
+        **_row_sparse(student, layers, arguments, mode, is_sharded),
         **_teachers(student, teacher, caches, num_classes, arguments, sampler, device, context),
         student_stream=LogitStream(student, width, context=context) if len(layers) == 1 and not is_sharded else None,
         label_names=label_names,
@@ -177,16 +175,17 @@ def _make_sampler(
     return spec, make_cached_sampler(stored, spec, seed=seed, device=device)
 
 
-def _is_row_sparse(
+def _row_sparse(
     student: nn.Module, layers: Sequence[str], arguments: DISArguments, mode: str, is_sharded: bool
-) -> bool:
+) -> dict[str, Any]:
+    """Keywords of a Distiller: the choice of row-sparse gradients, and the embeddings that get them too."""
     if not arguments.row_sparse_head:
-        return False
+        return {}
     if mode == "exact":
         logger.warning("row_sparse_head has no effect: all classes are computed, and the head trains densely")
-        return False
+        return {}
     check_row_sparse_head(student, layers, is_sharded)
-    return True
+    return {"row_sparse": True, "tied_embeddings": find_tied_embeddings(student, layers)}
 
 
 def _choose_mode(
