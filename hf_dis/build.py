@@ -19,8 +19,9 @@ from hf_dis.distiller import Distiller
 from hf_dis.distributed.processes import of_first_process, process_index
 from hf_dis.head.check import check_row_sparse_head
 from hf_dis.loss.f_divergence import divergence_of
-from hf_dis.models.head_search import find_head_layers, find_heads, find_tied_embeddings
+from hf_dis.models.head_search import find_head_layers, find_heads
 from hf_dis.models.tasks import Task, find_task, num_outputs
+from hf_dis.models.ties import find_tied_embeddings
 from hf_dis.models.vocabulary import shared_classes
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.sampling.sampler import ClassSampler, make_sampler
@@ -177,7 +178,7 @@ def _make_sampler(
 
 def _row_sparse(
     student: nn.Module, layers: Sequence[str], arguments: DISArguments, mode: str, is_sharded: bool
-) -> dict[str, Any]:
+) -> dict[str, bool | tuple[str, ...]]:
     """Keywords of a Distiller: the choice of row-sparse gradients, and the embeddings that get them too."""
     if not arguments.row_sparse_head:
         return {}

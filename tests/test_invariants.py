@@ -34,7 +34,8 @@ MATHS = (
         "precision.py",
     ),
     *("distributed", "head", "loss", "sampling"),
-    *("models/after_head.py", "models/head_features.py", "report/diagnostics.py"),
+    *("models/after_head.py", "models/head_features.py", "models/ties.py"),
+    *("report/diagnostics.py", "report/gradient_error.py"),
     *("teacher/cached.py", "teacher/compact.py", "teacher/targets.py", "teacher/triton_normaliser.py"),
 )
 MATHS_FILES = sorted(

@@ -14,7 +14,7 @@ from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items
 from hf_dis.models.after_head import AfterHead
 from hf_dis.models.head_features import evaluating
-from hf_dis.models.head_search import modules_with
+from hf_dis.models.ties import modules_with
 from hf_dis.precision import check_sparse
 
 

@@ -128,7 +128,7 @@ class SampledHead:
             of each layer, where adapters or a second head make several.
         row_sparse: give the parameters sparse gradients of the sampled rows while sampled classes are computed.
         embeddings: names of the embeddings that share the head's weight, as
-            :func:`hf_dis.models.head_search.find_tied_embeddings` finds them. With ``row_sparse`` their gradient is
+            :func:`hf_dis.models.ties.find_tied_embeddings` finds them. With ``row_sparse`` their gradient is
             sparse too, in the rows of the input tokens.
 
     Attributes:

@@ -10,7 +10,8 @@ from tiny_models import gpt2_sequences, llama_sequences, patched_modules, tails_
 
 from hf_dis.head.check import check_head
 from hf_dis.head.switch import SampledHead
-from hf_dis.models.head_search import find_head_layers, find_tied_embeddings
+from hf_dis.models.head_search import find_head_layers
+from hf_dis.models.ties import find_tied_embeddings
 
 TABLE = Path(__file__).parents[2] / "docs" / "heads.md"
 

@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from tiny_models import SMALL, assert_near, bart, bert_mlm, gpt2, labelled_tokens, llama, patched_modules, t5
 
-from hf_dis.models.head_search import find_tied_embeddings
+from hf_dis.models.ties import find_tied_embeddings
 
 V = 50
 # All classes are sampled for certain, so every row is in every gradient, and lazy AdamW is dense AdamW.
