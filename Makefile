@@ -15,7 +15,7 @@ OLDEST_TESTS := tests/trainer/test_trainer.py tests/trainer/test_text.py tests/t
 # Folder of the page and the records of bench-accelerator.
 OUT ?= bench-accelerator
 
-.PHONY: demo bench-accelerator test test-slow test-oldest test-deepspeed test-all lint clean
+.PHONY: demo bench-accelerator test test-slow chromium test-oldest test-deepspeed test-all lint clean
 
 ## Distil a 3,375-class glyph recogniser by five methods, offline: table and plots in runs/glyphs/
 demo: $(VENV)/.installed
@@ -29,8 +29,12 @@ bench-accelerator: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(TEST) -m "not slow"
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.installed chromium
 	$(TEST) -m slow
+
+## Install Debian's Chromium for the tests of pages, if there is none; without root those tests are skipped
+chromium:
+	command -v chromium >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && apt-get install -qq -y chromium)
 
 ## The fast tests of the trainer with the lowest versions that setup.cfg allows
 test-oldest: $(OLDEST)/.installed

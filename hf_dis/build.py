@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_dis.arguments import DISArguments, SamplerSpec
-from hf_dis.autotune import ITEMS, TOKENS, measure_costs
+from hf_dis.autotune import ITEMS, TOKENS, HeadCosts, measure_costs
 from hf_dis.cache.attach import cached_teacher, check_cache, open_cache
 from hf_dis.cache.reader import TeacherCache
 from hf_dis.distiller import Distiller
@@ -73,13 +73,12 @@ def build_distiller(
     """
     arguments = (arguments or DISArguments()).settings()
     device = device or next(student.parameters()).device
-    task = find_task(student)
-    width = num_outputs(student, task)
+    width = num_outputs(student, task := find_task(student))
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
     spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed + process_index(), device)
     num_items = num_items or (TOKENS if task.has_token_items else ITEMS)
-    mode = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
+    mode, costs = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
     layers = _find_head(student, width, arguments, mode)
     return Distiller(
         student,
@@ -94,6 +93,7 @@ def build_distiller(
         student_stream=LogitStream(student, width, context=context) if len(layers) == 1 and not is_sharded else None,
         label_names=label_names,
         precision=precision,
+        costs=costs,
     )
 
 
@@ -199,7 +199,8 @@ def _choose_mode(
     cache: TeacherCache | None,
     device: torch.device,
     context: Context,
-) -> str:
+) -> tuple[str, HeadCosts | None]:
+    """The mode, and the costs where they were timed."""
     num_sampled = spec.num_sampled_classes
     if num_sampled >= num_classes:
         if num_sampled > num_classes or arguments.head_mode == "sampled":
@@ -207,16 +208,16 @@ def _choose_mode(
                 f"num_sampled_classes is {num_sampled} and there are {num_classes} classes: all of them are computed, "
                 "which is exact distillation"
             )
-        return "exact"
+        return "exact", None
     if arguments.head_mode != "auto":
-        return arguments.head_mode
+        return arguments.head_mode, None
     try:
         layers = find_head_layers(student, width, arguments.head_name)
     except ValueError as error:
         if arguments.head_name is not None:
             raise
         logger.warning(f"head_mode='auto' chose 'exact': {error}")
-        return "exact"
+        return "exact", None
     num_features = student.get_submodule(layers[0]).in_features
     costs = of_first_process(
         lambda: measure_costs(
@@ -232,7 +233,7 @@ def _choose_mode(
     )
     mode = "sampled" if costs.sampling_pays else "exact"
     logger.warning(f"head_mode='auto' chose {mode!r} for {num_classes:,} classes: {costs}")
-    return mode
+    return mode, costs
 
 
 def _find_head(student: nn.Module, width: int, arguments: DISArguments, mode: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from hf_dis.steps import EvaluationStep, ExactStep, Request, SampledStep, Step, 
 from hf_dis.teacher.cached import TARGETS, CachedTeacher
 from hf_dis.teacher.online import OnlineTeacher
 from hf_dis.teacher.stream import LogitStream
+
+if TYPE_CHECKING:
+    from hf_dis.autotune import HeadCosts
 
 
 class Distiller:
@@ -54,6 +57,7 @@ class Distiller:
         student_stream: computes the student's logits in chunks for evaluation; None: evaluation holds all logits.
         label_names: columns of a batch that the student is not given.
         precision: the narrowest type that the student computes in, if narrower than its logits.
+        costs: of both kinds of steps, where they were timed.
         reduce: sums a dict of tensors, some of them sparse, over processes.
     """
 
@@ -75,13 +79,14 @@ class Distiller:
         student_stream: LogitStream | None = None,
         label_names: Sequence[str] = ("labels",),
         precision: torch.dtype | None = None,
+        costs: HeadCosts | None = None,
         reduce: Callable[[Statistics], Statistics] = sum_over_processes,
     ):
         self.student, self.arguments, self.task, self.num_classes = student, arguments, task, num_classes
         self.sampler, self.teacher, self.head_layers, self.mode = sampler, teacher, tuple(head_layers), mode
         self.row_sparse, self.online_teacher, self.eval_teacher = row_sparse, online_teacher, eval_teacher
         self.student_stream, self.label_names, self.precision = student_stream, tuple(label_names), precision
-        self.reduce = reduce
+        self.reduce, self.costs = reduce, costs
         self.tied_embeddings = tuple(tied_embeddings)
         self.divergence = divergence_of(arguments)
         self.student_columns, self.teacher_columns = frozenset(), frozenset()

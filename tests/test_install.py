@@ -19,6 +19,7 @@ from pathlib import Path
 assert "site" in hf_dis.__file__, hf_dis.__file__
 assert (Path(hf_dis.__file__).parent / "trainer" / "model_card_template.md").is_file()
 assert (Path(hf_dis.__file__).parent / "py.typed").is_file()
+assert (Path(hf_dis.__file__).parent / "report" / "page.html").is_file()
 from hf_dis.data import load_cifar100, load_glyphs
 from hf_dis.metrics import ReID, TopKAccuracy
 head = torch.nn.Linear(8, 100)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, default_data_collator
+from transformers.utils.logging import tqdm
 
 from hf_dis.cache.examples import Batch, Collate, Examples
 from hf_dis.cache.folder import CacheFolder
@@ -70,7 +70,7 @@ def cache_teacher_targets(
         num_workers: processes that prepare batches, per process of the run.
         shard_examples: examples per shard; a process that is stopped loses at most one shard.
         seed: of the samples.
-        show_progress: show a progress bar on the first process.
+        show_progress: show a progress bar on the first process, unless transformers' progress bars are disabled.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -181,13 +181,32 @@ def _write(
     batches = examples.read([part for indices in ranges for part in examples.split(indices)])
     source = _TargetSource(teacher, folder.header, device)
     hidden = not (show_progress and is_first)
-    with tqdm(total=sum(map(len, ranges)), unit="examples", desc="Teacher targets", disable=hidden) as bar:
+    with tqdm(total=sum(map(len, ranges)), unit=" examples", desc="Teacher targets", disable=hidden) as bar:
+        written = _Written(bar, folder.header.layout.item_bytes)
         for shard, indices in zip(mine, ranges, strict=True):
-            folder.write(shard, *source.of_shard(shard, len(indices), batches, bar.update))
+            folder.write(shard, *source.of_shard(shard, len(indices), batches, written))
     wait_for_everyone()
     if is_first:
         folder.finish()
     wait_for_everyone()
+
+
+class _Written:
+    """Counts examples, items and bytes of one process on its progress bar.
+
+    Args:
+        bar: of tqdm; it shows the remaining time.
+        item_bytes: size of an item.
+    """
+
+    def __init__(self, bar: Any, item_bytes: int):
+        self.bar, self.item_bytes, self.items = bar, item_bytes, 0
+
+    def __call__(self, examples: int, items: int) -> None:
+        """Adds the examples and items of a batch."""
+        self.items += items
+        self.bar.set_postfix_str(f"{self.items:,} items, {self.items * self.item_bytes / 1e6:,.1f} MB", refresh=False)
+        self.bar.update(examples)
 
 
 class _TargetSource:
@@ -204,7 +223,7 @@ class _TargetSource:
         self.online = OnlineTeacher(teacher, header.num_classes, header.temperature, header.depth)
 
     def of_shard(
-        self, shard: int, num_examples: int, batches: Iterator[Batch], report: Callable[[int], Any]
+        self, shard: int, num_examples: int, batches: Iterator[Batch], report: Callable[[int, int], Any]
     ) -> tuple[list[int], list[int], np.ndarray]:
         """Computes keys, numbers of items and targets of a shard's examples.
 
@@ -212,7 +231,7 @@ class _TargetSource:
             shard: its number, by which the samples are seeded.
             num_examples: in the shard.
             batches: of this shard and of later ones.
-            report: is called with the number of examples of each batch that is done.
+            report: is called with the numbers of examples and items of each batch that is done.
 
         Returns:
             a key per example, the number of items of each example, and the items, uint8 ``[items, item_bytes]``.
@@ -227,7 +246,7 @@ class _TargetSource:
                 targets.append(self._packed(logits, generator))
             keys += batch.keys
             counts += _items_by_example(items)
-            report(len(batch.keys))
+            report(len(batch.keys), len(items))
         return keys, counts, torch.cat(targets).numpy()
 
     def _packed(self, logits: Tensor, generator: torch.Generator) -> Tensor:

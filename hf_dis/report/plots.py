@@ -1,4 +1,4 @@
-"""Plots of a training run; needs matplotlib.
+"""The plot of a proposal at some steps, as a PNG; needs matplotlib.
 
 Figures are made without pyplot, which needs a display and keeps every figure in memory.
 """
@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from hf_dis.sampling.rank_proposal import RankProposal
-
-Log = dict[str, Any]
 
 
 class ProposalSnapshot(NamedTuple):
@@ -54,30 +52,3 @@ def plot_proposal(path: Path, snapshots: Sequence[ProposalSnapshot]) -> None:
     figure.axes[0].set_ylabel("density")
     figure.axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
-
-
-def plot_curves(path: Path, log_history: Sequence[Log], panels: Sequence[Sequence[str]]) -> bool:
-    """Plots logged values over steps.
-
-    Args:
-        path: of the PNG.
-        log_history: a trainer's ``state.log_history``.
-        panels: the logged names of each panel. Names that were never logged are left out.
-
-    Returns:
-        False, and no file is written, if none of the names was logged.
-    """
-    panels = [[name for name in names if any(name in log for log in log_history)] for names in panels]
-    panels = [names for names in panels if names]
-    if not panels:
-        return False
-    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
-    for axis, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name in names:
-            logs = [log for log in log_history if name in log]
-            axis.plot([log["step"] for log in logs], [log[name] for log in logs], ".-", label=name)
-        axis.set_xlabel("step")
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    return True

@@ -16,6 +16,21 @@ if TYPE_CHECKING:
 ROW_SPARSE_OPTIMS = ("adamw_torch", "adamw_torch_fused")
 
 
+def check_config(trainer_class: type[DISTrainerMixin], args: Any) -> None:
+    """Checks the class of a configuration.
+
+    Args:
+        trainer_class: that is given the configuration.
+        args: the configuration.
+
+    Raises:
+        TypeError: if it is no instance of the trainer's ``config_class``.
+    """
+    if not isinstance(args, trainer_class.config_class):
+        name, found, wanted = trainer_class.__name__, type(args).__name__, trainer_class.config_class.__name__
+        raise TypeError(f"args is a {found}: {name} needs a {wanted}")
+
+
 def check_trainer_arguments(args: Any, teacher_model: Any, teacher_cache: Any, kwargs: dict[str, Any]) -> None:
     """Checks what a trainer is given, before its host is set up.
 

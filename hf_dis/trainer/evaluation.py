@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from hf_dis.items import Items
 from hf_dis.loss.objective import Losses
 from hf_dis.precision import widest
 from hf_dis.report.diagnostics import RunningMeans
-
-if TYPE_CHECKING:
-    from hf_dis.trainer.mixin import DISTrainerMixin
 
 Gather = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -67,18 +62,3 @@ class Evaluation:
     def means(self) -> dict[str, float]:
         """The means over all items: ``loss``, and each term under its name."""
         return self._means.pop()
-
-
-class NoItemsCheck(TrainerCallback):
-    """Ends a training that has no supervised item."""
-
-    def __init__(self, trainer: DISTrainerMixin):
-        self.trainer = trainer
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises ValueError if no item has been supervised since the training began."""
-        if not self.trainer.num_items_seen:
-            raise ValueError(
-                "no token of the training data is supervised: all labels are -100 (the label of the first token does "
-                "not count in a causal language model); look at the data collator and at what masks the labels"
-            )

@@ -28,8 +28,9 @@ from hf_dis.report.diagnostics import RunningMeans
 from hf_dis.report.gradient_error import GradientError
 from hf_dis.steps import EvaluationStep, Step
 from hf_dis.teacher.loading import open_teacher
-from hf_dis.trainer.checks import check_optimizer, check_processes, check_trainer_arguments
-from hf_dis.trainer.evaluation import Evaluation, NoItemsCheck
+from hf_dis.trainer.callbacks import NoItemsCheck, OpeningLine
+from hf_dis.trainer.checks import check_config, check_optimizer, check_processes, check_trainer_arguments
+from hf_dis.trainer.evaluation import Evaluation
 from hf_dis.trainer.expected import expected_items
 from hf_dis.trainer.features import extract_features
 from hf_dis.trainer.optimizer import give_head_rate
@@ -85,9 +86,7 @@ class DISTrainerMixin(SavingHooks):
         **kwargs: Any,
     ):
         args = self.config_class(output_dir="tmp_trainer") if args is None else args
-        if not isinstance(args, self.config_class):
-            name, found = type(self).__name__, type(args).__name__
-            raise TypeError(f"args is a {found}: {name} needs a {self.config_class.__name__}")
+        check_config(type(self), args)
         check_trainer_arguments(args, teacher_model, teacher_cache, kwargs)
         super().__init__(model=model, args=args, **kwargs)
         check_processes(self)
@@ -97,7 +96,8 @@ class DISTrainerMixin(SavingHooks):
         self.label_names = self.label_names or ["labels"]
         self.distiller = self._make_distiller()
         check_optimizer(self)
-        self.add_callback(NoItemsCheck(self))
+        for callback in (NoItemsCheck, OpeningLine):
+            self.add_callback(callback(self))
         self._means, self._evaluation = RunningMeans(), Evaluation(holds_logits=True)
         self._quality_step, self._in_training_step, self._positions = 0, False, KnownPositions()
         self.num_items_seen = torch.zeros((), dtype=torch.long, device=self.args.device)

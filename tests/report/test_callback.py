@@ -1,36 +1,31 @@
-"""The report: its files and times, its advice, and the numbers that loggers get without it."""
+"""The report of a training: its files and times, its records, and the numbers that loggers get without it."""
 
+import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tiny_models import labelled_images
+import torch
+from tiny_models import labelled_images, vit
 
 import hf_dis.report
 from hf_dis import DISReportCallback
-from hf_dis.report.callback import advice, report
-
-GOOD = {
-    "kd_loss": 0.5,
-    "dis/coverage": 0.9,
-    "dis/ess": 40.0,
-    "dis/certain": 0.5,
-    "probe/exact_kd_loss": 0.5,
-    "probe/sampled_kd_loss": 0.45,
-    "probe/cosine": 0.95,
-    "probe/relative_error": 0.3,
-}
+from hf_dis.report.clock import PARTS
+from hf_dis.report.command import make_report
+from hf_dis.report.records import read, read_run
 
 
-def files_of(trainer):
-    return {file.name for file in (Path(trainer.args.output_dir) / "report").glob("*")}
+def folder_of(trainer):
+    return Path(trainer.args.output_dir) / "report"
 
 
-def reporting(make_trainer, **keywords):
+def page_of(trainer):
+    return (folder_of(trainer) / "report.html").read_text()
+
+
+def reporting(make_trainer, student=None, **keywords):
     settings = {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "probe_steps": 1}
-    trainer = make_trainer(eval_dataset=labelled_images(8, 40), **settings | keywords)
+    trainer = make_trainer(student, eval_dataset=labelled_images(8, 40), **settings | keywords)
     trainer.add_callback(DISReportCallback(trainer))
     return trainer
 
@@ -38,134 +33,172 @@ def reporting(make_trainer, **keywords):
 # Files
 
 
-def test_a_report_at_every_evaluation_and_at_the_end(make_trainer):
+def test_a_page_at_every_evaluation_and_at_the_end(make_trainer):
     trainer, seen = reporting(make_trainer, max_steps=4), []
     callback = trainer.callback_handler.callbacks[-1]
     write = callback.write
-    callback.write = lambda folder, state: (write(folder, state), seen.append((state.global_step, files_of(trainer))))
+
+    def watched(folder, name):
+        write(folder, name)
+        seen.append((trainer.state.global_step, (folder / "report.html").read_text()))
+
+    callback.write = watched
     trainer.train()
     assert [step for step, _ in seen] == [2, 4, 4]
-    expected = {"report.md", "losses.png", "sample.png", "probe.png", "proposal.png"}
-    assert all(files == expected for _, files in seen)
-    folder = Path(trainer.args.output_dir) / "report"
-    page = (folder / "report.md").read_text()
-    for name in expected - {"report.md"}:
-        assert (folder / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in page
+    assert ["No end is recorded" in page for _, page in seen] == [True, True, False]
+    assert {file.name for file in folder_of(trainer).iterdir()} == {"report.html", "records.jsonl"}
     last = [log for log in trainer.state.log_history if "dis/ess" in log][-1]
-    assert last["step"] == 4 and f"| `dis/ess` | {last['dis/ess']:.6g} | 4 |" in page
+    cells = f"<td><code>dis/ess</code></td><td>{last['dis/ess']:.6g}</td><td>4</td>"
+    assert last["step"] == 4 and cells in page_of(trainer) and "Ended after step 4 of 4" in page_of(trainer)
 
 
-def test_the_proposal_is_shown_at_the_first_report_and_now(make_trainer, monkeypatch):
-    trainer, shown = reporting(make_trainer, max_steps=4), []
-    callback = trainer.callback_handler.callbacks[-1]
-    monkeypatch.setattr(callback.plots, "plot_proposal", lambda path, snapshots: shown.append(snapshots))
+def test_the_page_has_its_figures_the_command_and_the_versions(make_trainer):
+    trainer = reporting(make_trainer, max_steps=4)
     trainer.train()
-    assert [[shot.step for shot in shots] for shots in shown] == [[2], [2, 4], [2, 4]]
+    page = page_of(trainer)
+    for title in (
+        "Training loss",
+        "KL to the teacher",
+        "Gradient error",
+        "Student logits per item",
+        "Class coverage",
+        "Proposal and signal",
+        "Time of a step",
+    ):
+        assert title in page
+    assert sys.orig_argv[-1] in page and f"torch {torch.__version__.partition('+')[0]}" in page
+    assert "<td><code>num_sampled_classes</code></td><td>6</td>" in page
+
+
+def test_records_hold_every_log_the_proposal_and_the_times(make_trainer):
+    trainer = reporting(make_trainer, max_steps=4, exact_warmup_steps=2)
+    trainer.train()
+    run = read_run(trainer.args.output_dir)
+    logged = [{name: log[name] for name in log if name != "logits_per_item"} for log in run.logs]
+    expected = [{name: log[name] for name in log if name != "total_flos"} for log in trainer.state.log_history]
+    assert logged == expected and run.has_ended  # total_flos is taken out by a callback of transformers
+    assert [log["logits_per_item"] for log in run.logs if "loss" in log] == [40, 40, 14, 14]
+    assert [shot["step"] for shot in run.proposals] == [1, 2, 3, 4]
     ranks = trainer.distiller.sampler.proposal.ranks
-    assert shown[-1][1].measured.tolist() == ranks.profile().tolist()
-    assert shown[-1][1].fitted.tolist() == ranks.density(10).tolist() != shown[-1][0].fitted.tolist()
+    sizes = ranks.edges.diff()
+    for name in ("measured", "fitted"):
+        assert sum(torch.tensor(run.proposals[-1][name]) * sizes) == pytest.approx(1, rel=2e-3)
+    fitted = torch.cat([part.mean()[None] for part in ranks.density(10).split(sizes.tolist())])
+    assert run.proposals[-1]["fitted"] == pytest.approx(fitted.tolist(), rel=1e-3)
+    assert set(run.seconds) == set(PARTS) and all(seconds > 0 for seconds in run.seconds.values())
+
+
+def test_the_page_of_a_run_that_died_is_made_from_its_records(make_trainer):
+    trainer = reporting(make_trainer, max_steps=8, eval_steps=100)
+    step = trainer.training_step
+
+    def dies(*args, **keywords):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(*args, **keywords)
+
+    trainer.training_step = dies
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with (folder_of(trainer) / "records.jsonl").open("a") as file:
+        file.write('{"kind": "lo')  # the last line was cut short
+    assert not (folder_of(trainer) / "report.html").exists()
+    page = make_report([trainer.args.output_dir]).read_text()
+    assert "No end is recorded" in page and "step 3 of 8" in page
+    assert not trainer.model._forward_hooks and not trainer.model._forward_pre_hooks
+
+
+def test_a_resumed_training_continues_its_records(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "max_steps": 4}
+    first = reporting(make_trainer, **settings)
+    first.train()
+    second = reporting(make_trainer, **settings)
+    second.train(resume_from_checkpoint=str(Path(first.args.output_dir) / "checkpoint-2"))
+    steps = [log["step"] for log in read_run(second.args.output_dir).logs if "kd_loss" in log]
+    assert steps == [1, 2, 3, 4]
+    kinds = [one["kind"] for one in read(folder_of(second) / "records.jsonl")]
+    assert kinds.count("run") == 2 and kinds.count("end") == 1
+
+
+def test_another_training_replaces_the_records(make_trainer):
+    for _ in range(2):
+        trainer = reporting(make_trainer, max_steps=2)
+        trainer.train()
+    assert [log["step"] for log in read_run(trainer.args.output_dir).logs if "kd_loss" in log] == [1, 2]
+
+
+def test_accumulated_batches_are_one_step_of_the_clock(make_trainer):
+    trainer = reporting(make_trainer, max_steps=3, gradient_accumulation_steps=2)
+    clock_steps = []
+    callback = trainer.callback_handler.callbacks[-1]
+    callback.on_train_end = lambda *args, **keywords: clock_steps.append(callback._clock.steps)
+    trainer.train()
+    assert clock_steps == [1]
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"head_mode": "exact"}, {"proposal": "teacher"}],
-    ids=["exact", "fixed proposal"],
+    "settings", [{"head_mode": "exact"}, {"proposal": "teacher"}], ids=["exact", "fixed proposal"]
 )
-def test_what_there_is_not_is_not_plotted(make_trainer, settings):
+def test_a_part_without_values_is_left_out(make_trainer, settings):
     trainer = reporting(make_trainer, probe_steps=0, max_steps=2, **settings)
     trainer.train()
-    expected = {"report.md", "losses.png"} | ({"sample.png"} if "proposal" in settings else set())
-    assert files_of(trainer) == expected
+    page = page_of(trainer)
+    assert "Training loss" in page and "Gradient error" not in page and "Proposal and signal" not in page
+    assert ("Class coverage" in page) == ("proposal" in settings)
 
 
 def test_an_evaluation_before_training_is_reported(make_trainer):
     trainer = reporting(make_trainer)
     trainer.evaluate()
-    assert files_of(trainer) == {"report.md", "losses.png"}
+    assert "Evaluated without training" in page_of(trainer) and "eval_kl" in page_of(trainer)
 
 
-def test_only_the_main_process_writes(make_trainer):
-    trainer = reporting(make_trainer)
-    callback, folder = trainer.callback_handler.callbacks[-1], Path(trainer.args.output_dir) / "report"
-    callback.write(folder, replace(trainer.state, is_world_process_zero=False))
-    assert not folder.exists()
+def test_only_the_main_process_writes(make_trainer, monkeypatch):
+    trainer = reporting(make_trainer, max_steps=1)
+    monkeypatch.setattr(type(trainer.state), "is_world_process_zero", property(lambda _: False, lambda *_: None))
+    trainer.train()
+    assert not folder_of(trainer).exists()
 
 
 def test_metrics_that_are_no_numbers_are_shown_and_training_goes_on(make_trainer):
-    metrics = {"per_class": [0.25, 0.5], "note": "a | b\nc", "none": None, "nested": {"x": [1]}, "all": True}
+    metrics = {"per_class": [0.25, 0.5], "note": "a <b>\nc", "none": None, "nested": {"x": [1]}, "all": True}
     trainer = reporting(make_trainer, max_steps=4, compute_metrics=lambda _: dict(metrics))
     trainer.train()
     assert trainer.state.global_step == 4
-    page = (Path(trainer.args.output_dir) / "report" / "report.md").read_text()
-    shown = {"per_class": "[0.25, 0.5]", "note": "a \\| b c", "none": "None", "nested": "{'x': [1]}", "all": "True"}
+    page = page_of(trainer)
+    shown = {"per_class": "[0.25, 0.5]", "note": "a &lt;b&gt; c", "none": "None", "all": "True"}
     for name, text in shown.items():
-        assert f"| `eval_{name}` | {text} | 4 |" in page
+        assert f"<td><code>eval_{name}</code></td><td>{text}</td><td>4</td>" in page
 
 
-def test_a_long_metric_is_cut_and_a_number_is_not():
-    page = report([{"matrix": [[0] * 1000] * 1000, "large": 2.0**200, "loss": np.float32(0.123456789), "step": 1}], [])
-    (line,) = [line for line in page.splitlines() if "`matrix`" in line]
-    assert line.startswith("| `matrix` | [[0, 0,") and line.endswith(" ... | 1 |") and len(line) < 300
-    assert "| `large` | 1.60694e+60 | 1 |" in page and "| `loss` | 0.123457 | 1 |" in page
+def test_a_secret_of_the_command_is_hidden(make_trainer, monkeypatch):
+    monkeypatch.setattr(
+        sys, "orig_argv", ["python", "run.py", "--hub_token", "hf_abc", "--api-key=xyz", "--seed", "1"]
+    )
+    trainer = reporting(make_trainer, max_steps=2)
+    trainer.train()
+    written = page_of(trainer) + (folder_of(trainer) / "records.jsonl").read_text()
+    assert "hf_abc" not in written and "xyz" not in written and "--seed 1" in written
+
+
+def test_diverged_values_are_recorded_and_told(make_trainer):
+    student = vit(40)
+    trainer = reporting(
+        make_trainer, student, max_steps=2, probe_steps=0, compute_metrics=lambda _: {"x": float("inf")}
+    )
+    trainer.train()
+    assert "eval_x is inf: training has diverged" in page_of(trainer)
+    assert json.loads((folder_of(trainer) / "records.jsonl").read_text().splitlines()[0])["kind"] == "run"
 
 
 def test_without_matplotlib_it_says_what_to_install(make_trainer, monkeypatch):
     trainer = make_trainer()
-    monkeypatch.delitem(sys.modules, "hf_dis.report.plots", raising=False)
-    monkeypatch.delattr(hf_dis.report, "plots", raising=False)
+    for name in ("page", "figures"):
+        monkeypatch.delitem(sys.modules, f"hf_dis.report.{name}", raising=False)
+        monkeypatch.delattr(hf_dis.report, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install 'matplotlib"):
         DISReportCallback(trainer)
-
-
-# Advice
-
-
-def test_good_values_need_no_advice():
-    assert advice(GOOD) == advice({}) == []
-    assert "Nothing stands out." in report([{**GOOD, "step": 7}], [])
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"dis/coverage": 0.41, "probe/relative_error": 1.2}, ["coverage 0.41", "relative error 1.20"]),
-        ({"dis/ess": 9.5}, ["effective sample size 9.5"]),
-        ({"probe/relative_error": 1.01}, ["relative error 1.01"]),
-        ({"probe/sampled_kd_loss": 0.37}, ["sampled loss 0.37"]),
-        ({"probe/sampled_kd_loss": 0.63}, ["sampled loss 0.63"]),
-        ({"kd_loss": -0.01}, ["below zero"]),
-        ({"loss": float("nan")}, ["loss is nan: training has diverged"]),
-    ],
-    ids=["coverage", "ess", "gradient", "loss too low", "loss too high", "negative", "diverged"],
-)
-def test_bad_values_are_told(values, said):
-    told = advice(GOOD | values)
-    assert len(told) == len(said)
-    assert all(text in line for text, line in zip(said, told, strict=True))
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"dis/coverage": 0.5},
-        {"dis/coverage": 0.1},  # with a good gradient
-        {"dis/ess": 10.0},
-        {"probe/relative_error": 1.0},
-        {"probe/sampled_kd_loss": 0.375},
-    ],
-    ids=["coverage", "coverage, good gradient", "ess", "gradient", "loss"],
-)
-def test_values_at_their_thresholds_are_not_told(values):
-    assert advice(GOOD | values) == []
-
-
-def test_coverage_that_nothing_was_compared_with_asks_for_a_probe():
-    (line,) = advice({"dis/coverage": 0.41, "dis/certain": 0.5})
-    assert "num_shared_classes" in line and "probe_steps" in line
-    (line,) = advice({"dis/coverage": 0.41, "dis/certain": 0.95})
-    assert "Raise num_sampled_classes;" in line
 
 
 # Loggers

@@ -1,11 +1,10 @@
-"""The plots show the numbers they are given."""
+"""The plot of a proposal shows the numbers that it is given."""
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from hf_dis.report.plots import ProposalSnapshot, plot_curves, plot_proposal
+from hf_dis.report.plots import ProposalSnapshot, plot_proposal
 from hf_dis.sampling.rank_proposal import RankProposal
 
 
@@ -20,21 +19,6 @@ def saved(monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", remembered)
     return figures
-
-
-def test_curves_show_each_value_at_its_step(saved, tmp_path):
-    history = [{"a": 1.0, "step": 1}, {"b": 5.0, "step": 1}, {"a": 3.0, "step": 4}]
-    others = plt.get_fignums()  # of other tests
-    assert plot_curves(tmp_path / "curves.png", history, [("a", "absent"), ("b",), ("absent",)])
-    first, second = saved[0].axes
-    assert [line.get_label() for line in (*first.lines, *second.lines)] == ["a", "b"]
-    assert list(first.lines[0].get_xdata()) == [1, 4] and list(first.lines[0].get_ydata()) == [1.0, 3.0]
-    assert (tmp_path / "curves.png").stat().st_size > 500 and plt.get_fignums() == others
-
-
-def test_with_nothing_to_show_there_is_no_file(tmp_path):
-    assert not plot_curves(tmp_path / "curves.png", [{"a": 1.0, "step": 1}], [("absent",)])
-    assert not (tmp_path / "curves.png").exists()
 
 
 def test_the_proposal_and_its_profile_are_densities_over_the_same_ranks(saved, tmp_path):

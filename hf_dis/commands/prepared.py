@@ -1,0 +1,96 @@
+"""Data sets as a teacher is given them by ``hf-dis cache``; a training from the cache prepares them the same way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetGenerationError
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_dis.errors import DataError
+
+
+def prepared_texts(
+    dataset: str, model: str, *, split: str = "train", column: str = "text", block_size: int = 1024
+) -> Dataset:
+    """Texts joined one after another, as blocks of tokens with as many labels.
+
+    Args:
+        dataset: name on the Hub, or a folder of files or of ``save_to_disk``.
+        model: whose tokenizer is used.
+        split: of the dataset.
+        column: with the texts.
+        block_size: tokens of a block, 2 or more; the rest of a thousand texts is dropped.
+
+    Raises:
+        DataError: if the dataset, its split or its column is missing, or there are fewer tokens than one block.
+    """
+    texts = _loaded(dataset, split, column)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def blocks(batch: dict[str, list]) -> dict[str, list]:
+        ids = [token for text in tokenizer(batch[column])["input_ids"] for token in text]
+        whole = len(ids) - len(ids) % block_size
+        parts = [ids[start : start + block_size] for start in range(0, whole, block_size)]
+        return {"input_ids": parts, "labels": parts}
+
+    found = texts.map(blocks, batched=True, remove_columns=texts.column_names, desc="Tokens")
+    if not len(found):
+        raise DataError(
+            f"the split {split} of {dataset} has fewer than {block_size} tokens: give more text, or a smaller "
+            "block_size"
+        )
+    return found
+
+
+def prepared_images(
+    dataset: str, model: str, *, split: str = "train", column: str = "image", label_column: str = "label"
+) -> Dataset:
+    """Images as their model's processor makes them, when they are read; set ``remove_unused_columns=False``.
+
+    Args:
+        dataset: name on the Hub, or a folder of images or of ``save_to_disk``.
+        model: whose image processor is used.
+        split: of the dataset.
+        column: with the images.
+        label_column: with the class ids; left out where there is no such column.
+
+    Raises:
+        DataError: if the dataset, its split or its column is missing.
+    """
+    images = _loaded(dataset, split, column)
+    processor = AutoImageProcessor.from_pretrained(model)
+    has_labels = label_column in images.column_names
+
+    def transform(batch: dict[str, list]) -> dict[str, Any]:
+        made = processor(images=[image.convert("RGB") for image in batch[column]], return_tensors="pt")
+        return {"pixel_values": made["pixel_values"]} | ({"labels": batch[label_column]} if has_labels else {})
+
+    return images.with_transform(transform)
+
+
+def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, by which a cache recognises another one."""
+    return AutoTokenizer.from_pretrained(model)
+
+
+def _loaded(dataset: str, split: str, column: str) -> Dataset:
+    is_saved = any((Path(dataset) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    try:
+        found = datasets.load_from_disk(dataset) if is_saved else datasets.load_dataset(dataset)
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise DataError(
+            f"the dataset {dataset!r} cannot be loaded: {error} Give the name of a dataset on the Hub, or a folder"
+        ) from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise DataError(f"the dataset {dataset!r} has no split {split!r}: it has {', '.join(found)}; set --split")
+        found = found[split]
+    if column not in found.column_names:
+        raise DataError(
+            f"the dataset {dataset!r} has no column {column!r}: it has {', '.join(found.column_names)}; set --column"
+        )
+    return found

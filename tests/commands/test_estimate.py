@@ -1,0 +1,168 @@
+"""``hf-dis estimate``: sizes from configs alone, when sampling pays, and configs that it refuses."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from tiny_models import gpt2, llama, resnet, vit
+
+from hf_dis.commands.main import main
+from hf_dis.estimate import Device, estimate, outline
+
+LLAMA = {"intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a configuration without weights, by name."""
+
+    def save(name, config, architecture=None):
+        config.architectures = [architecture] if architecture else None
+        config.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.fixture
+def llamas(saved):
+    """A teacher of 8 billion parameters and a student of 1 billion, by their configs."""
+    teacher = hf.LlamaConfig(vocab_size=128_256, hidden_size=4096, num_hidden_layers=32, **LLAMA)
+    student = hf.LlamaConfig(vocab_size=128_256, hidden_size=2048, num_hidden_layers=16, **LLAMA)
+    student.tie_word_embeddings = True
+    return saved("teacher", teacher, "LlamaForCausalLM"), saved("student", student, "LlamaForCausalLM")
+
+
+def told(capsys, *words):
+    """What a command that is refused tells: one line, and nothing on stdout."""
+    try:
+        code = main(["estimate", *words])
+    except SystemExit as error:  # of argparse
+        code = error.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and err.startswith("hf-dis estimate: error: ")
+    return err
+
+
+@pytest.mark.parametrize(
+    "model", [llama(50), gpt2(50), vit(40), resnet(40)], ids=["untied", "tied", "transformer", "convolutions"]
+)
+def test_an_outline_has_the_sizes_of_the_model(saved, model):
+    found = outline(saved("model", model.config, type(model).__name__))
+    head = model.get_output_embeddings() if hasattr(model, "lm_head") else model.classifier
+    head = head[-1] if isinstance(head, torch.nn.Sequential) else head
+    assert found.kind == type(model).__name__ and found.num_features == head.in_features
+    assert found.num_classes == head.out_features
+    assert found.parameters == sum(one.numel() for one in model.parameters())
+    embeddings = model.get_input_embeddings() if hasattr(model, "lm_head") else None
+    outside = {id(one): one.numel() for one in head.parameters()}
+    outside |= {id(one): one.numel() for one in embeddings.parameters()} if embeddings is not None else {}
+    assert found.body == found.parameters - sum(outside.values())
+    assert found.head_is_tied == (embeddings is not None and embeddings.weight is head.weight)
+
+
+def test_no_weight_is_read_or_made(llamas, capsys, monkeypatch):
+    empty = torch.empty
+
+    def watched(*shape, **options):
+        made = empty(*shape, **options)
+        assert made.device.type == "meta" or made.numel() < 2**20
+        return made
+
+    monkeypatch.setattr(torch, "empty", watched)
+    assert main(["estimate", "--teacher", llamas[0], "--student", llamas[1]]) == 0
+    lines = capsys.readouterr().out
+    assert "5,614 M parameters" in lines and "head of 128,256 x 2,048, tied to the embeddings" in lines
+    assert "Sampling pays" in lines and "num_sampled_classes=16, num_shared_classes=1024, num_tails=4" in lines
+
+
+def test_images_are_counted_by_their_operations(saved):
+    config = hf.ViTConfig(image_size=64, patch_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    found = outline(saved("vit", config, "ViTForImageClassification"))
+    linear = sum(
+        module.weight.numel()
+        for name, module in hf.ViTForImageClassification(config).named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "classifier"
+    )
+    tokens = 17  # 16 patches and the class token
+    assert found.flops(tokens, 3) == 3 * found.example_flops
+    assert 2 * linear * tokens < found.example_flops < 4 * linear * tokens
+
+
+@pytest.mark.parametrize(("classes", "pays"), [(1_000, False), (2_000_000, True)])
+def test_sampling_pays_for_many_classes(saved, classes, pays):
+    name = saved(
+        "vit", hf.ViTConfig(num_labels=classes, hidden_size=192, num_attention_heads=3), "ViTForImageClassification"
+    )
+    model = outline(name)
+    found = estimate(model, model, batch_size=256, sequence_length=1)
+    assert found.sampling_pays == pays
+    assert (found.sampled.head < found.blocks.head) == pays
+    assert found.num_items == 256 and found.columns == 544
+
+
+def test_memory_and_time_by_hand(llamas):
+    """At 8,192 tokens, on a device that is limited by its memory in every step."""
+    teacher, student = map(outline, llamas)
+    found = estimate(teacher, student, 8, 1024, Device("slow memory", 1e20, 1e12))
+    logits, head = 8192 * 128_256, 128_256 * 2048
+    assert found.tensor.memory == 20 * logits and found.blocks.memory == 10 * 2**27
+    assert found.sampled.head == pytest.approx((32 * logits + 8 * head) / 1e12)
+    blocks = -(-logits * 2 // 2**28)
+    assert found.blocks.head == pytest.approx((240 * logits + blocks * 10 * head) / 1e12)
+    fast = estimate(teacher, student, 8, 1024, Device("slow products", 1e9, 1e20))
+    assert fast.blocks.head / fast.sampled.head == pytest.approx(128_256 / 1040)
+    assert not found.row_sparse  # a tied head
+
+
+def test_a_file_of_arguments_and_flags_over_it(llamas, tmp_path, capsys):
+    file = tmp_path / "estimate.yaml"
+    file.write_text(f"teacher: {llamas[0]}\nstudent: {llamas[1]}\nbatch_size: 2\nsequence_length: 256\n")
+    assert main(["estimate", "--config", str(file), "--batch_size", "4"]) == 0
+    assert "step      1,024 tokens" in capsys.readouterr().out
+    file = tmp_path / "estimate.json"
+    file.write_text(json.dumps({"teacher": llamas[0], "student": llamas[1], "batch_size": 2, "sequence_length": 16}))
+    assert main(["estimate", f"--config={file}"]) == 0
+    assert "step      32 tokens" in capsys.readouterr().out
+
+
+# Refused
+
+
+def test_models_that_do_not_exist(llamas, capsys):
+    err = told(capsys, "--teacher", "org/absent", "--student", llamas[1])
+    assert "'org/absent' cannot be read" in err
+
+
+def test_configs_without_a_vocabulary_or_labels(saved, llamas, capsys):
+    for name, config, architecture in (
+        ("base", hf.ViTConfig(), "ViTModel"),
+        ("vision", hf.CLIPVisionConfig(), None),
+        ("own", hf.LlamaConfig(), "MyOwnForCausalLM"),
+    ):
+        folder = saved(name, config, architecture)
+        err = told(capsys, "--teacher", folder, "--student", llamas[1])
+        assert folder in err and ("neither a vocabulary nor labels" in err or "no language model or" in err)
+
+
+def test_models_of_different_tasks_and_classes(saved, llamas, capsys):
+    images = [saved(f"vit{n}", hf.ViTConfig(num_labels=n), "ViTForImageClassification") for n in (10, 20)]
+    assert "both have to be of one kind" in told(capsys, "--teacher", images[0], "--student", llamas[1])
+    assert "has 10 classes, the student" in told(capsys, "--teacher", images[0], "--student", images[1])
+
+
+def test_arguments_and_files_that_cannot_be_used(llamas, tmp_path, capsys):
+    named = ["--teacher", llamas[0], "--student", llamas[1]]
+    assert "batch_size is 0" in told(capsys, *named, "--batch_size", "0")
+    assert "invalid int value: 'x'" in told(capsys, *named, "--batch_size", "x")
+    assert "required: --teacher" in told(capsys, "--student", llamas[1])
+    assert "--unknown" in told(capsys, *named, "--unknown", "1")
+    assert "cannot be read" in told(capsys, "--config", str(tmp_path / "absent.yaml"))
+    for text, said in (
+        ("a: [", "cannot be read"),
+        ("- 1", "holds a list"),
+        ("teecher: x", "arguments that do not exist: teecher; known are"),
+    ):
+        (tmp_path / "file.yaml").write_text(text)
+        assert said in told(capsys, "--config", str(tmp_path / "file.yaml"))
