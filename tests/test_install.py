@@ -15,11 +15,14 @@ SOURCES = [*(ROOT / "hf_dis").rglob("*.py"), *(ROOT / "examples").glob("*.py"), 
 
 USE = """
 import hf_dis, torch
+from importlib.metadata import entry_points
 from pathlib import Path
 assert "site" in hf_dis.__file__, hf_dis.__file__
 assert (Path(hf_dis.__file__).parent / "trainer" / "model_card_template.md").is_file()
 assert (Path(hf_dis.__file__).parent / "py.typed").is_file()
 assert (Path(hf_dis.__file__).parent / "report" / "page.html").is_file()
+(command,) = entry_points(group="console_scripts", name="hf-dis")
+assert command.load()(["--help"]) == 0
 from hf_dis.data import load_cifar100, load_glyphs
 from hf_dis.metrics import ReID, TopKAccuracy
 head = torch.nn.Linear(8, 100)
@@ -61,7 +64,7 @@ def test_it_installs_and_works_without_the_repository(built, kind, tmp_path):
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
     run(*pip, "--target", str(site), str(built[kind]), cwd=tmp_path)
     told = run(sys.executable, "-c", USE, cwd=tmp_path, PYTHONPATH=str(site), HF_HUB_OFFLINE="1")
-    assert told.split() == ["used", hf_dis.__version__, "tensor(True)"]
+    assert "hf-dis COMMAND --help" in told and told.split()[-3:] == ["used", hf_dis.__version__, "tensor(True)"]
 
 
 def calls(path):

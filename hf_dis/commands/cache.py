@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,6 @@ from hf_dis.cache import TeacherCache, cache_teacher_targets
 from hf_dis.checks import require
 from hf_dis.commands.parsing import CommandParser
 from hf_dis.commands.prepared import prepared_images, prepared_texts, tokenizer_of
-from hf_dis.distributed.processes import process_index
 from hf_dis.errors import DataError
 from hf_dis.models.tasks import Task, find_task
 from hf_dis.teacher.loading import load_teacher
@@ -52,7 +52,7 @@ class CacheArguments:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Writes the cache, and tells its size and how to train from it.
+    """Writes the cache, and prints its size and the dataset to train on.
 
     Args:
         argv: the words after ``hf-dis cache``.
@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> None:
     """
     arguments, _ = CommandParser(CacheArguments, "hf-dis cache", DESCRIPTION).parse(argv)
     cache, code = write(arguments)
-    if process_index() == 0:
+    if int(os.environ.get("RANK", 0)) == 0:  # the launcher numbers the processes
         size, number = cache.header.num_bytes, len(cache)
         print(f"{number:,} examples in {size / 1e6:.1f} MB, {size / number:.0f} bytes each: {cache.path}")
         print(f"train on: {code}")

@@ -35,6 +35,7 @@ class StepClock:
         self.steps = 0
         self._student, self._device = student, device
         self._last: float | None = None
+        self._has_begun = False
         self._hooks: list[RemovableHandle] = []  # on the student, within a timed step only
 
     def rest(self, step: int) -> None:
@@ -46,12 +47,13 @@ class StepClock:
         self._last = self._now() if self._is_timed(step) else None
 
     def begin(self, step: int) -> None:
-        """Begins a step.
+        """Begins a step. The first one is not timed, since its checks are made once.
 
         Args:
             step: its number, from 0 on.
         """
-        if self._is_timed(step):
+        is_first, self._has_begun = not self._has_begun, True
+        if not is_first and self._is_timed(step):
             now = self._now()
             self.seconds[DATA] += 0 if self._last is None else now - self._last
             self._last = now
@@ -84,7 +86,6 @@ class StepClock:
 
     @staticmethod
     def _is_timed(step: int) -> bool:
-        """The first step is not timed: its checks are made once."""
         return step % TIMED_STEPS == 1
 
     def _now(self) -> float:
