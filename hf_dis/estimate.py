@@ -278,7 +278,7 @@ def estimate(
     }
     costs = {name: Cost(heads[name], common + heads[name], memory[name]) for name in heads}
     head_pass = STEPPED * head / device.bandwidth
-    row_sparse = not student.head_is_tied and head_pass > LARGE_SHARE * costs["sampled"].step
+    row_sparse = head_pass > LARGE_SHARE * costs["sampled"].step
     return Estimate(**costs, num_classes=num_classes, num_items=num_items, spec=spec, row_sparse=row_sparse)
 
 

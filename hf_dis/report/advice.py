@@ -21,6 +21,9 @@ SMALL_SAMPLE = 10
 # ‖ĝ - g‖ > ‖g‖: the gradient of a batch has more noise than content. Where unbiased, its cosine is below 1/√2.
 NOISY_GRADIENT = 1.0
 
+# The error that is estimated from the sample. An infinite one is that of a gradient that is lost in its noise.
+ESTIMATED_ERROR = "dis/gradient_error"
+
 # In the README's table the divergences of exact distillation, DIS and FTIS from the teacher are 20 % to 33 % apart. A
 # loss with an error of 25 % cannot rank such runs.
 LOSS_GAP = 0.25
@@ -36,12 +39,12 @@ def advice(values: Log) -> list[str]:
         f"{name} is {value}: training has diverged. Lower learning_rate or head_learning_rate, set max_grad_norm, and "
         "check the teacher's precision."
         for name, value in values.items()
-        if isinstance(value, float) and not math.isfinite(value)
+        if isinstance(value, float) and not math.isfinite(value) and name != ESTIMATED_ERROR
     ]
     more = "num_shared_classes (num_sampled_classes if it is 0)"
     if values.get("dis/certain", 0) > MOSTLY_CERTAIN:
         more = "num_sampled_classes"
-    error = values.get("probe/relative_error")
+    error = values.get("probe/relative_error", values.get(ESTIMATED_ERROR))
     # A signal that is spread evenly is estimated well from few classes: where the gradient is good, coverage is not
     # judged.
     if values.get("dis/coverage", 1) < LOW_COVERAGE and (error is None or error > NOISY_GRADIENT):
@@ -57,9 +60,10 @@ def advice(values: Log) -> list[str]:
             "is narrow."
         )
     if error is not None and error > NOISY_GRADIENT:
+        cosine = f" (cosine {values['probe/cosine']:.2f})" if "probe/cosine" in values else ""
         found.append(
-            f"relative error {error:.2f} of the gradient (cosine {values['probe/cosine']:.2f}): more noise than "
-            f"content. Raise {more}, or the batch size, or lower learning_rate."
+            f"relative error {error:.2f} of the gradient{cosine}: more noise than content. Raise {more}, or the batch "
+            "size, or lower learning_rate."
         )
     exact, sampled = values.get("probe/exact_kd_loss"), values.get("probe/sampled_kd_loss")
     if exact is not None and abs(sampled - exact) > LOSS_GAP * exact:

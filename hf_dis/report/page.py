@@ -40,8 +40,9 @@ PANELS = (
     Panel("KL to the teacher", ("eval_kl",), "Exact, at temperature 1, on the evaluation data."),
     Panel(
         "Gradient error",
-        ("probe/relative_error",),
-        "Relative error of the sampled gradient. Above the dashed line it has more noise than content.",
+        ("dis/gradient_error", "probe/relative_error"),
+        "Relative error of the sampled gradient, estimated from the sample, or measured by the probe. Above the "
+        "dashed line it has more noise than content.",
         NOISY_GRADIENT,
     ),
     Panel("Gradient direction", ("probe/cosine",), "Cosine of the sampled and the exact gradient; 1 is best."),

@@ -1,6 +1,8 @@
 """``hf-dis estimate``: sizes from configs alone, when sampling pays, and configs that it refuses."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import transformers as hf
 from tiny_models import gpt2, llama, resnet, vit
 
 from hf_dis.commands.main import main
-from hf_dis.estimate import Device, estimate, outline
+from hf_dis.estimate import Device, Outline, estimate, outline
+from hf_dis.models.tasks import Task
 
 LLAMA = {"intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
 
@@ -97,7 +100,7 @@ def test_sampling_pays_for_many_classes(saved, classes, pays):
     )
     model = outline(name)
     found = estimate(model, model, batch_size=256, sequence_length=1)
-    assert found.sampling_pays == pays
+    assert found.sampling_pays == found.row_sparse == pays
     assert (found.sampled.head < found.blocks.head) == pays
     assert found.num_items == 256 and found.columns == 544
 
@@ -113,7 +116,20 @@ def test_memory_and_time_by_hand(llamas):
     assert found.blocks.head == pytest.approx((240 * logits + blocks * 10 * head) / 1e12)
     fast = estimate(teacher, student, 8, 1024, Device("slow products", 1e9, 1e20))
     assert fast.blocks.head / fast.sampled.head == pytest.approx(128_256 / 1040)
-    assert not found.row_sparse  # a tied head
+
+
+@pytest.mark.parametrize(
+    ("shape", "task", "items", "classes", "features"),
+    [("lm", Task.CAUSAL_LM, 8192, 151_936, 2048), ("classifier", Task.CLASSIFICATION, 1024, 1_000_000, 512)],
+)
+def test_bytes_are_near_the_counted_ones(shape, task, items, classes, features):
+    """The table of docs/accelerators.md, which benchmarks/accelerator_counts.py prints."""
+    model = Outline("m", "M", task, classes, features, 1, 1, False, None)
+    found = estimate(model, model, items, 1, Device("memory alone", 1e30, 1e9))
+    text = (Path(__file__).parents[2] / "docs" / "accelerators.md").read_text()
+    for mode, cost in (("exact", found.blocks), ("sampled", found.sampled)):
+        (counted,) = re.findall(rf"^\| {shape} \| given \| {mode} \| torch \|.*\| ([\d.]+) \|$", text, re.MULTILINE)
+        assert cost.head == pytest.approx(float(counted), rel=0.25)
 
 
 def test_a_file_of_arguments_and_flags_over_it(llamas, tmp_path, capsys):
