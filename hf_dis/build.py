@@ -73,7 +73,8 @@ def build_distiller(
     """
     arguments = (arguments or DISArguments()).settings()
     device = device or next(student.parameters()).device
-    width = num_outputs(student, task := find_task(student))
+    task = find_task(student)
+    width = num_outputs(student, task)
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
     spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed + process_index(), device)

@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from pages import OTHER_PAGES, PAGES, commands
 from runs import facts, write_run
 
 from hf_dis.commands.main import main
+from hf_dis.commands.parsing import CommandParser
 from hf_dis.version import __version__
 
 
@@ -35,6 +37,29 @@ def test_help_and_version(capsys):
 def test_unknown_commands(capsys):
     assert "no command is given: it has to be one of estimate, cache, report" in refused(capsys)
     assert "'train' is no command" in refused(capsys, "train")
+
+
+class Understood(Exception):
+    """Ends a command as soon as it has understood its arguments."""
+
+
+WRITTEN = [words for page in [*PAGES, *OTHER_PAGES] for words in commands(page) if words[0] == "hf-dis"]
+
+
+@pytest.mark.parametrize("words", WRITTEN, ids=" ".join)
+def test_commands_in_the_docs_are_understood(words, monkeypatch):
+    def parse(parser, argv):
+        parser.parse_args(argv)
+        raise Understood
+
+    monkeypatch.setattr(CommandParser, "parse", parse)
+    if words[1] != "--version":
+        with pytest.raises(Understood):
+            main(words[1:])
+
+
+def test_the_docs_have_each_command():
+    assert {"estimate", "cache", "report"} <= {words[1] for words in WRITTEN}
 
 
 def test_a_report_of_one_run_and_of_several(tmp_path, capsys, monkeypatch):
