@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,7 +79,6 @@ def build_distiller(
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
     spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed + process_index(), device)
-    num_items = num_items or (TOKENS if task.has_token_items else ITEMS)
     mode, costs = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
     layers = _find_head(student, width, arguments, mode)
     return Distiller(
@@ -194,7 +194,7 @@ def _choose_mode(
     student: nn.Module,
     width: int,
     num_classes: int,
-    num_items: int,
+    num_items: int | None,
     arguments: DISArguments,
     spec: SamplerSpec,
     cache: TeacherCache | None,
@@ -225,7 +225,7 @@ def _choose_mode(
             num_classes,
             num_features,
             spec,
-            num_items=num_items,
+            num_items=num_items or (TOKENS if find_task(student).has_token_items else ITEMS),
             stored=None if cache is None else cache.header.layout,
             row_sparse=arguments.row_sparse_head,
             device=device,
