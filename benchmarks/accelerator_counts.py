@@ -3,7 +3,7 @@
     python benchmarks/accelerator_counts.py --json counts.jsonl
 
 A step is the head's: teacher's targets, sample, student's head, loss, backward, clipping and optimizer. The bodies of
-student and teacher have no layers. Shapes, on fake CUDA tensors (benchmarks/fake_cuda.py): ``lm`` has 8,192
+student and teacher are an embedding and a layer norm, whose few launches count. Shapes, on fake CUDA tensors (benchmarks/fake_cuda.py): ``lm`` has 8,192
 tokens, 151,936 classes and 2,048 features, ``classifier`` 1,024 examples, 1,000,000 classes and 512 features. The
 teacher's logits are given, stored in a cache, or computed by a teacher of the same width. Head modes are ``sampled``,
 with row-sparse gradients of the head, and ``exact``, with dense ones, torch's fused AdamW and no kernels of Triton.
@@ -24,6 +24,7 @@ import torch
 from fake_cuda import Counts, fake_cuda
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hf_dis import DISArguments, DISLoss, RowSparseAdamW, build_distiller, make_sampler
 from hf_dis.distiller import Distiller
@@ -69,8 +70,21 @@ def head_is_known(name: str) -> Iterator[None]:
         yield
 
 
+class Embedded(nn.Module):
+    """The least body of a language model: a frozen embedding and a layer norm."""
+
+    def __init__(self, num_classes: int, num_features: int):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(num_classes, num_features)
+        self.embed_tokens.requires_grad_(False)  # its gradient would be larger than all that the head needs
+        self.norm = nn.LayerNorm(num_features)
+
+    def forward(self, input_ids: Tensor, **others: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(self.embed_tokens(input_ids)))
+
+
 def bodiless(shape: Shape, dtype: torch.dtype) -> nn.Module:
-    """A language model without layers: a frozen embedding, a norm and the head."""
+    """A language model with the least body."""
     config = LlamaConfig(
         vocab_size=shape.num_classes,
         hidden_size=shape.num_features,
@@ -83,9 +97,9 @@ def bodiless(shape: Shape, dtype: torch.dtype) -> nn.Module:
     try:
         with torch.device("cuda"):
             model = LlamaForCausalLM(config)
+            model.model = Embedded(shape.num_classes, shape.num_features)
     finally:
         torch.set_default_dtype(torch.float32)
-    model.get_input_embeddings().requires_grad_(False)  # its gradient would be larger than all that the head needs
     return model
 
 

@@ -42,6 +42,12 @@ NO_KERNEL = {
     "_local_scalar_dense", "_nnz", "_values", "_indices", "_coalesced_", "_sparse_coo_tensor_with_dims",
     "_sparse_coo_tensor_with_dims_and_tensors",
 }  # fmt: skip
+# Kernels of Triton that read or write rows of matrices: the places of the matrices and of the rows in the arguments.
+ROWS_OF = {
+    "item_products": ((1,), 2),
+    "features_gradient": ((1,), 2),
+    "step_rows": ((0, 1, 2), 3),
+}
 # Of the first argument only what is addressed is read, or written.
 READS_ROWS = {"embedding", "index_select", "gather", "take", "index", "_embedding_bag"}
 WRITES_ROWS = {"index_copy_", "index_fill_", "scatter_", "index_add_", "scatter_add_"}
@@ -217,6 +223,11 @@ def _bytes(name: str, mutates: bool, args: tuple, inputs: list[Tensor], outputs:
         return one.nbytes if one.layout is torch.strided and one.is_cuda else 0
 
     read, written = sum(map(size, inputs)), sum(map(size, outputs))
+    if name in ROWS_OF:
+        places, ids = ROWS_OF[name]
+        matrices = [args[place] for place in places]
+        rows = args[ids].numel() * sum(one[0].nbytes for one in matrices)
+        return read - sum(map(size, matrices)) + written + rows * (2 if mutates else 1)
     if name == "_embedding_bag":
         return written + args[1].numel() * args[0].shape[1] * args[0].element_size()
     if name in READS_ROWS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_dis.kernels import uses_triton
 from hf_dis.precision import widest
 from hf_dis.sampling.sample import ClassSample, Statistics
 from hf_dis.sampling.tails import by_tail
@@ -55,9 +56,8 @@ class ClassMemory:
             the teacher's mass of every class.
         """
         num_tails, num_shared = sample.tail_ids.shape
-        squared = signal[:, signal.shape[1] - num_shared :].square().masked_fill(~sample.outside_top, 0)
-        sums = [by_tail(values, num_tails).sum(1).flatten() for values in (squared, sample.outside_top)]
-        met, shape = torch.stack(sums, 1).float(), (len(self.marginal), 2)
+        shape = len(self.marginal), 2
+        met = _tail_sums(signal[:, signal.shape[1] - num_shared :], sample.outside_top, sample.finite, num_tails)
         return {
             "tail": torch.sparse_coo_tensor(sample.tail_ids.reshape(1, -1), met, shape, check_invariants=False),
             "class_mass": sample.class_mass,
@@ -72,6 +72,13 @@ class ClassMemory:
         """
         tail = statistics["tail"]
         ids = tail._indices()[0]
+        if uses_triton(ids.device):
+            from hf_dis.sampling.triton_learning import step_classes, step_marginal
+
+            step_classes(ids, self._sums.index_add_(0, ids, tail._values()), self.squared_signal, self.RENEWAL)
+            mass = statistics["class_mass"], statistics["items"], statistics["not_finite"]
+            step_marginal(*mass, self.marginal, 1 - self.decay)
+            return
         # A class of several tails or processes is summed; each of its entries then finds the same sum.
         sums = self._sums.index_add_(0, ids, tail._values()).index_select(0, ids)
         self._sums.index_fill_(0, ids, 0)
@@ -82,7 +89,7 @@ class ClassMemory:
         # The marginal is of the teacher alone: items without a finite signal count too.
         num_items = statistics["items"] + statistics["not_finite"]
         marginal = (statistics["class_mass"] / num_items.clamp_min(1)).float()
-        marginal = torch.where(marginal.isfinite(), marginal, self.marginal)
+        marginal = torch.where(marginal < torch.inf, marginal, self.marginal)  # masses are not negative
         self.marginal.lerp_(marginal, (1 - self.decay) * (num_items > 0))  # a step without an item changes nothing
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -93,3 +100,22 @@ class ClassMemory:
         """Restores a state that :meth:`state_dict` returned."""
         self.squared_signal.copy_(state["class_squared_signal"])
         self.marginal.copy_(state["class_marginal"])
+
+
+def _tail_sums(signal: Tensor, outside_top: Tensor, finite: Tensor | None, num_tails: int) -> Tensor:
+    """Sums over the items of each tail: the squared signal, and the number of items; float32, ``[G·K_t, 2]``.
+
+    Args:
+        signal: at the columns of the tail, ``[N, K_t]``.
+        outside_top: the columns that an item counts, bool, ``[N, K_t]``.
+        finite: the items that count, bool, ``[N]``; all of them if None.
+        num_tails: G.
+    """
+    if finite is not None and uses_triton(signal.device):
+        from hf_dis.sampling.triton_learning import tail_sums
+
+        return tail_sums(signal, outside_top, finite, num_tails)
+    met = outside_top if finite is None else outside_top & finite[:, None]
+    squared = signal.square().masked_fill(~met, 0)
+    sums = [by_tail(values, num_tails).sum(1, dtype=torch.float32).flatten() for values in (squared, met)]
+    return torch.stack(sums, 1)

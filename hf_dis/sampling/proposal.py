@@ -50,9 +50,8 @@ class Proposal:
         """The sums over a step that the proposal learns from, dense or sparse; empty if the proposal never learns.
 
         Args:
-            sample: the classes; items with a signal that is not finite have weights of zero.
-            signal: as for :meth:`hf_dis.ClassSampler.learn`, ``[N, R + K_t]``; zero for items with a signal that is
-                not finite.
+            sample: the classes, and the items with a finite signal, which alone count.
+            signal: as for :meth:`hf_dis.ClassSampler.learn`, ``[N, R + K_t]``.
         """
         return {}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_dis.kernels import uses_triton
 from hf_dis.precision import widest
 from hf_dis.sampling.sample import ClassSample, Statistics
 
@@ -67,7 +68,15 @@ class RankProposal:
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
         """Importance-weighted sum of the squared signal in each bin of ranks."""
-        squared = signal[:, : sample.ranks.shape[1]].to(self.weights.dtype).square() * sample.rank_weights
+        dtype, finite = self.weights.dtype, sample.finite
+        if finite is not None and uses_triton(signal.device):
+            from hf_dis.sampling.triton_learning import rank_sums
+
+            parts = rank_sums(signal, sample.rank_weights, sample.ranks, finite, self.edges, dtype)
+            return {"rank_squared": parts.sum(0)}
+        squared = signal[:, : sample.ranks.shape[1]].to(dtype).square() * sample.rank_weights
+        if finite is not None:
+            squared = torch.where(finite[:, None], squared, 0)
         bins = torch.bucketize(sample.ranks, self.edges[1:], right=True)
         return {"rank_squared": torch.zeros_like(self.bin_sizes).index_add_(0, bins.flatten(), squared.flatten())}
 
@@ -79,6 +88,12 @@ class RankProposal:
                 over processes.
         """
         items = statistics["items"]
+        if uses_triton(items.device):
+            from hf_dis.sampling.triton_learning import step_ranks
+
+            state = self.squared_signal, self.observed, self.weights, self._masses, self._uniform, self.bin_sizes
+            step_ranks(statistics["rank_squared"], items, *state, 1 - self.decay)
+            return
         renewal = (1 - self.decay) * (items > 0)  # a batch without a supervised token has no item
         self.squared_signal.lerp_(statistics["rank_squared"] / (items.clamp_min(1) * self.bin_sizes), renewal)
         self.observed.lerp_(torch.ones_like(self.observed), renewal)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import Updates
 
 # Sums over the items of a step that a proposal learns from, dense or sparse; summed over processes before an update.
@@ -41,6 +42,7 @@ class ClassSample:
         has_label: column ``R - 1`` is the label's.
         with_replacement: an item may hold a class in several of its ranked columns.
         updates: the sample of the classes that update the head; all sampled classes update the head if None.
+        finite: true for the items that statistics count, those with a finite signal, ``[N]``; all of them if None.
     """
 
     item_ids: Tensor
@@ -56,6 +58,7 @@ class ClassSample:
     has_label: bool
     with_replacement: bool
     updates: Updates | None = None
+    finite: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -70,7 +73,11 @@ class ClassSample:
 
         The student's probability at an unused column may overflow: no other column bounds its logit.
         """
-        return signal.masked_fill(self.log_weights.isneginf(), 0).sum(1).isfinite()
+        if uses_triton(signal.device):
+            from hf_dis.sampling.triton_learning import finite_items
+
+            return finite_items(signal, self.log_weights)
+        return signal.masked_fill(self.log_weights == -torch.inf, 0).sum(1).abs() < torch.inf
 
     def of_items(self, items: Tensor, tails: Tensor) -> ClassSample:
         """The sample of some of the items, without a sample of updates.
@@ -91,18 +98,6 @@ class ClassSample:
             rank_weights=self.rank_weights.index_select(0, items),
             outside_top=self.outside_top.index_select(0, items),
             updates=None,
-        )
-
-    def without_items(self, left_out: Tensor) -> ClassSample:
-        """The sample with weights of zero for some items, so that no statistic counts them.
-
-        Args:
-            left_out: bool, ``[N]``.
-        """
-        return replace(
-            self,
-            rank_weights=self.rank_weights.masked_fill(left_out[:, None], 0),
-            outside_top=self.outside_top & ~left_out[:, None],
         )
 
 

@@ -185,14 +185,12 @@ class ClassSampler:
                 needed with one process.
         """
         with torch.no_grad():
-            finite = torch.ones_like(signal[:, 0], dtype=torch.bool)
-            if not _is_known_to_be_finite(signal):
-                finite = sample.finite_items(signal)
-                signal, sample = signal.masked_fill(~finite[:, None], 0), sample.without_items(~finite)
-            statistics = self.proposal.statistics(sample, signal)
+            finite = None if _is_known_to_be_finite(signal) else sample.finite_items(signal)
+            statistics = self.proposal.statistics(replace(sample, finite=finite), signal)
             if not statistics:
                 return
-            statistics |= {"items": finite.sum(), "not_finite": (~finite).sum()}
+            items = torch.tensor(len(signal)) if finite is None else finite.sum()
+            statistics |= {"items": items, "not_finite": len(signal) - items}
             if reduce is not None:
                 statistics = reduce(statistics)
             self.proposal.update(statistics)

@@ -1,5 +1,7 @@
 """The target of a stratum, and items that statistics leave out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,14 +52,14 @@ def test_a_stratum_gives_way_to_the_label(label, held, expected):
 # Items that statistics leave out
 
 
-def sample_of(num_items=4):
+def sampler_and_sample(num_items=4):
     sampler = make_sampler(30, SamplerSpec(num_sampled_classes=3, num_shared_classes=5, num_tails=1, rank_depth=6))
-    return sampler.sample([TeacherTargets(torch.randn(num_items, 30), 2.0, 6)])
+    return sampler, sampler.sample([TeacherTargets(torch.randn(num_items, 30), 2.0, 6)])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_an_item_is_finite_if_its_signal_is_at_every_column_that_it_uses(bad):
-    sample = sample_of()
+    _, sample = sampler_and_sample()
     sample.log_weights[:, 6] = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf])
     signal = torch.rand(4, 8)
     signal[:2, 6] = bad
@@ -65,10 +67,15 @@ def test_an_item_is_finite_if_its_signal_is_at_every_column_that_it_uses(bad):
 
 
 def test_items_left_out_have_no_weight():
-    sample = sample_of()
+    """Their signal and weights may be NaN: the statistics are those of the other items alone."""
+    sampler, sample = sampler_and_sample()
+    finite = torch.tensor([True, False, True, False])
+    signal = torch.rand(4, sample.log_weights.shape[1])
+    of_none = signal.masked_fill(~finite[:, None], 0)
+    expected = sampler.proposal.statistics(replace(sample, outside_top=sample.outside_top & finite[:, None]), of_none)
     sample.rank_weights[1] = torch.nan  # a proposal that follows a teacher of NaN
-    left_out = torch.tensor([False, True, False, True])
-    found = sample.without_items(left_out)
-    assert (found.rank_weights[left_out] == 0).all() and not found.outside_top[left_out].any()
-    for name in ("rank_weights", "outside_top"):
-        assert torch.equal(getattr(found, name)[~left_out], getattr(sample, name)[~left_out])
+    signal[~finite] = torch.nan
+    found = sampler.proposal.statistics(replace(sample, finite=finite), signal)
+    assert torch.equal(found["rank_squared"], expected["rank_squared"])
+    assert torch.equal(found["tail"]._values(), expected["tail"]._values())
+    assert found["tail"]._values()[:, 1].sum() == sample.outside_top[finite].sum()
