@@ -41,6 +41,12 @@ class ClassMemory:
             signal_share: share of the signal in the rest, in [0, 1].
         """
         dtype = widest(self.marginal.device)
+        if uses_triton(self.marginal.device):
+            from hf_dis.sampling.triton_tails import class_density, class_sums
+
+            means = self.squared_signal, self.marginal
+            shares = [(1 - floor) * signal_share, (1 - floor) * (1 - signal_share), floor / len(self.marginal)]
+            return class_density(*means, class_sums(*means, dtype), shares)
         signal = self.squared_signal.sqrt()
         share = (1 - floor) * signal_share / signal.sum(dtype=dtype).clamp_min(1e-30)
         rest = (1 - floor) * (1 - signal_share) / self.marginal.sum(dtype=dtype).clamp_min(1e-30)

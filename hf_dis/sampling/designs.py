@@ -65,12 +65,13 @@ def systematic_points(
 
 
 def unit_steps(start: Tensor, num_sampled: int, device: torch.device | str) -> Tensor:
-    """The points u, u+1, u+2, ... for starts u: ``[..., K]`` on a device for float64 ``[..., 1]`` on the CPU.
+    """The points u, u+1, u+2, ... for starts u: ``[..., K]`` on a device for float64 ``[..., 1]`` on the CPU."""
+    return to_device(below_one(start, num_sampled), device) + torch.arange(num_sampled, device=device)
 
-    Starts stay so far below 1 that no point reaches the next whole number where a device rounds it to float32.
-    """
-    start = start.clamp(max=1 - num_sampled * torch.finfo(torch.float32).eps)
-    return to_device(start, device) + torch.arange(num_sampled, device=device)
+
+def below_one(start: Tensor, num_sampled: int) -> Tensor:
+    """Keeps starts so far below 1 that no point reaches the next whole number where a device rounds to float32."""
+    return start.clamp(max=1 - num_sampled * torch.finfo(torch.float32).eps)
 
 
 def independent_points(num_items: int, num_sampled: int, generator: torch.Generator) -> Tensor:

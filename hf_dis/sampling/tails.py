@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_dis.kernels import uses_triton
 from hf_dis.precision import widest
-from hf_dis.sampling.designs import capping_scale, unit_steps
+from hf_dis.sampling.designs import below_one, capping_scale, to_device, unit_steps
 
 
 class Tails(NamedTuple):
@@ -70,14 +71,20 @@ def sample_tails(density: Tensor, num_sampled: int, num_tails: int, generator: t
         ids = torch.arange(num_classes, device=density.device)[None]
         return Tails(ids, torch.ones_like(ids, dtype=dtype))
     density = density.to(dtype)
+    start = torch.rand(1, dtype=torch.float64, generator=generator)
+    starts = below_one((start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1, num_sampled)
+    if uses_triton(density.device):
+        from hf_dis.sampling.triton_tails import tail_ids, tail_scale
+
+        scale = tail_scale(density.topk(num_sampled).values, density.sum(), num_classes)
+        cumulative = torch.minimum(density, scale[1]).cumsum(0)
+        return Tails(*tail_ids(cumulative, density, scale, to_device(starts, density.device), num_sampled))
     # At most K_t classes can be capped, and they are the largest; all others are one entry of their mean size.
     largest = density.topk(num_sampled).values
     num_others = num_classes - num_sampled
     others = ((density.sum() - largest.sum()) / num_others).clamp_min(torch.finfo(dtype).tiny)
     scale = capping_scale(torch.cat([largest, others[None]]), num_sampled, num_others)
     # In units of the density: the classes' shares end to end, and the points on them.
-    start = torch.rand(1, dtype=torch.float64, generator=generator)
-    starts = (start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1
     points = unit_steps(starts[:, None], num_sampled, density.device) / scale
     ids = torch.searchsorted(density.clamp_max(1 / scale).cumsum(0), points, right=True).clamp(max=num_classes - 1)
     return Tails(ids, (scale * density.take(ids)).clamp_(max=1))
