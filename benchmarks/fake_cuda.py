@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 KERNELS = {
     "topk": 4,
     "sort": 6,
+    "index_add": 2,
     "cumsum": 2,
     "nonzero": 5,
     "unique_consecutive": 8,
@@ -46,7 +47,13 @@ NO_KERNEL = {
 ROWS_OF = {
     "item_products": ((1,), 2),
     "features_gradient": ((1,), 2),
+    "weight_rows": ((0,), 1),
     "step_rows": ((0, 1, 2), 3),
+}
+# Kernels that read single elements of their first argument, and the number of these elements.
+ELEMENTS_OF = {
+    "rank_groups": lambda args: args[1].numel() * args[3],
+    "answers_at": lambda args: len(args[0]) * (args[3].shape[1] + 1),
 }
 # Of the first argument only what is addressed is read, or written.
 READS_ROWS = {"embedding", "index_select", "gather", "take", "index", "_embedding_bag"}
@@ -228,6 +235,8 @@ def _bytes(name: str, mutates: bool, args: tuple, inputs: list[Tensor], outputs:
         matrices = [args[place] for place in places]
         rows = args[ids].numel() * sum(one[0].nbytes for one in matrices)
         return read - sum(map(size, matrices)) + written + rows * (2 if mutates else 1)
+    if name in ELEMENTS_OF:
+        return read - size(args[0]) + written + ELEMENTS_OF[name](args) * args[0].element_size()
     if name == "_embedding_bag":
         return written + args[1].numel() * args[0].shape[1] * args[0].element_size()
     if name in READS_ROWS:

@@ -66,29 +66,47 @@ class _SampledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, weight, bias, item_ids, tail_ids, row_sparse, updates):
-        ctx.save_for_backward(features, weight, item_ids, tail_ids)
+        by_kernels = uses_triton(features.device)
+        rows = _tail_rows(weight, tail_ids, features.dtype)
+        # Kept by kernels alone: a second gather costs an accelerator a launch.
+        ctx.save_for_backward(features, weight, item_ids, tail_ids, rows if by_kernels else None)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.row_sparse, ctx.updates = row_sparse, updates
         num_own = item_ids.shape[1]
-        logits = features.new_empty(len(features), num_own + tail_ids.shape[1])
-        _item_products(features, weight, item_ids, out=logits[:, :num_own])
-        tails = by_tail(features, len(tail_ids)) @ F.embedding(tail_ids, weight).to(features.dtype).mT
+        tails = by_tail(features, len(tail_ids)) @ rows.mT
+        if bias is not None:
+            tails += bias.take(tail_ids)[:, None]
+        if by_kernels:
+            from hf_dis.head.triton_products import item_products
+
+            logits = item_products(features, weight, item_ids, tails, features.dtype)
+        else:
+            logits = features.new_empty(len(features), num_own + tail_ids.shape[1])
+            _item_products(features, weight, item_ids, out=logits[:, :num_own])
+            logits[:, num_own:] = by_item(tails, len(logits))
         if bias is not None:
             logits[:, :num_own] += bias.take(item_ids)
-            tails += bias.take(tail_ids)[:, None]
-        logits[:, num_own:] = by_item(tails, len(logits))
         return logits
 
     @staticmethod
     def backward(ctx, grad):
-        features, weight, item_ids, tail_ids = ctx.saved_tensors
+        features, weight, item_ids, tail_ids, rows = ctx.saved_tensors
         item_grad, tail_grad = grad.split([item_ids.shape[1], tail_ids.shape[1]], dim=1)
         wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_features = grad_weight = grad_bias = None
         if wants_features:
-            grad_features = _features_gradient(item_grad, weight, item_ids).to(grad.dtype)
-            tails = by_tail(tail_grad, len(tail_ids)) @ F.embedding(tail_ids, weight).to(grad.dtype)
-            grad_features += by_item(tails, len(grad))
+            rows = _tail_rows(weight, tail_ids, grad.dtype) if rows is None else rows
+            tails = by_tail(tail_grad, len(tail_ids)) @ rows
+            grad_features = _features_gradient(item_grad, weight, item_ids, tails)
+        if (wants_weight or wants_bias) and uses_triton(grad.device):
+            from hf_dis.head.triton_gradients import HeadGradients
+
+            found = HeadGradients(features, item_ids, tail_ids, item_grad, tail_grad, ctx.updates)
+            if wants_weight:
+                grad_weight = found.weight(weight, ctx.row_sparse)
+            if wants_bias:
+                grad_bias = found.bias(len(weight), ctx.bias_dtype, ctx.row_sparse)
+            return grad_features, grad_weight, grad_bias, None, None, None, None
         if wants_weight or wants_bias:
             of_head = _Contributions.of(features, item_ids, tail_ids, item_grad, tail_grad, weight.dtype)
             sizes = None if ctx.updates is None else of_head.sizes()
@@ -151,11 +169,6 @@ def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, out: Tens
     """Writes ``h wᵀ`` of each item with its classes into ``out``, ``[N, R]``."""
     if not item_ids.numel():
         return
-    if uses_triton(features.device):
-        from hf_dis.head.triton_products import item_products
-
-        out.copy_(item_products(features, weight, item_ids))
-        return
     on_cpu = features.device.type == "cpu" and features.dtype in (torch.float32, torch.float64)
     fits = features.dtype == weight.dtype and weight.is_contiguous() and item_ids.shape[1] <= len(weight)
     if on_cpu and fits:
@@ -180,13 +193,28 @@ def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, out: Tens
         products.copy_(torch.bmm(gathered, vectors.to(wide)[:, :, None])[:, :, 0])
 
 
-def _features_gradient(scales: Tensor, weight: Tensor, item_ids: Tensor) -> Tensor:
-    """Sums the rows of each item's classes, times their scales ``[N, R]``: ``[N, d]``."""
+def _tail_rows(weight: Tensor, tail_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gathers the rows of the tails' classes in a type, ``[G, K_t, d]``."""
+    if uses_triton(weight.device):
+        from hf_dis.head.triton_products import weight_rows
+
+        return weight_rows(weight, tail_ids, dtype)
+    return F.embedding(tail_ids, weight).to(dtype)
+
+
+def _features_gradient(scales: Tensor, weight: Tensor, item_ids: Tensor, tails: Tensor) -> Tensor:
+    """Sums the rows of each item's classes, times their scales ``[N, R]``, and the item's part of ``tails``, ``[N, d]``.
+
+    Args:
+        scales, weight, item_ids: of the items.
+        tails: the parts of the tails' classes, by tail, ``[G, n, d]``.
+    """
     if uses_triton(weight.device):
         from hf_dis.head.triton_products import features_gradient
 
-        return features_gradient(scales, weight, item_ids)
-    return F.embedding_bag(item_ids, weight, mode="sum", per_sample_weights=scales.to(weight.dtype))
+        return features_gradient(scales, weight, item_ids, tails, scales.dtype)
+    own = F.embedding_bag(item_ids, weight, mode="sum", per_sample_weights=scales.to(weight.dtype)).to(scales.dtype)
+    return own.add_(by_item(tails, len(own)))
 
 
 def _gathered_items(num_items: int, elements: int, device: torch.device) -> int:

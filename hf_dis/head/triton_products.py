@@ -5,8 +5,6 @@ The gathered rows ``[N, R, d]`` are never held: a program reads each row straigh
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,30 +19,44 @@ def products_kernel(
     weight,
     ids,
     out,
+    tails,
     num_ids,
     num_classes,
     width,
     features_stride,
     weight_stride,
     ids_stride,
+    num_shared,
+    num_tails,
+    most_items,
+    WIDE: tl.constexpr,
     BLOCK_IDS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    BLOCK_SHARED: tl.constexpr,
 ):
-    """A program computes BLOCK_IDS products of an item."""
+    """A program computes BLOCK_IDS products of an item, or copies BLOCK_SHARED products with its tail."""
     item = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1).to(tl.int64) * BLOCK_IDS + tl.arange(0, BLOCK_IDS)
-    row = tl.load(ids + item * ids_stride + column, column < num_ids, -1).to(tl.int64)
-    is_class = (row >= 0) & (row < num_classes)
-    total = tl.zeros((BLOCK_IDS,), out.dtype.element_ty)
-    for start in range(0, width, BLOCK_WIDTH):
-        place = start + tl.arange(0, BLOCK_WIDTH)
-        inside = place < width
-        feature = tl.load(features + item * features_stride + place, inside, 0).to(out.dtype.element_ty)
-        places = weight + (row * weight_stride)[:, None] + place[None, :]
-        vectors = tl.load(places, is_class[:, None] & inside[None, :], 0).to(out.dtype.element_ty)
-        total += tl.sum(vectors * feature[None, :], 1)
-    total = tl.where(is_class, total, float("nan"))
-    tl.store(out + item * num_ids + column, total, column < num_ids)
+    block = tl.program_id(1).to(tl.int64)
+    num_blocks = tl.cdiv(num_ids, BLOCK_IDS)
+    out += item * (num_ids + num_shared)
+    if block < num_blocks:
+        column = block * BLOCK_IDS + tl.arange(0, BLOCK_IDS)
+        row = tl.load(ids + item * ids_stride + column, column < num_ids, -1).to(tl.int64)
+        is_class = (row >= 0) & (row < num_classes)
+        total = tl.zeros((BLOCK_IDS,), WIDE)
+        for start in range(0, width, BLOCK_WIDTH):
+            place = start + tl.arange(0, BLOCK_WIDTH)
+            inside = place < width
+            feature = tl.load(features + item * features_stride + place, inside, 0).to(WIDE)
+            places = weight + (row * weight_stride)[:, None] + place[None, :]
+            vectors = tl.load(places, is_class[:, None] & inside[None, :], 0).to(WIDE)
+            total += tl.sum(vectors * feature[None, :], 1)
+        total = tl.where(is_class, total, float("nan"))
+        tl.store(out + column, total, column < num_ids)
+    else:
+        column = (block - num_blocks) * BLOCK_SHARED + tl.arange(0, BLOCK_SHARED)
+        tails += (item % num_tails * most_items + item // num_tails) * num_shared
+        tl.store(out + num_ids + column, tl.load(tails + column, column < num_shared, 0), column < num_shared)
 
 
 @triton.jit
@@ -53,95 +65,155 @@ def features_gradient_kernel(
     weight,
     ids,
     out,
+    tails,
     num_ids,
     num_classes,
     width,
     scales_stride,
     weight_stride,
     ids_stride,
+    num_tails,
+    most_items,
+    WIDE: tl.constexpr,
+    HAS_TAILS: tl.constexpr,
     BLOCK_IDS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """A program sums BLOCK_WIDTH columns of the scaled rows of an item."""
+    """A program sums BLOCK_WIDTH columns of the scaled rows of an item, and adds the part of its tail."""
     item = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1).to(tl.int64) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = place < width
-    total = tl.zeros((BLOCK_WIDTH,), out.dtype.element_ty)
+    total = tl.zeros((BLOCK_WIDTH,), WIDE)
+    if HAS_TAILS:
+        row = item % num_tails * most_items + item // num_tails
+        total += tl.load(tails + row * width + place, inside, 0).to(WIDE)
     for start in range(0, num_ids, BLOCK_IDS):
         column = start + tl.arange(0, BLOCK_IDS)
         row = tl.load(ids + item * ids_stride + column, column < num_ids, -1).to(tl.int64)
         is_class = (row >= 0) & (row < num_classes)
-        scale = tl.load(scales + item * scales_stride + column, column < num_ids, 0).to(out.dtype.element_ty)
+        scale = tl.load(scales + item * scales_stride + column, column < num_ids, 0).to(WIDE)
         scale = tl.where(is_class | (column >= num_ids), scale, float("nan"))
         places = weight + (row * weight_stride)[:, None] + place[None, :]
-        vectors = tl.load(places, is_class[:, None] & inside[None, :], 0).to(out.dtype.element_ty)
+        vectors = tl.load(places, is_class[:, None] & inside[None, :], 0).to(WIDE)
         total += tl.sum(vectors * scale[:, None], 0)
     tl.store(out + item * width + place, total, inside)
 
 
+@triton.jit
+def rows_kernel(weight, ids, out, num_ids, num_classes, width, stride, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """A program copies BLOCK_WIDTH columns of BLOCK rows into another type."""
+    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(1).to(tl.int64) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    row = tl.load(ids + number, number < num_ids, -1)
+    is_class = (row >= 0) & (row < num_classes)
+    inside = (place < width)[None, :]
+    values = tl.load(weight + (row * stride)[:, None] + place[None, :], is_class[:, None] & inside, float("nan"))
+    at = out + (number * width)[:, None] + place[None, :]
+    tl.store(at, values.to(out.dtype.element_ty), (number < num_ids)[:, None] & inside)
+
+
+@torch.library.custom_op("hf_dis::weight_rows", mutates_args=())
+def weight_rows(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gathers rows of W in a type: ``[..., d]`` for contiguous ids ``[...]``; a class outside 0..C-1 gives NaN."""
+    weight, ids = unit_columns(weight), ids.contiguous()
+    out = weight.new_empty(*ids.shape, weight.shape[1], dtype=dtype)
+    block = block_size(weight.shape[1], 512)
+    with torch.cuda.device_of(weight):
+        rows_kernel[triton.cdiv(ids.numel(), 4), triton.cdiv(weight.shape[1], block)](
+            weight, ids, out, ids.numel(), *weight.shape, weight.stride(0), BLOCK=4, BLOCK_WIDTH=block
+        )
+    return out
+
+
+@weight_rows.register_fake
+def _(weight, ids, dtype):
+    return weight.new_empty(*ids.shape, weight.shape[1], dtype=dtype)
+
+
 @torch.library.custom_op("hf_dis::item_products", mutates_args=())
-def item_products(features: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """Computes ``h wᵀ`` of each item with its sampled rows of W, summed in float32 or wider.
+def item_products(features: Tensor, weight: Tensor, ids: Tensor, tails: Tensor, dtype: torch.dtype) -> Tensor:
+    """Computes ``h wᵀ`` of each item with its sampled rows of W, summed in float32 or wider, beside those of its tail.
 
     Args:
         features: ``[N, d]``.
         weight: ``[C, d]``.
         ids: classes of each item, ``[N, R]``; a class outside 0..C-1 gives NaN.
+        tails: products of each tail's items with the tail, ``[G, ceil(N / G), K_t]``; item i is of tail ``i mod G``.
+        dtype: of the result.
 
     Returns:
-        ``[N, R]``, float32; float64 where an argument is float64.
+        ``[N, R + K_t]``.
     """
+    features, weight, ids = unit_columns(features), unit_columns(weight), unit_columns(ids)
     num_ids, width = ids.shape[1], weight.shape[1]
+    num_tails, most_items, num_shared = tails.shape
+    out = features.new_empty(len(ids), num_ids + num_shared, dtype=dtype)
     blocks = {"BLOCK_IDS": block_size(num_ids, 32), "BLOCK_WIDTH": block_size(width, 128)}
-    return _launched(products_kernel, features, weight, ids, num_ids, blocks["BLOCK_IDS"], blocks)
+    blocks["BLOCK_SHARED"] = block_size(num_shared, 1024)
+    grid = len(ids), triton.cdiv(num_ids, blocks["BLOCK_IDS"]) + triton.cdiv(num_shared, blocks["BLOCK_SHARED"])
+    sizes = num_ids, *weight.shape, features.stride(0), weight.stride(0), ids.stride(0)
+    with torch.cuda.device_of(features):
+        products_kernel[grid](
+            features,
+            weight,
+            ids,
+            out,
+            tails.contiguous(),
+            *sizes,
+            num_shared,
+            num_tails,
+            most_items,
+            WIDE=_wide(features, weight),
+            **blocks,
+        )
+    return out
 
 
 @item_products.register_fake
-def _(features, weight, ids):
-    return features.new_empty(ids.shape, dtype=sum_dtype(features, weight))
+def _(features, weight, ids, tails, dtype):
+    return features.new_empty(len(ids), ids.shape[1] + tails.shape[2], dtype=dtype)
 
 
 @torch.library.custom_op("hf_dis::features_gradient", mutates_args=())
-def features_gradient(scales: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+def features_gradient(scales: Tensor, weight: Tensor, ids: Tensor, tails: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Computes Σ_k scale_k W[id_k] of each item, summed in float32 or wider: the products' gradient on the features.
 
     Args:
         scales: the gradient on each product, ``[N, R]``.
         weight: ``[C, d]``.
         ids: classes of each item, ``[N, R]``; a class outside 0..C-1 gives NaN.
+        tails: added to each item, by tail, ``[G, ceil(N / G), d]``; item i is of tail ``i mod G``.
+        dtype: of the result.
 
     Returns:
-        ``[N, d]``, float32; float64 where an argument is float64.
+        ``[N, d]``.
     """
+    scales, weight, ids = unit_columns(scales), unit_columns(weight), unit_columns(ids)
     num_ids, width = ids.shape[1], weight.shape[1]
+    out = scales.new_empty(len(ids), width, dtype=dtype)
     blocks = {"BLOCK_IDS": block_size(num_ids, 16), "BLOCK_WIDTH": block_size(width, 256)}
-    return _launched(features_gradient_kernel, scales, weight, ids, width, blocks["BLOCK_WIDTH"], blocks)
+    num_tails, most_items = (1, 1) if tails is None else tails.shape[:2]
+    sizes = num_ids, *weight.shape, scales.stride(0), weight.stride(0), ids.stride(0), num_tails, most_items
+    with torch.cuda.device_of(scales):
+        features_gradient_kernel[len(ids), triton.cdiv(width, blocks["BLOCK_WIDTH"])](
+            scales,
+            weight,
+            ids,
+            out,
+            None if tails is None else tails.contiguous(),
+            *sizes,
+            WIDE=_wide(scales, weight),
+            HAS_TAILS=tails is not None,
+            **blocks,
+        )
+    return out
 
 
 @features_gradient.register_fake
-def _(scales, weight, ids):
-    return scales.new_empty(len(ids), weight.shape[1], dtype=sum_dtype(scales, weight))
+def _(scales, weight, ids, tails, dtype):
+    return scales.new_empty(len(ids), weight.shape[1], dtype=dtype)
 
 
-def _launched(
-    kernel: Any, of_items: Tensor, weight: Tensor, ids: Tensor, num_columns: int, block: int, blocks: dict[str, int]
-) -> Tensor:
-    """Runs a kernel by a program per item and per block of the result's columns.
-
-    Args:
-        kernel: one of those above.
-        of_items: its first argument, with a row per item.
-        weight, ids: its next arguments.
-        num_columns: of the result.
-        block: columns of the result per program.
-        blocks: the sizes of the kernel's blocks.
-
-    Returns:
-        ``[N, num_columns]``.
-    """
-    given = [unit_columns(tensor) for tensor in (of_items, weight, ids)]
-    strides = [tensor.stride(0) for tensor in given]
-    out = of_items.new_empty(len(ids), num_columns, dtype=sum_dtype(of_items, weight))
-    with torch.cuda.device_of(of_items):
-        kernel[len(ids), triton.cdiv(num_columns, block)](*given, out, ids.shape[1], *weight.shape, *strides, **blocks)
-    return out
+def _wide(*tensors: Tensor) -> tl.dtype:
+    """The type in which a kernel sums."""
+    return tl.float64 if sum_dtype(*tensors) == torch.float64 else tl.float32

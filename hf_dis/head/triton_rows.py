@@ -71,15 +71,19 @@ def segments_kernel(
     scales,
     starts,
     pieces,
+    kept,
+    weights,
     out,
     width,
     stride,
+    HAS_KEPT: tl.constexpr,
     PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
     """A program sums a segment: its whole pieces, and the contributions before and after them."""
-    segment = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    segment = tl.load(kept + row) if HAS_KEPT else row
     place = tl.program_id(1).to(tl.int64) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = place < width
     first, last = tl.load(starts + segment), tl.load(starts + segment + 1)
@@ -90,7 +94,9 @@ def segments_kernel(
     for piece in range(whole_first // PIECE, whole_last // PIECE):
         total += tl.load(pieces + piece * width + place, inside, 0)
     total = _added(total, vectors, which, scales, whole_last, last, place, inside, stride, BLOCK)
-    tl.store(out + segment * width + place, total, inside)
+    if HAS_KEPT:
+        total *= tl.load(weights + row).to(total.dtype)
+    tl.store(out + row * width + place, total, inside)
 
 
 @torch.library.custom_op("hf_dis::segment_pieces", mutates_args=())
@@ -113,21 +119,40 @@ def _(vectors, which, scales, starts):
 
 @torch.library.custom_op("hf_dis::join_pieces", mutates_args=())
 def join_pieces(
-    vectors: Tensor, which: Tensor, scales: Tensor, starts: Tensor, pieces: Tensor, dtype: torch.dtype
+    vectors: Tensor,
+    which: Tensor,
+    scales: Tensor,
+    starts: Tensor,
+    pieces: Tensor,
+    dtype: torch.dtype,
+    kept: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Sums each segment from its pieces and the contributions beside them; see :func:`segment_rows`."""
-    num_segments, width = len(starts) - 1, vectors.shape[1]
-    out = vectors.new_empty(num_segments, width, dtype=dtype)
-    _launch(segments_kernel, num_segments, vectors, which, scales, starts, pieces, out)
+    out = _rows(vectors, starts, dtype, kept)
+    given = vectors, which, scales, starts, pieces, kept, weights, out
+    _launch(segments_kernel, len(out), *given, HAS_KEPT=kept is not None)
     return out
 
 
 @join_pieces.register_fake
-def _(vectors, which, scales, starts, pieces, dtype):
-    return vectors.new_empty(len(starts) - 1, vectors.shape[1], dtype=dtype)
+def _(vectors, which, scales, starts, pieces, dtype, kept=None, weights=None):
+    return _rows(vectors, starts, dtype, kept)
 
 
-def segment_rows(vectors: Tensor, which: Tensor, scales: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+def _rows(vectors: Tensor, starts: Tensor, dtype: torch.dtype, kept: Tensor | None) -> Tensor:
+    return vectors.new_empty(len(starts) - 1 if kept is None else len(kept), vectors.shape[1], dtype=dtype)
+
+
+def segment_rows(
+    vectors: Tensor,
+    which: Tensor,
+    scales: Tensor,
+    starts: Tensor,
+    dtype: torch.dtype,
+    kept: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Sums scale · vector over the contributions of each segment, in float32 or wider, and in a fixed order.
 
     Args:
@@ -136,16 +161,25 @@ def segment_rows(vectors: Tensor, which: Tensor, scales: Tensor, starts: Tensor,
         scales: the factor of the vector, ``[P]``.
         starts: the first contribution of each segment, then P, int64, ``[U + 1]``. A segment may be empty.
         dtype: of the result.
+        kept: the segments that are wanted, int64, ``[k]``; None: all of them.
+        weights: the factor of each of these segments, ``[k]``; needed with ``kept``.
 
     Returns:
-        ``[U, d]``.
+        ``[U, d]``, or ``[k, d]``.
     """
     pieces = segment_pieces(vectors, which, scales, starts)
-    return join_pieces(vectors, which, scales, starts, pieces, dtype)
+    return join_pieces(vectors, which, scales, starts, pieces, dtype, kept, weights)
 
 
 def _launch(
-    kernel: Any, programs: int, vectors: Tensor, which: Tensor, scales: Tensor, starts: Tensor, *others: Tensor | int
+    kernel: Any,
+    programs: int,
+    vectors: Tensor,
+    which: Tensor,
+    scales: Tensor,
+    starts: Tensor,
+    *others: Tensor | int | None,
+    **flags: bool,
 ) -> None:
     """Runs a kernel by a number of programs for each block of columns, with the arguments that the kernels share."""
     vectors = unit_columns(vectors)
@@ -153,5 +187,15 @@ def _launch(
     block = block_size(width, 512)
     with torch.cuda.device_of(vectors):
         kernel[programs, triton.cdiv(width, block)](
-            vectors, which, scales, starts, *others, width, vectors.stride(0), PIECE=PIECE, BLOCK=4, BLOCK_WIDTH=block
+            vectors,
+            which,
+            scales,
+            starts,
+            *others,
+            width,
+            vectors.stride(0),
+            PIECE=PIECE,
+            BLOCK=4,
+            BLOCK_WIDTH=block,
+            **flags,
         )

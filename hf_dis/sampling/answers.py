@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_dis.kernels import uses_triton
 from hf_dis.sampling.sample import Stratum
-from hf_dis.teacher.targets import log_probs
+from hf_dis.sampling.tails import of_items
+from hf_dis.teacher.targets import TeacherTargets, log_probs
 
 
 class Ranked(NamedTuple):
@@ -27,22 +29,64 @@ class Logits(NamedTuple):
     Attributes:
         ids: the m best-ranked classes of each item, ``[n, m]``.
         highest: logits of these classes, ``[n, m]``.
-        tails: logits of the classes of the item's shared tail, ``[n, K_t]``.
-        labels: the label's logit, ``[n, 1]``; None without labels.
+        tails: logits of the classes of the item's shared tail, ``[n, K_t]``; None with ``columns``.
+        labels: the label's logit, ``[n, 1]``; None without labels, and with ``columns``.
         log_normaliser: log Σ exp(logit / τ) over all classes, ``[n, 1]``.
         counted: the items that the mass of the chunk counts.
         items_per_counted: the items that each counted item stands for.
         ranked: the sampled ranks, where all C ranks are sampled from.
+        columns: as :class:`Answers` has them, where a kernel computes them.
     """
 
     ids: Tensor
     highest: Tensor
-    tails: Tensor
+    tails: Tensor | None
     labels: Tensor | None
     log_normaliser: Tensor
     counted: slice
     items_per_counted: float
     ranked: Ranked | None
+    columns: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        targets: TeacherTargets,
+        tail_ids: Tensor,
+        labels: Tensor | None,
+        first_item: int,
+        ranked: Ranked | None,
+    ) -> Logits:
+        """Takes what a sample needs from the targets of a chunk.
+
+        Args:
+            targets: of the chunk.
+            tail_ids: class ids of each tail, ``[G, K_t]``.
+            labels: class ids of all items, ``[N]``; None without labels.
+            first_item: the number of the chunk's first item.
+            ranked: the sampled ranks, where all C ranks are sampled from.
+        """
+        tails = of_label = columns = None
+        if tail_ids.numel() and uses_triton(tail_ids.device):
+            from hf_dis.teacher.triton_ranking import answers_at
+
+            given = targets.logits, targets.highest, targets.log_normaliser, tail_ids, labels
+            columns = answers_at(*given, first_item, targets.temperature)
+        else:
+            tails = targets.logits.gather(1, of_items(tail_ids, first_item, len(targets)))
+            if labels is not None:
+                of_label = targets.logits.gather(1, labels[first_item : first_item + len(targets), None])
+        return cls(
+            targets.ids,
+            targets.highest,
+            tails,
+            of_label,
+            targets.log_normaliser,
+            targets.counted,
+            targets.items_per_counted,
+            ranked,
+            columns,
+        )
 
 
 class Answers(NamedTuple):
@@ -54,6 +98,7 @@ class Answers(NamedTuple):
         tail_log_probs: log-probabilities of the classes of the item's shared tail, ``[N, K_t]``.
         label_log_probs: log-probability of the label, ``[N, 1]``; None without labels.
         ranked: the sampled ranks, where all C ranks are sampled from.
+        columns: all these log-probabilities side by side in this order, where a kernel computes them.
     """
 
     ids: Tensor
@@ -61,10 +106,21 @@ class Answers(NamedTuple):
     tail_log_probs: Tensor
     label_log_probs: Tensor | None
     ranked: Ranked | None
+    columns: Tensor | None = None
 
     @classmethod
-    def of(cls, parts: Sequence[Logits], temperature: float) -> Answers:
-        """Joins the answers to consecutive chunks of items."""
+    def of(cls, parts: Sequence[Logits], num_shared: int, temperature: float) -> Answers:
+        """Joins the answers to consecutive chunks of items.
+
+        Args:
+            parts: the chunks.
+            num_shared: K_t.
+            temperature: τ > 0.
+        """
+        if parts[0].columns is not None:
+            ids, columns = _cat([part.ids for part in parts]), _cat([part.columns for part in parts])
+            ranked, tails, labels = columns.tensor_split([ids.shape[1], ids.shape[1] + num_shared], 1)
+            return cls(ids, ranked, tails, labels if labels.shape[1] else None, None, columns)
         normaliser = _cat([part.log_normaliser for part in parts])
 
         def joined(logits: Sequence[Tensor]) -> Tensor:
@@ -79,14 +135,14 @@ class Answers(NamedTuple):
             None if ranked[0] is None else _cat_ranked(ranked),
         )
 
-    def ranked_mass(self, parts: Sequence[Logits], num_classes: int) -> Tensor:
-        """Sums the probability of each class over the counted items that rank the class, ``[C]``.
+    def unranked_mass(self, mass: Tensor, parts: Sequence[Logits]) -> Tensor:
+        """Takes the probability of each class out of its mass at the counted items that rank the class, ``[C]``.
 
         Args:
+            mass: summed over the counted items, ``[C]``.
             parts: the chunks that the answers were joined from.
-            num_classes: C.
         """
-        mass, first_item = self.log_probs.new_zeros(num_classes), 0
+        first_item = 0
         alike: dict[float, list[slice]] = {}  # most chunks are of one size
         for part in parts:
             last_item = first_item + len(part.ids)
@@ -94,8 +150,8 @@ class Answers(NamedTuple):
             first_item = last_item
         for items_per_counted, counted in alike.items():
             ids, probs = (_cat([values[items] for items in counted]) for values in (self.ids, self.log_probs))
-            mass.index_add_(0, ids.flatten(), probs.exp().flatten(), alpha=items_per_counted)
-        return mass
+            mass = mass.index_add(0, ids.flatten(), probs.exp().flatten(), alpha=-items_per_counted)
+        return mass.clamp_min_(0)
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:

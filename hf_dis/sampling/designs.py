@@ -61,7 +61,16 @@ def systematic_points(
 
     The points are of the widest type of the device.
     """
-    return unit_steps(torch.rand(num_items, 1, dtype=torch.float64, generator=generator), num_sampled, device)
+    starts = systematic_starts(num_items, num_sampled, generator, device)
+    return starts + torch.arange(num_sampled, device=device)
+
+
+def systematic_starts(
+    num_items: int, num_sampled: int, generator: torch.Generator, device: torch.device | str
+) -> Tensor:
+    """The first of the points of :func:`systematic_points`, ``[N, 1]``."""
+    starts = torch.rand(num_items, 1, dtype=torch.float64, generator=generator)
+    return to_device(below_one(starts, num_sampled), device)
 
 
 def unit_steps(start: Tensor, num_sampled: int, device: torch.device | str) -> Tensor:

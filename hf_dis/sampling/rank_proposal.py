@@ -44,7 +44,8 @@ class RankProposal:
         self.bin_sizes = self.edges.diff().to(self.scales.dtype)
         self._masses = (1 - floor) * self._cumulative(self.edges).diff(dim=1)  # of the bins, without the uniform share
         self._uniform = floor * self.bin_sizes / num_ranks
-        self._means: Tensor | None = None
+        self._means: Tensor | None = None  # of the ranks, and the uniform share beside them
+        self._rest: Tensor | None = None
         self.weights = torch.full_like(self.scales, 1 / num_scales)
         self.squared_signal = torch.zeros_like(self.bin_sizes)
         self.observed = self.bin_sizes.new_zeros(())
@@ -60,7 +61,8 @@ class RankProposal:
             edges = torch.arange(num_entries + 1, dtype=self.weights.dtype, device=self.weights.device)
             edges[-1] = self.num_ranks
             self._means = (1 - self.floor) * self._cumulative(edges).diff(dim=1) / edges.diff()
-        return self.weights @ self._means + self.floor / self.num_ranks
+            self._rest = torch.full_like(self._means[0], self.floor / self.num_ranks)
+        return torch.addmv(self._rest, self._means.T, self.weights)
 
     def profile(self) -> Tensor:
         """The measured D(r), one value per bin of ranks between :attr:`edges`."""

@@ -13,10 +13,10 @@ from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require, require_number
 from hf_dis.precision import check_sparse, widest
 from hf_dis.sampling.answers import Answers, Logits, Ranked
-from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks
+from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, systematic_starts
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum
-from hf_dis.sampling.tails import Tails, is_member, of_items, sample_tails
+from hf_dis.sampling.tails import Tails, is_member, sample_tails
 from hf_dis.teacher.targets import TeacherTargets
 
 
@@ -95,6 +95,8 @@ class ClassSampler:
 
     def _sample(self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None) -> ClassSample:
         answers, class_mass = self._answers(teacher, tails, labels)
+        if answers.columns is not None:
+            return self._assembled(answers, tails, labels, class_mass)
         ranked, num_items = answers.ranked or self._sample_ranked(answers), len(answers.ids)
         outside_top = ~is_member(answers.ids, tails.ids)
         mass = 1 - ranked.stratum.mass
@@ -123,6 +125,19 @@ class ClassSampler:
             with_replacement=self.design == "replacement",
         )
 
+    def _assembled(self, answers: Answers, tails: Tails, labels: Tensor | None, class_mass: Tensor) -> ClassSample:
+        """The same sample by kernels, which make all columns of an item at a time."""
+        from hf_dis.sampling.triton_assembly import assemble, rank_inclusion
+
+        density = self.proposal.rank_density(answers)
+        inclusion = rank_inclusion(density.view(-1, density.shape[-1]), self.num_sampled)
+        starts = systematic_starts(len(answers.ids), self.num_sampled, self.generator, density.device)
+        given = answers.ids, answers.columns, *tails, *inclusion, starts, labels
+        names = ("item_ids", "log_weights", "certain", "log_probs", "target", "ranks", "rank_weights", "outside_top")
+        columns = zip(names, assemble(*given, self.num_sampled), strict=True)
+        others = {"class_mass": class_mass, "has_label": labels is not None, "with_replacement": False}
+        return ClassSample(tail_ids=tails.ids, **dict(columns), **others)
+
     def _answers(
         self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None
     ) -> tuple[Answers, Tensor]:
@@ -130,28 +145,18 @@ class ClassSampler:
         wants_mass = self.num_shared and self.proposal.wants_class_mass
         parts, mass, first_item = [], None, 0
         for targets in teacher:
-            temperature, items = targets.temperature, slice(first_item, first_item + len(targets))
+            temperature = targets.temperature
             if wants_mass:
-                mass = targets.class_mass() if mass is None else mass + targets.class_mass()
-            parts.append(
-                Logits(
-                    targets.ids,
-                    targets.highest,
-                    targets.logits.gather(1, of_items(tails.ids, items.start, len(targets))),
-                    None if labels is None else targets.logits.gather(1, labels[items, None]),
-                    targets.log_normaliser,
-                    targets.counted,
-                    targets.items_per_counted,
-                    # All C ranks are sampled from, whose classes only the chunk can tell.
-                    None if self.num_shared else self._sample_all_ranks(targets),
-                )
-            )
-            first_item = items.stop
+                mass = targets.class_mass(mass)
+            # Where all C ranks are sampled from, only the chunk can tell their classes.
+            ranked = None if self.num_shared else self._sample_all_ranks(targets)
+            parts.append(Logits.of(targets, tails.ids, labels, first_item, ranked))
+            first_item += len(targets)
             del targets  # the next chunk is computed without this one in memory
-        answers = Answers.of(parts, temperature)
+        answers = Answers.of(parts, self.num_shared, temperature)
         if mass is None:
             return answers, answers.log_probs.new_empty(0)
-        return answers, (mass - answers.ranked_mass(parts, len(mass))).clamp_min_(0)
+        return answers, answers.unranked_mass(mass, parts)
 
     def _sample_ranked(self, answers: Answers) -> Ranked:
         """K of each item's m ranks."""

@@ -134,9 +134,14 @@ class TeacherTargets:
 
             groups = num_groups(logits.shape[1], depth)
             self.log_normaliser, maxima = log_normaliser(logits, temperature, groups, GROUP)
-            highest = maxima.topk(depth, dim=1, sorted=False).indices if groups else None
+            best = maxima.topk(depth, dim=1, sorted=False).indices if groups else None
             del maxima  # an eighth of the logits
-            self.highest, self.ids = top_ranked(logits, depth, highest)
+            if groups and logits.dtype != torch.float64:
+                from hf_dis.teacher.triton_ranking import rank_groups
+
+                self.highest, self.ids = rank_groups(logits, best, groups, GROUP)
+            else:
+                self.highest, self.ids = top_ranked(logits, depth, best)
         else:
             self.highest, self.ids = top_ranked(logits, depth)
             self.log_normaliser = self._normalised_by_blocks(widen(self.highest[:, :1]), blocks)
@@ -178,14 +183,18 @@ class TeacherTargets:
         """Computes log-probabilities at τ of any classes of each item, ``[n, K]`` for class ids ``[n, K]``."""
         return log_probs(self.logits.gather(1, ids), self.log_normaliser, self.temperature)
 
-    def class_mass(self) -> Tensor:
-        """Sums the probability of each class over the counted items, times :attr:`items_per_counted`, ``[C]``."""
+    def class_mass(self, added: Tensor | None = None) -> Tensor:
+        """Sums the probability of each class over the counted items, times :attr:`items_per_counted`, ``[C]``.
+
+        Args:
+            added: the mass of other items, ``[C]``, which is added.
+        """
         if self._mass is None:
             from hf_dis.teacher.triton_normaliser import class_mass
 
             counted = (values[self.counted] for values in (self.logits, self.log_normaliser))
-            self._mass = class_mass(*counted, self.temperature, self.items_per_counted)
-        return self._mass
+            return class_mass(*counted, self.temperature, self.items_per_counted, added)
+        return self._mass if added is None else added + self._mass
 
 
 def log_probs(logits: Tensor, log_normaliser: Tensor, temperature: float) -> Tensor:

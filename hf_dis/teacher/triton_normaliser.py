@@ -58,6 +58,7 @@ def log_normaliser_kernel(
 def class_mass_kernel(
     logits,
     log_normaliser,
+    added,
     out,
     num_items,
     num_classes,
@@ -65,6 +66,7 @@ def class_mass_kernel(
     normaliser_stride,
     temperature: tl.float64,
     times: tl.float64,
+    HAS_ADDED: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
@@ -79,7 +81,10 @@ def class_mass_kernel(
         normaliser = tl.load(log_normaliser + item * normaliser_stride, item < num_items, 0.0)
         scaled = logit.to(out.dtype.element_ty) * factor
         total += tl.sum(tl.exp(scaled - normaliser.to(out.dtype.element_ty)[:, None]), 0)
-    tl.store(out + column, total * tl.cast(times, out.dtype.element_ty), column < num_classes)
+    total *= tl.cast(times, out.dtype.element_ty)
+    if HAS_ADDED:
+        total += tl.load(added + column, column < num_classes, 0)
+    tl.store(out + column, total, column < num_classes)
 
 
 @torch.library.custom_op("hf_dis::log_normaliser", mutates_args=())
@@ -126,7 +131,9 @@ def _normaliser_results(logits: Tensor, num_groups: int) -> tuple[Tensor, Tensor
 
 
 @torch.library.custom_op("hf_dis::class_mass", mutates_args=())
-def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, times: float) -> Tensor:
+def class_mass(
+    logits: Tensor, log_normaliser: Tensor, temperature: float, times: float, added: Tensor | None = None
+) -> Tensor:
     """Sums the teacher's probability of each class over items, times a number.
 
     Args:
@@ -134,6 +141,7 @@ def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, times
         log_normaliser: log Σ exp(logit / τ), ``[n, 1]``.
         temperature: τ > 0.
         times: the factor.
+        added: a mass that is added, ``[C]``.
 
     Returns:
         ``[C]``, float32; float64 for float64 logits.
@@ -145,6 +153,7 @@ def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, times
         class_mass_kernel[(triton.cdiv(num_classes, 256),)](
             logits,
             log_normaliser,
+            added,
             out,
             num_items,
             num_classes,
@@ -152,6 +161,7 @@ def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, times
             log_normaliser.stride(0),
             temperature,
             times,
+            HAS_ADDED=added is not None,
             BLOCK_ITEMS=16,
             BLOCK_CLASSES=256,
         )
@@ -159,5 +169,5 @@ def class_mass(logits: Tensor, log_normaliser: Tensor, temperature: float, times
 
 
 @class_mass.register_fake
-def _(logits, log_normaliser, temperature, times):
+def _(logits, log_normaliser, temperature, times, added=None):
     return logits.new_empty(logits.shape[1], dtype=sum_dtype(logits))

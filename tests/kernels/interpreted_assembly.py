@@ -1,0 +1,126 @@
+"""Samples of whole steps by the kernels against plain torch. Run by test_kernels.py in Triton's interpreter."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from hf_dis import SamplerSpec, make_sampler
+from hf_dis.kernels import VARIABLE
+from hf_dis.sampling import triton_assembly as kernels
+from hf_dis.sampling.designs import inclusion_probabilities
+from hf_dis.teacher import triton_ranking
+from hf_dis.teacher.targets import TeacherTargets, top_ranked
+from hf_dis.teacher.triton_normaliser import class_mass
+
+# Classes, items, m, K, K_t, G: a block of a tail is of 1,024 columns.
+CASES = {
+    "few": (40, 6, 8, 4, 8, 2),
+    "not a multiple of a group": (203, 5, 12, 5, 30, 4),
+    "all ranks are certain": (40, 3, 4, 4, 8, 1),
+    "fewer groups than ranks": (40, 3, 15, 6, 8, 1),
+    "one rank": (30, 3, 1, 1, 5, 2),
+    "a tail of two blocks": (1500, 2, 8, 4, 1100, 1),
+    "no item": (40, 0, 8, 4, 8, 2),
+}
+NAMES = ("dis", "teacher", "uniform")
+
+
+def sampled(name, case, proposal, labelled, dtype, scale, steps, monkeypatch):
+    """Samples of a sampler that learns between them, from two chunks of items."""
+    num_classes, num_items, depth, num_sampled, num_shared, num_tails = case
+    spec = SamplerSpec(
+        num_sampled_classes=num_sampled, num_shared_classes=num_shared, num_tails=num_tails, rank_depth=depth,
+        proposal=proposal,
+    )  # fmt: skip
+    sampler, generator = make_sampler(num_classes, spec, seed=1), torch.Generator().manual_seed(0)
+    samples = []
+    for _ in range(steps):
+        logits = (scale * torch.randn(num_items, num_classes, generator=generator)).to(dtype)
+        if num_items:
+            logits[0, ::3] = -torch.inf
+        labels = torch.randint(num_classes, (num_items,), generator=generator) if labelled else None
+        if labelled and num_items:
+            labels[-1] = logits[-1].argmax()
+        monkeypatch.setenv(VARIABLE, "torch")
+        whole = TeacherTargets(logits, 2.0, depth)
+        monkeypatch.setenv(VARIABLE, name)
+        first = num_tails * (num_items // num_tails // 2)
+        chunks = [TeacherTargets(part, 2.0, depth) for part in (logits[:first], logits[first:])]
+        for chunk, ids in zip(chunks, (whole.ids[:first], whole.ids[first:]), strict=True):
+            assert torch.equal(chunk.logits.gather(1, chunk.ids), chunk.logits.gather(1, ids))
+            chunk.ids = ids  # equal logits may be ranked in another order
+        sample = sampler.sample(chunks, labels)
+        samples.append(sample)
+        sampler.learn(sample, torch.rand(sample.log_weights.shape, generator=generator))
+    return samples
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("proposal", NAMES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_sample_is_that_of_plain_torch(case, proposal, labelled, monkeypatch):
+    check(case, proposal, labelled, torch.float32, 3, 2, monkeypatch)
+
+
+@pytest.mark.parametrize("scale", [0.1, 30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_logits_of_any_type_and_spread(dtype, scale, monkeypatch):
+    check(CASES["not a multiple of a group"], "dis", True, dtype, scale, 1, monkeypatch)
+
+
+def check(*given):
+    for expected, found in zip(*(sampled(name, *given) for name in ("torch", "triton")), strict=True):
+        for field in fields(expected):
+            wanted, value = getattr(expected, field.name), getattr(found, field.name)
+            if isinstance(wanted, torch.Tensor):
+                torch.testing.assert_close(
+                    value, wanted, rtol=2e-4, atol=2e-5, msg=lambda m, f=field: f"{f.name}: {m}"
+                )
+            else:
+                assert value == wanted
+
+
+@pytest.mark.parametrize("num_sampled", [1, 3, 6, 7, 9])
+def test_inclusion_is_that_of_the_definition(num_sampled):
+    density = torch.rand(5, 7, dtype=torch.float64).sort(1, descending=True).values ** 4
+    expected, cumulative = kernels.rank_inclusion(density, num_sampled)
+    wanted = inclusion_probabilities(density, num_sampled)
+    torch.testing.assert_close(expected, wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(cumulative, wanted.cumsum(1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("num_classes", "depth"), [(16, 1), (48, 3), (203, 12), (2055, 100)])
+def test_the_ranking_is_that_of_a_sort(num_classes, depth, dtype):
+    logits = torch.randn(3, num_classes).to(dtype)
+    logits[0, : num_classes - depth] = -torch.inf
+    logits[2, 5:9] = 7.0  # of equal logits the lower class is first
+    groups = num_classes // 8
+    best = logits[:, : 8 * groups].unflatten(1, (8, groups)).amax(1).topk(depth, dim=1).indices
+    top, ids = triton_ranking.rank_groups(logits, best, groups, 8)
+    expected, order = logits.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(top, expected[:, :depth]) and torch.equal(logits.gather(1, ids), top)
+    assert torch.equal(ids[2], order[2, :depth]) and torch.equal(top_ranked(logits, depth, best)[0], top)
+
+
+def test_a_mass_is_added():
+    logits, normaliser, added = torch.randn(5, 300), torch.zeros(5, 1), torch.rand(300)
+    alone = class_mass(logits, normaliser, 2.0, 3.0)
+    torch.testing.assert_close(class_mass(logits, normaliser, 2.0, 3.0, added), alone + added)
+
+
+def test_the_operations_are_well_formed():
+    logits, ids = torch.randn(4, 40), torch.stack([torch.randperm(40)[:3] for _ in range(4)])
+    tails, labels = torch.tensor([[1, 5], [2, 9]]), torch.tensor([3, 4, 1, 0])
+    normaliser = logits.logsumexp(1, keepdim=True)
+    opcheck(triton_ranking.rank_groups, (logits, torch.tensor([[0, 1, 4]] * 4), 5, 8))
+    density = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    opcheck(kernels.rank_inclusion, (density, 2))
+    inclusion, starts = torch.full((2, 2), 0.5, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
+    for given in (labels, None):
+        opcheck(triton_ranking.answers_at, (logits, logits[:, :3], normaliser, tails, given, 0, 2.0))
+        columns = triton_ranking.answers_at(logits, logits[:, :3], normaliser, tails, given, 0, 2.0)
+        expected = kernels.rank_inclusion(density, 2)
+        opcheck(kernels.assemble, (ids, columns, tails, inclusion, *expected, starts, given, 2))
