@@ -3,10 +3,11 @@
     python benchmarks/accelerator_counts.py --json counts.jsonl
 
 A step is the head's: teacher's targets, sample, student's head, loss, backward, clipping and optimizer. The bodies of
-student and teacher are an embedding and a layer norm, whose few launches count. Shapes, on fake CUDA tensors (benchmarks/fake_cuda.py): ``lm`` has 8,192
-tokens, 151,936 classes and 2,048 features, ``classifier`` 1,024 examples, 1,000,000 classes and 512 features. The
-teacher's logits are given, stored in a cache, or computed by a teacher of the same width. Head modes are ``sampled``,
-with row-sparse gradients of the head, and ``exact``, with dense ones, torch's fused AdamW and no kernels of Triton.
+student and teacher are an embedding and a layer norm, whose few launches count. Shapes, on fake CUDA tensors
+(benchmarks/fake_cuda.py): ``lm`` has 8,192 tokens, 151,936 classes and 2,048 features, ``classifier`` 1,024 examples,
+1,000,000 classes and 512 features. The teacher's logits are given, stored in a cache, or computed by a teacher of the
+same width. Head modes are ``sampled``, with row-sparse gradients of the head, and ``exact``, with dense ones and no
+kernels of Triton. Dense parameters are stepped by torch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def batch_of(shape: Shape, distiller: Distiller) -> tuple[dict[str, Tensor], Ten
 
 
 def optimizer_of(parameters: list[nn.Parameter], mode: str) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, fused=True) if mode == "exact" else RowSparseAdamW(parameters)
+    return torch.optim.AdamW(parameters, fused=True) if mode == "exact" else RowSparseAdamW(parameters, fused=True)
 
 
 def finish(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -203,10 +203,10 @@ def _tail_rows(weight: Tensor, tail_ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _features_gradient(scales: Tensor, weight: Tensor, item_ids: Tensor, tails: Tensor) -> Tensor:
-    """Sums the rows of each item's classes, times their scales ``[N, R]``, and the item's part of ``tails``, ``[N, d]``.
+    """Sums the rows of each item's classes, times their scales, and the item's part of ``tails``, ``[N, d]``.
 
     Args:
-        scales, weight, item_ids: of the items.
+        scales, weight, item_ids: of the items, ``[N, R]``, ``[C, d]`` and ``[N, R]``.
         tails: the parts of the tails' classes, by tail, ``[G, n, d]``.
     """
     if uses_triton(weight.device):

@@ -86,7 +86,7 @@ def class_inclusion_kernel(
     dtype: tl.constexpr = inclusion.dtype.element_ty
     num_classes = tl.load(count + number - 1)
     scale = tl.full((), 0, dtype)
-    for step in range(STEPS + 1):  # the first pass caps no class
+    for _ in range(STEPS + 1):  # the first pass caps no class
         total = tl.full((), 0, dtype)
         capped = tl.full((), 0, tl.int64)
         for first in range(0, number, BLOCK):
@@ -262,8 +262,8 @@ def kept_classes(inclusion: Tensor, passed: Tensor, count: Tensor) -> tuple[Tens
         count: as for :func:`class_starts`.
 
     Returns:
-        the places of the kept classes among all, ``[P]``; their weights in float32 or wider, ``[P]``; and the number of
-        the kept classes, ``[1]``. Beyond this number the entries are unset.
+        the places of the kept classes among all, ``[P]``; their weights, ``[P]``; and the number of the kept classes,
+        ``[1]``. Beyond this number the entries are unset.
     """
     results = _kept(inclusion, count)
     with torch.cuda.device_of(inclusion):

@@ -153,7 +153,10 @@ class _Sampled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):
         (gradient,) = ctx.saved_tensors
-        return (grad[:, None] * gradient).to(ctx.dtype), None, None, None, None, None
+        if gradient.dtype == ctx.dtype:
+            return grad[:, None] * gradient, None, None, None, None, None
+        scaled = torch.mul(grad[:, None], gradient, out=torch.empty_like(gradient, dtype=ctx.dtype))  # rounds once
+        return scaled, None, None, None, None, None
 
 
 def by_blocks(results: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hf_dis.kernels import uses_triton
 from hf_dis.loss.cross_entropy import sampled_cross_entropy
-from hf_dis.loss.divergence import FORWARD_KL, Divergence, SampledLoss, mix
+from hf_dis.loss.divergence import FORWARD_KL, Divergence, ForwardKL, SampledLoss, mix
 from hf_dis.loss.objective import Losses
 from hf_dis.sampling.sample import ClassSample
 
@@ -27,9 +28,16 @@ def sampled_loss(
         divergence: of the student from the teacher, KD.
 
     Returns:
-        the loss ``[N]``; its terms ``kd_loss`` and, with labels, ``ce_loss``, ``[N]`` without gradient; and KD with
-        its signal.
+        the loss ``[N]``, which alone has a gradient; its terms ``kd_loss`` and, with labels, ``ce_loss``, ``[N]``; and
+        KD with its signal.
     """
+    if sample.has_label and isinstance(divergence, ForwardKL) and uses_triton(logits.device):
+        from hf_dis.loss.triton_sampled import SampledMixture
+
+        given = sample.log_weights, sample.log_probs, sample.target, sample.label_column
+        times = temperature**2 if divergence.scale_by_temperature else 1.0
+        loss, kd, ce, *others = SampledMixture.apply(logits, *given, temperature, times, hard_label_weight)
+        return loss, {"kd_loss": kd, "ce_loss": ce}, SampledLoss(kd, *others)
     result = divergence.sampled(logits, sample, temperature)
     terms = {"kd_loss": result.loss.detach()}
     if not sample.has_label:

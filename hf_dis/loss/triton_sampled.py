@@ -110,6 +110,65 @@ def cross_entropy_kernel(
     tl.store(loss + item, normaliser - tl.load(logits + label).to(dtype))
 
 
+@triton.jit
+def mixed_kernel(
+    logits,
+    log_weights,
+    log_probs,
+    target,
+    loss,
+    divergence,
+    cross_entropy,
+    signal,
+    log_student,
+    gradient,
+    width,
+    logits_stride,
+    log_weights_stride,
+    log_probs_stride,
+    target_stride,
+    label,
+    temperature: tl.float64,
+    times: tl.float64,
+    hard_label_weight: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    """The kernels of divergence and cross-entropy in one, with the gradient of their mixture."""
+    dtype: tl.constexpr = loss.dtype.element_ty
+    item = tl.program_id(0).to(tl.int64)
+    logits += item * logits_stride
+    log_weights += item * log_weights_stride
+    log_probs += item * log_probs_stride
+    target += item * target_stride
+    factor = tl.cast(1 / temperature, dtype)
+    soft = tl.cast((1 - hard_label_weight) * times / temperature, dtype)
+    hard = tl.cast(hard_label_weight, dtype)
+    normaliser = _log_sum(logits, log_weights, width, factor, BLOCK)
+    hard_normaliser = _log_sum(logits, log_weights, width, tl.full((), 1, dtype), BLOCK)
+    sum_of_terms = tl.full((), 0, dtype)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        used = column < width
+        logit = tl.load(logits + column, used, 0).to(dtype)
+        log_weight = tl.load(log_weights + column, used, 0).to(dtype)
+        log_prob = tl.load(log_probs + column, used, 0).to(dtype)
+        wanted = tl.load(target + column, used, 0).to(dtype)
+        log_share = _above_minus_inf(logit * factor) - normaliser
+        sum_of_terms += tl.sum(wanted * (_above_minus_inf(log_prob) - log_share), 0)
+        slope = (tl.exp(log_share + log_weight) - wanted) * soft
+        slope = tl.where(logit == float("-inf"), 0.0, slope)
+        slope += hard * (tl.exp(logit + log_weight - hard_normaliser) - tl.where(column == label, 1.0, 0.0))
+        out = item * width + column
+        tl.store(signal + out, tl.exp(log_share) - tl.exp(log_prob), used)
+        tl.store(log_student + out, log_share, used)
+        tl.store(gradient + out, slope, used)
+    kd = sum_of_terms * tl.cast(times, dtype)
+    ce = hard_normaliser - tl.load(logits + label).to(dtype)
+    tl.store(divergence + item, kd)
+    tl.store(cross_entropy + item, ce)
+    tl.store(loss + item, kd * tl.cast(1 - hard_label_weight, dtype) + ce * hard)
+
+
 @torch.library.custom_op("hf_dis::sampled_forward_kl", mutates_args=())
 def forward_kl(
     logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
@@ -195,4 +254,70 @@ class _SampledCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
-        return (grad[:, None] * gradient).to(ctx.dtype), None, None
+        return scaled(grad, gradient, ctx.dtype), None, None
+
+
+@torch.library.custom_op("hf_dis::sampled_mixture", mutates_args=())
+def mixture(
+    logits: Tensor,
+    log_weights: Tensor,
+    log_probs: Tensor,
+    target: Tensor,
+    label: int,
+    temperature: float,
+    times: float,
+    hard_label_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(1 - λ) c KL(p ‖ s) + λ CE estimated from sampled classes, with its terms and its gradient on the logits.
+
+    Args:
+        logits, log_weights, log_probs, target: of the sampled classes, ``[N, R]`` each.
+        label: the column of the label.
+        temperature: τ > 0, of the divergence.
+        times: c, the factor of the divergence.
+        hard_label_weight: λ in [0, 1].
+
+    Returns:
+        the loss, c KL and CE, ``[N]`` each; the signal s - p, log s, and the gradient, ``[N, R]`` each, in float32 or
+        wider.
+    """
+    given = [unit_columns(tensor) for tensor in (logits, log_weights, log_probs, target)]
+    results = _mixture_results(*given)
+    strides = (tensor.stride(0) for tensor in given)
+    numbers = label, temperature, times, hard_label_weight
+    with torch.cuda.device_of(logits):
+        mixed_kernel[(len(logits),)](*given, *results, logits.shape[1], *strides, *numbers, BLOCK=BLOCK)
+    return results
+
+
+@mixture.register_fake
+def _(logits, log_weights, log_probs, target, label, temperature, times, hard_label_weight):
+    return _mixture_results(logits, log_weights, log_probs, target)
+
+
+def _mixture_results(logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss, *columns = _forward_kl_results(logits, *others)
+    return loss, torch.empty_like(loss), torch.empty_like(loss), *columns
+
+
+def scaled(factors: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplies the gradient of each item by a factor, and rounds once: ``[N, R]`` in a type, in one launch."""
+    return torch.mul(factors[:, None], gradient, out=torch.empty_like(gradient, dtype=dtype))
+
+
+class SampledMixture(torch.autograd.Function):
+    """The loss of :func:`mixture`, differentiable once in the logits, and its other results without gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, *others):
+        loss, divergence, cross_entropy, signal, log_student, gradient = mixture(logits, *others)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(divergence, cross_entropy, signal, log_student)
+        return loss, divergence, cross_entropy, signal, log_student
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        (gradient,) = ctx.saved_tensors
+        return scaled(grad, gradient, ctx.dtype), *(None,) * 7

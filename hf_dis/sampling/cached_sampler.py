@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require
+from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import ranks_to_classes, sample_ranks, systematic_points
 from hf_dis.sampling.proposal import Proposal, TeacherProposal
 from hf_dis.sampling.sample import ClassSample
@@ -70,6 +71,8 @@ class CachedSampler(ClassSampler):
         if self.is_thinned:
             device = targets.ids.device
             targets = targets.thinned(systematic_points(len(targets), self.sample_size, self.generator, device))
+        if self.num_shared and uses_triton(targets.ids.device):
+            return self._assembled(targets, tails, labels)
         rest = self._sample_rest(targets)
         outside_top = ~is_member(targets.ids, tails.ids)
         shared = _Columns(*tails.of_items(len(targets))).without(~outside_top)
@@ -84,7 +87,6 @@ class CachedSampler(ClassSampler):
         log_weights = torch.cat([part.log_weights for part in (*own, shared)], 1)
         num_ranked = self.num_stored + self.num_sampled
         unknown = log_weights.shape[1] - self.num_stored
-        wants_mass = self.num_shared and self.proposal.wants_class_mass
         return ClassSample(
             item_ids=torch.cat([part.ids for part in own], 1),
             tail_ids=tails.ids,
@@ -95,10 +97,29 @@ class CachedSampler(ClassSampler):
             ranks=torch.arange(num_ranked, device=log_weights.device).expand(len(targets), -1),
             rank_weights=log_weights[:, :num_ranked].exp(),
             outside_top=outside_top,
-            class_mass=targets.class_mass() if wants_mass else targets.target.new_empty(0),
+            class_mass=self._class_mass(targets),
             has_label=labels is not None,
             with_replacement=self.num_sampled > 0 and self.design == "replacement",
         )
+
+    def _assembled(self, targets: CachedTargets, tails: Tails, labels: Tensor | None) -> ClassSample:
+        """The same sample by a kernel, which makes all columns of an item at a time."""
+        from hf_dis.sampling.triton_cached import assemble_stored
+
+        given = targets.ids, targets.used, targets.target, targets.log_probs, *tails, labels
+        names = ("item_ids", "log_weights", "certain", "log_probs", "target", "rank_weights", "outside_top")
+        return ClassSample(
+            tail_ids=tails.ids,
+            ranks=torch.arange(self.num_stored, device=targets.ids.device).expand(len(targets), -1),
+            class_mass=self._class_mass(targets),
+            has_label=labels is not None,
+            with_replacement=False,
+            **dict(zip(names, assemble_stored(*given, UNKNOWN), strict=True)),
+        )
+
+    def _class_mass(self, targets: CachedTargets) -> Tensor:
+        wants_mass = self.num_shared and self.proposal.wants_class_mass
+        return targets.class_mass() if wants_mass else targets.target.new_empty(0)
 
     def _sample_rest(self, targets: CachedTargets) -> _Columns:
         """K classes per item, sampled uniformly from those that are not ranked."""

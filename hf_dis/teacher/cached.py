@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_dis.errors import DataError
 from hf_dis.items import Items, check_stored_number
+from hf_dis.kernels import uses_triton
 from hf_dis.teacher.compact import CompactTargets, TargetLayout
 
 # The log-probability of a class of which nothing is stored: its probability vanishes beside one in float32.
@@ -46,6 +47,11 @@ class CachedTargets:
 
     def __init__(self, targets: CompactTargets, num_classes: int):
         self.compact, self.num_classes, self.depth = targets, num_classes, targets.ids.shape[1]
+        if uses_triton(targets.ids.device):
+            from hf_dis.teacher.triton_stored import stored_columns
+
+            self.ids, self.used, self.target, self.log_probs = stored_columns(*targets[:5], UNKNOWN)
+            return
         ranked = targets.log_probs.exp()
         tail, tail_mass = targets.stored_ids, targets.log_tail_mass[:, None].exp()
         first = torch.ones_like(tail, dtype=torch.bool)
@@ -98,7 +104,7 @@ class CachedTargets:
     def class_mass(self) -> Tensor:
         """Estimates :meth:`hf_dis.teacher.targets.TeacherTargets.class_mass` without bias, ``[C]``."""
         tail = self.target[:, self.depth :]
-        return tail.new_zeros(self.num_classes).index_add_(0, self.ids[:, self.depth :].flatten(), tail.flatten())
+        return tail.new_zeros(self.num_classes).index_add_(0, self.compact.stored_ids.flatten(), tail.flatten())
 
 
 class CachedTeacher:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_dis.checks import require
+from hf_dis.kernels import uses_triton
 from hf_dis.teacher.targets import block_items, top_ranked, widen
 
 # The designs of a stored sample.
@@ -175,6 +176,10 @@ class TargetLayout:
 
     def unpack(self, packed: Tensor) -> CompactTargets:
         """Unpacks targets from uint8 ``[n, item_bytes]``, the reverse of :meth:`pack`; numbers are float32."""
+        if uses_triton(packed.device):
+            from hf_dis.teacher.triton_stored import unpack_targets
+
+            return CompactTargets(*unpack_targets(packed, self.depth, self.sample_size, self.id_bits))
         ids, halves, normaliser = packed.split([self.id_bytes, 2 * self.depth + 4, 4], 1)
         ids = unpack_integers(ids, self.num_stored, self.id_bits)
         log_probs, log_tail_mass, entropy = _numbers(halves, torch.float16).split([self.depth, 1, 1], 1)

@@ -7,8 +7,9 @@ import torch
 from torch.library import opcheck
 
 from hf_dis.loss.cross_entropy import sampled_cross_entropy
-from hf_dis.loss.divergence import sampled_forward_kl
-from hf_dis.loss.triton_sampled import cross_entropy, forward_kl
+from hf_dis.loss.divergence import FORWARD_KL, ForwardKL, sampled_forward_kl
+from hf_dis.loss.sampled import sampled_loss
+from hf_dis.loss.triton_sampled import cross_entropy, forward_kl, mixture
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # A block is of 1,024 columns.
@@ -119,3 +120,36 @@ def test_the_operations_are_well_formed():
     logits, sample = case(3, 7)
     opcheck(forward_kl, (logits, sample.log_weights, sample.log_probs, sample.target, 2.0))
     opcheck(cross_entropy, (logits, sample.log_weights, 2))
+
+
+# The mixture
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "divergence", [FORWARD_KL, ForwardKL(scale_by_temperature=False)], ids=["scaled", "not scaled"]
+)
+def test_a_mixture_is_that_of_float64(shape, dtype, divergence, monkeypatch):
+    logits, sample = case(*shape, dtype)
+    sample.has_label = True
+    if shape[1] > 2:
+        logits[:, 0] = 0  # the label's logit is finite
+    results = []
+    for name, one, of in (("torch", logits.double(), widened(sample)), ("triton", logits, sample)):
+        monkeypatch.setenv("HF_DIS_KERNELS", name)
+        one = one.clone().requires_grad_()
+        loss, terms, result = sampled_loss(one, of, 2.0, 0.3, divergence)
+        (loss * torch.arange(1, len(loss) + 1)).sum().backward()
+        results.append((loss.detach(), *terms.values(), result.signal, result.log_student, one.grad))
+        assert not any(value.requires_grad for value in terms.values()) and list(terms) == ["kd_loss", "ce_loss"]
+    expected, found = results
+    assert found[-1].dtype == dtype
+    for value, wanted in zip(found[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[-1].double(), expected[-1], rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_the_mixture_is_well_formed():
+    logits, sample = case(3, 7)
+    opcheck(mixture, (logits, sample.log_weights, sample.log_probs, sample.target, 0, 2.0, 4.0, 0.3))

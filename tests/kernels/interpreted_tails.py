@@ -1,4 +1,4 @@
-"""The density over classes and the shared tails against plain torch. Run by test_kernels.py in Triton's interpreter."""
+"""The density over classes and shared tails against plain torch. Run by test_kernels.py in Triton's interpreter."""
 
 import pytest
 import torch
