@@ -78,7 +78,7 @@ class Embedded(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(num_classes, num_features)
         self.embed_tokens.requires_grad_(False)  # its gradient would be larger than all that the head needs
-        self.norm = nn.LayerNorm(num_features)
+        self.norm = nn.LayerNorm(num_features, bias=False)
 
     def forward(self, input_ids: Tensor, **others: object) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=self.norm(self.embed_tokens(input_ids)))

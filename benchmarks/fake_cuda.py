@@ -296,7 +296,11 @@ def backward(loss: Tensor) -> None:
             if gradient is not None:
                 wanted = following.variable if hasattr(following, "variable") else following._input_metadata[i]
                 if gradient.layout is torch.strided:
-                    gradient = gradient.sum_to_size(wanted.shape).to(wanted.dtype)
+                    gradient = gradient if gradient.shape == wanted.shape else gradient.sum_to_size(wanted.shape)
+                    gradient = gradient.to(wanted.dtype)
+                elif hasattr(following, "variable") and wanted.grad is None:
+                    wanted.grad = gradient  # the engine takes a sparse gradient as it is
+                    continue
                 slot = pending.setdefault(following, {})
                 slot[i] = slot[i] + gradient if i in slot else gradient
             waiting[following] -= 1

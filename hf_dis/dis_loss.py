@@ -120,7 +120,7 @@ class DISLoss:
         logits = sampled_logits(features, weight, bias, *ids, self.row_sparse_head, sample.updates)
         loss, _, result = sampled_loss(logits, sample, self.temperature, self.hard_label_weight, self.divergence)
         self.sampler.learn(sample, result.signal, self.reduce)
-        return loss.sum() / max(1, len(features))
+        return loss.mean() if len(features) else loss.sum()
 
     def _check_devices(self, device: torch.device, **given: Tensor | None) -> None:
         """Checks that tensors and the sampler are on a device."""

@@ -42,7 +42,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
-    norm = torch.nn.utils.get_total_norm(dense)
+    norm = torch.linalg.vector_norm(dense[0]) if len(dense) == 1 else torch.nn.utils.get_total_norm(dense)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1)
     for device, here in _by_device(dense).items():
         torch._foreach_mul_(here, factor.to(device))  # a few launches for all parameters

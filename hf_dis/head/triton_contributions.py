@@ -110,7 +110,9 @@ def class_inclusion_kernel(
 
 
 @triton.jit
-def kept_kernel(inclusion, passed, count, classes, weights, num_kept, number, BLOCK: tl.constexpr):
+def kept_kernel(
+    inclusion, passed, count, starts, in_order, classes, ids, weights, num_kept, number, BLOCK: tl.constexpr
+):
     """The one program lists the classes whose stretch of the running sum holds a point."""
     num_classes = tl.load(count + number - 1)
     before = tl.full((), 0, tl.int64)
@@ -121,6 +123,8 @@ def kept_kernel(inclusion, passed, count, classes, weights, num_kept, number, BL
         is_kept = (row < num_classes) & (here != last)
         place = before + tl.cumsum(is_kept.to(tl.int64), 0) - 1
         tl.store(classes + place, row, is_kept)
+        first_of_row = tl.load(starts + row, is_kept, 0)
+        tl.store(ids + place, tl.load(in_order + first_of_row, is_kept, 0), is_kept)
         weight = 1 / tl.load(inclusion + row, is_kept, 1)
         tl.store(weights + place, weight.to(weights.dtype.element_ty), is_kept)
         before += tl.sum(is_kept.to(tl.int64), 0)
@@ -254,27 +258,31 @@ def _(sizes, count, wanted, start, steps, wide):
 
 
 @torch.library.custom_op("hf_dis::kept_classes", mutates_args=())
-def kept_classes(inclusion: Tensor, passed: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def kept_classes(
+    inclusion: Tensor, passed: Tensor, count: Tensor, starts: Tensor, in_order: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lists the classes that are kept, first to last, with their weights 1/π.
 
     Args:
         inclusion, passed: of :func:`class_inclusion`.
         count: as for :func:`class_starts`.
+        starts: of :func:`class_starts`.
+        in_order: the class of each sorted contribution, ``[P]``.
 
     Returns:
-        the places of the kept classes among all, ``[P]``; their weights, ``[P]``; and the number of the kept classes,
-        ``[1]``. Beyond this number the entries are unset.
+        the places of the kept classes among all, the classes themselves and their weights, ``[P]`` each; and the number
+        of the kept classes, ``[1]``. Beyond this number the entries are unset.
     """
     results = _kept(inclusion, count)
     with torch.cuda.device_of(inclusion):
-        kept_kernel[(1,)](inclusion, passed, count, *results, len(inclusion), BLOCK=BLOCK_CLASSES)
+        kept_kernel[(1,)](inclusion, passed, count, starts, in_order, *results, len(inclusion), BLOCK=BLOCK_CLASSES)
     return results
 
 
 @kept_classes.register_fake
-def _(inclusion, passed, count):
+def _(inclusion, passed, count, starts, in_order):
     return _kept(inclusion, count)
 
 
-def _kept(inclusion: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(count), torch.empty_like(inclusion), count.new_empty(1)
+def _kept(inclusion: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(count), torch.empty_like(count), torch.empty_like(inclusion), count.new_empty(1)

@@ -60,15 +60,14 @@ class HeadGradients:
         if self._is_sampled:
             summed, wide = class_sizes(sizes, starts), widest(in_order.device)
             points = class_inclusion(summed, self._count, updates.number, updates.start, CAPPING_STEPS, wide)
-            kept, weights, num_kept = kept_classes(*points, self._count)
+            *kept, num_kept = kept_classes(*points, self._count, starts, in_order)
             (number,) = num_kept.tolist()
-            self._kept, self._weights, self._starts = kept[:number], weights[:number], starts
-            firsts = starts.index_select(0, self._kept)
+            self._kept, self.ids, self._weights = (values[:number] for values in kept)
+            self._starts = starts
         else:
             (number,) = self._count[-1:].tolist()
             self._starts = starts[: number + 1]
-            firsts = starts[:number]
-        self.ids = in_order.index_select(0, firsts)
+            self.ids = in_order.index_select(0, starts[:number])
 
     def weight(self, weight: Tensor, sparse: bool) -> Tensor:
         """Computes the weight's gradient: a coalesced sparse COO tensor, or dense and zero elsewhere."""

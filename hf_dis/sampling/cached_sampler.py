@@ -60,6 +60,7 @@ class CachedSampler(ClassSampler):
         self.num_stored = stored.depth + self.sample_size
         self.num_ranks = stored.num_classes - stored.depth
         self.num_sampled = 0 if self.num_shared else min(num_sampled, self.num_ranks)
+        self._places = torch.arange(self.num_stored + self.num_sampled, device=proposal.device)
 
     @property
     def columns(self) -> int:
@@ -94,7 +95,7 @@ class CachedSampler(ClassSampler):
             certain=torch.cat([part.certain for part in (*own, shared)], 1),
             log_probs=F.pad(targets.log_probs, (0, unknown), value=UNKNOWN),
             target=F.pad(targets.target, (0, unknown)),
-            ranks=torch.arange(num_ranked, device=log_weights.device).expand(len(targets), -1),
+            ranks=self._places.expand(len(targets), -1),
             rank_weights=log_weights[:, :num_ranked].exp(),
             outside_top=outside_top,
             class_mass=self._class_mass(targets),
@@ -110,7 +111,7 @@ class CachedSampler(ClassSampler):
         names = ("item_ids", "log_weights", "certain", "log_probs", "target", "rank_weights", "outside_top")
         return ClassSample(
             tail_ids=tails.ids,
-            ranks=torch.arange(self.num_stored, device=targets.ids.device).expand(len(targets), -1),
+            ranks=self._places.expand(len(targets), -1),
             class_mass=self._class_mass(targets),
             has_label=labels is not None,
             with_replacement=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class OnlineTeacher:
     def __call__(self, inputs: dict[str, Tensor], items: Items, check_values: bool = True) -> Iterator[TeacherTargets]:
         """Yields the ranked targets of each chunk of items, in order; takes the arguments of :meth:`all_classes`."""
         # map keeps no chunk while the next one is computed, as the variable of a loop would.
-        return map(self._rank, self.all_classes(inputs, items, check_values))
+        return map(partial(self._rank, len(items)), self.all_classes(inputs, items, check_values))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,8 +69,8 @@ class OnlineTeacher:
                 digest.update(values.to(torch.float64).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _rank(self, logits: Tensor) -> TeacherTargets:
-        return TeacherTargets(logits, self.temperature, self.depth, BLOCKS_OF_CHUNK)
+    def _rank(self, num_items: int, logits: Tensor) -> TeacherTargets:
+        return TeacherTargets(logits, self.temperature, self.depth, BLOCKS_OF_CHUNK, num_items)
 
     def all_classes(self, inputs: dict[str, Tensor], items: Items, check_values: bool = True) -> Iterator[Tensor]:
         """Yields the logits of each chunk of items, ``[n, C]``.

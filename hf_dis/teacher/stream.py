@@ -15,6 +15,7 @@ from hf_dis.models.after_head import AfterHead
 from hf_dis.models.head_features import evaluating, head_features
 from hf_dis.models.head_search import find_head
 from hf_dis.models.tasks import base_model
+from hf_dis.precision import product_type
 from hf_dis.teacher import targets
 
 logger = logging.get_logger(__name__)
@@ -77,7 +78,10 @@ class LogitStream:
         with self.context():
             features = head_features(self.model, self._head, self._brought(inputs)).to(_device(inputs))
             weights = _cast(self._head, features.device)
-        chunks = items.of(features).split(self.items_of_chunk(len(items), features.device))
+            features = items.of(features)
+            if type(self._head) is nn.Linear:
+                features = features.to(product_type(features))  # once, where autocast would cast each chunk
+        chunks = features.split(self.items_of_chunk(len(items), features.device))
         return (self.of_features(chunk, weights) for chunk in chunks)
 
     def items_of_chunk(self, num_items: int, device: torch.device) -> int:

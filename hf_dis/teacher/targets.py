@@ -114,19 +114,28 @@ class TeacherTargets:
         temperature: τ > 0.
         depth: m, the ranks to resolve; at most C are resolved.
         blocks: the most passes over parts of the logits on an accelerator.
+        num_items: of the batch that these items are a chunk of; None: they are all of it.
 
     Attributes:
         logits, temperature: as given.
         ids: the m best-ranked classes, best first, ``[n, m]``.
         highest: the logits of these classes, in the type of the logits, ``[n, m]``.
         log_normaliser: log Σ exp(logit / τ), ``[n, 1]``, float32 or wider.
-        counted: the items that :meth:`class_mass` counts: all on a CPU, every eighth of 1,024 or more elsewhere.
+        counted: the items that :meth:`class_mass` counts: all on a CPU, every eighth in a batch of 1,024 or
+            more elsewhere.
     """
 
-    def __init__(self, logits: Tensor, temperature: float, depth: int, blocks: int = DEVICE_BLOCKS):
+    def __init__(
+        self,
+        logits: Tensor,
+        temperature: float,
+        depth: int,
+        blocks: int = DEVICE_BLOCKS,
+        num_items: int | None = None,
+    ):
         self.logits, self.temperature = logits, temperature
-        on_cpu = logits.device.type == "cpu"
-        self.counted = slice(0, len(logits), 1 if on_cpu else max(1, min(MASS_STRIDE, len(logits) // MASS_ITEMS)))
+        on_cpu, num_items = logits.device.type == "cpu", num_items or len(logits)
+        self.counted = slice(0, len(logits), 1 if on_cpu else max(1, min(MASS_STRIDE, num_items // MASS_ITEMS)))
         self._mass: Tensor | None = None
         depth = min(depth, logits.shape[1])
         if uses_triton(logits.device):
@@ -134,13 +143,14 @@ class TeacherTargets:
 
             groups = num_groups(logits.shape[1], depth)
             self.log_normaliser, maxima = log_normaliser(logits, temperature, groups, GROUP)
-            best = maxima.topk(depth, dim=1, sorted=False).indices if groups else None
-            del maxima  # an eighth of the logits
             if groups and logits.dtype != torch.float64:
-                from hf_dis.teacher.triton_ranking import rank_groups
+                from hf_dis.teacher.triton_ranking import best_places, rank_groups
 
+                best = best_places(maxima, depth)
+                del maxima  # an eighth of the logits
                 self.highest, self.ids = rank_groups(logits, best, groups, GROUP)
             else:
+                best = maxima.topk(depth, dim=1, sorted=False).indices if groups else None
                 self.highest, self.ids = top_ranked(logits, depth, best)
         else:
             self.highest, self.ids = top_ranked(logits, depth)

@@ -36,6 +36,45 @@ def rank_kernel(
 
 
 @triton.jit
+def _keys(values, column, width):
+    """Reads numbers as integers of the same order, the lowest integer beyond the width."""
+    value = tl.load(values + column, column < width, 0).to(tl.float32)
+    bits = value.to(tl.int32, bitcast=True)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    return tl.where(column < width, order, -0x7FFFFFFFFFFFFFFF)
+
+
+@triton.jit
+def best_kernel(values, out, width, depth, stride, LOWEST_BIT: tl.constexpr, BLOCK: tl.constexpr):
+    """A program finds the places of an item's highest values: first their lowest one, bit by bit, then all."""
+    item = tl.program_id(0).to(tl.int64)
+    values += item * stride
+    out += item * depth
+    lowest = tl.full((), -0x80000000, tl.int64)
+    for number in range(0, 32 - LOWEST_BIT):
+        higher = lowest + (tl.full((), 1, tl.int64) << (31 - number))
+        found = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, width, BLOCK):
+            found += (_keys(values, start + tl.arange(0, BLOCK), width) >= higher).to(tl.int32)
+        lowest = tl.where(tl.sum(found, 0) >= depth, higher, lowest)
+    # Values above the lowest one come first, then as many of the lowest as are left, lower places first.
+    num_above = tl.full((), 0, tl.int32)
+    for start in range(0, width, BLOCK):
+        num_above += tl.sum((_keys(values, start + tl.arange(0, BLOCK), width) > lowest).to(tl.int32), 0)
+    above = tl.full((), 0, tl.int32)
+    equal = num_above
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        key = _keys(values, column, width)
+        is_above = (key > lowest).to(tl.int32)
+        is_equal = (key == lowest).to(tl.int32)
+        place = tl.where(is_above > 0, above + tl.cumsum(is_above, 0) - 1, equal + tl.cumsum(is_equal, 0) - 1)
+        tl.store(out + place, column.to(tl.int64), (is_above + is_equal > 0) & (place < depth))
+        above += tl.sum(is_above, 0)
+        equal += tl.sum(is_equal, 0)
+
+
+@triton.jit
 def answers_kernel(
     logits, highest, log_normaliser, tail_ids, labels, out, depth, num_shared, num_tails, first_item,
     logits_stride, highest_stride, temperature: tl.float64, HAS_LABEL: tl.constexpr, BLOCK: tl.constexpr,
@@ -58,6 +97,34 @@ def answers_kernel(
         logit = tl.load(logits + own, (column >= depth) & (column < width), 0)
         logit = tl.where(column < depth, ranked, logit).to(dtype)
         tl.store(out + item * width + column, logit * factor - normaliser, column < width)
+
+
+# The bits of a float32 below which a number of a narrower type has none.
+LOWEST_BITS = {torch.bfloat16: 16, torch.float16: 0, torch.float32: 0}
+
+
+@torch.library.custom_op("hf_dis::best_places", mutates_args=())
+def best_places(values: Tensor, depth: int) -> Tensor:
+    """Finds the places of the m highest values of each item, in any order, ``[n, m]`` for ``[n, G]``, m at most G.
+
+    Args:
+        values: float32 or narrower; NaN counts as the highest value.
+        depth: m.
+    """
+    values = unit_columns(values)
+    out = values.new_empty(len(values), depth, dtype=torch.long)
+    sizes = values.shape[1], depth, values.stride(0)
+    block = block_size(values.shape[1], 4096)
+    with torch.cuda.device_of(values):
+        best_kernel[(len(values),)](
+            values, out, *sizes, LOWEST_BIT=LOWEST_BITS[values.dtype], BLOCK=block, num_warps=8
+        )
+    return out
+
+
+@best_places.register_fake
+def _(values, depth):
+    return values.new_empty(len(values), depth, dtype=torch.long)
 
 
 @torch.library.custom_op("hf_dis::rank_groups", mutates_args=())

@@ -105,6 +105,21 @@ def test_the_ranking_is_that_of_a_sort(num_classes, depth, dtype):
     assert torch.equal(ids[2], order[2, :depth]) and torch.equal(top_ranked(logits, depth, best)[0], top)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("width", "depth"), [(1, 1), (9, 9), (40, 7), (5000, 30)])
+def test_the_best_places_are_those_of_topk(width, depth, dtype):
+    """A block is of 4,096 values; some are equal, masked, NaN or of either sign."""
+    values = torch.randn(4, width).to(dtype)
+    values[1] = values[1].round()
+    values[2, : width - width // 3] = -torch.inf
+    values[3] = -values[3].abs()
+    values[3, width // 2] = torch.nan
+    places = triton_ranking.best_places(values, depth)
+    assert all(len(row.unique()) == depth for row in places)
+    found = values.gather(1, places).sort(1, descending=True).values
+    assert torch.equal(found.nan_to_num(99), values.topk(depth, dim=1).values.nan_to_num(99))
+
+
 def test_a_mass_is_added():
     logits, normaliser, added = torch.randn(5, 300), torch.zeros(5, 1), torch.rand(300)
     alone = class_mass(logits, normaliser, 2.0, 3.0)
@@ -115,6 +130,7 @@ def test_the_operations_are_well_formed():
     logits, ids = torch.randn(4, 40), torch.stack([torch.randperm(40)[:3] for _ in range(4)])
     tails, labels = torch.tensor([[1, 5], [2, 9]]), torch.tensor([3, 4, 1, 0])
     normaliser = logits.logsumexp(1, keepdim=True)
+    opcheck(triton_ranking.best_places, (logits, 3))
     opcheck(triton_ranking.rank_groups, (logits, torch.tensor([[0, 1, 4]] * 4), 5, 8))
     density = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     opcheck(kernels.rank_inclusion, (density, 2))

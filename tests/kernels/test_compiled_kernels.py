@@ -8,27 +8,91 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hf_dis.head import triton_adamw, triton_products, triton_rows  # noqa: E402
+from hf_dis.head import triton_adamw, triton_contributions, triton_products, triton_rows  # noqa: E402
 from hf_dis.loss import triton_sampled  # noqa: E402
-from hf_dis.teacher import triton_normaliser  # noqa: E402
+from hf_dis.sampling import triton_assembly, triton_cached, triton_learning, triton_tails  # noqa: E402
+from hf_dis.teacher import triton_normaliser, triton_ranking, triton_stored  # noqa: E402
 
-NAMES = {"f": "*fp32", "b": "*bf16", "h": "*fp16", "d": "*fp64", "l": "*i64", "i": "i32", "n": "fp64"}
+NAMES = {
+    "f": "*fp32", "b": "*bf16", "h": "*fp16", "d": "*fp64", "l": "*i64", "w": "*i32", "u": "*u8", "i": "i32",
+    "n": "fp64",
+}  # fmt: skip
 PRODUCTS = {"BLOCK_IDS": 32, "BLOCK_WIDTH": 128}
 ROWS = {"PIECE": 64, "BLOCK": 4, "BLOCK_WIDTH": 512}
 NORMALISER = {"GROUP": 8, "BLOCK": 8192}
 MASS = {"BLOCK_ITEMS": 16, "BLOCK_CLASSES": 256}
 STEP = {"BLOCK_ROWS": 2, "BLOCK_WIDTH": 512}
-# A letter an argument: pointers to float32, bfloat16, float16, float64, int64; an integer; a number in float64.
+WIDE = {"WIDE": triton.language.float32}
+ASSEMBLY = {"HAS_LABEL": True, "STEPS": 6, "BLOCK_RANKS": 32, "BLOCK_DEPTH": 64, "BLOCK": 512}
+INCLUSION = {"STEPS": 4, "BLOCK": 4096}
+# A letter an argument: pointers to float32, bfloat16, float16, float64, int64, int32, bytes; an integer; a number in
+# float64.
 CASES = {
-    "products": (triton_products.products_kernel, ["bflf", "fflf", "bblf", "hhlf"], "iiiiii", PRODUCTS),
-    "features": (triton_products.features_gradient_kernel, ["bflf", "fflf", "hhlf"], "iiiiii", PRODUCTS),
+    "products": (
+        triton_products.products_kernel,
+        ["bflbb", "fflff", "bblbb", "hhlhh"],
+        "iiiiiiiii",
+        WIDE | PRODUCTS | {"BLOCK_SHARED": 1024},
+    ),
+    "features": (
+        triton_products.features_gradient_kernel,
+        ["bflbb", "fflff", "hhlhh"],
+        "iiiiiiii",
+        WIDE | {"HAS_TAILS": True} | PRODUCTS,
+    ),
+    "rows": (triton_products.rows_kernel, ["flb", "bll"], "iiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
     "normaliser": (triton_normaliser.log_normaliser_kernel, ["bfb", "fff", "hfh", "ddd"], "iiin", NORMALISER),
-    "mass": (triton_normaliser.class_mass_kernel, ["bff", "fff", "hff"], "iiiinn", MASS),
+    "mass": (triton_normaliser.class_mass_kernel, ["bfff", "ffff", "hfff"], "iiiinn", {"HAS_ADDED": True} | MASS),
     "pieces": (triton_rows.pieces_kernel, ["flflf", "blblf", "blflf"], "iii", ROWS),
-    "segments": (triton_rows.segments_kernel, ["flflff", "blblfb", "blflff"], "ii", ROWS),
+    "segments": (triton_rows.segments_kernel, ["flflflff", "blflflfb", "blflfldf"], "ii", {"HAS_KEPT": True} | ROWS),
     "factors": (triton_adamw.row_factors_kernel, ["fdlfff"], "innnn", {"BLOCK": 256}),
     "step": (triton_adamw.step_kernel, ["ffflffff", "bbblbfff"], "iinnn", STEP),
     "divergence": (triton_sampled.forward_kl_kernel, ["ffffffff", "bfffffff"], "iiiiin", {"BLOCK": 1024}),
+    "mixture": (triton_sampled.mixed_kernel, ["ffffffffff", "bfffffffff"], "iiiiiinnn", {"BLOCK": 1024}),
+    "first": (triton_contributions.first_kernel, ["lw"], "i", {"BLOCK": 256}),
+    "starts": (triton_contributions.starts_kernel, ["ll"], "i", {"BLOCK": 256}),
+    "contributions": (
+        triton_contributions.contributions_kernel,
+        ["lbflff", "lfflff"],
+        "iiii",
+        {"HAS_LENGTHS": True, "BLOCK": 256},
+    ),
+    "class sizes": (triton_contributions.class_sizes_kernel, ["flf"], "i", {"BLOCK": 256}),
+    "class inclusion": (triton_contributions.class_inclusion_kernel, ["fldd"], "iinn", INCLUSION),
+    "kept": (triton_contributions.kept_kernel, ["ddlllll" + "dl"], "i", {"BLOCK": 4096}),
+    "best places": (triton_ranking.best_kernel, ["bl", "fl", "hl"], "iii", {"LOWEST_BIT": 0, "BLOCK": 4096}),
+    "ranking": (triton_ranking.rank_kernel, ["blbl", "flfl", "hlhl"], "iiii", {"GROUP": 8, "BLOCK": 512}),
+    "answers": (
+        triton_ranking.answers_kernel,
+        ["bbfllf", "fffllf", "dddlld"],
+        "iiiiiin",
+        {"HAS_LABEL": True, "BLOCK": 1024},
+    ),
+    "unpacking": (triton_stored.unpack_kernel, ["ulflfff"], "iiii", {"BITS": 18, "BLOCK": 32, "BLOCK_DEPTH": 2}),
+    "stored columns": (triton_stored.columns_kernel, ["lflffluff"], "iin", {"BLOCK_DEPTH": 2, "BLOCK": 32}),
+    "stored sample": (
+        triton_cached.assemble_stored_kernel,
+        ["luffldl" + "lfufffu"],
+        "iiin",
+        {"HAS_LABEL": True, "BLOCK_STORED": 32, "BLOCK": 1024},
+    ),
+    "inclusion": (triton_assembly.inclusion_kernel, ["ddd"], "iii", {"BLOCK": 64}),
+    "sample": (triton_assembly.assemble_kernel, ["lfldddd" + "llfufflfu"], "iiiiiii", ASSEMBLY),
+    "class sums": (triton_tails.class_sums_kernel, ["ffd"], "i", {"BLOCK": 4096}),
+    "class density": (triton_tails.class_density_kernel, ["ffdd"], "iinnn", {"BLOCK": 4096, "BLOCK_SUMS": 64}),
+    "tail scale": (triton_tails.tail_scale_kernel, ["ddd"], "iin", {"BLOCK": 1024}),
+    "tail ids": (triton_tails.tail_ids_kernel, ["ddddld"], "ii", {"STEPS": 19, "BLOCK": 256}),
+    "finite items": (triton_learning.finite_items_kernel, ["ffu", "bfu"], "iii", {"BLOCK": 1024}),
+    "rank sums": (
+        triton_learning.rank_sums_kernel,
+        ["fflu" + "ld"],
+        "iiiiii",
+        {"ITEMS": 64, "BLOCK": 32, "BLOCK_BINS": 16},
+    ),
+    "tail sums": (triton_learning.tail_sums_kernel, ["fuuf", "buuf"], "iiiii", {"BLOCK_ITEMS": 32, "BLOCK": 32}),
+    "rank steps": (triton_learning.step_ranks_kernel, ["dldddddd"], "iin", {"BLOCK_SCALES": 8, "BLOCK_BINS": 16}),
+    "class steps": (triton_learning.step_classes_kernel, ["lff"], "in", {"BLOCK": 256}),
+    "marginal": (triton_learning.step_marginal_kernel, ["fllf"], "in", {"BLOCK": 1024}),
     "cross-entropy": (triton_sampled.cross_entropy_kernel, ["ffff", "bfff"], "iiii", {"BLOCK": 1024}),
 }
 # A product of two 32-bit integers in Triton's intermediate language.

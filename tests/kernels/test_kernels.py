@@ -158,8 +158,8 @@ def test_a_kernel_is_one_launch_on_fake_tensors():
         features, weight = torch.empty(6, 5, device="cuda", dtype=torch.bfloat16), torch.empty(9, 5, device="cuda")
         ids, scales = torch.empty(6, 3, device="cuda", dtype=torch.long), torch.empty(6, 3, device="cuda")
         results = [
-            triton_products.item_products(features, weight, ids),
-            triton_products.features_gradient(scales, weight, ids),
+            triton_products.item_products(features, weight, ids, scales[None, :, :2], torch.float32),
+            triton_products.features_gradient(scales, weight, ids, None, torch.float32),
             triton_rows.segment_rows(features, ids.flatten(), scales.flatten(), ids[:, 0], torch.bfloat16),
             *triton_normaliser.log_normaliser(features, 2.0, 2, 2),
             triton_normaliser.class_mass(features, scales[:, :1], 2.0, 4),
@@ -167,7 +167,7 @@ def test_a_kernel_is_one_launch_on_fake_tensors():
             *triton_sampled.cross_entropy(features, features, 1),
         ]
     assert {tensor.device.type for tensor in results} == {"cuda"}
-    shapes = [(6, 3), (6, 5), (5, 5), (6, 1), (6, 2), (5,), (6,), (6, 3), (6, 3), (6, 3), (6,), (6, 5)]
+    shapes = [(6, 5), (6, 5), (5, 5), (6, 1), (6, 2), (5,), (6,), (6, 3), (6, 3), (6, 3), (6,), (6, 5)]
     assert [tuple(tensor.shape) for tensor in results] == shapes
     assert [tensor.dtype for tensor in results] == [
         *[torch.float32] * 2,
