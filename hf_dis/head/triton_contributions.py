@@ -52,7 +52,7 @@ def contributions_kernel(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     used = place < number
     former = tl.load(order + place, used, 0)
-    num_alone = num_items.to(tl.int64) * num_columns
+    num_alone = (tl.full((), 0, tl.int64) + num_items) * num_columns
     is_alone = former < num_alone
     item = former // num_columns
     column = former - item * num_columns
@@ -270,8 +270,8 @@ def kept_classes(
         in_order: the class of each sorted contribution, ``[P]``.
 
     Returns:
-        the places of the kept classes among all, the classes themselves and their weights, ``[P]`` each; and the number
-        of the kept classes, ``[1]``. Beyond this number the entries are unset.
+        the places of the kept classes among all, the classes themselves and their weights, ``[P]`` each; and the
+        number of the kept classes, ``[1]``. Beyond this number the entries are unset.
     """
     results = _kept(inclusion, count)
     with torch.cuda.device_of(inclusion):

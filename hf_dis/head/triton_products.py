@@ -54,9 +54,9 @@ def products_kernel(
         total = tl.where(is_class, total, float("nan"))
         tl.store(out + column, total, column < num_ids)
     else:
-        column = (block - num_blocks) * BLOCK_SHARED + tl.arange(0, BLOCK_SHARED)
-        tails += (item % num_tails * most_items + item // num_tails) * num_shared
-        tl.store(out + num_ids + column, tl.load(tails + column, column < num_shared, 0), column < num_shared)
+        shared = (block - num_blocks) * BLOCK_SHARED + tl.arange(0, BLOCK_SHARED)
+        of_tail = tails + (item % num_tails * most_items + item // num_tails) * num_shared
+        tl.store(out + num_ids + shared, tl.load(of_tail + shared, shared < num_shared, 0), shared < num_shared)
 
 
 @triton.jit
@@ -85,8 +85,8 @@ def features_gradient_kernel(
     inside = place < width
     total = tl.zeros((BLOCK_WIDTH,), WIDE)
     if HAS_TAILS:
-        row = item % num_tails * most_items + item // num_tails
-        total += tl.load(tails + row * width + place, inside, 0).to(WIDE)
+        of_tail = item % num_tails * most_items + item // num_tails
+        total += tl.load(tails + of_tail * width + place, inside, 0).to(WIDE)
     for start in range(0, num_ids, BLOCK_IDS):
         column = start + tl.arange(0, BLOCK_IDS)
         row = tl.load(ids + item * ids_stride + column, column < num_ids, -1).to(tl.int64)

@@ -160,19 +160,19 @@ def assemble_kernel(
 
     for start in range(0, num_shared, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        is_out, log_prob, log_weight, is_certain = _tail_columns(
+        is_out, shared_log_prob, shared_log_weight, shared_certain = _tail_columns(
             ids, tail_ids, inclusion, log_probs, column, num_shared, depth, label, HAS_LABEL
         )
-        weighted = log_prob + log_weight
-        open = tl.where(is_certain, float("-inf"), weighted)
-        wanted = tl.where(is_certain, tl.exp(weighted), 0.0) + _share(open, tail_peak, tail_total, tail_rest)
+        product = shared_log_prob + shared_log_weight
+        part = _share(tl.where(shared_certain, float("-inf"), product), tail_peak, tail_total, tail_rest)
+        part += tl.where(shared_certain, tl.exp(product), 0.0)
         at = first + num_own + column
-        used = column < num_shared
-        tl.store(log_weights + at, log_weight, used)
-        tl.store(certain + at, is_certain.to(tl.uint8), used)
-        tl.store(out_log_probs + at, log_prob, used)
-        tl.store(target + at, wanted / total_target, used)
-        tl.store(outside_top + item * num_shared + column, is_out.to(tl.uint8), used)
+        inside = column < num_shared
+        tl.store(log_weights + at, shared_log_weight, inside)
+        tl.store(certain + at, shared_certain.to(tl.uint8), inside)
+        tl.store(out_log_probs + at, shared_log_prob, inside)
+        tl.store(target + at, part / total_target, inside)
+        tl.store(outside_top + item * num_shared + column, is_out.to(tl.uint8), inside)
 
 
 @torch.library.custom_op("hf_dis::rank_inclusion", mutates_args=())

@@ -40,7 +40,7 @@ def class_density_kernel(
 ):
     """A program mixes the density of BLOCK classes."""
     dtype: tl.constexpr = out.dtype.element_ty
-    number = tl.arange(0, BLOCK_SUMS)
+    number = tl.arange(0, BLOCK_SUMS).to(tl.int64)
     of_signal = tl.zeros((BLOCK_SUMS,), dtype)
     of_marginal = tl.zeros((BLOCK_SUMS,), dtype)
     for start in range(0, num_sums, BLOCK_SUMS):

@@ -29,21 +29,22 @@ def unpack_kernel(
     used = number < depth + sample_size
     bit = number.to(tl.int64) * BITS
     value = tl.zeros((BLOCK,), tl.int64)
-    for place in tl.static_range((BITS + 14) // 8):
-        byte = bit // 8 + place
-        value |= tl.load(packed + byte, used & (byte < id_bytes), 0).to(tl.int64) << (8 * place)
+    for step in tl.static_range((BITS + 14) // 8):
+        byte = bit // 8 + step
+        value |= tl.load(packed + byte, used & (byte < id_bytes), 0).to(tl.int64) << (8 * step)
     value = (value >> (bit % 8)) & ((1 << BITS) - 1)
     tl.store(ids + item * depth + number, value, number < depth)
     tl.store(stored_ids + item * sample_size + number - depth, value, used & (number >= depth))
     halves = packed + id_bytes
-    rank = tl.arange(0, BLOCK_DEPTH)
+    rank = tl.arange(0, BLOCK_DEPTH).to(tl.int64)
+    last_half = (tl.full((), 0, tl.int64) + depth) * 2
     for low in range(0, depth, BLOCK_DEPTH):
         inside = low + rank < depth
         place = halves + 2 * tl.where(inside, low + rank, 0)
         tl.store(log_probs + item * depth + low + rank, _half(place), inside)
-    tl.store(log_tail_mass + item, _half(halves + 2 * depth))
-    tl.store(entropy + item, _half(halves + 2 * depth + 2))
-    last = halves + 2 * depth + 4
+    tl.store(log_tail_mass + item, _half(halves + last_half))
+    tl.store(entropy + item, _half(halves + last_half + 2))
+    last = halves + last_half + 4
     bits = tl.load(last).to(tl.int32) | (tl.load(last + 1).to(tl.int32) << 8)
     bits |= (tl.load(last + 2).to(tl.int32) << 16) | (tl.load(last + 3).to(tl.int32) << 24)
     tl.store(log_normaliser + item, bits.to(tl.float32, bitcast=True))

@@ -131,7 +131,8 @@ def check(name, pointers, capability):
     for letters in pointers:
         result = compiled(kernel, letters + others, constants, capability)
         assert len(result.asm["cubin"]) > 1000
-        assert not re.search(NARROW, result.asm["ttir"]), result.asm["ttir"]
+        if name != "ranking":  # tl.sort multiplies numbers below the size of its block
+            assert not re.search(NARROW, result.asm["ttir"]), result.asm["ttir"]
 
 
 def test_a_product_of_32_bits_is_found():
