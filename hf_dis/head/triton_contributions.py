@@ -56,7 +56,8 @@ def contributions_kernel(
     is_alone = former < num_alone
     item = former // num_columns
     column = former - item * num_columns
-    scale = tl.load(item_grad + item * stride + column, used & is_alone, 1).to(scales.dtype.element_ty)
+    scale = tl.load(item_grad + item * stride + column, used & is_alone, 0).to(scales.dtype.element_ty)
+    scale = tl.where(is_alone, scale, 1.0)
     vector = tl.where(is_alone, item, num_items + former - num_alone)
     tl.store(which + place, vector, used)
     tl.store(scales + place, scale, used)
