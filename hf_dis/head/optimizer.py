@@ -18,7 +18,8 @@ from hf_dis.precision import widest
 CHUNK_ELEMENTS = 2**17
 
 # The same on an accelerator, where few launches matter: 256 MiB in float32 for each of the three copies of a chunk.
-ACCELERATOR_CHUNK_ELEMENTS = 2**26
+# There are 4 chunks at most, so that launches do not grow with the rows.
+ACCELERATOR_CHUNK_ELEMENTS, ACCELERATOR_CHUNKS = 2**26, 4
 
 
 class RowSparseAdamW(torch.optim.AdamW):
@@ -125,7 +126,8 @@ def _step_touched(parameter: Tensor, state: dict[str, Any], group: dict[str, Any
 
         triton_adamw.adamw(parameter, state, group, ids, rows)
         return
-    elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    of_device = max(ACCELERATOR_CHUNK_ELEMENTS, -(-rows.numel() // ACCELERATOR_CHUNKS))
+    elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else of_device
     chunk_rows = max(1, elements // max(1, rows[:1].numel()))
     columns = (1,) * (rows.dim() - 1)
     factors = [factor.to(rows.dtype).view(-1, *columns) for factor in _row_factors(state, group, ids)]

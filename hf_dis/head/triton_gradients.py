@@ -80,10 +80,8 @@ class HeadGradients:
         of_tails = self._tails.sum(1, dtype=wide).flatten()
         values = torch.cat([alone.to(wide), of_tails]).index_select(0, self._order)
         sums = values.new_zeros(len(values) + 1).index_add_(0, self._count, values)[1:]
-        if self._kept is None:
-            rows = sums[: len(self.ids)]
-        else:
-            rows = sums.index_select(0, self._kept) * self._weights
+        is_whole = self._kept is None
+        rows = sums[: len(self.ids)] if is_whole else sums.index_select(0, self._kept) * self._weights
         return self._gradient(rows.to(dtype), torch.Size([num_classes]), sparse)
 
     def _gradient(self, rows: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
