@@ -14,9 +14,9 @@ CHUNK_ELEMENTS = 2**24
 BLOCK_ELEMENTS = 2**18
 
 # Elsewhere the number of parts is fixed, so that launches do not grow with the work, between the least and the most
-# elements of a part. 2^26 elements keep a device busy; 2^29 are 1 GiB in bfloat16.
+# elements of a part. 2^26 elements keep a device busy; 2^30 are 2 GiB in bfloat16.
 DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK = 6, 16, 2
-LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**29
+LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**30
 ITEMS_OF_PART = 8  # a multiple of the usual numbers of tails, so that a part starts with the first tail
 
 # Items of which one is counted in the class mass on an accelerator, where a pass over all logits is what a step costs.
@@ -39,7 +39,7 @@ def block_items(values: Tensor, blocks: int = DEVICE_BLOCKS) -> int:
 
     Args:
         values: that the pass reads.
-        blocks: the most of them elsewhere, up to a size of 2^29.
+        blocks: the most of them elsewhere, up to a size of 2^30.
     """
     num_items, num_classes = values.shape
     if values.device.type == "cpu":
@@ -50,7 +50,7 @@ def block_items(values: Tensor, blocks: int = DEVICE_BLOCKS) -> int:
 def chunk_items(num_items: int, num_classes: int, device: torch.device) -> int:
     """Counts the items of a chunk of logits that exist at a time.
 
-    On a CPU a chunk has 2^24 logits. Elsewhere there are at most 6 chunks up to a size of 2^29.
+    On a CPU a chunk has 2^24 logits. Elsewhere there are at most 6 chunks up to a size of 2^30.
 
     Args:
         num_items: N.
