@@ -17,6 +17,10 @@ from hf_dis.report.gradient_error import GradientError
 from hf_dis.sampling.sample import ClassSample
 
 
+# Larger errors of a gradient are not told apart.
+LARGEST_ERROR = 10.0
+
+
 @torch.no_grad()
 def effective_sample_size(sample: ClassSample, log_student: Tensor) -> Tensor:
     """The effective sample size of each item in equally weighted classes, ``[N]``, between 1 and its columns.
@@ -113,7 +117,8 @@ def probe(
 class RunningMeans:
     """Means of named values over items and steps, kept on the device until :meth:`pop`.
 
-    An error of gradients becomes ‖ĝ - g‖ / ‖g‖, the root of the sum of squared errors over the sum of squared lengths.
+    An error of gradients becomes ‖ĝ - g‖ / ‖g‖, the root of the sum of squared errors over the sum of squared lengths,
+    at most ``LARGEST_ERROR``.
     """
 
     def __init__(self):
@@ -152,6 +157,8 @@ class RunningMeans:
         if reduce is not None and sums:
             sums = reduce(sums)
         means = {name: float(total / count) for name, (total, count) in sums.items()}
-        # A length that is not known to be above 0 is that of a gradient lost in its noise.
-        roots = {name: math.sqrt(means[name]) if means[name] >= 0 else math.inf for name in self._errors & set(means)}
+        # The length of a gradient that is lost in its noise is not known to be above 0.
+        lost = LARGEST_ERROR**2
+        squares = {name: means[name] if 0 <= means[name] < lost else lost for name in self._errors & set(means)}
+        roots = {name: math.sqrt(square) for name, square in squares.items()}
         return means | roots
