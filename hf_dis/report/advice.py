@@ -21,7 +21,7 @@ SMALL_SAMPLE = 10
 # ‖ĝ - g‖ > ‖g‖: the gradient of a batch has more noise than content. Where unbiased, its cosine is below 1/√2.
 NOISY_GRADIENT = 1.0
 
-# The error that is estimated from the sample. An infinite one is that of a gradient that is lost in its noise.
+# The error that is estimated from the sample.
 ESTIMATED_ERROR = "dis/gradient_error"
 
 # In the README's table the divergences of exact distillation, DIS and FTIS from the teacher are 20 % to 33 % apart. A
@@ -39,7 +39,7 @@ def advice(values: Log) -> list[str]:
         f"{name} is {value}: training has diverged. Lower learning_rate or head_learning_rate, set max_grad_norm, and "
         "check the teacher's precision."
         for name, value in values.items()
-        if isinstance(value, float) and not math.isfinite(value) and name != ESTIMATED_ERROR
+        if isinstance(value, float) and not math.isfinite(value)
     ]
     more = "num_shared_classes (num_sampled_classes if it is 0)"
     if values.get("dis/certain", 0) > MOSTLY_CERTAIN:

@@ -16,7 +16,6 @@ from hf_dis.precision import widest
 from hf_dis.report.gradient_error import GradientError
 from hf_dis.sampling.sample import ClassSample
 
-
 # Larger errors of a gradient are not told apart.
 LARGEST_ERROR = 10.0
 
