@@ -170,6 +170,7 @@ class TeacherTargets:
             totals.append(exponentials.sum(1))
             counted, total = exponentials[::stride], totals[-1][::stride]
             self._mass.addmv_(counted.T, total.reciprocal(), alpha=self.items_per_counted)
+            del exponentials, counted  # the next block is computed without this one in memory
         return peaks + torch.cat(totals)[:, None].log_()
 
     def __len__(self) -> int:
