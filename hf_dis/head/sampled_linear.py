@@ -61,6 +61,23 @@ def sampled_columns(logits: Tensor, item_ids: Tensor, tail_ids: Tensor) -> Tenso
     return torch.cat([logits.gather(1, item_ids), logits.gather(1, of_items(tail_ids, 0, len(logits)))], 1)
 
 
+def weighted_rows(
+    scales: Tensor, weight: Tensor, item_ids: Tensor, tail_ids: Tensor, tail_rows: Tensor | None = None
+) -> Tensor:
+    """Sums the rows of the sampled classes of each item, times their scales: ``[N, d]``, of the type of the scales.
+
+    Args:
+        scales: ``[N, R + K_t]``.
+        weight: of the head, ``[C, d]``.
+        item_ids, tail_ids: as for :func:`sampled_logits`.
+        tail_rows: the rows of the tails' classes in that type, ``[G, K_t, d]``, where they are at hand.
+    """
+    tail_ids = tail_ids[: max(1, len(scales))]
+    own, shared = scales.split([item_ids.shape[1], tail_ids.shape[1]], dim=1)
+    rows = _tail_rows(weight, tail_ids, scales.dtype) if tail_rows is None else tail_rows
+    return _features_gradient(own, weight, item_ids, by_tail(shared, len(tail_ids)) @ rows)
+
+
 class _SampledLinear(torch.autograd.Function):
     """``h Wᵀ + b`` at sampled classes; ``[N, K, d]`` is never held."""
 
@@ -91,13 +108,11 @@ class _SampledLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         features, weight, item_ids, tail_ids, rows = ctx.saved_tensors
-        item_grad, tail_grad = grad.split([item_ids.shape[1], tail_ids.shape[1]], dim=1)
         wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_features = grad_weight = grad_bias = None
         if wants_features:
-            rows = _tail_rows(weight, tail_ids, grad.dtype) if rows is None else rows
-            tails = by_tail(tail_grad, len(tail_ids)) @ rows
-            grad_features = _features_gradient(item_grad, weight, item_ids, tails)
+            grad_features = weighted_rows(grad, weight, item_ids, tail_ids, rows)
+        item_grad, tail_grad = grad.split([item_ids.shape[1], tail_ids.shape[1]], dim=1)
         if (wants_weight or wants_bias) and uses_triton(grad.device):
             from hf_dis.head.triton_gradients import HeadGradients
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_dis.head.sampled_linear import sampled_logits
+from hf_dis.head.sampled_linear import sampled_logits, weighted_rows
 from hf_dis.loss.divergence import Divergence, SampledLoss
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.sampling.tails import of_items
@@ -46,32 +46,28 @@ def gradient_error(weight: Tensor, sample: ClassSample, result: SampledLoss, div
     Returns:
         estimates for at most ``MEASURED_ITEMS`` of the items; without the constant factors of loss and temperature.
     """
-    sample, result = _some_items(sample, result)
+    with torch.autocast(weight.device.type, enabled=False):
+        return _estimated(weight.detach(), *_some_items(sample, result), divergence)
+
+
+def _estimated(weight: Tensor, sample: ClassSample, result: SampledLoss, divergence: Divergence) -> GradientError:
     used = ~sample.log_weights.isneginf() & sample.finite_items(result.signal)[:, None]
     weights, ids = sample.log_weights.exp().masked_fill(~used, 0), (sample.item_ids, sample.tail_ids)
     signal = result.signal.masked_fill(~used, 0)
-    with torch.enable_grad():
-        inputs = weight.new_zeros(len(sample), weight.shape[1], requires_grad=True)
-        columns = sampled_logits(inputs, weight.detach(), None, *ids)
-
-    def weighted_sum(factors: Tensor) -> Tensor:
-        """Σ factor_j w_j over the sampled rows of W, ``[n, d]``."""
-        (rows,) = torch.autograd.grad(columns, inputs, factors.to(columns.dtype), retain_graph=True)
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
     squares = signal.square() * _squared_lengths(weight, sample)
     centres = [
-        (scales.masked_fill(~used, 0), weighted_sum(factors.masked_fill(~used, 0)))
+        (scales.masked_fill(~used, 0), weighted_rows(factors.masked_fill(~used, 0), weight, *ids))
         for scales, factors in divergence.centres(sample, result)
     ]
     for scales, centre in centres:
-        products = sampled_logits(centre.to(weight.dtype), weight.detach(), None, *ids)
+        products = sampled_logits(centre.to(weight.dtype), weight, None, *ids)
         squares -= 2 * signal * scales * products
         for other_scales, other in centres:
             squares += scales * other_scales * (centre * other).sum(1, keepdim=True)
     spread = weights.square() if sample.with_replacement else weights * (weights - 1)
     squared_error = (spread.masked_fill(sample.certain, 0) * squares.clamp_min(0)).sum(1)
-    squared_length = weighted_sum(divergence.weighted_signal(sample, result).masked_fill(~used, 0)).square().sum(1)
+    factors = divergence.weighted_signal(sample, result).masked_fill(~used, 0)
+    squared_length = weighted_rows(factors, weight, *ids).square().sum(1)
     # The square of an estimate is too long by its variance.
     return GradientError(squared_error, squared_length - squared_error)
 

@@ -88,6 +88,54 @@ def _share(weighted, peak, total, rest):
 
 
 @triton.jit
+def _masses(ids, log_probs, depth, label, label_prob, BLOCK_DEPTH: tl.constexpr):
+    """Sums the teacher's probability of the ranked classes, and of all others, without that of the label."""
+    place = tl.arange(0, BLOCK_DEPTH)
+    ranked = tl.load(ids + place, place < depth, -1)
+    mass = tl.sum(tl.exp(tl.load(log_probs + place, place < depth, float("-inf"))), 0)
+    in_top = tl.sum((ranked == label).to(tl.int32), 0) > 0
+    return mass - tl.where(in_top, label_prob, 0.0), 1 - mass - tl.where(in_top, 0.0, label_prob)
+
+
+@triton.jit
+def _ranked_target(peak, total, weighted, is_certain, mass):
+    """The target of the ranked columns: p of certain ones, and a share of the rest of their mass."""
+    exact = tl.where(is_certain, tl.exp(weighted), 0.0)
+    open = tl.where(is_certain, float("-inf"), weighted)
+    peak, total = add_exponentials(peak, total, open)
+    return exact + _share(open, peak, total, tl.maximum(mass - tl.sum(exact, 0), 0))
+
+
+@triton.jit
+def _store(out, at, mask, log_weight, is_certain, log_prob, part):
+    """Stores columns of an item: log ω, certain, log p and target."""
+    log_weights, certain, log_probs, target = out
+    tl.store(log_weights + at, log_weight, mask)
+    tl.store(certain + at, is_certain.to(tl.uint8), mask)
+    tl.store(log_probs + at, log_prob, mask)
+    tl.store(target + at, part, mask)
+
+
+@triton.jit
+def _store_tail(
+    out, num_own, outside_top, ids, tail_ids, inclusion, log_probs, num_shared, depth, label,
+    peak, total, rest, total_target, HAS_LABEL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stores the columns of an item's tail."""
+    for start in range(0, num_shared, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        is_out, log_prob, log_weight, is_certain = _tail_columns(
+            ids, tail_ids, inclusion, log_probs, column, num_shared, depth, label, HAS_LABEL
+        )
+        product = log_prob + log_weight
+        part = _share(tl.where(is_certain, float("-inf"), product), peak, total, rest)
+        part += tl.where(is_certain, tl.exp(product), 0.0)
+        inside = column < num_shared
+        _store(out, num_own + column, inside, log_weight, is_certain, log_prob, part / total_target)
+        tl.store(outside_top + column, is_out.to(tl.uint8), inside)
+
+
+@triton.jit
 def assemble_kernel(
     ids, log_probs, tail_ids, inclusion, expected, cumulative, starts, labels,
     item_ids, log_weights, certain, out_log_probs, target, ranks, rank_weights, outside_top,
@@ -105,19 +153,13 @@ def assemble_kernel(
     num_own = num_sampled + (1 if HAS_LABEL else 0)
     first = item * (num_own + num_shared)
 
-    place = tl.arange(0, BLOCK_DEPTH)
-    ranked = tl.load(ids + place, place < depth, -1)
-    mass = tl.sum(tl.exp(tl.load(log_probs + place, place < depth, float("-inf"))), 0)
-    tail_mass = 1 - mass
     label = tl.full((), -1, tl.int64)
     label_prob = tl.full((), 0, dtype)
     if HAS_LABEL:
         label = tl.load(labels + item)
         label_log_prob = tl.load(log_probs + depth + num_shared)
         label_prob = tl.exp(label_log_prob)
-        in_top = tl.sum((ranked == label).to(tl.int32), 0) > 0
-        mass -= tl.where(in_top, label_prob, 0.0)
-        tail_mass -= tl.where(in_top, 0.0, label_prob)
+    mass, tail_mass = _masses(ids, log_probs, depth, label, label_prob, BLOCK_DEPTH)
 
     k = tl.arange(0, BLOCK_RANKS)
     used = k < num_sampled
@@ -131,48 +173,28 @@ def assemble_kernel(
     if HAS_LABEL:
         log_weight = tl.where(own == label, float("-inf"), log_weight)
     is_certain = used & (chance >= 1)
-    weighted = tl.where(used, log_prob + log_weight, float("-inf"))
-    exact = tl.where(is_certain, tl.exp(weighted), 0.0)
-    open = tl.where(is_certain, float("-inf"), weighted)
-    rest = tl.maximum(mass - tl.sum(exact, 0), 0)
-    peak, total = add_exponentials(tl.full((), float("-inf"), dtype), tl.full((), 0, dtype), open)
-    wanted = exact + _share(open, peak, total, rest)
-
     no_peak = tl.full((), float("-inf"), dtype)
     zero = tl.full((), 0, dtype)
+    weighted = tl.where(used, log_prob + log_weight, float("-inf"))
+    wanted = _ranked_target(no_peak, zero, weighted, is_certain, mass)
+
     tail_peak, tail_total, tail_rest, tail_exact = _tail_target(
         no_peak, zero, zero, tail_mass, ids, tail_ids, inclusion, log_probs, num_shared, depth, label, HAS_LABEL, BLOCK
     )
     total_target = tl.sum(wanted, 0) + label_prob + tail_exact + tl.where(tail_total > 0, tail_rest, 0.0)
     total_target = tl.maximum(total_target, 1.1754943508222875e-38)
 
+    out = (log_weights + first, certain + first, out_log_probs + first, target + first)
     tl.store(item_ids + item * num_own + k, own, used)
-    tl.store(log_weights + first + k, log_weight, used)
-    tl.store(certain + first + k, is_certain.to(tl.uint8), used)
-    tl.store(out_log_probs + first + k, log_prob, used)
-    tl.store(target + first + k, wanted / total_target, used)
+    _store(out, k, used, log_weight, is_certain, log_prob, wanted / total_target)
     if HAS_LABEL:
         tl.store(item_ids + item * num_own + num_sampled, label)
-        tl.store(log_weights + first + num_sampled, 0.0)
-        tl.store(certain + first + num_sampled, tl.full((), 1, tl.uint8))
-        tl.store(out_log_probs + first + num_sampled, label_log_prob)
-        tl.store(target + first + num_sampled, label_prob / total_target)
+        _store(out, num_sampled, label == label, zero, label == label, label_log_prob, label_prob / total_target)
 
-    for start in range(0, num_shared, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        is_out, shared_log_prob, shared_log_weight, shared_certain = _tail_columns(
-            ids, tail_ids, inclusion, log_probs, column, num_shared, depth, label, HAS_LABEL
-        )
-        product = shared_log_prob + shared_log_weight
-        part = _share(tl.where(shared_certain, float("-inf"), product), tail_peak, tail_total, tail_rest)
-        part += tl.where(shared_certain, tl.exp(product), 0.0)
-        at = first + num_own + column
-        inside = column < num_shared
-        tl.store(log_weights + at, shared_log_weight, inside)
-        tl.store(certain + at, shared_certain.to(tl.uint8), inside)
-        tl.store(out_log_probs + at, shared_log_prob, inside)
-        tl.store(target + at, part / total_target, inside)
-        tl.store(outside_top + item * num_shared + column, is_out.to(tl.uint8), inside)
+    _store_tail(
+        out, num_own, outside_top + item * num_shared, ids, tail_ids, inclusion, log_probs, num_shared, depth, label,
+        tail_peak, tail_total, tail_rest, total_target, HAS_LABEL, BLOCK,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("hf_dis::rank_inclusion", mutates_args=())

@@ -113,6 +113,7 @@ def steps_of(trainer, counts, number=2):
         trainer._clip_grad_norm(trainer.model)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
+        trainer.state.global_step += 1  # the sample is measured in the first step alone
     return sum(counts.launches.values()), counts.waits
 
 

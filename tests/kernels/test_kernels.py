@@ -205,7 +205,16 @@ def test_the_step_of_a_parameters_rows_is_two_launches(shape, monkeypatch):
 # In Triton's interpreter
 
 
-def test_the_kernels_in_the_interpreter():
+# Samples of whole steps take minutes in the interpreter.
+LONG = "interpreted_assembly"
+INTERPRETED = [
+    pytest.param(file, marks=[pytest.mark.slow] if file.stem == LONG else [], id=file.stem)
+    for file in sorted(HERE.glob("interpreted_*.py"))
+]
+
+
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_the_kernels_in_the_interpreter(file):
     """In a process of their own: the variable has to be set before triton is imported."""
     finished = subprocess.run(
         [
@@ -215,7 +224,7 @@ def test_the_kernels_in_the_interpreter():
             "-q",
             "-p",
             "no:cacheprovider",
-            *sorted(map(str, HERE.glob("interpreted_*.py"))),
+            str(file),
         ],
         env=os.environ | {"TRITON_INTERPRET": "1", kernels.VARIABLE: "triton", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parent.parent,
