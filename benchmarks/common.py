@@ -111,6 +111,18 @@ def header(*names: str) -> str:
     return f"{row(*names)}\n{'|---' * len(names)}|"
 
 
+def read(path: Path) -> list[dict]:
+    """The records of a file of JSON lines; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, record: dict, device: torch.device) -> None:
+    """Adds a record with the description of its device to a file of JSON lines, and prints it."""
+    with path.open("a") as file:
+        file.write(json.dumps({**record, **about(device)}) + "\n")
+    print(record, flush=True)
+
+
 def write(records: list[dict], path: Path | None, device: torch.device) -> None:
     """Writes the records as JSON with the description of their device, if ``--json`` was given."""
     if path is not None:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -34,9 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import about, header, machine, parse, parser, row, write
+from common import append, header, machine, parse, parser, read, row, write
 from datasets import Dataset
-from parity import read
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
@@ -243,9 +241,7 @@ def main() -> None:
         divergence, rate, method, seed = key
         record = task.distilled(divergence, rate, seed, METHODS[method])
         described = dict(zip(names, key, strict=True))
-        with given.json.open("a") as file:
-            file.write(json.dumps({**described, **record, **about(given.device)}) + "\n")
-        print(described, record, flush=True)
+        append(given.json, {**described, **record}, given.device)
     print_table(read(given.json))
 
 

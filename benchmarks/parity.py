@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import about, header, machine, parse, parser, row
+from common import append, header, machine, parse, parser, read, row
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator, set_seed
 from transformers.utils import logging
 
@@ -122,11 +122,6 @@ def train(make: MakeTrainer, rate: float, settings: dict[str, Any], seed: int, u
     return {"logits": logits / distiller.num_classes, "kl": metrics["eval_kl"], "top1": metrics.get("eval_top1")}
 
 
-def read(path: Path) -> list[dict]:
-    """The records of a file of JSON lines; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def print_table(records: list[dict]) -> None:
     """Means over seeds, and the difference to exact distillation over the seeds that both have."""
     print(header("task", "head rate", "method", "logits", "seeds", "top-1", "KL", "top-1 - exact", "KL / exact"))
@@ -200,9 +195,7 @@ def main() -> None:
             _, rate, method, seed = key
             record = train(make, rate, methods[method], seed, given.device.type == "cpu")
             described = dict(zip(("task", "rate", "method", "seed"), key, strict=True))
-            with given.json.open("a") as file:
-                file.write(json.dumps({**described, **record, **about(given.device)}) + "\n")
-            print(described, record, flush=True)
+            append(given.json, {**described, **record}, given.device)
     print_table(read(given.json))
 
 

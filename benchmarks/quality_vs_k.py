@@ -16,7 +16,6 @@ chunks. A file has the records of one device.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import about, add_device, header, machine, parse, row
+from common import add_device, append, header, machine, parse, read, row
 from timing import Stopwatch, stopwatch
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
@@ -172,18 +171,6 @@ def student_milliseconds(settings: dict, teacher, task, num_steps: int, device: 
         trainer.add_callback(times)
         trainer.train()
     return times.milliseconds[2:]
-
-
-def read(path: Path) -> list[dict]:
-    """The records of a file of JSON lines; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(path: Path, record: dict, device: torch.device) -> None:
-    """Adds a record with the description of its device to a file of JSON lines, and prints it."""
-    with path.open("a") as file:
-        file.write(json.dumps({**record, **about(device)}) + "\n")
-    print(record, flush=True)
 
 
 def check_device(records: list[dict], device: torch.device, path: Path) -> None:
