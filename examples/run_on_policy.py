@@ -27,7 +27,7 @@ import torch
 from accelerate import PartialState
 from clm_task import build_student
 from on_policy_task import prompts_of, quality
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_dis.integrations.on_policy import DISOnPolicyConfig, DISOnPolicyTrainer
 
@@ -161,14 +161,7 @@ def write_report(output: Path, records: list[dict], minutes: float) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser((OnPolicyExample, DISOnPolicyConfig))
-    given = parser.parse_args()
-    unknown = set(given.methods) - set(METHODS)
-    if unknown:
-        parser.error(f"unknown methods {sorted(unknown)}: choose from {', '.join(METHODS)}")
-    if given.model_name_or_path is None:
-        parser.set_defaults(**FROM_SCRATCH)
-    arguments, args = parser.parse_args_into_dataclasses()
+    arguments, args = sft_task.parsed((OnPolicyExample, DISOnPolicyConfig), METHODS, FROM_SCRATCH)
 
     started = time.perf_counter()
     with args.main_process_first(desc="loading prompts"):

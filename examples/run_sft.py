@@ -28,7 +28,7 @@ import sft_task
 import torch
 from accelerate import PartialState
 from clm_task import build_student
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoTokenizer, set_seed
 
 from hf_dis.integrations.trl import DISSFTConfig, DISSFTTrainer
 
@@ -183,14 +183,7 @@ def write_report(output: Path, records: list[dict], minutes: float) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser((SftArguments, DISSFTConfig))
-    given = parser.parse_args()
-    unknown = set(given.methods) - set(METHODS)
-    if unknown:
-        parser.error(f"unknown methods {sorted(unknown)}: choose from {', '.join(METHODS)}")
-    if given.model_name_or_path is None:
-        parser.set_defaults(**FROM_SCRATCH)
-    arguments, args = parser.parse_args_into_dataclasses()
+    arguments, args = sft_task.parsed((SftArguments, DISSFTConfig), METHODS, FROM_SCRATCH)
 
     started = time.perf_counter()
     with args.main_process_first(desc="loading chats"):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from clm_task import HELD_OUT, build_teacher, standard_library, train_tokenizer
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import HfArgumentParser, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from hf_dis.integrations.trl import DISSFTConfig
@@ -104,6 +104,24 @@ def chat_tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens({"additional_special_tokens": [USER, ASSISTANT]})
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def parsed(kinds: tuple[type, type], methods: Collection[str], from_scratch: dict[str, Any]) -> tuple[Any, Any]:
+    """Parses the command line of an example; an unknown method ends it with a message.
+
+    Args:
+        kinds: dataclasses of the example, with ``methods`` and ``model_name_or_path``, and of the training.
+        methods: that the example knows.
+        from_scratch: defaults where no student is named.
+    """
+    parser = HfArgumentParser(kinds)
+    given = parser.parse_args()
+    unknown = set(given.methods) - set(methods)
+    if unknown:
+        parser.error(f"unknown methods {sorted(unknown)}: choose from {', '.join(methods)}")
+    if given.model_name_or_path is None:
+        parser.set_defaults(**from_scratch)
+    return parser.parse_args_into_dataclasses()
 
 
 class PlainSFT(SFTTrainer):
