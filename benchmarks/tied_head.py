@@ -11,9 +11,9 @@ exact             every logit, in blocks from the head's input; dense AdamW
 dis, dense        sampled classes, a dense gradient of the tied weight; dense AdamW
 dis, row-sparse   sampled classes, a gradient of the rows of sampled classes and input tokens; RowSparseAdamW
 
-All have the default layout. seconds is the median of a step, ratio that of exact to the method's. peak_mb is the most
-memory of a step beyond what was held before it, gradients not included: weights, moments and the gradients that the
-optimizer steps are subtracted. Linux only. Steps with labels have no other cost, so there are none.
+All have the default layout, and no hard labels. seconds is the median of a step, ratio that of exact to the method's.
+peak_mb is the most memory that a step takes beyond weights, moments and dense gradients. On a processor it is measured
+on Linux only.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Training:
         self.optimizer.zero_grad()
 
     def held_bytes(self) -> int:
-        """Bytes of a step's gradients as the optimizer gets them, if they are dense."""
+        """Bytes of the dense gradients that the optimizer gets."""
         tied = self.student.lm_head.weight
         whole = sum(one.numel() * one.element_size() for one in self.student.parameters())
         return whole - self.distiller.row_sparse * tied.numel() * tied.element_size()
@@ -99,7 +99,7 @@ def measure(methods: list[str], tokens: int, steps: int, device: torch.device) -
             milliseconds = watch.milliseconds(lambda training=training, ids=ids: training.step(ids))
             if number > 1:
                 times[method].append(milliseconds)
-                peaks[method] = peak.megabytes() - training.held_bytes() / 2**20
+                peaks[method] = None if peak is None else peak.megabytes() - training.held_bytes() / 2**20
     medians = {method: statistics.median(values) for method, values in times.items()}
     return [
         {
@@ -127,7 +127,7 @@ def main() -> None:
         for record in measure(arguments.methods, tokens, arguments.steps, arguments.device):
             records.append(record)
             ratio = None if record["ratio"] is None else f"{record['ratio']:.2f}"
-            peak = f"{record['peak_mb']:,.0f}"
+            peak = None if record["peak_mb"] is None else f"{record['peak_mb']:,.0f}"
             print(row(f"{tokens:,}", record["method"], f"{record['seconds']:.2f}", ratio, peak), flush=True)
     write(records, arguments.json, arguments.device)
 

@@ -204,7 +204,10 @@ class TeacherTargets:
             from hf_dis.teacher.triton_normaliser import class_mass
 
             counted = (values[self.counted] for values in (self.logits, self.log_normaliser))
-            return class_mass(*counted, self.temperature, self.items_per_counted, added)
+            mass = class_mass(*counted, self.temperature, self.items_per_counted, added)
+            if added is None:  # kept for targets that serve several steps
+                self._mass = mass
+            return mass
         return self._mass if added is None else added + self._mass
 
 
