@@ -1,4 +1,4 @@
-"""The settings of the method: ``SamplerSpec`` for how classes are sampled, ``DISArguments`` for all of them."""
+"""Settings of the method: ``SamplerSpec`` for how classes are sampled, ``DISArguments`` for all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """How classes are sampled: sizes, proposal and design. A size of None takes the default of the task.
+    """Settings of the sampler: sizes, proposal and design. A size of None takes the default of the task.
 
     Args:
         num_sampled_classes: K >= 1, classes sampled per item from the teacher's ranking. None: 32 with shared tails,
@@ -118,7 +118,7 @@ class SamplerSpec:
         Args:
             is_lm: the classes are a vocabulary.
             row_sparse: the gradient of the head is row-sparse.
-            stored_sample_size: T of the cache that is trained from; None with a teacher at hand.
+            stored_sample_size: T of the cache that is trained from; None where the teacher is loaded.
         """
         num_shared = self._num_shared(is_lm)
         if stored_sample_size is not None:
@@ -197,14 +197,14 @@ class DISArguments:
             taken where it is clearly faster (:mod:`hf_dis.autotune`).
         head_name: the output head among ``model.named_modules()``, where it is not found automatically; two names
             with a comma between them where the logits are the mean of two heads.
-        head_learning_rate: learning rate of the output head; None: ``learning_rate``. A sampled head wants a rate
+        head_learning_rate: learning rate of the output head; None: ``learning_rate``. A sampled head needs a rate
             several times larger, and exact distillation gains from it too (docs/how-it-works.md).
         row_sparse_head: give the head gradients of the sampled rows only and step only these rows with
             :class:`hf_dis.RowSparseAdamW`, a lazy AdamW (docs/optimizer.md). Trainers need ``optim`` to be
             ``adamw_torch`` or ``adamw_torch_fused``.
         exact_warmup_steps: steps at the start that compute all classes while the proposals learn; below 1 a share of
             all steps. These steps cost the time and memory of exact distillation (docs/choosing-k.md).
-        probe_steps: compare the sampled loss and gradient with the exact ones every so many steps; 0: never.
+        probe_steps: steps between two comparisons of the sampled loss and gradient with the exact ones; 0: never.
 
     Raises:
         TypeError: if a value is not a number where a number is expected.
@@ -247,7 +247,7 @@ class DISArguments:
     exact_warmup_steps: float = _setting(
         0.0, "Steps at the start that compute all classes; below 1: a share of all steps."
     )
-    probe_steps: int = _setting(0, "Every so many steps compare sampled and exact loss and gradient; 0: never.")
+    probe_steps: int = _setting(0, "Steps between two comparisons of sampled and exact loss and gradient; 0: never.")
 
     def __post_init__(self) -> None:
         for name in ("temperature", "hard_label_weight", "exact_warmup_steps"):

@@ -32,7 +32,7 @@ ITEMS, TOKENS = 128, 2_048
 
 
 class Limits(NamedTuple):
-    """How much is timed.
+    """Amount of work that is timed.
 
     Attributes:
         items: at most.
@@ -49,8 +49,8 @@ class Limits(NamedTuple):
 PROCESSOR, ACCELERATOR = Limits(2_048, 2**28, 2**20), Limits(8_192, 2**41, 2**27)
 SMALLEST_PART = 512
 
-# Sampled classes have to be this many times faster: below, the gain is not worth the noise of the estimate. Near the
-# crossover the noise of the clock should not decide either.
+# Sampled classes have to be this many times faster. A smaller gain does not justify the error of an estimate, and
+# timings vary by several percent.
 MARGIN = 1.2
 
 

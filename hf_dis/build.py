@@ -237,7 +237,7 @@ def _choose_mode(
 
 
 def _find_head(student: nn.Module, width: int, arguments: DISArguments, mode: str) -> tuple[str, ...]:
-    """The layers to switch; in exact mode the head as it is, or none where it cannot be told from the rest."""
+    """The layers to switch; in exact mode the head as it is, or none where it cannot be found."""
     if mode == "sampled":
         layers = find_head_layers(student, width, arguments.head_name)
         if arguments.probe_steps and len(layers) > 1:

@@ -30,7 +30,7 @@ def require_number(name: str, value: object, kind: type[int] | type[float]) -> N
         kind: ``int`` for whole numbers, ``float`` for any number.
 
     Raises:
-        TypeError: if the value is of another type; a bool is no number.
+        TypeError: if the value has a different type; a bool is not a number.
     """
     is_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if not is_number:

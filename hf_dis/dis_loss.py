@@ -80,7 +80,7 @@ class DISLoss:
 
         Raises:
             ValueError: if sampler, head and teacher have different numbers of classes or are on different devices,
-                labels are outside 0..C-1, a shape is another one, or the teacher masks classes under the reverse KL.
+                labels are outside 0..C-1, a shape is wrong, or the teacher masks classes under the reverse KL.
             FloatingPointError: if the teacher's logits hold NaN or Inf. On an accelerator, where a check of values
                 waits for the device, teacher and labels are checked in the first batch only.
         """

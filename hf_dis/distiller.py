@@ -52,7 +52,7 @@ class Distiller:
         mode: ``"sampled"`` or ``"exact"``.
         row_sparse: give the head row-sparse gradients.
         tied_embeddings: names of the embeddings that share the head's weight, whose gradient is then row-sparse too.
-        online_teacher: a teacher at hand, for evaluation and the probe; ``teacher`` where it is one.
+        online_teacher: a loaded teacher, for evaluation and the probe; ``teacher`` where it is one.
         eval_teacher: a cache of targets of the evaluation data.
         student_stream: computes the student's logits in chunks for evaluation; None: evaluation holds all logits.
         label_names: columns of a batch that the student is not given.
@@ -140,14 +140,14 @@ class Distiller:
                 and ``outputs.logits`` mean nothing.
             check_values: look for labels out of range and for NaN; waits for an accelerator. None: always on a
                 processor, at the first batch elsewhere.
-            positions: places of the items of this batch among its tokens, ``[N]``, where they are known; else an
-                accelerator is waited for. With stored targets there have to be as many of them.
+            positions: places of the items of this batch among its tokens, ``[N]``, where they are known; otherwise
+                the step waits for an accelerator. With stored targets the numbers of both have to agree.
 
         Returns:
             the step: give ``step.inputs`` to the student and its outputs to ``step.loss``.
 
         Raises:
-            ValueError: if labels are out of range or of another shape, or the head cannot be switched.
+            ValueError: if labels are out of range or of a wrong shape, or the head cannot be switched.
             DataError: if a cache does not hold the targets of the batch.
             FloatingPointError: if the teacher answers NaN or Inf.
         """
@@ -176,9 +176,9 @@ class Distiller:
             self.head.clear()
 
     def _splits_at_head(self, request: Request) -> bool:
-        """Tells if a training step can compute the student's logits in blocks; the first call compares some."""
+        """Returns True if a training step can compute the student's logits in blocks; the first call compares some."""
         if self._splits is None:
-            # Without a stream the student's parameters are sharded, and at hand in its own forward only.
+            # Without a stream the student's parameters are sharded, and whole in its own forward only.
             stream, inputs, items = self.student_stream, request.inputs, request.items
             first = first_examples(inputs, items, 1)
             self._splits = (

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class DataError(ValueError):
-    """Tells that a file, folder or setting of a dataset or cache is unusable; the message gives cause and remedy."""
+    """Raised if a file, folder or setting of a dataset or cache is unusable; the message has cause and remedy."""

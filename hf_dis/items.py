@@ -80,7 +80,7 @@ def token_items(
 ) -> Items:
     """Finds the supervised tokens of a batch of sequences.
 
-    An accelerator is waited for once, for their number; not with ``positions``, or with neither labels nor a mask.
+    Waits once for an accelerator, for their number; not with ``positions``, or with neither labels nor a mask.
 
     Args:
         labels: class ids ``[B, S]``, -100 at tokens that are not supervised; or None.
@@ -94,7 +94,7 @@ def token_items(
 
     Raises:
         ValueError: if labels are not ``[B, S]``, or a sequence is too short to have a next token.
-        DataError: if targets of another number of items are stored.
+        DataError: if targets of a different number of items are stored.
     """
     num_examples, length = shape
     if labels is not None:
@@ -122,7 +122,7 @@ def stored_items(stored: Tensor, number: int | None = None) -> Tensor:
         ``[N, bytes]``.
 
     Raises:
-        DataError: if there is another number of items.
+        DataError: if the number of items differs.
     """
     found = _stored_at(stored, _is_stored(stored).nonzero()[:, 0])
     if number is not None:

@@ -21,7 +21,7 @@ LOWEST_CAPABILITY = (8, 0)
 
 @torch.compiler.assume_constant_result
 def uses_triton(device: torch.device) -> bool:
-    """Tells if Triton's kernels compute a device's tensors, as ``HF_DIS_KERNELS`` wants; logs the choice once.
+    """Returns True if Triton's kernels compute a device's tensors, as ``HF_DIS_KERNELS`` sets; logs the choice once.
 
     ``auto`` takes the kernels where :func:`obstacle` finds none, ``torch`` never, ``triton`` always. With
     ``TRITON_INTERPRET=1``, ``triton`` takes the kernels for CPU tensors too: an interpreter, for tests.
@@ -30,8 +30,8 @@ def uses_triton(device: torch.device) -> bool:
         device: of the tensors.
 
     Raises:
-        ValueError: if ``HF_DIS_KERNELS`` has another value.
-        RuntimeError: if ``triton`` is wanted and cannot be had.
+        ValueError: if ``HF_DIS_KERNELS`` has an unknown value.
+        RuntimeError: if ``triton`` is set and the kernels are unavailable.
     """
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted not in VALUES:
@@ -50,7 +50,7 @@ def uses_triton(device: torch.device) -> bool:
             f"{VARIABLE} is triton, and {missing}: the kernels need triton and an NVIDIA device of compute capability "
             f"{'.'.join(map(str, LOWEST_CAPABILITY))} or higher; set {VARIABLE} to auto, or to torch"
         )
-    # On CUDA the kernels are a matter of speed that the reader may want to mend.
+    # On CUDA the plain path costs speed, so the reader gets a warning with the cause.
     tell_once(logging.WARNING if device.type == "cuda" else logging.INFO, f"kernels: torch ({missing})")
     return False
 

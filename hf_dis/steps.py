@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """What the steps are made from.
+    """Inputs and settings that a step is made from.
 
     Attributes:
         items: of the batch.
@@ -194,8 +194,8 @@ class SampledStep:
     def quality(self) -> dict[str, Tensor | GradientError]:
         """Effective sample size, coverage and share of certain classes of every item, ``[N]``; after :meth:`loss`.
 
-        Where the head is one layer whose weight is at hand, ``gradient_error`` is that of some items, estimated from
-        the sample. A truncation has none, since its sample tells nothing of the dropped classes.
+        Where the head is one layer with its weight on this process, ``gradient_error`` is that of some items,
+        estimated from the sample. A truncation has none, since its sample never holds the dropped classes.
         """
         return _quality(self.distiller, self.sample, self.result)
 

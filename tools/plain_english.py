@@ -5,9 +5,9 @@ Sentences are short, and the words of ``words.txt`` are not used. Run by ``make 
     python tools/plain_english.py
 """
 
-# Vale would be the usual tool. Its packages on PyPI (vale 3.25) and npm (@vvago/vale 3.23) hold no binary: they download it
-# when they are first used, which fails behind a package mirror. proselint 0.16 takes neither a word list nor a
-# sentence length. The libraries sentencex and markdown-it-py do the hard parts here.
+# Vale would be the usual tool. Its packages on PyPI (vale 3.25) and npm (@vvago/vale 3.23) hold no binary. They
+# download it later, which fails where only package registries are reachable. proselint 0.16 has no word list and no limit of
+# sentence length. The libraries sentencex and markdown-it-py split the text here.
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 LONGEST = 30
 PAGES = ["CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md", "examples/*.md", "examples/*.ipynb", "hf_dis/**/*.md"]
 CODE = ["hf_dis/**/*.py", "examples/*.py", "benchmarks/*.py", "tools/*.py"]
-# A dash between two words stands for a missing sentence. "s - p" is a difference.
-DASH = re.compile(r"\w{2,},? (?:-|–|—) \w{2,}|\w—\w")
+# A dash between two words stands for a missing sentence. "s - p" and "(sampled - exact)" are differences.
+DASH = re.compile(r"(?<![\w(])\w{2,},? (?:-|–|—) \w{2,}|\w—\w")
 # A heading of the changelog below which entries stay as they were published.
 RELEASED = re.compile(r"^## \[?\d", re.MULTILINE)
 

@@ -96,7 +96,7 @@ def paragraphs(docstring: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate([*docstring.splitlines(), ""]):
         text, indent = line.strip(), len(line) - len(line.lstrip())
         heading = SECTION.fullmatch(text) is not None
-        entry = section and indent == base or re.match(r"[-*] ", text) is not None
+        entry = (section and indent == base) or re.match(r"[-*] ", text) is not None
         if collected and (not text or heading or entry):
             yield start, _spans(" ".join(collected))
             collected = []
@@ -118,7 +118,9 @@ def comments(path: Path) -> Iterator[Text]:
     start = 0
     for index, (line, column, _) in enumerate(lines, 1):
         if index == len(lines) or lines[index][:2] != (line + 1, column):
-            yield Text(path, lines[start][0], "comment", _spans(" ".join(content for *_, content in lines[start:index])))
+            yield Text(
+                path, lines[start][0], "comment", _spans(" ".join(content for *_, content in lines[start:index]))
+            )
             start = index
 
 

@@ -49,7 +49,7 @@ class Collate:
     Args:
         collate: makes a batch on the CPU.
         teacher: gets the columns that its forward takes. A transformers model whose forward accepts any keyword also
-            gets the columns that tell packed sequences apart.
+            gets the columns that separate packed sequences.
     """
 
     def __init__(self, collate: Callable[[Any], Mapping[str, Any]], teacher: nn.Module):
@@ -79,7 +79,7 @@ class Collate:
     def _collated(self, features: Any) -> Batch:
         collated = self.collate(features)
         inputs = {name: value for name, value in collated.items() if self.takes_all or name in self.columns}
-        # Positions tell packed sequences apart, also for a teacher that does not take them.
+        # Positions separate packed sequences, also for a teacher that does not take them.
         names = key_inputs({name: value for name, value in collated.items() if name in {*inputs, "position_ids"}})
         return Batch(inputs, content_keys(collated, names), names)
 
@@ -117,7 +117,7 @@ class Examples:
             the first example, and the fingerprint of the dataset.
 
         Raises:
-            DataError: if the dataset is empty, or an example is another one when it is read again.
+            DataError: if the dataset is empty, or an example differs when it is read again.
         """
         if not len(self.dataset):
             raise DataError("the dataset is empty: there is nothing to cache")

@@ -34,12 +34,12 @@ configs:
 
 Targets of {header.teacher[name]} for {header.dataset[examples]:,} examples at temperature {header.temperature:g}.
 Each of the {items:,} items holds the {header.depth} likeliest of {header.num_classes:,} classes, with their
-log-probabilities, and {header.sample_size} classes sampled from all others (design: {header.design}).
+log-probabilities, and {header.sample_size} classes sampled from the remaining ones (design: {header.design}).
 An item takes {item_bytes} bytes, and the shards take {num_bytes:,} bytes.
 Written by hf_dis, read by `hf_dis.TeacherCache`; `{HEADER}` holds the settings.
 """.replace("{HEADER}", HEADER)
 
-# Classes that an id may tell apart.
+# Largest number of classes that an id can count.
 MAX_CLASSES = 2**31
 
 

@@ -2,7 +2,7 @@
 
 A target belongs to an input, not to a place in a dataset. Order, shuffling, subsets, sampling by length, several
 processes and dataloader workers therefore need no bookkeeping. An input that the teacher has not seen is not found:
-one of another dataset, of another tokenizer, or with a random augmentation.
+one of a different dataset, of a different tokenizer, or with a random augmentation.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hf_dis.items import IGNORED
 
 # Tells the sequences of a packed example apart, as TRL's padding-free collator does beside position_ids.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-# Inputs that are no part of a key: masks say which tokens count, the others follow from labels or position_ids.
+# Inputs left out of a key: masks select the tokens that count, and the rest follows from labels or position_ids.
 NO_KEY = ("attention_mask", "decoder_attention_mask", "decoder_input_ids", "label", "label_ids", *PACKING)
 
 
 def key_inputs(batch: Mapping[str, Any]) -> list[str]:
     """Names the inputs of a batch that make up a key, in alphabetical order.
 
-    Labels are part of a key where they are a class per token: they tell which tokens are supervised.
+    Labels are part of a key where they are a class per token: they mark the supervised tokens.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in NO_KEY}
     return sorted(name for name, value in tensors.items() if name != "labels" or value.dim() > 1)
@@ -83,7 +83,7 @@ def is_joined(batch: Mapping[str, Any], names: Sequence[str], num_examples: int)
 
 
 def restarts(batch: Mapping[str, Any]) -> bool:
-    """Returns True if an example of the batch packs several sequences: its position_ids, ``[B, S]``, start anew."""
+    """Returns True if an example of the batch packs several sequences: its position_ids, ``[B, S]``, restart."""
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     if positions is None or positions.dim() != 2:
         return False

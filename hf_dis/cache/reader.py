@@ -28,7 +28,7 @@ from hf_dis.items import FILLER
 from hf_dis.teacher.cached import TARGETS
 
 SCHEMA = pa.schema({"key": pa.int64(), "targets": pa.binary()})
-# The remedy where a training packs examples and the cache holds others.
+# The remedy where a training packs examples and the cache holds unpacked ones.
 PACKED = (
     "cache the packed dataset (trainer.train_dataset, with data_collator=trainer.data_collator), or set packing=False"
 )
@@ -88,7 +88,7 @@ class TeacherCache:
         keys = np.array(content_keys(batch, self.header.inputs), dtype=np.int64)
         if "position_ids" not in self.header.inputs and restarts(batch):
             raise DataError(
-                "the batch packs several sequences into one example (its position_ids start anew), and the cache "
+                "the batch packs several sequences into one example (its position_ids restart), and the cache "
                 f"{self.path} holds examples that are not packed in this way: {PACKED}"
             )
         place = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
@@ -151,20 +151,21 @@ class CachedCollator:
         cache: holds the targets.
 
     Raises:
-        DataError: if an example is not in the cache, or nothing tells joined examples apart.
+        DataError: if an example is not in the cache, or joined examples have no boundaries.
     """
 
     collate: Callable[[Any], Mapping[str, Any]]
     cache: TeacherCache
 
     def __call__(self, features: Any) -> Mapping[str, Any]:
+        """Collates examples, and adds their targets."""
         batch = self.collate(features)
         if not (isinstance(features, list) and is_joined(batch, self.cache.header.inputs, len(features))):
             batch[TARGETS] = self.cache.look_up(batch)
             return batch
         if not restarts(batch):
             raise DataError(
-                f"the collator joined {len(features)} examples into one sequence without position_ids that start anew "
+                f"the collator joined {len(features)} examples into one sequence without position_ids that restart "
                 "at each example, so the examples attend to each other. The cache holds targets of single examples: "
                 "use a collator that makes position_ids (as TRL's does with padding_free=True) or pads, or set "
                 "per_device_train_batch_size=1"

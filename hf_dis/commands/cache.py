@@ -39,7 +39,9 @@ class CacheArguments:
     )
     sample_size: int | None = field(
         default=None,
-        metadata={"help": "Classes sampled from the others; by default as many as fit into 300 bytes, text 60."},
+        metadata={
+            "help": "Classes sampled from the remaining ones; by default as many as fit into 300 bytes, 60 for text."
+        },
     )
     batch_size: int = field(default=64, metadata={"help": "Examples per forward of the teacher."})
     num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches, per process of the run."})
@@ -80,7 +82,7 @@ def write(arguments: CacheArguments) -> tuple[TeacherCache, str]:
         the cache, and the Python expression of the dataset to train on.
 
     Raises:
-        DataError: if the teacher is of another kind, or the dataset cannot be used.
+        DataError: if the teacher is of an unsupported kind, or the dataset cannot be used.
     """
     teacher = load_teacher(arguments.teacher)
     task, tokenizer = find_task(teacher), None

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__ if words[0] == "--version" else usage())
         return 0
     if not words or words[0] not in COMMANDS:
-        found = f"{words[0]!r} is no command" if words else "no command is given"
+        found = f"{words[0]!r} is not a command" if words else "no command is given"
         print(f"hf-dis: error: {found}: it has to be one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:

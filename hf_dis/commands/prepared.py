@@ -1,4 +1,4 @@
-"""Data sets as a teacher is given them by ``hf-dis cache``; a training from the cache prepares them the same way."""
+"""Datasets as ``hf-dis cache`` gives them to a teacher; a training from the cache prepares them the same way."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def load_cifar100(
 
     Raises:
         DataError: if the files are missing, not the official ones, damaged or hostile, or if there is no
-            ``data_dir`` and the Hub is out of reach.
+            ``data_dir`` and the Hub is unreachable.
     """
     cache_dir = None if cache_dir is None else str(cache_dir)
     if data_dir is None:
@@ -104,7 +104,7 @@ def _load_from_hub(cache_dir: str | None, num_proc: int | None) -> datasets.Data
         loaded = datasets.load_dataset(HUB_NAME, cache_dir=cache_dir, num_proc=num_proc)
     except ConnectionError as error:
         raise DataError(
-            f"No data_dir was given and the Hugging Face Hub is out of reach: {error}. Either download "
+            f"No data_dir was given and the Hugging Face Hub is unreachable: {error}. Either download "
             f"{ARCHIVE} from {HOMEPAGE} and pass its path as data_dir= (--data_dir on the command line), or "
             f"connect to the network, with HF_HUB_OFFLINE unset, for the Hub's copy, {HUB_NAME}."
         ) from error
@@ -188,7 +188,7 @@ def _content_digest(source: Path, verify_checksum: bool) -> str:
         if verify_checksum and md5.hexdigest() != official:
             raise DataError(
                 f"{path} has the md5 checksum {md5.hexdigest()}, the official file has {official}: it is "
-                f"another file, or was damaged or altered on the way. {REMEDY} To use it as it is, pass "
+                f"a different file, or was damaged or altered on the way. {REMEDY} To use it as it is, pass "
                 "verify_checksum=False (--no_verify_checksum)."
             )
     return digest.hexdigest()[:16]

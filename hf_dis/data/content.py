@@ -19,4 +19,5 @@ class ContentConfig(datasets.BuilderConfig):
     digest: str = field(init=False)
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: Any = None) -> str:
+        """Names the cache by the digest alone."""
         return super().create_config_id({"digest": self.digest}, custom_features)

@@ -91,7 +91,7 @@ class GlyphsConfig(ContentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.size < MIN_SIZE:
-            raise DataError(f"size={self.size} pixels is too small to tell characters apart: use {MIN_SIZE} or more.")
+            raise DataError(f"size={self.size} pixels is too small to recognise characters: use {MIN_SIZE} or more.")
         if self.min_faces < 1:
             raise DataError(f"min_faces={self.min_faces} should be 1 or more.")
         for name in ("font_files", "test_faces"):
@@ -111,7 +111,9 @@ class GlyphsConfig(ContentConfig):
         if missing := [path for path in self.font_files if not path.is_file()]:
             raise DataError(f"There is no font file {missing[0]}: check font_files.")
         if repeated := [face for face, count in Counter(self.faces).items() if count > 1]:
-            raise DataError(f"{repeated[0]} is in font_files more than once: faces are told apart by file name.")
+            raise DataError(
+                f"{repeated[0]} is in font_files more than once: file names identify faces, so give each file once."
+            )
         known = f"The faces given are {', '.join(self.faces) or 'none'}"
         if unknown := [face for face in self.test_faces if face not in self.faces]:
             raise DataError(f"test_faces names {unknown[0]!r}, which font_files lacks. {known}.")
@@ -248,7 +250,7 @@ def _check_ranges(cmap: bytes) -> None:
         (offset,) = struct.unpack_from(">L", cmap, 8 + 8 * record)
         (kind,) = struct.unpack_from(">H", cmap, offset)
         if kind not in (12, 13):
-            continue  # the others name each character, or those of the basic plane
+            continue  # other kinds name each character, or those of the basic plane
         (num_groups,) = struct.unpack_from(">L", cmap, offset + 12)
         groups = struct.iter_unpack(">LLL", cmap[offset + 16 : offset + 16 + 12 * num_groups])
         count = sum(last - first + 1 for first, last, _ in groups)

@@ -47,11 +47,11 @@ LISTED = 10  # names in a message, at most
 def load_market1501(data_dir: str | Path, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
     """Loads Market-1501 (Zheng et al., ICCV 2015), splits ``train``, ``query`` and ``gallery``.
 
-    The columns are ``image``; ``pid``, the identity, and ``camid``, the camera, from 1 on, both as in the file's name;
-    ``label``, the class of the identity among the sorted identities of ``train``; and ``kind``. Identities that
-    ``train`` lacks have the label -1, the mark of Datasets for a missing label. These are all identities of the
-    official ``query`` and ``gallery``. The gallery keeps its distractors (false detections: pid 0, kind
-    ``distractor``) and its junk (boxes that count neither as right nor as wrong: pid -1, kind ``junk``).
+    The columns are ``image``, ``pid``, ``camid``, ``label`` and ``kind``. ``pid`` is the identity and ``camid`` the
+    camera, from 1 on, both as in the file's name. ``label`` is the class of the identity among the sorted ones of
+    ``train``. Identities that ``train`` lacks have the label -1, the mark of Datasets for a missing label. These are
+    all identities of the official ``query`` and ``gallery``. The gallery keeps its distractors (false detections: pid
+    0, kind ``distractor``) and its junk (boxes that count neither as right nor as wrong: pid -1, kind ``junk``).
 
     A warning gives the differences where the numbers of images and training identities are not the official ones.
 
@@ -62,7 +62,7 @@ def load_market1501(data_dir: str | Path, *, cache_dir: str | Path | None = None
         cache_dir: folder of the built dataset; None: the cache of Hugging Face Datasets.
 
     Raises:
-        DataError: if a split's folder is missing or empty, files are not named in the official format or are no
+        DataError: if a split's folder is missing or empty, files are not named in the official format or are not
             images, or the archive is damaged or hostile; names the files.
     """
     builder = Market1501(cache_dir=None if cache_dir is None else str(cache_dir), data_dir=str(data_dir))
@@ -221,7 +221,9 @@ def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
     if member.flag_bits & 1:
         raise DataError(f"{path}: {name} is encrypted. {REMEDY}")
     if name.endswith(".jpg") and member.file_size > MAX_IMAGE_BYTES:
-        raise DataError(f"{path}: {name} unpacks to more than {MAX_IMAGE_BYTES >> 20} MiB: it is no image. {REMEDY}")
+        raise DataError(
+            f"{path}: {name} unpacks to more than {MAX_IMAGE_BYTES >> 20} MiB: it is not an image. {REMEDY}"
+        )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A pickle is a program: ``pickle.load`` runs any function that a hostile pickle names. Here the globals in pickled
 NumPy arrays stand for the small classes below, which only record numbers, and every other global is refused.
-NumPy's own constructors are out of reach too, because with a forged dtype they build arrays of raw pointers. A
+NumPy's own constructors are refused too, because with a forged dtype they build arrays of raw pointers. A
 pickle of a few bytes cannot claim gigabytes of memory.
 """
 

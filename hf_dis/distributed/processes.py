@@ -95,7 +95,7 @@ def of_first_process(compute: Callable[[], T]) -> T:
     """Computes a value on the first process and returns it on every process; call it on every process.
 
     Args:
-        compute: is called on the first process only; its value is pickled for the others.
+        compute: is called on the first process only; its value is pickled for the other processes.
     """
     values = [compute() if process_index() == 0 else None]
     if num_processes() > 1:

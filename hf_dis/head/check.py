@@ -54,7 +54,7 @@ def check_head(
             raise  # a RuntimeError too, and no fault of the head
         except RuntimeError as error:
             raise ValueError(
-                f"{type(model).__name__} cannot go on from the output of {layers} at sampled classes ({error}): "
+                f"{type(model).__name__} cannot continue from the output of {layers} at sampled classes ({error}): "
                 f"{remedy}"
             ) from error
     if not full.isfinite().all():
@@ -77,7 +77,7 @@ def check_head(
 
 @torch.no_grad()
 def splits_at_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor], after_head: AfterHead) -> bool:
-    """Tells if a model's logits follow from the input of its head, so that a loss can compute them from there.
+    """Returns True if a model's logits follow from the input of its head, so that a loss can compute them from there.
 
     The head has to be one ``nn.Linear``, called once and without hooks. The logits of a few examples are compared.
     Model and random state are left as they were.
@@ -167,7 +167,7 @@ def _check_tied(head: str, other: str, module: nn.Module) -> None:
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
-    """Tells if a layer computes ``h Wᵀ + b`` and nothing else, from a weight that is at hand."""
+    """Returns True if a layer computes ``h Wᵀ + b`` and nothing else, from a weight on this process."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return (
         type(layer).forward is nn.Linear.forward

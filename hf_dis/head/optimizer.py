@@ -62,7 +62,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
 
     def _init_group(self, group: dict[str, Any], params_with_grad: list[Tensor], *lists: list[Tensor]) -> bool:
-        """Gives the parameters with dense gradients to torch's ``step``, and steps the others here."""
+        """Gives the parameters with dense gradients to torch's ``step``, and steps the row-sparse ones here."""
         dense = []
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -71,8 +71,8 @@ class RowSparseAdamW(torch.optim.AdamW):
                 if state and by_row != (state["step"].dim() == 1):
                     raise RuntimeError(
                         f"the gradient of a parameter of shape {tuple(parameter.shape)} is "
-                        f"{'sparse' if by_row else 'dense'} in this step and was not before: moments are kept by row "
-                        "or as a whole; sample classes in every step or in none, or make a new optimizer"
+                        f"{'sparse' if by_row else 'dense'} in this step and was not before. Moments are kept by row "
+                        "or as a whole: sample classes in every step or in none, or make a new optimizer"
                     )
                 if by_row:
                     self._step_rows(parameter, group)

@@ -70,7 +70,7 @@ def weighted_rows(
         scales: ``[N, R + K_t]``.
         weight: of the head, ``[C, d]``.
         item_ids, tail_ids: as for :func:`sampled_logits`.
-        tail_rows: the rows of the tails' classes in that type, ``[G, K_t, d]``, where they are at hand.
+        tail_rows: the rows of the tails' classes in that type, ``[G, K_t, d]``; None: they are gathered here.
     """
     tail_ids = tail_ids[: max(1, len(scales))]
     own, shared = scales.split([item_ids.shape[1], tail_ids.shape[1]], dim=1)

@@ -44,8 +44,8 @@ class _Sampled(NamedTuple):
         elif leading != self.item_ids.shape[:1]:
             raise ValueError(
                 f"the head {type(layer).__name__} got features of shape {tuple(features.shape)} for "
-                f"{len(self.item_ids)} items of sampled classes: it has to get one feature vector per item, [N, d], "
-                "or a sequence of vectors per item, [N, S, d]; name another head with head_name, or use "
+                f"{len(self.item_ids)} items of sampled classes. It has to get one feature vector per item, [N, d], "
+                "or a sequence of vectors per item, [N, S, d]: name another head with head_name, or use "
                 "head_mode='exact'"
             )
         return self._logits(layer, features, self.item_ids)

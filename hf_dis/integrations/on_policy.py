@@ -67,9 +67,9 @@ class DISOnPolicyTrainer(TRLHost, DistillationTrainer):
         **kwargs: as for the mixin and ``DistillationTrainer``.
 
     Raises:
-        ValueError: as the mixin; if prompts have no chat template and need one; if teacher and student have different
-            chat templates; if a cache is given; if the student reads more than text. In training: if a prompt or a
-            completion has no token.
+        ValueError: as the mixin. Also if prompts need a chat template and have none, or if teacher and student have
+            different chat templates. Also if a cache is given, or if the student reads more than text. In training:
+            if a prompt or a completion has no token.
     """
 
     config_class = DISOnPolicyConfig

@@ -1,4 +1,4 @@
-"""The settings of the method where the student writes the text: one home for TRL's ``beta`` and our ``divergence``."""
+"""Settings of the method where the student writes the text; joins TRL's ``beta`` and our ``divergence``."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def check_prompts(
         if tokenizer.chat_template is None:
             raise ValueError(
                 "the prompts are lists of messages, and the student's tokenizer has no chat template to make a text "
-                "of them: set tokenizer.chat_template, take the tokenizer of a chat model as processing_class, or "
+                "of them. Set tokenizer.chat_template, take the tokenizer of a chat model as processing_class, or "
                 "give the prompts as text"
             )
         example = {"messages": prompt, "chat_template_kwargs": template_keywords}
@@ -145,13 +145,13 @@ def check_prompts(
     elif tokenizer.chat_template is not None and not any(token in prompt for token in tokenizer.all_special_tokens):
         logger.warning_once(
             f"the first prompt is the text {prompt[:40]!r}, without a special token, and the tokenizer has a chat "
-            "template, which is applied to messages only: if the student is a chat model, give each prompt as a list "
+            "template, which is applied to messages only. If the student is a chat model, give each prompt as a list "
             'of messages, [{"role": "user", "content": ...}]'
         )
 
 
 def check_prompt_tokens(prompts: Sequence[Sequence[int]]) -> None:
-    """Checks that the student has something to go on from.
+    """Checks that no prompt is empty.
 
     Args:
         prompts: token ids of each prompt.
@@ -162,8 +162,8 @@ def check_prompt_tokens(prompts: Sequence[Sequence[int]]) -> None:
     empty = [number for number, ids in enumerate(prompts) if not len(ids)]
     if empty:
         raise ValueError(
-            f"{len(empty)} of {len(prompts)} prompts of a batch have no token (the first one is number {empty[0]}): "
-            "remove empty prompts from the dataset, or use a tokenizer that adds a token at the start"
+            f"{len(empty)} of {len(prompts)} prompts of a batch have no token (the first one is number {empty[0]}). "
+            "Remove empty prompts from the dataset, or use a tokenizer that adds a token at the start"
         )
 
 
@@ -186,7 +186,7 @@ def check_completions(completions: Sequence[Sequence[int]]) -> None:
 
 
 def warn_of_lengths(longest: float, clipped: float, limit: tuple[str, int | None]) -> None:
-    """Warns once if no completion of a batch has an end, and once if all of them are nothing but the end.
+    """Warns once if no completion of a batch has an end, and once if all completions are the end-of-text token alone.
 
     Args:
         longest: tokens of the longest completion of all processes.

@@ -1,4 +1,4 @@
-"""Checks of what a DISSFTTrainer is made with: what was given, what it has to be, what to do."""
+"""Checks of the arguments of a DISSFTTrainer; each error has the value, the expectation and the remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_config(args: DISSFTConfig) -> None:
     """Checks the settings of SFT that exclude distillation by sampled classes.
 
     Raises:
-        ValueError: if ``loss_type`` is another than the default.
+        ValueError: if ``loss_type`` is not the default.
     """
     if args.loss_type != "nll":
         raise ValueError(
@@ -70,7 +70,7 @@ def check_chat_template(
         tokenizer: the student's.
         teacher_tokenizer: the teacher's, if known; one without a chat template is not compared.
         example: a conversation in the form of TRL's datasets, ``messages``, or ``prompt`` and ``completion``; None
-            where the data is no conversations.
+            where the data does not hold conversations.
 
     Raises:
         ValueError: if the texts differ; shows where.

@@ -50,9 +50,9 @@ class DISSFTConfig(DISArguments, SFTConfig):
 class DISSFTTrainer(TRLHost, SFTTrainer):
     """Distils a teacher into a student on what ``trl.SFTTrainer`` prepares.
 
-    The data may be conversations, prompts with completions, or text, packed or padding-free, with the loss on all
-    tokens or on the answers alone; the student may get a PEFT adapter by ``peft_config``, not on its output head. The
-    teacher answers for the same tokens as the student.
+    The data may be conversations, prompts with completions, or text. It may be packed or padding-free, with the loss
+    on all tokens or on the answers alone. The student may get a PEFT adapter by ``peft_config``, but not on its output
+    head. The teacher computes logits of the same tokens as the student.
 
     Arguments, attributes and errors are those of :class:`hf_dis.DISTrainerMixin`; ``args`` is a
     :class:`DISSFTConfig`, and ``**kwargs`` are as for ``SFTTrainer``. Of SFT's logs ``num_tokens`` and ``aux_loss``

@@ -1,4 +1,4 @@
-"""What all hosts of TRL share: their own batches, the student's entropy, and the model card."""
+"""Hooks that all hosts of TRL share: their own batches, the student's entropy, and the model card."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class ForwardKL(Divergence):
     """KL(p ‖ s), the divergence of Hinton et al. (arXiv 1503.02531): the student covers all that the teacher does.
 
     Estimate: ``Σ p̂ (log p - u) + log Ẑ`` with ``log Ẑ = logsumexp(u + log ω)``. The normaliser makes the estimate
-    consistent, not unbiased: its bias falls as 1/K. With all classes sampled for certain it is the exact loss.
+    consistent, not unbiased: its bias falls as 1/K. With all classes sampled with certainty it is the exact loss.
     """
 
     name: ClassVar[str] = "forward_kl"
@@ -190,7 +190,7 @@ class ForwardKL(Divergence):
         """As :meth:`Divergence.centres`: s about its mean row, and p of each stratum about that of the stratum."""
         student = result.log_student.exp()
         pairs = [(student, student * sample.log_weights.exp())]
-        # Certain classes keep their probability; the others share the rest of their stratum's mass.
+        # Certain classes keep their probability; the other classes share the rest of their stratum's mass.
         ratio = sample.target.masked_fill(sample.certain, 0)
         minus = sample.log_probs.exp().neg_()
         is_shared = torch.arange(ratio.shape[1], device=ratio.device) >= sample.item_ids.shape[1]

@@ -12,7 +12,7 @@ def sampled_entropy(logits: Tensor, log_weights: Tensor) -> Tensor:
     """-Σ s log s over all classes, s = softmax(z), estimated from the sampled classes as ``-Σ ω ŝ log ŝ``.
 
     ``log ŝ = z - logsumexp(z + log ω)``. The normaliser makes the estimate consistent, not unbiased: its bias falls as
-    1/K. With all classes sampled for certain the estimate is the entropy.
+    1/K. With all classes sampled with certainty the estimate is the entropy.
 
     Args:
         logits: the student's, of the sampled classes, ``[N, K]``; a constant added to all logits of an item has no

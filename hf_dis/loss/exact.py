@@ -114,7 +114,7 @@ class ExactTerms(ABC):
             del chunk  # the next chunk is computed without this one in memory
 
     def terms(self) -> Losses:
-        """The terms ``kd_loss``, ``ce_loss`` and ``kl``, ``[N]`` each, as far as there are any.
+        """The terms ``kd_loss``, ``ce_loss`` and ``kl``, ``[N]`` each; absent ones are left out.
 
         Raises:
             ValueError: if the teacher answered for fewer than N items.
@@ -223,7 +223,7 @@ def exact_loss(
         divergence: KD.
 
     Returns:
-        the loss ``[N]``, and its terms ``kd_loss`` and ``ce_loss`` ``[N]`` as far as there are any, without gradient.
+        the loss ``[N]``, and its existing terms among ``kd_loss`` and ``ce_loss``, ``[N]`` each, without gradient.
     """
     exact = LogitsLoss(logits, Objective(num_classes, labels, temperature, hard_label_weight, divergence))
     exact.add_all(teacher)
@@ -263,8 +263,8 @@ def exact_losses(
         divergence: KD.
 
     Returns:
-        ``kd_loss``, ``ce_loss``, ``kl`` and, with another divergence than the forward KL, the divergence under its
-        name, ``[N]`` each, as far as there are any.
+        ``kd_loss``, ``ce_loss``, ``kl`` and, unless the divergence is the forward KL, the divergence under its
+        name, ``[N]`` each; absent ones are left out.
     """
     objective = Objective(num_classes, labels, temperature, divergence=divergence)
     exact = _OfStudent(student, objective, num_items, block_items, with_kl)

@@ -22,7 +22,7 @@ from hf_dis.models.after_head import AfterHead
 from hf_dis.precision import product_type
 from hf_dis.teacher.cached import CachedTargets
 
-# Of the [n, C] logits of a block. Each block reads the whole head and adds to a gradient of its size: a processor took
+# Of the [n, C] logits of a block. Each block reads the whole head and adds to a gradient of its size. A processor took
 # 28% longer with blocks of 16 items than with 67, at a million classes.
 BLOCK_BYTES = 2**28
 # Elements of a product that is added to a gradient of a wider type.
@@ -50,7 +50,7 @@ class HeadInput(NamedTuple):
 
     @property
     def parameters(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What gets a gradient: features, weight and bias."""
+        """Tensors that get a gradient: features, weight and bias."""
         return self.features, self.weight, self.bias
 
     def detached(self, num_classes: int) -> HeadInput:
@@ -134,7 +134,7 @@ def exact_head_loss(
         divergence: KD.
 
     Returns:
-        the loss ``[N]``, and its terms ``kd_loss`` and ``ce_loss`` ``[N]`` as far as there are any, without gradient.
+        the loss ``[N]``, and its existing terms among ``kd_loss`` and ``ce_loss``, ``[N]`` each, without gradient.
     """
     head = HeadInput(features, weight, bias, product_type(features))
     exact = HeadLoss(head, Objective(len(weight), labels, temperature, hard_label_weight, divergence), teacher)
@@ -244,5 +244,5 @@ def _sum_type(parameter: Tensor) -> torch.dtype:
 
 
 def _are_equal(factors: Tensor) -> bool:
-    """Tells if all items count equally; waits for an accelerator if the loss was not simply summed."""
+    """Returns True if all items count equally; waits for an accelerator if the loss was not simply summed."""
     return len(factors) < 2 or factors.stride(0) == 0 or bool((factors == factors[0]).all())

@@ -51,7 +51,7 @@ class FDivergence(Divergence):
     the self-normalised estimate of the exact one, ``s_j (ψ_j - Σ s ψ)``. The signal is this gradient without ω_j.
 
     Bias: Ẑ is unbiased, and so is the sum for a given normaliser. The estimate is a smooth function of both. So the
-    estimate is consistent, and its bias falls as 1/K. With all classes sampled for certain it is the exact loss.
+    estimate is consistent, and its bias falls as 1/K. With all classes sampled with certainty it is the exact loss.
 
     Where student and teacher agree, p/ŝ is the same at all classes, so that the gradient is zero whatever the sample.
     """

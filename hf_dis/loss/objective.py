@@ -38,7 +38,7 @@ def mixture(terms: Losses, objective: Objective) -> Tensor:
     """Mixes the terms to (1 - λ) KD + λ CE, or returns the one that there is, ``[N]``.
 
     Args:
-        terms: ``kd_loss`` and ``ce_loss`` as far as there are any, ``[N]``.
+        terms: ``kd_loss`` or ``ce_loss`` or both, ``[N]``.
         objective: the loss.
     """
     kd, ce = terms.get("kd_loss"), terms.get("ce_loss")

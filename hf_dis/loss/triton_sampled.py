@@ -56,6 +56,7 @@ def forward_kl_kernel(
     temperature: tl.float64,
     BLOCK: tl.constexpr,
 ):
+    """A program computes the estimated forward KL of an item, its signal, log s, and its gradient."""
     dtype: tl.constexpr = loss.dtype.element_ty
     item = tl.program_id(0).to(tl.int64)
     logits += item * logits_stride
@@ -95,6 +96,7 @@ def cross_entropy_kernel(
     label,
     BLOCK: tl.constexpr,
 ):
+    """A program computes the estimated cross-entropy of an item, and its gradient."""
     dtype: tl.constexpr = loss.dtype.element_ty
     item = tl.program_id(0).to(tl.int64)
     logits += item * logits_stride
@@ -310,6 +312,7 @@ class SampledMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, *others):
+        """Returns loss, both terms, signal and log s; keeps the gradient for backward."""
         loss, divergence, cross_entropy, signal, log_student, gradient = mixture(logits, *others)
         ctx.dtype = logits.dtype
         ctx.save_for_backward(gradient)
@@ -319,5 +322,6 @@ class SampledMixture(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
+        """Scales the kept gradient by the gradient on the loss, ``[N]``."""
         (gradient,) = ctx.saved_tensors
         return scaled(grad, gradient, ctx.dtype), *(None,) * 7

@@ -22,7 +22,7 @@ def top_k_accuracy(ranked: Any, references: Any, k: Sequence[int] = (1, 5)) -> d
         ``{"top1": ..., "top5": ...}``, named after ``k``, each in [0, 1].
 
     Raises:
-        ValueError: if shapes or types are others, a reference is negative, or a ``k`` is below 1 or above m.
+        ValueError: if shapes or types differ from these, a reference is negative, or a ``k`` is below 1 or above m.
     """
     ranked, references = _check_inputs(ranked, references)
     if isinstance(k, int) or len(k) == 0 or min(k) < 1:

@@ -30,7 +30,7 @@ def reid_scores(
     """CMC and mAP by the single-query protocol of Market-1501 (Zheng et al., ICCV 2015).
 
     For each query the gallery is ranked by distance. Images of the query's identity from its own camera, and junk
-    (identity -1), are left out. All other images of another identity, distractors (0) included, count as wrong.
+    (identity -1), are left out. Images of all other identities, distractors (0) included, count as wrong.
     Average precision is the mean, over the query's matches, of the share of matches among the images up to there.
     Equal distances keep the gallery's order.
 
@@ -46,8 +46,8 @@ def reid_scores(
         the number of these queries; ``queries_without_match``, the number of the queries left out.
 
     Raises:
-        ValueError: if shapes or types are others, features are not finite, a query is junk, the distance is unknown,
-            a rank is below 1, or no query has a match.
+        ValueError: if shapes or types differ from these, features are not finite, a query is junk, the distance is
+            unknown, a rank is below 1, or no query has a match.
     """
     if distance not in ("cosine", "euclidean"):
         raise ValueError(f"distance is {distance!r}: it has to be 'cosine' or 'euclidean'")

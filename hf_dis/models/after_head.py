@@ -32,6 +32,7 @@ class AfterHead(NamedTuple):
         return cls(buffers.get("final_logits_bias"), scale, settings.get("final_logit_softcapping"))
 
     def __call__(self, logits: Tensor) -> Tensor:
+        """Applies the operations to the logits of the output layer, ``[n, C]``; returns logits of that shape."""
         if self.bias is not None:
             logits = logits + self.bias
         if self.scale != 1:

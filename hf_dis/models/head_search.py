@@ -50,7 +50,7 @@ def find_heads(model: nn.Module, num_classes: int, head_name: str | None = None)
         names = tuple(named or candidates)
         if len(names) != 1 and not _are_a_pair(names):
             raise ValueError(
-                f"cannot tell which layer of {type(base).__name__} is the output head with {num_classes} classes: "
+                f"the output head of {type(base).__name__} with {num_classes} classes was not found: "
                 f"candidates are {candidates or 'none'}; name it with head_name, or use head_mode='exact'"
             )
     return tuple(prefix + name for name in names)
@@ -111,7 +111,7 @@ def _layers_of_width(modules: dict[str, nn.Module], num_classes: int) -> list[st
 
 
 def _are_a_pair(names: tuple[str, ...]) -> bool:
-    """Tells if the names are those of a head and of a head for distillation beside it."""
+    """Returns True if the names are those of a head and of a head for distillation beside it."""
     return len(names) == 2 and names[0].count(".") == names[1].count(".") and sum("dist" in n for n in names) == 1
 
 
@@ -161,7 +161,7 @@ def _linear_layers(name: str, module: nn.Module) -> list[str]:
     if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
         raise ValueError(
             f"the weight of the output head {name!r} is a {type(weight).__name__} of {weight.dtype}: single rows of a "
-            "quantised or tensor-parallel weight cannot be read; load the student with the head left as it is "
+            "quantised or tensor-parallel weight cannot be read. Load the student with the head left as it is "
             f"(llm_int8_skip_modules, modules_to_not_convert; no tp_plan), {exact}"
         )
     return [name]

@@ -77,9 +77,9 @@ def find_task(model: nn.Module) -> Task:
     if is_own and hasattr(getattr(model, "config", None), "num_labels") and not _output_embeddings(model):
         return Task.CLASSIFICATION
     raise ValueError(
-        f"the task of {type(model).__name__} is not known: it has to be a transformers model, or derive from one, for "
-        f"one of {', '.join(task.value for task in Task)}, or have a config with num_labels; or use DISLoss in a loop "
-        "of your own"
+        f"the task of {type(model).__name__} is not known. It has to be a transformers model, or derive from one, for "
+        f"one of {', '.join(task.value for task in Task)}, or have a config with num_labels. Otherwise use DISLoss in "
+        "a loop of your own"
     )
 
 
@@ -103,7 +103,7 @@ def find_items(
         stored, positions: as for :func:`hf_dis.items.token_items`.
 
     Raises:
-        ValueError: if the labels have another shape, or no column gives the number of tokens.
+        ValueError: if the labels have a different shape, or no column gives the number of tokens.
         DataError: as :func:`hf_dis.items.token_items`.
     """
     if not task.has_token_items:
@@ -174,7 +174,7 @@ def num_outputs(model: nn.Module, task: Task) -> int:
     if config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1:
         raise ValueError(
             f"problem_type is {config.problem_type!r} and num_labels is {config.num_labels} in the configuration of "
-            f"{type(model).__name__}: distillation needs single-label classification with two classes or more; set "
+            f"{type(model).__name__}: distillation needs single-label classification with two classes or more. Set "
             "problem_type to None and num_labels to the number of classes"
         )
     return config.num_labels

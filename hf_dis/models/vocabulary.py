@@ -53,7 +53,7 @@ def shared_classes(
     if teacher_width != width:
         raise ValueError(
             f"the teacher's vocabulary has {teacher_width} entries, the student's {width}: the first "
-            f"{min(width, teacher_width)} have to be the same tokens, which only the tokenizers tell; pass the "
+            f"{min(width, teacher_width)} have to be the same tokens, which only the tokenizers show. Pass the "
             "student's tokenizer as processing_class and the teacher's as teacher_processing_class"
         )
     return width

@@ -18,7 +18,7 @@ MOSTLY_CERTAIN = 0.9
 # logarithm, a part of every item's loss, is too low by about 1/(2 ESS), which is 0.05 at ESS 10.
 SMALL_SAMPLE = 10
 
-# ‖ĝ - g‖ > ‖g‖: the gradient of a batch has more noise than content. Where unbiased, its cosine is below 1/√2.
+# ‖ĝ - g‖ > ‖g‖: the error of the gradient is larger than the gradient. Where unbiased, its cosine is below 1/√2.
 NOISY_GRADIENT = 1.0
 
 # The error that is estimated from the sample.
@@ -62,8 +62,8 @@ def advice(values: Log) -> list[str]:
     if error is not None and error > NOISY_GRADIENT:
         cosine = f" (cosine {values['probe/cosine']:.2f})" if "probe/cosine" in values else ""
         found.append(
-            f"relative error {error:.2f} of the gradient{cosine}: more noise than content. Raise {more}, or the batch "
-            "size, or lower learning_rate."
+            f"relative error {error:.2f} of the gradient{cosine}: the error is larger than the gradient. Raise "
+            f"{more}, or the batch size, or lower learning_rate."
         )
     exact, sampled = values.get("probe/exact_kd_loss"), values.get("probe/sampled_kd_loss")
     if exact is not None and abs(sampled - exact) > LOSS_GAP * exact:

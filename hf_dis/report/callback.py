@@ -22,7 +22,7 @@ class DISReportCallback(TrainerCallback):
     The page loads nothing from elsewhere. ``records.jsonl`` beside it grows with every log, so that
     ``hf-dis report <output_dir>`` makes the page of a run that died. A resumed training continues the records of its
     folder, and another training replaces them. Only the main process writes. At every tenth step the parts of a step
-    are timed, for which an accelerator is waited for. The loggers of ``report_to`` get the logs without this callback.
+    are timed, which waits for an accelerator. The loggers of ``report_to`` get the logs without this callback.
 
     Args:
         trainer: the trainer that this callback is added to: ``trainer.add_callback(DISReportCallback(trainer))``.
@@ -36,7 +36,7 @@ class DISReportCallback(TrainerCallback):
             from hf_dis.report import page
         except ImportError as error:
             raise ImportError(
-                f"DISReportCallback draws with matplotlib, which cannot be imported ({error}): "
+                f"DISReportCallback plots with matplotlib, which cannot be imported ({error}): "
                 "pip install 'matplotlib>=3.9'"
             ) from error
         self._page, self.trainer = page, trainer
@@ -48,7 +48,7 @@ class DISReportCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begins the records anew, or goes on with those up to the step that the training resumes from."""
+        """Begins new records, or continues those up to the step that the training resumes from."""
         if not state.is_world_process_zero:
             return
         path = self._records(args)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-# Every so many steps one is timed. An accelerator has to be waited for there at the end of every part.
+# One of this number of steps is timed. There the clock waits for an accelerator at the end of every part.
 TIMED_STEPS = 10
 
 TEACHER, STUDENT, BACKWARD = "teacher and sampling", "student forward", "loss and backward"
@@ -39,7 +39,7 @@ class StepClock:
         self._hooks: list[RemovableHandle] = []  # on the student, within a timed step only
 
     def rest(self, step: int) -> None:
-        """Tells that a step, its logs and its evaluation are over: the data of the next step are read from here on.
+        """Ends a step, its logs and its evaluation: the data of the next step are read from here on.
 
         Args:
             step: the number of the next step.

@@ -16,7 +16,7 @@ from hf_dis.precision import widest
 from hf_dis.report.gradient_error import GradientError
 from hf_dis.sampling.sample import ClassSample
 
-# Larger errors of a gradient are not told apart.
+# Larger errors of a gradient are logged as this value.
 LARGEST_ERROR = 10.0
 
 
@@ -24,8 +24,9 @@ LARGEST_ERROR = 10.0
 def effective_sample_size(sample: ClassSample, log_student: Tensor) -> Tensor:
     """The effective sample size of each item in equally weighted classes, ``[N]``, between 1 and its columns.
 
-    Certain classes count in full. The others count as ``(Σ a)² / Σ a²``, where ``a = ω s`` is the share of a class in
-    the student's normaliser: 1 if one class has the whole share, their number if all shares are equal.
+    Certain classes count in full. The other classes count as ``(Σ a)² / Σ a²``, where ``a = ω s`` is the share of a
+    class in the student's normaliser. This is 1 if one class has the whole share, and the number of classes if all
+    shares are equal.
 
     Args:
         sample: the classes.
@@ -147,7 +148,7 @@ class RunningMeans:
             self._sums[name] = self._sums[name] + step if name in self._sums else step
 
     def pop(self, reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> dict[str, float]:
-        """The means since the last call; starts anew.
+        """The means since the last call, which are then cleared.
 
         Args:
             reduce: sums a dict of tensors over processes; not needed with one process.

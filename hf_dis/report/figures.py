@@ -1,7 +1,7 @@
 """The figures of a report as SVG that follows the page's colours; needs matplotlib.
 
-Lines and text are drawn in stand-in colours, which become variables of the page's style sheet: one figure serves light
-and dark pages. Names of runs and logs never enter an SVG: legends are text of the page.
+Lines and text have stand-in colours, which become variables of the page's style sheet: one figure serves light and
+dark pages. Names of runs and logs never enter an SVG: legends are text of the page.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Series:
 
 
 def curves(name: str, series: Sequence[Series], level: float | None = None) -> str:
-    """Draws curves over steps as SVG.
+    """Plots curves over steps as SVG.
 
     Args:
         name: of the figure, unlike those of other figures of the page.
@@ -79,7 +79,7 @@ def curves(name: str, series: Sequence[Series], level: float | None = None) -> s
 
 
 def proposals(name: str, snapshots: Sequence[dict[str, Any]]) -> str:
-    """Draws the fitted proposal and the measured signal at every snapshot as SVG; all but the last are hidden.
+    """Plots the fitted proposal and the measured signal at every snapshot as SVG; all but the last are hidden.
 
     Args:
         name: of the figure; snapshot i is the group with the id ``<name>-<i>``.

@@ -42,7 +42,7 @@ PANELS = (
         "Gradient error",
         ("dis/gradient_error", "probe/relative_error"),
         "Relative error of the sampled gradient, estimated from the sample, or measured by the probe. Above the "
-        "dashed line it has more noise than content.",
+        "dashed line the error is larger than the gradient.",
         NOISY_GRADIENT,
     ),
     Panel("Gradient direction", ("probe/cosine",), "Cosine of the sampled and the exact gradient; 1 is best."),
@@ -133,7 +133,7 @@ def _status(run: Run) -> str:
         return f"Evaluated without training, {time}."
     if run.has_ended:
         return f"Ended after step {step:,}{of}, {time}."
-    return f"No end is recorded: the run goes on, or died. The last record is of step {step:,}{of}, {time}."
+    return f"No end is recorded: the run continues, or died. The last record is of step {step:,}{of}, {time}."
 
 
 def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def record(kind: str, **content: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value for JSON: numbers, text, lists and dicts as they are; others as text of one line, cut where long."""
+    """A value for JSON: numbers, text, lists and dicts as they are; other values as one line of text."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Integral):
@@ -92,7 +92,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Reads a file of records. A last line that is cut short, as a process that died leaves it, does not count.
 
     Raises:
-        DataError: if the file cannot be read, or a line is no record; names the line.
+        DataError: if the file cannot be read, or a line is not a record; names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -103,10 +103,10 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             one = json.loads(line)
         except ValueError as error:
-            raise DataError(f"line {number} of {path} is no record: {error}; restore the file or delete it") from error
+            raise DataError(f"line {number} of {path} is not a record: {error}; restore or delete the file") from error
         if not isinstance(one, dict) or one.get("kind") not in KINDS:
             raise DataError(
-                f"line {number} of {path} is no record of a report: its kind has to be one of {', '.join(KINDS)}; "
+                f"line {number} of {path} is not a record of a report: its kind has to be one of {', '.join(KINDS)}; "
                 "restore the file or delete it"
             )
         found.append(one)
@@ -114,7 +114,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def before(records: Iterable[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    """The records that a training keeps which goes on from a step: those up to this step, without ends."""
+    """The records that a training keeps when it resumes from a step: those up to this step, without ends."""
     return [one for one in records if one["kind"] != "end" and one.get("step", 0) <= step]
 
 
@@ -129,7 +129,7 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder: give the output_dir of a training with DISReportCallback")
+        raise DataError(f"{folder} is not a folder: give the output_dir of a training with DISReportCallback")
     places = [folder / FOLDER / RECORDS, folder / RECORDS]
     path = next((place for place in places if place.is_file()), None)
     if path is None:

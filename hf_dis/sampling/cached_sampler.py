@@ -1,6 +1,6 @@
 """The sampler for stored teacher targets.
 
-A stored item has m ranked classes with their probabilities, and a stored sample of T classes for all others. The
+A stored item has m ranked classes with their probabilities, and a stored sample of T classes for the rest. The
 target of the loss lies on these classes alone. The student's normaliser needs the student alone. So every item
 computes its stored classes with certainty, and further classes are sampled for the normaliser only.
 """
@@ -27,11 +27,12 @@ from hf_dis.teacher.compact import TargetLayout
 
 
 class CachedSampler(ClassSampler):
-    """Samples for stored targets: each item's stored classes, and others for the student's normaliser.
+    """Samples for stored targets: each item's stored classes, and more classes for the student's normaliser.
 
     - ``num_shared = 0``: all stored classes, and K classes per item, uniformly from those that are not ranked.
-    - ``num_shared = K_t``: the ranked classes, K classes of the stored sample, other ones in each step (all of them if
-      K >= T), and a tail of K_t classes that items share, sampled from the proposal over classes.
+    - ``num_shared = K_t``: the ranked classes, K classes of the stored sample, and a tail of K_t classes that items
+      share. The K classes differ from step to step; with K >= T they are the whole stored sample. The tail is sampled
+      from the proposal over classes.
 
     A sampled class that the item has stored is not used a second time. The further classes have no part in the target,
     so that the proposal learns the student's probability there.

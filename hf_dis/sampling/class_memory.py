@@ -14,7 +14,7 @@ from hf_dis.sampling.tails import by_tail
 class ClassMemory:
     """A density over classes by the disagreement of teacher and student outside the items' ranked classes.
 
-    Keeps a running mean of the squared signal, renewed only at sampled classes, and the teacher's running class
+    Keeps a running mean of the squared signal, renewed only at sampled classes. Also keeps the teacher's running class
     marginal, which is known for every class and follows the data at once.
 
     Args:

@@ -44,8 +44,8 @@ def inclusion_probabilities(density: Tensor, num_sampled: int, last_size: int = 
 def capping_scale(density: Tensor, num_sampled: int, last_size: int = 1) -> Tensor:
     """κ of :func:`inclusion_probabilities`, ``[..., 1]``; takes its arguments, with fewer classes sampled than exist.
 
-    With the j largest entries capped, κ_j = (K - j) / (sum of the others). κ_j rises with j as long as the next entry
-    is to be capped, κ_j · density > 1, and falls from there on. So κ is the largest of them.
+    With the j largest entries capped, κ_j = (K - j) / (sum of the other entries). κ_j rises with j as long as the
+    next entry is to be capped, κ_j · density > 1, and falls from there on. So κ is the largest κ_j.
     """
     most = min(num_sampled, density.shape[-1])
     sums = density if last_size == 1 else torch.cat([density[..., :-1], last_size * density[..., -1:]], -1)
@@ -152,7 +152,7 @@ class Updates(NamedTuple):
     start: float
 
     def weights(self, sizes: Tensor, exists: Tensor | None = None) -> Tensor:
-        """Samples by capped PPS: ω = 1/π of the classes that are kept, 0 of the others, ``[E]``.
+        """Samples by capped PPS: ω = 1/π of the classes that are kept, 0 of the dropped classes, ``[E]``.
 
         ``number`` classes are kept, or fewer where sizes are so uneven that further steps would cap more. All classes
         are kept where there are at most ``number``.

@@ -17,7 +17,7 @@ from hf_dis.teacher.targets import TeacherTargets
 
 
 class Proposal:
-    """A proposal that never learns: uniform over ranks and classes. The base of the others.
+    """A proposal that never learns: uniform over ranks and classes. The base class of all proposals.
 
     Args:
         num_classes: C.
@@ -95,7 +95,7 @@ class TopKProposal(Proposal):
         self.num_sampled = num_sampled
 
     def rank_density(self, answers: Answers | TeacherTargets) -> Tensor:
-        """One for the first K ranks, zero for all others, ``[B]``."""
+        """One for the first K ranks, zero for all other ranks, ``[B]``."""
         return (torch.arange(self.num_entries, device=self.device) < self.num_sampled).to(widest(self.device))
 
 

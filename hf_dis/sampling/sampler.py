@@ -256,7 +256,7 @@ def make_sampler(
         device: of the teacher's targets.
 
     Raises:
-        TypeError: if C is no whole number.
+        TypeError: if C is not a whole number.
         ValueError: if C is below 1, or ``spec`` asks for more classes per item than ranks are resolved.
     """
     require_number("num_classes", num_classes, int)

@@ -79,7 +79,7 @@ def sample_tails(density: Tensor, num_sampled: int, num_tails: int, generator: t
         scale = tail_scale(density.topk(num_sampled).values, density.sum(), num_classes)
         cumulative = torch.minimum(density, scale[1]).cumsum(0)
         return Tails(*tail_ids(cumulative, density, scale, to_device(starts, density.device), num_sampled))
-    # At most K_t classes can be capped, and they are the largest; all others are one entry of their mean size.
+    # At most K_t classes can be capped, and they are the largest. All other classes are one entry of their mean size.
     largest = density.topk(num_sampled).values
     num_others = num_classes - num_sampled
     others = ((density.sum() - largest.sum()) / num_others).clamp_min(torch.finfo(dtype).tiny)
@@ -91,7 +91,7 @@ def sample_tails(density: Tensor, num_sampled: int, num_tails: int, generator: t
 
 
 def is_member(ids: Tensor, tail_ids: Tensor) -> Tensor:
-    """Tells which classes of its tail an item holds among its own.
+    """Marks the classes of its tail that an item holds among its own.
 
     Args:
         ids: classes of each item, ``[N, m]``.

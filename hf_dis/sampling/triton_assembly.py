@@ -89,7 +89,7 @@ def _share(weighted, peak, total, rest):
 
 @triton.jit
 def _masses(ids, log_probs, depth, label, label_prob, BLOCK_DEPTH: tl.constexpr):
-    """Sums the teacher's probability of the ranked classes, and of all others, without that of the label."""
+    """Sums the teacher's probability of the ranked classes, and of all other classes, without that of the label."""
     place = tl.arange(0, BLOCK_DEPTH)
     ranked = tl.load(ids + place, place < depth, -1)
     mass = tl.sum(tl.exp(tl.load(log_probs + place, place < depth, float("-inf"))), 0)

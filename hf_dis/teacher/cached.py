@@ -2,7 +2,7 @@
 
 A stored item knows m ranked classes exactly, and T classes that stand for its tail. Nothing is known of all other
 classes. The target of the loss lies on the stored classes alone, and the student's normaliser needs the student alone.
-So every item computes its stored classes for certain, and further classes are sampled for the normaliser only.
+So every item computes all its stored classes, and further classes are sampled for the normaliser only.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class CachedTeacher:
             check_values: look into the targets; on an accelerator this waits for the device.
 
         Raises:
-            DataError: if the batch has no targets, or the targets of another number of items, or unsound targets.
+            DataError: if the batch has no targets, or targets of a different number of items, or unsound targets.
         """
         if items.targets is None:
             raise DataError(
@@ -163,7 +163,7 @@ def unpack_targets(layout: TargetLayout, packed: Tensor, check_values: bool) -> 
         sound = in_range & ((mass - 1).abs() < 0.1) & (targets.entropy + targets.log_normaliser).isfinite()
         if not sound.all():
             raise DataError(
-                f"{int((~sound).sum())} of {len(sound)} stored items are no answer about {layout.num_classes} "
+                f"{int((~sound).sum())} of {len(sound)} stored items do not fit {layout.num_classes} "
                 "classes: class ids have to be below that, and probabilities have to sum to one. The cache was not "
                 "written by hf_dis, or was altered since; write it again"
             )
@@ -171,7 +171,7 @@ def unpack_targets(layout: TargetLayout, packed: Tensor, check_values: bool) -> 
 
 
 def _are_ranked(ids: Tensor, ranked: Tensor) -> Tensor:
-    """Tells which ids, ``[n, T]``, are among the ranked classes of their item, ``[n, m]``: bool, ``[n, T]``."""
+    """Marks the ids, ``[n, T]``, that are among the ranked classes of their item, ``[n, m]``: bool, ``[n, T]``."""
     if not ranked.shape[1]:
         return torch.zeros_like(ids, dtype=torch.bool)
     in_order = ranked.sort(1).values

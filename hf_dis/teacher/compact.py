@@ -115,8 +115,9 @@ def _first_unranked(ids: Tensor) -> Tensor:
 class TargetLayout:
     """The layout of an item's targets in bytes, the same number for every item.
 
-    In this order, least significant bit and byte first: m + T ids of ``id_bits`` bits each, filled up to a whole
-    byte; m log-probabilities, the log tail mass and the entropy in float16; the log-normaliser in float32.
+    The least significant bit and byte come first. First are m + T ids of ``id_bits`` bits each, filled up to a whole
+    byte. Then follow m log-probabilities, the log tail mass and the entropy in float16, and the log-normaliser in
+    float32.
 
     Args:
         num_classes: C.

@@ -57,7 +57,7 @@ class OnlineTeacher:
     def fingerprint(self) -> str:
         """A digest of the teacher's weights, 16 characters, from at most 128 values of each weight.
 
-        Values that are out of reach on the meta device stand for their name, shape and type.
+        Values on the meta device are unreachable; they stand for their name, shape and type.
         """
         digest = hashlib.sha256()
         for name, tensor in stored_values(self.model):
@@ -81,7 +81,7 @@ class OnlineTeacher:
             check_values: look for NaN and Inf; on an accelerator this waits for the device.
 
         Raises:
-            ValueError: if the logits have another number of columns than the model has classes, or mask classes that
+            ValueError: if the logits have more or fewer columns than the model has classes, or mask classes that
                 the student has, unless the teacher may.
             FloatingPointError: if the logits hold NaN or Inf; names the items.
         """

@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 class LogitStream:
     """Computes the logits of a model's items chunk by chunk, without gradient.
 
-    Where the output layer can be told from the rest, the model runs once, up to that layer. The layer is then applied
+    Where the output layer can be found, the model runs once, up to that layer. The layer is then applied
     to chunks of items, so memory is that of one chunk. The first batch compares this with the whole model.
     Otherwise the whole model runs on chunks of examples.
 
@@ -57,7 +57,7 @@ class LogitStream:
 
     @property
     def after_head(self) -> AfterHead:
-        """The operations after the output layer, read anew: moving a model replaces its buffers."""
+        """The operations after the output layer, read at each call: moving a model replaces its buffers."""
         return AfterHead.of(base_model(self.model))
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ class LogitStream:
 
     @torch.no_grad()
     def splits(self, inputs: dict[str, Tensor], items: Items) -> bool:
-        """Tells if the model can be split before its output layer.
+        """Returns True if the model can be split before its output layer.
 
         The first call compares the logits of one example.
 

@@ -23,7 +23,7 @@ ITEMS_OF_PART = 8  # a multiple of the usual numbers of tails, so that a part st
 # Enough items remain: the class mass shapes a proposal that is a running mean over steps.
 MASS_STRIDE, MASS_ITEMS = 8, 128
 
-# Classes per group in top_ranked: the highest logit of a group tells if the group can hold a best-ranked class.
+# Classes per group in top_ranked: the highest logit of a group shows if the group can hold a best-ranked class.
 GROUP = 8
 
 
@@ -267,6 +267,6 @@ def check_teacher_logits(logits: Tensor, num_classes: int, first_item: int = 0, 
         if bad.any():
             raise FloatingPointError(
                 f"the teacher's logits hold NaN or Inf in items {(bad.nonzero()[:, 0] + first_item).tolist()[:20]} of "
-                "the batch, or are -inf for all classes: check these inputs, and the teacher's precision (a float16 "
-                "teacher overflows at 65,504; try bfloat16)"
+                "the batch, or are -inf for all classes. Check these inputs, and the teacher's precision: a float16 "
+                "teacher overflows at 65,504, so try bfloat16"
             )

@@ -1,4 +1,4 @@
-"""Callbacks of every training: what will run is told at the start, and a training without items is ended."""
+"""Callbacks of every training: a line at the start on what will run, and the end of a training without items."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class NoItemsCheck(TrainerCallback):
         if not self.trainer.num_items_seen:
             raise ValueError(
                 "no token of the training data is supervised: all labels are -100 (the label of the first token does "
-                "not count in a causal language model); look at the data collator and at what masks the labels"
+                "not count in a causal language model). Check the data collator, and the code that masks the labels"
             )
 
 
 class OpeningLine(TrainerCallback):
-    """Tells in one line, at the start of a training, what will run.
+    """Logs one line at the start of a training about what will run.
 
     The line goes to stderr beside the progress bar, unless ``log_level`` is ``error`` or ``critical``. With
     ``disable_tqdm`` the line goes to the logger of this module, at the level ``info``. Other processes are quiet.

@@ -27,7 +27,7 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 PACKAGE = "hf_dis."
 UNKNOWN = "unknown"
 NOT_USED = "not used: every logit was computed"
-# Logs of an evaluation that are no property of the student.
+# Logs of an evaluation that do not describe the student.
 NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 

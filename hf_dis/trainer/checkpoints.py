@@ -1,7 +1,7 @@
 """Checkpoints: the sampler's state of each process, and weights under the names that the model gives them.
 
-A resumed run repeats the uninterrupted run. A warning or an error tells where it cannot, because a checkpoint is torn
-or the run was set up differently. docs/reliability.md has the rules.
+A resumed run repeats the uninterrupted run. A warning or an error is given where it cannot, because a checkpoint is
+torn or the run was set up differently. docs/reliability.md has the rules.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def compare_runs(trainer: DISTrainerMixin, checkpoint: str | None) -> Callable[[
         elif checkpoint is not None:
             _warn(
                 f"{checkpoint} has no {MANIFEST}: another trainer saved it, or save_only_model was set. The proposal "
-                "and its random samples start anew, so this run will not repeat the interrupted run"
+                "and its random samples start again, so this run will not repeat the interrupted run"
             )
 
     return restore
@@ -126,7 +126,7 @@ def restore_sampler(sampler: ClassSampler, checkpoint: str, processes: int, seed
     if shapes == saved:
         sampler.load_state_dict(state)
     else:
-        _warn(f"the proposal starts anew: its state was saved as {saved}, and these settings need {shapes}")
+        _warn(f"the proposal starts again: its state was saved as {saved}, and these settings need {shapes}")
         sampler.generator.set_state(state["generator"])
 
 
@@ -145,7 +145,7 @@ def load_as_from_pretrained(model: PreTrainedModel, checkpoint: str) -> None:
     """Loads a checkpoint's weights under the names that the model gives them.
 
     Some models (ViT, Swin, Dinov2, ...) save their weights under other names than their modules have. Trainer would
-    load the file's names as they are, warn, and go on with a random encoder.
+    load the file's names as they are, warn, and continue with a random encoder.
     """
     saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
@@ -164,21 +164,21 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     messages = _changed_settings(saved["settings"], now["settings"])
     if saved["teacher"] != now["teacher"]:
         messages.append(
-            f"teacher_model was another one when the checkpoint was saved: its fingerprint was {saved['teacher']} and "
-            f"is {now['teacher']} now; the run goes on with the latter"
+            f"teacher_model was a different one when the checkpoint was saved: its fingerprint was {saved['teacher']} "
+            f"and is {now['teacher']} now; the run continues with the latter"
         )
     if saved["processes"] != now["processes"]:
         messages.append(
             f"the checkpoint was saved by {saved['processes']} processes and is resumed by {now['processes']}: the "
-            "proposal goes on, and a process that is new samples from a seed of its own. Each process has other items "
+            "proposal continues, and a new process samples from a seed of its own. Each process has other items "
             "than before, so the run does not repeat the samples of the interrupted run"
         )
     examples, examples_now = saved.get("examples_per_step", now["examples_per_step"]), now["examples_per_step"]
     if examples != examples_now:
         messages.append(
             f"an optimizer step had {examples} examples when the checkpoint was saved and has {examples_now} now: the "
-            "run goes on at the same step, with other examples than the interrupted run. Keep "
-            "per_device_train_batch_size x gradient_accumulation_steps x processes to go on with the same examples"
+            "run continues at the same step, with other examples than the interrupted run. Keep "
+            "per_device_train_batch_size x gradient_accumulation_steps x processes to continue with the same examples"
         )
     return messages
 
@@ -196,5 +196,5 @@ def _changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 "checkpoint as the student of a new run"
             )
         goes_on = "the former, which the optimizer's state holds" if name == "head_learning_rate" else "the latter"
-        messages.append(f"{told}: the run goes on with {goes_on}")
+        messages.append(f"{told}: the run continues with {goes_on}")
     return messages

@@ -24,7 +24,7 @@ def check_config(trainer_class: type[DISTrainerMixin], args: Any) -> None:
         args: the configuration.
 
     Raises:
-        TypeError: if it is no instance of the trainer's ``config_class``.
+        TypeError: if it is not an instance of the trainer's ``config_class``.
     """
     if not isinstance(args, trainer_class.config_class):
         name, found, wanted = trainer_class.__name__, type(args).__name__, trainer_class.config_class.__name__
@@ -98,7 +98,7 @@ def _check_parallelism(tp_size: int, cp_size: int, sp_size: int) -> None:
         if size > 1:
             raise ValueError(
                 f"{name} is {size}: {cause}, which is unsupported, as classes are sampled for whole sequences and "
-                f"from a whole head; set {name} to 1 and use data parallelism, or FSDP or DeepSpeed for a model that "
+                f"from a whole head. Set {name} to 1 and use data parallelism, or FSDP or DeepSpeed for a model that "
                 "is too large for one device"
             )
 
@@ -141,7 +141,7 @@ def check_optimizer(trainer: DISTrainerMixin) -> None:
     if not trainer.distiller.row_sparse:
         return
     optimizer, optim = trainer.optimizer, trainer.args.optim
-    if isinstance(optimizer, AcceleratedOptimizer):  # of an earlier training, which the host goes on with
+    if isinstance(optimizer, AcceleratedOptimizer):  # of an earlier training, which the host continues
         optimizer = optimizer.optimizer
     kind = type(optimizer) if optimizer is not None else (trainer.optimizer_cls_and_kwargs or (None,))[0]
     if kind is not None and not issubclass(kind, RowSparseAdamW):

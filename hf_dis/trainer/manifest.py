@@ -1,4 +1,4 @@
-"""Whole and torn checkpoints, told apart by a manifest of the files that is written after all of them.
+"""Whole and torn checkpoints, recognised by a manifest of the files that is written after all of them.
 
 A process that is killed while it saves leaves a folder that looks like a checkpoint. The manifest lists the files of
 all processes with their sizes, and ``trainer_state.json`` is written last. A checkpoint is *torn* if
@@ -36,7 +36,7 @@ def write_manifest(folder: str | Path, run: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint; None if there is none, as in a checkpoint of another trainer."""
+    """The manifest of a checkpoint; None if there is none, as in a checkpoint of a plain Trainer."""
     path = Path(folder) / MANIFEST
     return json.loads(path.read_text()) if path.is_file() else None
 

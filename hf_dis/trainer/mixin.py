@@ -39,7 +39,7 @@ from hf_dis.trainer.saving import SavingHooks
 
 logger = logging.get_logger(__name__)
 
-# The quality of the sample changes slowly: it is measured every so many steps, and at least once between two logs.
+# The quality of the sample changes slowly: it is measured at one of this number of steps, and once between two logs.
 QUALITY_STEPS = 10
 
 
@@ -63,7 +63,7 @@ class DISTrainerMixin(SavingHooks):
         **kwargs: as for the host.
 
     Attributes:
-        distiller: the engine. A training or an evaluation outside training makes it anew if ``model_init`` made
+        distiller: the engine. A training or an evaluation outside training makes it again if ``model_init`` made
             another student, or the settings of the method in ``args`` have changed.
 
     Raises:
@@ -155,7 +155,7 @@ class DISTrainerMixin(SavingHooks):
         )
 
     def _checks_values(self) -> bool:
-        """Returns True on a processor; on an accelerator, which has to be waited for, at steps whose logs are due."""
+        """Returns True on a processor; on an accelerator, where checks wait for it, at steps whose logs are due."""
         if self.args.device.type == "cpu":
             return True
         return self.state.global_step % max(1, int(self.state.logging_steps or 1)) == 0
@@ -214,7 +214,7 @@ class DISTrainerMixin(SavingHooks):
         return expected_items(self)
 
     def _refresh_distiller(self) -> None:
-        """Makes the engine anew for a new student or changed settings, so that trials share nothing."""
+        """Makes the engine again for a new student or changed settings, so that trials share nothing."""
         changed = self.distiller.arguments != self.args.settings()
         if changed or self.distiller.student is not self._student:
             self.distiller = self._make_distiller()

@@ -23,7 +23,7 @@ POSITIONS = "item_positions"
 def with_positions(
     collate: Callable[[Any], Any], task: Task, dataset: Dataset, args: TrainingArguments
 ) -> Callable[[Any], Any]:
-    """Wraps a data collator in :class:`PositionsCollator` where an accelerator would have to be waited for.
+    """Wraps a data collator in :class:`PositionsCollator` where a step would have to wait for an accelerator.
 
     Where one process collates the batches of all processes, the collator stays as it is: accelerate then cuts each
     column by examples.
@@ -58,6 +58,7 @@ class PositionsCollator:
     task: Task
 
     def __call__(self, features: Any) -> Mapping[str, Any]:
+        """Collates examples, and adds the places of their items."""
         batch = self.collate(features)
         if isinstance(batch.get("labels"), Tensor):
             items = find_items(self.task, batch, batch["labels"], batch.get(TARGETS))

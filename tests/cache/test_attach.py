@@ -252,7 +252,7 @@ def test_targets_that_no_teacher_gave_are_refused(make, cache):
     for place, byte in ((0, 0xFF), (layout.id_bytes + 1, 0), (-1, 0x7F)):
         trainer.teacher_cache.look_up = altered(place, byte)
         for run in (trainer.train, trainer.evaluate):
-            with pytest.raises(DataError, match=r"8 of 8 stored items are no answer about 40 classes.*write it again"):
+            with pytest.raises(DataError, match=r"8 of 8 stored items do not fit 40 classes.*write it again"):
                 run()
 
 

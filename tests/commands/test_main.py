@@ -36,7 +36,7 @@ def test_help_and_version(capsys):
 
 def test_unknown_commands(capsys):
     assert "no command is given: it has to be one of estimate, cache, report" in refused(capsys)
-    assert "'train' is no command" in refused(capsys, "train")
+    assert "'train' is not a command" in refused(capsys, "train")
 
 
 class Understood(Exception):
@@ -78,7 +78,7 @@ def test_runs_that_cannot_be_reported(tmp_path, capsys):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", facts=facts() | {"task": "causal language model"})
     (tmp_path / "empty").mkdir()
-    assert "is no folder" in refused(capsys, "report", str(tmp_path / "absent"))
+    assert "is not a folder" in refused(capsys, "report", str(tmp_path / "absent"))
     assert "has no report/records.jsonl" in refused(capsys, "report", str(tmp_path / "empty"))
     assert "need one task" in refused(capsys, "report", str(tmp_path / "a"), str(tmp_path / "b"))
     assert "required: runs" in refused(capsys, "report")
@@ -93,4 +93,4 @@ def test_the_module_is_the_same_command(tmp_path):
     )
     assert done.stdout == f"{run}/report/report.html\n"
     done = subprocess.run([sys.executable, "-m", "hf_dis.report", "absent"], capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "absent is no folder" in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "absent is not a folder" in done.stderr

@@ -280,7 +280,7 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path, load, monkeypatch)
     (tmp_path / "many").mkdir()
     many = write_market_archive(tmp_path / "many", others={str(index): bytes(1 << 19) for index in range(3)})
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *args, **kwargs: pytest.fail("something was unpacked"))
-    with pytest.raises(DataError, match="unpacks to more than 4 MiB: it is no image"):
+    with pytest.raises(DataError, match="unpacks to more than 4 MiB: it is not an image"):
         load(large)
     monkeypatch.setattr(module, "MAX_BYTES", 1 << 20)
     with pytest.raises(DataError, match="unpacks to more than 1 MiB"):

@@ -66,7 +66,7 @@ def test_a_bias_that_is_still_zero_is_refused_too(num_classes):
     """Eight: as many classes as are looked at."""
     model = Rescaled(vit(num_classes, spread=10), lambda logits: logits + torch.zeros(num_classes))
     head = SampledHead(model, ["model.classifier"])
-    with pytest.raises(ValueError, match=r"Rescaled cannot go on from .*'model.classifier'.*head_mode='exact'"):
+    with pytest.raises(ValueError, match=r"Rescaled cannot continue from .*'model.classifier'.*head_mode='exact'"):
         check_head(model, head, {"pixel_values": images(2)})
     assert patched_modules(model) == []
 

@@ -63,5 +63,5 @@ def test_coverage_that_nothing_was_compared_with_asks_for_a_probe():
 
 def test_the_estimated_error_is_judged_where_there_is_no_probe():
     (line,) = advice({"dis/gradient_error": 1.5})
-    assert line.startswith("relative error 1.50 of the gradient: more noise than content")
+    assert line.startswith("relative error 1.50 of the gradient: the error is larger than")
     assert advice({"dis/gradient_error": 1.5, "probe/relative_error": 0.5, "probe/cosine": 0.9}) == []

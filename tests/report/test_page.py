@@ -92,9 +92,9 @@ def test_a_single_run_has_its_page_beside_the_records(tmp_path):
     ("content", "told"),
     [
         ("", "has logged no value"),
-        ("[1]\n", "line 1 of .* is no record of a report"),
-        ('{"kind": "other"}\n', "line 1 of .* is no record of a report"),
-        ("{]\n", "line 1 of .* is no record"),
+        ("[1]\n", "line 1 of .* is not a record of a report"),
+        ('{"kind": "other"}\n', "line 1 of .* is not a record of a report"),
+        ("{]\n", "line 1 of .* is not a record"),
         ('{"kind": "log", "time": "x", "step": 1}\n', "record 1 of the run a is damaged"),
         ("\xff", "cannot be read"),
     ],
@@ -108,7 +108,7 @@ def test_damaged_records_are_refused(tmp_path, content, told):
 
 
 def test_a_folder_without_records_is_refused(tmp_path):
-    with pytest.raises(DataError, match="is no folder: give the output_dir"):
+    with pytest.raises(DataError, match="is not a folder: give the output_dir"):
         read_run(tmp_path / "absent")
     with pytest.raises(DataError, match=r"has no report/records.jsonl"):
         read_run(tmp_path)

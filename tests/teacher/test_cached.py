@@ -143,7 +143,7 @@ def test_targets_that_no_teacher_answers(name, value):
     bad = getattr(sound, name).clone()
     bad[1] = value
     spoilt = LAYOUT.pack(sound._replace(**{name: bad}))
-    with pytest.raises(DataError, match=r"1 of 5 stored items are no answer about 12 classes: .*write it again"):
+    with pytest.raises(DataError, match=r"1 of 5 stored items do not fit 12 classes: .*write it again"):
         unpack_targets(LAYOUT, spoilt, check_values=True)
     assert isinstance(unpack_targets(LAYOUT, spoilt, check_values=False), CompactTargets)
 

@@ -95,7 +95,7 @@ def test_a_checkpoint_of_another_trainer_is_taken_with_a_warning(output_dir, cap
         (output_dir / "checkpoint-4" / name).unlink()
     trainer = kill_worker.trainer(output_dir, save_steps=2)
     (warning,) = messages(caplog, lambda: trainer.train(resume_from_checkpoint=True))
-    assert f"checkpoint-4 has no {MANIFEST}" in warning and "start anew" in warning
+    assert f"checkpoint-4 has no {MANIFEST}" in warning and "start again" in warning
     assert trainer.state.global_step == 6
 
 
@@ -120,7 +120,7 @@ def test_a_changed_setting_is_told_with_both_values(make_trainer, caplog, name):
     (warning,) = messages(caplog, lambda: trainer.train(resume_from_checkpoint=True))
     assert warning.startswith(f"{name} was {before!r} ") and f"is {after!r} now" in warning
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    assert "goes on with the former" in warning if name == "head_learning_rate" else "the latter" in warning
+    assert "continues with the former" in warning if name == "head_learning_rate" else "the latter" in warning
     assert 0.5 not in rates
 
 
@@ -149,7 +149,7 @@ def test_another_proposal_starts_anew_and_the_samples_go_on(make_trainer, caplog
     trainer = make_trainer(max_steps=2, proposal="teacher", **EVERY_OTHER)  # it had ended: only the state is loaded
     changed, restarts = messages(caplog, lambda: trainer.train(resume_from_checkpoint=True))
     assert "proposal was 'dis' when" in changed and "is 'teacher' now" in changed
-    assert "the proposal starts anew" in restarts and "rank_weights" in restarts
+    assert "the proposal starts again" in restarts and "rank_weights" in restarts
     assert trainer.distiller.sampler.generator.get_state().equal(whole.distiller.sampler.generator.get_state())
 
 
