@@ -1,4 +1,4 @@
-"""Students distilled from a cache beside students with the teacher at hand, on images without augmentation.
+"""Students distilled from a cache beside students with a loaded teacher, on images without augmentation.
 
     python benchmarks/cache_match.py --teacher runs/glyphs/teacher --seeds 0 1 2 --json cache_match.json
 

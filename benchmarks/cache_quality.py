@@ -4,8 +4,8 @@
 
 rs_kd             ids sampled from p with replacement, each with a count ("Sparse Logit Sampling", ACL 2025)
 topk              the top k with their log-probabilities, made to sum to one
-topk_tail_bucket  the same, and one more class that stands for all others, for teacher and student
-hf_dis            the top m with their log-probabilities, and T systematic samples from the others
+topk_tail_bucket  the same, and one more class for all the rest, for teacher and student
+hf_dis            the top m with their log-probabilities, and T systematic samples from the rest
 
 Glyphs: 3,375 characters, images without augmentation, temperature 2. Text: the task of examples/run_clm.py, 32,000
 tokens, temperature 1. The student computes every logit, so that only the targets differ.
@@ -74,7 +74,7 @@ class Design(NamedTuple):
 
 
 def bucket_loss(logits: Tensor, targets: CompactTargets, temperature: float) -> Tensor:
-    """τ² KL over the top k and one class for all others, ``[N]``."""
+    """τ² KL over the top k and one class for the rest, ``[N]``."""
     scaled = logits.float() / temperature
     log_probs = scaled.log_softmax(1)
     student_tail = scaled.scatter(1, targets.ids, -torch.inf).logsumexp(1) - scaled.logsumexp(1)
@@ -108,7 +108,7 @@ def designs(task: Task, logits: Tensor) -> dict[str, Design]:
 
 
 def rs_kd(logits: Tensor, temperature: float, ours: TargetLayout) -> Design:
-    """As many independent samples as fit into the bytes of another layout, in the mean over items."""
+    """As many independent samples as fit into the bytes of a given layout, in the mean over items."""
     design, samples = None, ours.sample_size
     while True:
         candidate = Design(TargetLayout(ours.num_classes, 0, samples), "independent", 0.0)
@@ -163,7 +163,7 @@ def gradient_errors(
         squared += float((estimate - exact).square().sum() / size) / repeats
         mean += estimate / repeats
     bias2 = float((mean - exact).square().sum() / size)
-    if repeats > 1:  # the mean over finitely many samples still has some of the variance, which is no bias
+    if repeats > 1:  # the mean over finitely many samples still has some variance, which is subtracted
         bias2 -= (squared - bias2) / (repeats - 1)
     return angle, squared, bias2
 

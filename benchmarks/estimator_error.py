@@ -170,7 +170,7 @@ def measure(
         by_item += (gradients[0] - reference["features"]).square().sum(1) / repeats
     size = {name: float(value.square().sum()) for name, value in reference.items()}
     bias2 = float((mean["features"] - reference["features"]).square().sum())
-    if repeats > 1:  # the mean over finitely many samples still has some of the variance, which is no bias
+    if repeats > 1:  # the mean over finitely many samples still has some variance, which is subtracted
         bias2 -= (squared["features"] - bias2) / (repeats - 1)
     layout = method.sampled, method.shared, method.depth, method.tails
     return {

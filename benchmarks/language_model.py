@@ -112,7 +112,7 @@ class Steps:
         self.new_batch()
 
     def new_batch(self) -> None:
-        """Samples contexts anew, and with a given teacher its answers."""
+        """Samples new contexts, and with a given teacher its answers."""
         context = torch.randn(self.tokens, CONTEXT, device=self.place.device)
         teacher_features, self.features = (
             F.pad(context @ projection, (1, 0), value=1.0) for projection in self.projections
@@ -292,7 +292,7 @@ def main() -> None:
 
 
 def takes(method: str, teacher: str, divergence: str) -> bool:
-    """Tells if a method can be measured with a kind of teacher and a divergence."""
+    """Returns True if a method can be measured with a kind of teacher and a divergence."""
     return TEACHER_OF.get(method, teacher) == teacher and (method != "liger_kl" or divergence == "forward_kl")
 
 

@@ -56,7 +56,7 @@ METHODS = {
     "dis row-sparse": {"head_mode": "sampled", "row_sparse_head": True},
     "dis example": {"head_mode": "sampled", **{name: run_on_policy.FROM_SCRATCH[name] for name in EXAMPLE}},
 }
-# Of run_on_policy.py's settings those that are no settings of the sample.
+# Settings of run_on_policy.py besides those of the sample.
 COMMON = {
     name: value
     for name, value in run_on_policy.FROM_SCRATCH.items()

@@ -41,7 +41,7 @@ METHODS = {
     "dis": {},
     "dis row-sparse": {"row_sparse_head": True},
 }
-# Of run_clm.py's settings those that are no settings of the sample.
+# Settings of run_clm.py besides those of the sample.
 TEXT_SETTINGS = (
     "max_steps",
     "per_device_train_batch_size",

@@ -95,7 +95,7 @@ def load_splits(arguments: MarketArguments, args: TrainingArguments, size: list[
         if arguments.glyph_dir and not Path(arguments.glyph_dir).exists():
             write_glyph_market(arguments.glyph_dir)
         splits = load_market1501(arguments.data_dir or arguments.glyph_dir)
-    # A mirrored character, or a character without a part, is another character; a person stays the same person.
+    # A mirrored character, or a character without a part, may be a different character. A mirrored person is the same.
     often = 0.0 if arguments.glyph_dir else 0.5
     resize, erase = v2.Resize(size), v2.RandomErasing(often)
     augment = v2.Compose([resize, v2.RandomHorizontalFlip(often), v2.RandomCrop(size, padding=size[1] // 12)])

@@ -48,7 +48,7 @@ def load_chats(
         train_files, validation_files: files in place of a dataset, of JSON, JSON lines, Parquet or CSV.
 
     Raises:
-        ValueError: if a file is of another kind.
+        ValueError: if a file is of an unsupported kind.
     """
     if name:
         splits = load_dataset(name, config)
