@@ -8,13 +8,13 @@ A student is distilled exactly, without labels: glyphs at temperature 2 in batch
 run_clm.py's texts at temperature 1 in batches of 512. At some steps each method samples classes many times for the
 same 128 images (512 tokens). error is E‖ĝ - g‖² / ‖g‖² of the gradient on the features, and error_head the same on the
 head's weights. bias2 is the part of error that no number of samples averages away. A method learns from its own
-samples at every training step; before step 0 it sees 20 batches of the untrained student.
+samples at every training step; before step 0 it learns from 20 batches of the untrained student.
 
 With --divergence another loss is distilled and estimated. With --default_layout every proposal is measured in the
 default layout alone, beside truncations to as many classes.
 
 With --own_text (of --task lm) the student learns from the texts by the forward KL for 200 steps. From step 0 on it
-learns from text of its own: it goes on from the first 32 tokens of a block with 96 sampled tokens, and these are the
+learns from text of its own. The student continues the first 32 tokens of a block by 96 sampled tokens, which are the
 items. The token that the student sampled is always in an item's sample, as in the on-policy trainers.
 
 With --device models and batches are on the device, in float32.

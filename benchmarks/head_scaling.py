@@ -2,7 +2,7 @@
 
     python benchmarks/head_scaling.py --json head_scaling.json
 
-The features are random, the head is random and has no bias, and the teacher's answers are given: its logits, ranking
+The features are random, and the head is random and has no bias. The teacher's targets are given: its logits, ranking
 and class marginal are computed once, outside of the measurement. All methods step the same weight in turn; the times
 are medians. The dense methods share one fused AdamW. Methods:
 

@@ -4,8 +4,8 @@
 
 N supervised tokens, a student's head of V tokens without bias, and a teacher of --teacher_width. Contexts are 64
 normal numbers. Teacher and student are given fixed random projections of them and a constant. The teacher's head turns
-these into logits with Zipf's marginals (-log r, r the token's frequency rank) plus normal ones of standard deviation
-1.5 (1 + r^-1/4): 3 for the commonest token and 1.5 for the rare ones. That is a little more than in the logits of
+these into logits: Zipf's marginals (-log r, r the token's frequency rank) plus normal ones. Their deviation is
+1.5 (1 + r^-1/4), which is 3 for the commonest token and 1.5 for rare ones. That is a little more than in the logits of
 run_clm.py's teacher on text, which `estimator_error.py --task lm` prints. The student's head starts at random, normal
 with standard deviation 0.02. Two settings of the teacher:
 

@@ -11,14 +11,14 @@ dis             the default layout, a dense gradient of the head
 dis row-sparse  the default layout, row_sparse_head
 dis example     the layout of the example: 4,096 shared tokens, row_sparse_head, a tenth of the steps exact
 
-A line is written for each student, and a run that is in the file already is not run again. Every call prints the table
-of the file's records, means over seeds: both KL divergences on what the student writes to prompts held out, and the
-teacher's log-likelihood per token of that text.
+A line is written for each student, and a run that is in the file already is not run again. Every call prints a table
+of the file's records as means over seeds. The table has both KL divergences on the student's text for held-out
+prompts, and the teacher's log-likelihood per token of that text.
 
 --time: a whole training step without the writing, at 50,257 tokens and random weights: teacher, student, loss,
 backward, clipping and optimizer, on 16 completions of 64 tokens. The student has 2 layers, 128 wide, the teacher 4
-layers, 256 wide. trl is TRL's DistillationTrainer, the others are DISOnPolicyTrainer. The trainers step in turn; ms is
-the median.
+layers, 256 wide. trl is TRL's DistillationTrainer, the other methods are DISOnPolicyTrainer. The trainers step in
+turn; ms is the median.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--rounds", type=int, default=4, help="of --time")
     given = parse(made)
     if given.json is None and not given.time:
-        made.error("--json is needed: the file of the records, which a later call goes on with")
+        made.error("--json is needed: the file of the records, which a later call continues")
     return given
 
 

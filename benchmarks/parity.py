@@ -169,7 +169,7 @@ def arguments() -> argparse.Namespace:
     if (given.settings is None) != (given.name is None):
         made.error("--settings and --name belong together: give both or neither")
     if given.json is None:
-        made.error("--json is needed: the file of the records, which a later call goes on with")
+        made.error("--json is needed: the file of the records, which a later call continues")
     return given
 
 

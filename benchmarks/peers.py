@@ -24,7 +24,7 @@ CHUNK, DEVICE_CHUNK = 2**24, 2**28
 
 
 def trl_gkd(logits: Tensor, teacher_logits: Tensor, labels: Tensor, beta: float = 0.0) -> Tensor:
-    """TRL's loss on all logits, ``[N, V]`` each; labels ``[N]`` only tell which items count."""
+    """TRL's loss on all logits, ``[N, V]`` each; labels ``[N]`` only mark the items that count."""
     from trl.experimental.gkd import GKDTrainer
 
     return GKDTrainer.generalized_jsd_loss(logits[None], teacher_logits[None], labels[None], beta=beta)

@@ -5,15 +5,15 @@
 
 Tasks, students, steps, columns and --device are those of estimator_error.py. The default layouts are varied:
 
-oracle       a density over ranks, over classes, or both that knows s - p
+oracle       a density over ranks, over classes, or both, computed from s - p
 sketch r     the same from the best rank-r approximation of the batch's logits; no projection of the head to r
              dimensions can know more
 started      the class memory starts from the teacher's class marginal instead of 1/C
 counted      a class's first samples renew its memory by 1, 1/2, 1/3, then 0.3, instead of 0.3 at once
 aged         the memory of classes that were not sampled is scaled by the change of the sampled ones
 updates      more classes sampled; no more update W than are distinct in the default (num_updated_classes)
-shares       other allocations of the same rows of W between ranked classes and tails; the best of them at a step is
-             the limit of an allocation by the measured signal (Neyman)
+shares       other allocations of the same rows of W between ranked classes and tails. The best one at a step is the
+             limit of an allocation by the measured signal (Neyman)
 
 After each table: the share of the error that an allocation of the ranked classes between items could save. The classes
 are in proportion to the root of an item's error, and all of the error counts as that of the ranked classes.
@@ -39,14 +39,14 @@ MEMORIES = ("started", "counted", "started and counted", "aged", "renewed faster
 
 
 class KnowingProposal(DISProposal):
-    """DIS that is told s - p, or an approximation of s - p, for its samples of ranks, of classes, or both."""
+    """DIS that is given s - p, or an approximation of s - p, for its samples of ranks, of classes, or both."""
 
     def __init__(self, of: DISProposal, knows: str):
         super().__init__(of.num_classes, of.num_ranks, of.num_ranks, of.floor, of.memory.decay, of.device)
         self.knows, self.oracle = knows, OracleProposal(of.num_classes, of.num_ranks, of.num_ranks, of.device)
 
     def look(self, signal: Tensor, targets: TeacherTargets) -> None:
-        """Sees the whole ``s - p [N, C]`` of the items whose classes are sampled next."""
+        """Reads the whole ``s - p [N, C]`` of the items whose classes are sampled next."""
         self.oracle.look(signal, targets)
 
     def rank_density(self, targets: TeacherTargets) -> Tensor:
@@ -92,7 +92,7 @@ class Variant(Method):
     """A layout with a proposal that is not in the library; ``proposal`` is its name in the table.
 
     Attributes:
-        knows: the densities that are told s - p: ``"ranks"``, ``"tail"``, ``"both"``, or none.
+        knows: the densities that are given s - p: ``"ranks"``, ``"tail"``, ``"both"``, or none.
         rank: of the approximation of the logits that s - p is computed from; 0: the logits themselves.
         memory: the variation of the class memory, one of ``MEMORIES``, or none.
     """

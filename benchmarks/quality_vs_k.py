@@ -177,7 +177,7 @@ def check_device(records: list[dict], device: torch.device, path: Path) -> None:
     """Checks that the records of a file are of one device.
 
     Raises:
-        SystemExit: if a record is of another type of device.
+        SystemExit: if a record is of a different type of device.
     """
     others = {record.get("device", "cpu") for record in records} - {device.type}
     if others:

@@ -260,7 +260,7 @@ class PeakMemory:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         self.floor = _resident_mb("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts again
 
     def megabytes(self) -> float:
         """The highest size so far, less the size at the start."""
@@ -283,7 +283,7 @@ def peak_memory(device: torch.device) -> PeakMemory | None:
     """Starts to measure the peak memory of a device; None where it cannot be measured."""
     if device.type == "cpu":
         return PeakMemory() if platform.system() == "Linux" else None
-    return DevicePeakMemory() if device.type in ("cuda", "xpu") else None  # others keep no peaks
+    return DevicePeakMemory() if device.type in ("cuda", "xpu") else None  # other devices keep no peaks
 
 
 def _resident_mb(name: str) -> float:

@@ -13,12 +13,14 @@ exact                 exact distillation by the library, whose gradient is compu
 exact (materialised)  the same with a loss by autograd, which earlier tables call exact; floor: as for exact
 dis_online            row_sparse_head, teacher included; floor: headless and the teacher's bare forward
 dis_given_targets     row_sparse_head, the teacher's answers computed beforehand; floor: headless
-dis_cached            row_sparse_head, from a cache of the teacher's targets at its default of 300 bytes per item (32
-                      ranked classes and, of 100,000, 75 samples of the tail), look-up included; floor: headless
+dis_cached            row_sparse_head, from a cache of the teacher's targets, look-up included; floor: headless
 
-Layouts of DIS: the default has K = 32 of each item's 64 best-ranked classes (from a cache all stored classes) and 4
-shared tails of K_t = 512; U = 16 classes per item update the head. In "all update" all sampled classes update it. In
-"per item" classes are sampled item by item, K = 128 (from a cache the stored ones and 512 further).
+The cache has its default of 300 bytes per item: 32 ranked classes and, of 100,000, 75 samples of the tail.
+
+Layouts of DIS: the default has K = 32 of each item's 64 best-ranked classes and 4 shared tails of K_t = 512. From a
+cache all stored classes take the place of K. U = 16 classes per item update the head. In "all update" all sampled
+classes update it. In "per item" classes are sampled item by item, K = 128 (from a cache the stored ones and 512
+further).
 
 peak_mb is the highest resident size of the last step less the resident size before it. Linux only.
 

@@ -99,9 +99,9 @@ def quality(
         seed: of the samples.
 
     Returns:
-        means over the tokens of all completions: ``kl``, the KL divergence of the student from the teacher,
-        ``reverse_kl``, that of the teacher from the student, and ``log_likelihood`` by the teacher; and the mean
-        ``length`` of a completion.
+        means over the tokens of all completions, and the mean ``length`` of a completion. The means are ``kl``, the KL
+        divergence of the student from the teacher, ``reverse_kl``, that of the teacher from the student, and
+        ``log_likelihood`` by the teacher.
     """
     set_seed(seed)
     student.eval()

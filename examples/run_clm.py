@@ -2,11 +2,11 @@
 
     accelerate launch examples/run_clm.py --output_dir runs/clm
 
-Without models and data of your own the script makes everything offline: the text of Python's standard library, a
-tokenizer of 32,000 tokens, a small Llama as teacher, trained for some minutes, and two smaller students. One student
-is distilled exactly, one by DIS. Both start from the same weights and see the same batches, and the first tenth of
-DIS's steps computes all tokens. A third student is distilled exactly for the time that DIS took. Writes results.json,
-report.md and a plot.
+Without models and data of your own the script makes everything offline. The data is the text of Python's standard
+library, with a tokenizer of 32,000 tokens. The teacher is a small Llama, trained for some minutes. Two smaller
+students are distilled, one exactly and one by DIS. Both start from the same weights and get the same batches. The
+first tenth of DIS's steps computes all tokens. A third student is distilled exactly for the time that DIS took.
+Writes results.json, report.md and a plot.
 
     accelerate launch examples/run_clm.py --output_dir runs/mine --teacher_model_name_or_path big \\
         --model_name_or_path small --train_files train.txt --num_train_epochs 1 --learning_rate 1e-4 --row_sparse_head

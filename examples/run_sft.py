@@ -2,11 +2,12 @@
 
     accelerate launch examples/run_sft.py --output_dir runs/sft
 
-Without models and data of your own the script makes everything offline: chats about the functions of Python's standard
-library (a signature is answered by the docstring), a tokenizer of 32,002 tokens with a chat template, a small Llama as
-teacher, trained by plain SFT for some minutes, and two smaller students. One student is distilled exactly, one by
-DIS, for the same number of steps, from the same weights and on the same batches, packed, with the answers alone
-supervised. The first tenth of DIS's steps computes all tokens. Writes results.json and report.md.
+Without models and data of your own the script makes everything offline. The chats are about the functions of Python's
+standard library: the question is a signature, the answer the docstring. The tokenizer has 32,002 tokens and a chat
+template. The teacher is a small Llama, trained by plain SFT for some minutes. Two smaller students are distilled, one
+exactly and one by DIS. Both take the same number of steps, from the same weights and on the same batches. Examples are
+packed, and only the answers are supervised. The first tenth of DIS's steps computes all tokens.
+Writes results.json and report.md.
 
     accelerate launch examples/run_sft.py --output_dir runs/mine --teacher_model_name_or_path big \\
         --model_name_or_path small --dataset_name trl-lib/Capybara --packing --assistant_only_loss

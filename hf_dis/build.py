@@ -112,13 +112,13 @@ def _count_classes(
         raise ValueError("there is no teacher: pass a teacher, or teacher_cache")
     if teacher is None and arguments.probe_steps:
         raise ValueError(
-            f"probe_steps is {arguments.probe_steps}, but a teacher_cache does not know every class: set probe_steps "
+            f"probe_steps is {arguments.probe_steps}, but a teacher_cache lacks most classes: set probe_steps "
             "to 0, or pass teacher_model too"
         )
     if caches != [None, None] and divergence_of(arguments).needs_all_teacher_probs:
         raise ValueError(
-            f"divergence is {arguments.divergence!r}, and a cache of teacher targets was given: this divergence needs "
-            "the teacher's probability of every class that is computed, and a cache knows some of them. Pass a "
+            f"divergence is {arguments.divergence!r}, and a cache of teacher targets was given. This divergence needs "
+            "the teacher's probability of every class that is computed, and a cache holds only some. Pass a "
             "teacher in place of teacher_cache and eval_teacher_cache, or set divergence='forward_kl'"
         )
     counts = [

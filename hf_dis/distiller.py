@@ -149,7 +149,7 @@ class Distiller:
         Raises:
             ValueError: if labels are out of range or of a wrong shape, or the head cannot be switched.
             DataError: if a cache does not hold the targets of the batch.
-            FloatingPointError: if the teacher answers NaN or Inf.
+            FloatingPointError: if the teacher returns NaN or Inf.
         """
         if check_values is None:
             on_cpu = next(iter(batch.values())).device.type == "cpu"

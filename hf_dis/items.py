@@ -51,14 +51,15 @@ class Items:
             ``[n, ...]`` for n items.
 
         Raises:
-            ValueError: if a model answers for more or fewer tokens than it was given.
+            ValueError: if a model returns logits of more or fewer tokens than it was given.
         """
         if self.positions is None:
             return values[chunk]
         if values.shape[:2] != (self.num_examples, self.length):
             raise ValueError(
-                f"a model answers for {tuple(values.shape[:2])} tokens of {(self.num_examples, self.length)} that it "
-                "was given: every token needs one answer, in order. Prompt learning adds tokens: use LoRA"
+                f"a model returned logits of {tuple(values.shape[:2])} tokens for the "
+                f"{(self.num_examples, self.length)} that it was given: every token needs logits, in order. Prompt "
+                "learning adds tokens, so use LoRA"
             )
         return values.flatten(0, 1)[self.positions[chunk]]
 

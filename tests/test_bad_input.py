@@ -145,7 +145,7 @@ TRAINERS = {
     "images of NaN": (
         {"train_dataset": changed(pixel_values=torch.full((3, 8, 8), NAN))},
         FloatingPointError,
-        "ViTForImageClassification answers NaN or Inf",
+        "ViTForImageClassification returns NaN or Inf",
         "check these inputs",
     ),
 }

@@ -60,7 +60,7 @@ def test_refuses_a_head_of_other_classes(batch):
 @pytest.mark.parametrize("num_classes", [30, 50])
 def test_refuses_a_teacher_of_other_classes(batch, num_classes):
     *head, _ = batch
-    with pytest.raises(ValueError, match=rf"answers for {num_classes} classes, the student for 40"):
+    with pytest.raises(ValueError, match=rf"logits of {num_classes} classes, the student of 40"):
         DISLoss(make_sampler(40, SamplerSpec(num_sampled_classes=8)))(*head, torch.randn(6, num_classes))
 
 

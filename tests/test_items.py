@@ -47,7 +47,7 @@ def test_values_of_items():
 @pytest.mark.parametrize("shape", [(2, 6, 3), (2, 3, 3), (8, 3)], ids=["more", "fewer", "flat"])
 def test_values_of_other_tokens_are_refused(shape):
     items = token_items(LABELS, None, SHAPE, shifts_labels=False)
-    with pytest.raises(ValueError, match=rf"answers for \({shape[0]}, {shape[1]}\) tokens of \(2, 4\).*LoRA"):
+    with pytest.raises(ValueError, match=rf"logits of \({shape[0]}, {shape[1]}\) tokens for the \(2, 4\).*LoRA"):
         items.of(torch.zeros(shape))
 
 

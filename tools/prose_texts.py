@@ -24,6 +24,9 @@ MESSAGE_WORDS = 4
 DIRECTIVES = ("noqa", "type:", "fmt:", "pragma", "fragment", "!")
 # A heading of a docstring's section, such as "Args:".
 SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Source|Example|Examples|Note):")
+# The names of arguments or errors in a section; outside, the mark of a list item or the first column of a table.
+NAMES = re.compile(r"\*{0,2}\w+(?:, \*{0,2}\w+)*(?: \([^)]*\))?: ")
+LISTED = re.compile(r"[-*] |\S+(?: \S+)* {2,}")
 
 
 @dataclass(frozen=True)
@@ -89,23 +92,23 @@ def docstrings(path: Path, tree: ast.Module) -> Iterator[Text]:
 def paragraphs(docstring: str) -> Iterator[tuple[int, str]]:
     """The paragraphs of a docstring with the number of their first line, counted from 0.
 
-    An entry of a section is a paragraph without its name. An indented line outside a section is a command or code.
+    An entry of a section is a paragraph without its name, and so is a line of a table, "name  text". An indented line
+    outside a section is a command or code.
     """
     collected: list[str] = []
     start, section, base = 0, False, 0
     for number, line in enumerate([*docstring.splitlines(), ""]):
         text, indent = line.strip(), len(line) - len(line.lstrip())
         heading = SECTION.fullmatch(text) is not None
-        entry = (section and indent == base) or re.match(r"[-*] ", text) is not None
+        entry = (NAMES if section and indent == base else LISTED).match(text)
         if collected and (not text or heading or entry):
             yield start, _spans(" ".join(collected))
             collected = []
         if heading or (section and text and indent < base):
             section, base = heading, indent + 4
         if text and not heading and (section or not indent or collected):
-            name = re.compile(r"^(?:[-*] |[\w*.`, ]+(?: \([^)]*\))?: )") if entry else re.compile("^$")
             start = start if collected else number
-            collected.append(name.sub("", text))
+            collected.append(text[entry.end() :] if entry else text)
 
 
 def comments(path: Path) -> Iterator[Text]:

@@ -66,7 +66,7 @@ def check_cache(
     Args:
         cache: to be trained on or evaluated with.
         student: the model.
-        num_outputs: classes that the student answers for.
+        num_outputs: classes that the student has logits of.
         is_lm: the classes are a vocabulary, which the student may pad beyond the classes of the cache.
         temperature: τ of the training.
         tokenizer: of the student, if known.

@@ -199,7 +199,7 @@ class _ShardReader:
                 )
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             raise DataError(
-                f"the shard {path} is none of a teacher cache, although its checksum is right: {error}. Copy it again "
+                f"the file {path} is not a shard of a teacher cache, although its checksum is right: {error}. Copy it "
                 "from where the cache was written, or write the cache again"
             ) from error
 

@@ -238,7 +238,7 @@ def _code_points(path: Path) -> set[int]:
     except Exception as error:  # the parsers of fontTools raise any kind of error
         raise _unusable(path, error) from error
     if characters is None:
-        raise DataError(f"{path} does not say which Unicode characters it has: drop it from font_files.")
+        raise DataError(f"{path} has no map of its Unicode characters: drop it from font_files.")
     # Paragraph separators (bidirectional class B) have no glyph, and text layout refuses them.
     return {code for code in characters if code > 32 and unicodedata.bidirectional(chr(code)) != "B"}
 

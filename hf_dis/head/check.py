@@ -59,7 +59,7 @@ def check_head(
             ) from error
     if not full.isfinite().all():
         raise FloatingPointError(
-            f"{type(model).__name__} answers NaN or Inf to the first examples: check these inputs and its weights; "
+            f"{type(model).__name__} returns NaN or Inf for the first examples. Check these inputs and its weights: "
             "classes that the model masks after its head need head_mode='exact'"
         )
     expected = sampled_columns(full, item_ids, tail_ids)

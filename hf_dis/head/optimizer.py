@@ -139,8 +139,9 @@ def _row_factors(state: dict[str, Any], group: dict[str, Any], ids: Tensor) -> t
     """Counts a step of each row, marks its decay as done, and computes the factors of the step.
 
     Returns:
-        three values per row, in the device's widest type: the share of the weight that the missed decay leaves, the
-        factor of the root of the second moment (both bias corrections), and the term to add to that product.
+        three values per row, in the device's widest type. The first is the share of the weight that the missed decay
+        leaves. The second is the factor of the root of the second moment (both bias corrections). The third is the
+        term to add to that product.
     """
     steps = state["step"].index_select(0, ids) + 1
     kept = (state["log_decay"] - state["row_log_decay"].index_select(0, ids)).exp()

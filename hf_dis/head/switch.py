@@ -39,7 +39,7 @@ class _Sampled(NamedTuple):
         if self.positions is not None:
             features = features.reshape(-1, features.shape[-1])[self.positions]
         elif len(leading) == 2 and leading[0] == len(self.item_ids):
-            # The model picks a position of each example after the head, so every position answers for its example.
+            # The model picks a position of each example after the head, so all positions compute its classes.
             return self._at_all_positions(layer, features)
         elif leading != self.item_ids.shape[:1]:
             raise ValueError(

@@ -17,7 +17,7 @@ OWN_BETA = {"forward_kl": 0.0, "skew_kl": 0.0, "reverse_kl": 1.0}
 class OnPolicyArguments(DISArguments):
     """:class:`hf_dis.DISArguments` for a host of TRL whose student writes the text.
 
-    ``beta`` and ``divergence`` say the same thing, so one of them is enough. Both are filled in after that.
+    ``beta`` and ``divergence`` choose the same thing, so one of them is enough. Both are filled in after that.
 
     Args:
         temperature: of the host, for the student's sampling; above 0.

@@ -86,7 +86,7 @@ def check_chat_template(
         ours, theirs = (text[start : start + SHOWN] for text in (ours, theirs))
         raise ValueError(
             f"teacher and student have different chat templates: the first example has {ours!r} by the student's and "
-            f"{theirs!r} by the teacher's, and the teacher knows its own format only. Train with the teacher's "
+            f"{theirs!r} by the teacher's, and the teacher was trained on its own format only. Train with its "
             "template: set chat_template of the student's tokenizer, or chat_template_path; if the teacher was "
             "trained with the student's template, pass the student's tokenizer as teacher_processing_class too"
         )

@@ -81,14 +81,14 @@ class ExactTerms(ABC):
             chunk: the teacher's answer: logits ``[n, C]``, or stored targets; None: all items, without a teacher.
 
         Raises:
-            ValueError: if the teacher answers for more than N items.
+            ValueError: if the teacher has targets of more than N items.
         """
         answer = (chunk.ids, chunk.log_probs, chunk.target) if isinstance(chunk, CachedTargets) else chunk
         size = self.num_items if chunk is None else len(chunk)
         if self._first + size > self.num_items:
             raise ValueError(
-                f"the teacher answers for {self._first + size} items or more, and the student for {self.num_items}: "
-                "both need the same items"
+                f"the teacher has targets of {self._first + size} items or more, and the student has logits of "
+                f"{self.num_items}: give both the same items"
             )
         start = 0
         while start < size or not self._parts:  # without items there is one empty part
@@ -107,7 +107,7 @@ class ExactTerms(ABC):
         """Computes the loss of all items.
 
         Args:
-            teacher: the answers for consecutive chunks of the items; None: cross-entropy alone.
+            teacher: the targets of consecutive chunks of the items; None: cross-entropy alone.
         """
         for chunk in [None] if teacher is None else teacher:
             self.add(chunk)
@@ -117,12 +117,12 @@ class ExactTerms(ABC):
         """The terms ``kd_loss``, ``ce_loss`` and ``kl``, ``[N]`` each; absent ones are left out.
 
         Raises:
-            ValueError: if the teacher answered for fewer than N items.
+            ValueError: if the teacher had targets of fewer than N items.
         """
         if self._first < self.num_items:
             raise ValueError(
-                f"the teacher answers for {self._first} items, and the student for {self.num_items}: both need the "
-                "same items"
+                f"the teacher has targets of {self._first} items, and the student has logits of {self.num_items}: "
+                "give both the same items"
             )
         return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
 

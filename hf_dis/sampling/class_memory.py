@@ -57,9 +57,9 @@ class ClassMemory:
         """Sums over the items of a step.
 
         Returns:
-            ``tail``, sparse ``[C, 2]``, not coalesced: per shared class the sum of the squared signal over the items
-            that have the class outside their ranked classes, and the number of these items; ``class_mass`` ``[C]``:
-            the teacher's mass of every class.
+            ``tail``, sparse ``[C, 2]``, not coalesced, and ``class_mass`` ``[C]``, the teacher's mass of every class.
+            An entry of ``tail`` is of a shared class and of the items with this class outside their ranked classes.
+            The entry holds the sum of the squared signal over these items, and their number.
         """
         num_tails, num_shared = sample.tail_ids.shape
         shape = len(self.marginal), 2

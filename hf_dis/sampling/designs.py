@@ -32,8 +32,8 @@ def inclusion_probabilities(density: Tensor, num_sampled: int, last_size: int = 
         last_size: the number of classes that the last entry stands for; every other entry stands for one class.
 
     Returns:
-        π of one class of each entry, in the widest type of the device, ``[..., B]``: within [0, 1], exactly 1 where
-        capped, summing over all classes to min(K, number of classes).
+        π of one class of each entry, in the widest type of the device, ``[..., B]``. Each π is within [0, 1], and
+        exactly 1 where capped. Over all classes they sum to min(K, number of classes).
     """
     density = density.to(widest(density.device))
     if num_sampled >= density.shape[-1] - 1 + last_size:

@@ -1,6 +1,6 @@
 """Stored teacher targets: CachedTargets and CachedTeacher stand in for a teacher that is not loaded.
 
-A stored item knows m ranked classes exactly, and T classes that stand for its tail. Nothing is known of all other
+A stored item has m ranked classes exactly, and T classes that stand for its tail. Nothing is stored of all other
 classes. The target of the loss lies on the stored classes alone, and the student's normaliser needs the student alone.
 So every item computes all its stored classes, and further classes are sampled for the normaliser only.
 """

@@ -257,7 +257,7 @@ def check_teacher_logits(logits: Tensor, num_classes: int, first_item: int = 0, 
     """
     if logits.shape[-1] != num_classes:
         raise ValueError(
-            f"the teacher answers for {logits.shape[-1]} classes, the student for {num_classes}: "
+            f"the teacher has logits of {logits.shape[-1]} classes, the student of {num_classes}: "
             "both need the same classes in the same order; use a teacher trained on the student's labels"
         )
     # The sum is the fastest pass. It may overflow, or be -inf for masked classes, and neither is an error: then the

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Of a logit in float32, in which losses are computed.
+# Bytes of a logit in float32, the type in which losses are computed.
 LOGIT_BYTES = 4
 
 

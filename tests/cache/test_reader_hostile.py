@@ -184,7 +184,7 @@ def test_a_shard_of_another_make_is_refused(cache):
     }
     for told, (other_keys, other_targets) in others.items():
         forge(cache, shard=shard_of(other_keys, other_targets))
-        with pytest.raises(DataError, match=f"is none of a teacher cache.*{told}.*again"):
+        with pytest.raises(DataError, match=f"is not a shard of a teacher cache.*{told}.*again"):
             TeacherCache(cache)
 
 
@@ -198,5 +198,5 @@ def test_offsets_beyond_the_end_are_refused(cache):
     beyond[2] = 1000 * length
     for wrong in (beyond, offsets + 1000 * length):
         forge(cache, shard=content.replace(offsets.tobytes(), wrong.tobytes()))
-        with pytest.raises(DataError, match="is none of a teacher cache"):
+        with pytest.raises(DataError, match="is not a shard of a teacher cache"):
             TeacherCache(cache)

@@ -199,7 +199,7 @@ def test_a_font_without_unicode_characters(fonts, load):
     font = TTFont(path)
     font["cmap"].tables = [table for table in font["cmap"].tables if not table.isUnicode()]
     font.save(path)
-    with pytest.raises(DataError, match=r"Symbols\.ttf does not say which Unicode characters"):
+    with pytest.raises(DataError, match=r"Symbols\.ttf has no map of its Unicode characters"):
         load([*fonts, path], min_faces=1, test_faces=["One"])
 
 

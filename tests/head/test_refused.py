@@ -50,7 +50,7 @@ def test_computing_every_class_takes_what_cannot_be_sampled(case, make_trainer):
 def test_prompt_learning_is_refused_by_every_mode(make_trainer):
     build, _ = REFUSED["prompt learning"]
     given = {"teacher": llama(C), "train_dataset": labelled_tokens(8, C), "max_steps": 1}
-    with pytest.raises(ValueError, match=r"answers for \(8, 8\) tokens of \(8, 6\).*use LoRA"):
+    with pytest.raises(ValueError, match=r"logits of \(8, 8\) tokens for the \(8, 6\).*use LoRA"):
         make_trainer(build(), head_mode="exact", **given).train()
 
 

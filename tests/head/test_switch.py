@@ -161,7 +161,7 @@ def test_tokens_that_the_model_adds_are_refused():
     shorter = tokens(EXAMPLES, CLASSES, LENGTH + 2)
     for switch in (head.set_positions, head.hold):
         switch(ITEMS)
-        with pytest.raises(ValueError, match=r"answers for \(3, 8\) tokens of \(3, 6\)"):
+        with pytest.raises(ValueError, match=r"logits of \(3, 8\) tokens for the \(3, 6\)"):
             model(**shorter)
         head.clear()
 

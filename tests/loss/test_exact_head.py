@@ -176,7 +176,7 @@ def test_in_bfloat16_sums_are_taken_in_float32(dtype, monkeypatch):
 @pytest.mark.parametrize("answered", [N - 1, N + 1, 2 * N])
 def test_a_teacher_of_other_items_is_refused(answered):
     """The gradient of an item without an answer would be what was in memory before."""
-    with pytest.raises(ValueError, match=f"answers for {answered} items.* the student for {N}"):
+    with pytest.raises(ValueError, match=f"targets of {answered} items.* the student has logits of {N}"):
         loss_of(head_of(), [torch.randn(answered, C)], None)
 
 

@@ -104,7 +104,7 @@ def test_items_with_nan_or_inf_are_named(bad):
 
 
 def test_another_number_of_classes_is_refused():
-    with pytest.raises(ValueError, match=r"answers for 12 classes, the student for 13.*teacher trained on"):
+    with pytest.raises(ValueError, match=r"logits of 12 classes, the student of 13.*teacher trained on"):
         list(OnlineTeacher(Echo(), 13, 2.0, 5)({"logits": torch.randn(4, 12)}, Items(4)))
 
 
