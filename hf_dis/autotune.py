@@ -35,7 +35,7 @@ class Limits(NamedTuple):
     """Amount of work that is timed.
 
     Attributes:
-        items: at most.
+        items: largest number of items.
         product: multiplications of the product with the classes that the exact step has, at least 512 of them.
         ranked: elements of the teacher's logits that are ranked.
     """

@@ -30,7 +30,10 @@ class DISLoss:
             :func:`hf_dis.distributed.sums.sum_over_processes` does.
         row_sparse_head: give weight and bias sparse gradients, which hold the sampled rows only; for
             :class:`hf_dis.RowSparseAdamW`. ``DistributedDataParallel`` cannot reduce sparse gradients.
-        divergence, jsd_beta, skew_alpha, scale_by_temperature: as for :class:`hf_dis.DISArguments`.
+        divergence: as for :class:`hf_dis.DISArguments`.
+        jsd_beta: as for :class:`hf_dis.DISArguments`.
+        skew_alpha: as for :class:`hf_dis.DISArguments`.
+        scale_by_temperature: as for :class:`hf_dis.DISArguments`.
 
     Raises:
         TypeError: if ``jsd_beta`` or ``skew_alpha`` is neither a number nor None.
@@ -74,7 +77,8 @@ class DISLoss:
 
         Args:
             features: input of the head, ``[N, d]``.
-            weight, bias: the head's, ``[C, d]`` and ``[C]`` or None.
+            weight: of the head, ``[C, d]``.
+            bias: of the head, ``[C]``, or None.
             teacher_logits: ``[N, C]``, or an iterable of chunks of items that need not exist at the same time.
             labels: class ids ``[N]``.
 
@@ -111,8 +115,11 @@ class DISLoss:
         """The mean loss of a batch for a teacher whose answers are ranked already, a scalar; checks no argument.
 
         Args:
-            features, weight, bias, labels: as for the loss itself.
+            features: as for the loss itself.
+            weight: as for the loss itself.
+            bias: as for the loss itself.
             targets: of consecutive chunks of items, at the temperature, to the depth ``sampler.rank_depth``.
+            labels: as for the loss itself.
         """
         with torch.no_grad():
             sample = self.sampler.sample(targets, labels)

@@ -104,7 +104,8 @@ class Distiller:
         """The number of items of a batch, by which a loss is normalised.
 
         Args:
-            batch, positions: as for :meth:`begin`.
+            batch: as for :meth:`begin`.
+            positions: as for :meth:`begin`.
         """
         return len(find_items(self.task, batch, batch.get("labels"), positions=positions))
 

@@ -231,7 +231,8 @@ def estimate(
     """Estimates a step of a distillation with the default sizes of the sample.
 
     Args:
-        teacher, student: the models.
+        teacher: its sizes, by :func:`outline`.
+        student: its sizes, by :func:`outline`.
         batch_size: examples per step on a device.
         sequence_length: tokens of an example where the models take text.
         device: its speed.

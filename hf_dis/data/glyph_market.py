@@ -35,7 +35,8 @@ def write_glyph_market(
 
     Args:
         folder: is made; has to be new.
-        train_identities, test_identities: numbers of characters, 1 or more.
+        train_identities: number of characters to train on, 1 or more.
+        test_identities: number of characters to retrieve, 1 or more.
         size: height and width of the images in pixels, at least 8.
         seed: the same seed and numbers give the same images.
 

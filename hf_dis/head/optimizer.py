@@ -36,8 +36,13 @@ class RowSparseAdamW(torch.optim.AdamW):
     docs/optimizer.md compares this with dense AdamW.
 
     Args:
-        params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``; lr is a number.
-        foreach, fused: torch's implementation of the dense steps.
+        params: as for ``torch.optim.AdamW``.
+        lr: as for ``torch.optim.AdamW``, but a number.
+        betas: as for ``torch.optim.AdamW``.
+        eps: as for ``torch.optim.AdamW``.
+        weight_decay: as for ``torch.optim.AdamW``.
+        foreach: choice of torch's implementation of the dense steps.
+        fused: choice of torch's implementation of the dense steps.
 
     Raises:
         ValueError: if lr · weight_decay is 1 or more for a sparse gradient, which would change the sign of weights.

@@ -35,9 +35,12 @@ def reid_scores(
     Equal distances keep the gallery's order.
 
     Args:
-        query, gallery: features, ``[q, d]`` and ``[g, d]``; compared in float32, or in their own type if it is wider.
-        query_pids, gallery_pids: identities, integers ``[q]`` and ``[g]``.
-        query_camids, gallery_camids: cameras, integers ``[q]`` and ``[g]``.
+        query: features of the queries, ``[q, d]``; compared in float32, or in their own type if it is wider.
+        gallery: features of the gallery, ``[g, d]``.
+        query_pids: identities of the queries, integers ``[q]``.
+        gallery_pids: identities of the gallery, integers ``[g]``.
+        query_camids: cameras of the queries, integers ``[q]``.
+        gallery_camids: cameras of the gallery, integers ``[g]``.
         distance: ``"cosine"`` or ``"euclidean"``.
         ranks: ranks of the CMC, from 1 on.
 
