@@ -146,7 +146,7 @@ TRAINERS = {
         {"train_dataset": changed(pixel_values=torch.full((3, 8, 8), NAN))},
         FloatingPointError,
         "ViTForImageClassification returns NaN or Inf",
-        "check these inputs",
+        "Check these inputs",
     ),
 }
 

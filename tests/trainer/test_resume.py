@@ -159,7 +159,7 @@ def test_another_teacher_is_told_by_its_fingerprint(make_trainer, caplog):
     first.train()
     trainer = make_trainer(teacher=other, max_steps=3, **EVERY_OTHER)
     (warning,) = messages(caplog, lambda: trainer.train(resume_from_checkpoint=True))
-    assert warning.startswith("teacher_model was another one")
+    assert warning.startswith("teacher_model was a different one")
     assert first.distiller.teacher.fingerprint in warning and trainer.distiller.teacher.fingerprint in warning
 
 
