@@ -184,11 +184,11 @@ def timed_steps(method: str, divergence: str, steps: int, tokenizer: Any, use_cp
     return times.milliseconds[1:]
 
 
-def measure_times(steps: int, rounds: int, folder: str, use_cpu: bool) -> list[dict]:
+def measure_times(divergences: list[str], steps: int, rounds: int, use_cpu: bool) -> list[dict]:
     """Records of the median step by each method and divergence, the methods in turn."""
-    tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "_teacher")
+    tokenizer = sft_task.chat_tokenizer(32_000)
     methods, records = ("trl", "exact", "dis", "dis row-sparse"), []
-    for divergence in DIVERGENCES:
+    for divergence in divergences:
         times: dict[str, list[float]] = {method: [] for method in methods}
         for _ in range(rounds):
             for method in methods:
@@ -223,11 +223,11 @@ def main() -> None:
     logging.set_verbosity_error()
     print(machine(given.device), flush=True)
     use_cpu = given.device.type == "cpu"
-    task = OnPolicyTask(given.folder, use_cpu)
     if given.time:
         print(header("divergence", "method", "ms", "method / dis row-sparse"))
-        write(measure_times(given.steps, given.rounds, given.folder, use_cpu), given.json, given.device)
+        write(measure_times(given.divergences, given.steps, given.rounds, use_cpu), given.json, given.device)
         return
+    task = OnPolicyTask(given.folder, use_cpu)
     names = ("divergence", "rate", "method", "seed")
     done = {tuple(one[name] for name in names) for one in read(given.json)}
     wanted = [

@@ -1,12 +1,11 @@
 """The package as a user gets it: built, installed without the repository, and used; files that it reads are safe."""
 
 import ast
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from built import build, install, run
 
 import hf_dis
 
@@ -32,28 +31,9 @@ print("used", hf_dis.__version__, head.weight.grad.abs().sum() > 0)
 """
 
 
-def run(*command, cwd, **environment):
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    finished = subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=500)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Source distribution, and the wheel made from it, of a copy of the files that git does not ignore."""
-    folder = tmp_path_factory.mktemp("dist")
-    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")[:-1]
-    for name in [name for name in listed if (ROOT / name).is_file()]:
-        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
-    backend = "from setuptools import build_meta as b; import sys; "
-    run(sys.executable, "-c", backend + "b.build_sdist(sys.argv[1])", str(folder), cwd=folder / "source")
-    (sdist,) = folder.glob("hf_dis-*.tar.gz")
-    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
-    run(*pip, "--wheel-dir", str(folder), str(sdist), cwd=folder)
-    (wheel,) = folder.glob("hf_dis-*.whl")
-    return {"wheel": wheel, "sdist": sdist}
+    return build(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.mark.slow
@@ -61,9 +41,8 @@ def built(tmp_path_factory):
 def test_it_installs_and_works_without_the_repository(built, kind, tmp_path):
     """Dependencies come from this environment: the package does not contain them."""
     site = tmp_path / "site"
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
-    run(*pip, "--target", str(site), str(built[kind]), cwd=tmp_path)
-    told = run(sys.executable, "-c", USE, cwd=tmp_path, PYTHONPATH=str(site), HF_HUB_OFFLINE="1")
+    install(built[kind], site)
+    told = run(sys.executable, "-c", USE, cwd=tmp_path, PYTHONPATH=str(site), HF_HUB_OFFLINE="1").stdout
     assert "hf-dis COMMAND --help" in told and told.split()[-3:] == ["used", hf_dis.__version__, "tensor(True)"]
 
 

@@ -1,0 +1,42 @@
+"""A newcomer's first hour: the wheel, the README's programs in an empty folder, the report, and plain transformers."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from browser import opened
+from built import build, install, run
+
+ROOT = Path(__file__).parent.parent
+MARK = "# complete program\n"
+# The programs take about three minutes on two idle cores.
+TIMEOUT = 600
+
+
+def complete_programs():
+    """The README's blocks that are programs of their own."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if block.startswith(MARK)]
+
+
+def test_the_readme_has_a_training_and_a_use_of_the_student():
+    training, use = complete_programs()
+    assert "DISDistillationTrainer(" in training and "hf_dis" not in use
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.slow
+def test_the_path_of_the_readme(tmp_path):
+    site, home = tmp_path / "site", tmp_path / "home"
+    home.mkdir()
+    install(build(tmp_path / "dist")["wheel"], site)
+    training, use = complete_programs()
+    environment = {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
+    shown = run(sys.executable, "-c", training, cwd=home, timeout=TIMEOUT, **environment)
+    ours = [line for line in shown.stderr.splitlines() if re.search(r"site/hf_dis/.*Warning", line)]
+    assert ours == []
+    with opened(home / "student" / "report" / "report.html", viewport={"width": 390, "height": 800}) as page:
+        assert page.locator("svg").count() > 2
+    shown = run(sys.executable, "-c", use, cwd=home)  # transformers alone: hf_dis is not on the path
+    assert shown.stdout.split()[0] == "3375"
