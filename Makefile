@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 DEEPSPEED := .deepspeed
+DEMO := .venv-demo
 CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -29,7 +30,7 @@ bench-accelerator: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(TEST) -m "not slow"
 
-test-slow: $(VENV)/.installed chromium
+test-slow: $(VENV)/.installed $(DEMO)/.installed chromium
 	$(TEST) -m slow
 
 ## Install Debian's Chromium for the tests of pages, if there is none; without root those tests are skipped
@@ -71,5 +72,13 @@ $(DEEPSPEED)/.installed: Makefile $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --upgrade --target $(DEEPSPEED) einops hjson msgpack ninja py-cpuinfo pydantic
 	touch $@
 
+## Gradio for demo/, apart since gradio 6.31 takes no Pillow 13; all else comes from the other environment
+$(DEMO)/.installed: setup.cfg Makefile $(VENV)/.installed
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install --quiet "gradio>=6.31"
+	$(DEMO)/bin/python -c 'import sys, sysconfig; open(sysconfig.get_path("purelib") + "/hf_dis.pth", "w").write(sys.argv[1])' \
+		"import site; site.addsitedir('$$($(BIN)/python -c 'import os, sysconfig; print(os.path.abspath(sysconfig.get_path("purelib")))')')"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DEEPSPEED) runs *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DEEPSPEED) $(DEMO) runs *.egg-info

@@ -78,6 +78,12 @@ def build_model(num_classes: int, hidden_sizes: list[int], seed: int) -> ResNetF
     return ResNetForImageClassification(config).to(memory_format=torch.channels_last)
 
 
+def name_classes(model: ResNetForImageClassification, names: list[str]) -> None:
+    """Writes the names of the classes into a model's configuration."""
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+
+
 def build_teacher(num_classes: int) -> ResNetForImageClassification:
     """The larger model."""
     return build_model(num_classes, hidden_sizes=[32, 64, 128], seed=0)
@@ -123,6 +129,8 @@ def student_trainer(teacher, task, head_rate: float, teacher_cache=None, **setti
         **settings: fields of DISConfig; ``output_dir`` is required.
     """
     train_dataset, test_dataset, names = task
+    student = build_student(len(names))
+    name_classes(student, names)
     common = {
         "num_train_epochs": 4,
         "per_device_train_batch_size": 256,
@@ -141,7 +149,7 @@ def student_trainer(teacher, task, head_rate: float, teacher_cache=None, **setti
         "hard_label_weight": 0.0,
     }
     return DISDistillationTrainer(
-        model=build_student(len(names)),
+        model=student,
         teacher_model=teacher,
         teacher_cache=teacher_cache,
         args=DISConfig(**{**common, **settings}),

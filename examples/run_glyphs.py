@@ -4,7 +4,8 @@
 
 Teacher and students are small ResNets; training and test typefaces are disjoint. All students start from the same
 weights and see the same number of images. Each method runs at its best head learning rate in the sweep of
-docs/how-it-works.md. Writes results.json, report.md and PNG plots to --output_dir.
+docs/how-it-works.md. Writes results.json, report.md, PNG plots, the models, and the images of demo/app.py to
+--output_dir.
 """
 
 from __future__ import annotations
@@ -16,8 +17,18 @@ from pathlib import Path
 
 import glyph_plots
 from accelerate import PartialState
-from glyph_task import build_student, build_teacher, load_task, load_teacher, student_trainer, train_teacher
+from glyph_task import (
+    GlyphImages,
+    build_student,
+    build_teacher,
+    load_task,
+    load_teacher,
+    name_classes,
+    student_trainer,
+    train_teacher,
+)
 from head_step import time_head_steps
+from PIL import Image
 from transformers import HfArgumentParser, ResNetForImageClassification, TrainerCallback, set_seed
 
 from hf_dis import DISDistillationTrainer
@@ -32,6 +43,8 @@ METHODS = {
     "ftis": {"head_rate": 20, "proposal": "teacher", "design": "replacement", "rank_depth": 3375},
     "topk": {"head_rate": 12, "proposal": "topk"},
 }
+# Characters of the test set that demo/app.py shows.
+EXAMPLES = "AQRagk258&@?éñßøΔΩλπЖя→∑"
 
 
 @dataclass
@@ -116,6 +129,15 @@ def distil(method: str, head_rate: float, teacher, task, arguments: GlyphArgumen
     return record, recorder
 
 
+def save_examples(folder: Path, dataset: GlyphImages, names: list[str]) -> None:
+    """Saves images of some characters for demo/app.py, named after the characters."""
+    folder.mkdir(exist_ok=True)
+    for number, character in enumerate(EXAMPLES):
+        name = f"U+{ord(character):04X}"
+        place = dataset.labels.tolist().index(names.index(name))
+        Image.fromarray(dataset.images[place, 0].numpy()).save(folder / f"{number:02}-{name}.png")
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(GlyphArguments).parse_args_into_dataclasses()
     unknown = set(arguments.methods) - set(METHODS)
@@ -133,11 +155,14 @@ def main() -> None:
     set_seed(arguments.seed)
     if arguments.teacher:
         teacher = load_teacher(arguments.teacher)
+        name_classes(teacher, names)
     else:
         print(f"Training the teacher for {arguments.teacher_epochs:g} epochs ...", flush=True)
         teacher = build_teacher(len(names))
+        name_classes(teacher, names)
         train_teacher(teacher, train_dataset, arguments.teacher_epochs, str(output / "teacher"))
-        teacher.save_pretrained(output / "teacher")
+    teacher.save_pretrained(output / "teacher")
+    save_examples(output / "examples", test_dataset, names)
     millions = {"teacher": teacher.num_parameters() / 1e6, "student": build_student(len(names)).num_parameters() / 1e6}
     print(f"Teacher: {millions['teacher']:.2f} M parameters; students: {millions['student']:.2f} M", flush=True)
 

@@ -114,6 +114,26 @@ class Cost(NamedTuple):
     memory: float
 
 
+class HeadCost(NamedTuple):
+    """The head and the loss of a kind of step.
+
+    Attributes:
+        seconds: of the student's head and the loss, forward and backward.
+        memory: bytes of the logits and the loss.
+    """
+
+    seconds: float
+    memory: float
+
+
+class HeadEstimate(NamedTuple):
+    """The head and the loss of the kinds of steps, as :class:`Estimate` has them."""
+
+    tensor: HeadCost
+    blocks: HeadCost
+    sampled: HeadCost
+
+
 class Estimate(NamedTuple):
     """The kinds of steps, and what follows.
 
@@ -243,44 +263,61 @@ def estimate(
     num_classes = _shared_classes(teacher, student)
     tokens = batch_size * sequence_length
     num_items = tokens if student.task.has_token_items else batch_size
-    head = num_classes * student.num_features
     spec = SamplerSpec().resolved(is_lm=student.task.is_lm)
-    logits = num_items * num_classes
     columns = min(num_classes, spec.num_sampled_classes + spec.num_shared_classes)
-
-    def seconds(flops: float, num_bytes: float, launches: int = 0) -> float:
-        return max(flops / device.flops, num_bytes / device.bandwidth, launches * LAUNCH)
-
-    blocks = max(1, -(-logits * WEIGHT // BLOCK_BYTES))
-    head_flops = 6 * logits * student.num_features
-    exact_bytes = EXACT_BYTES * logits
-    heads = {
-        "tensor": seconds(head_flops, exact_bytes + (WEIGHT + 2 * GRADIENT) * head),
-        "blocks": seconds(
-            head_flops, exact_bytes + blocks * (WEIGHT + 2 * GRADIENT) * head, int(blocks) * BLOCK_LAUNCHES
-        ),
-        "sampled": seconds(
-            6 * num_items * columns * student.num_features,
-            RANKED_BYTES * logits + 2 * GRADIENT * head,
-            SAMPLED_LAUNCHES,
-        ),
-    }
+    heads = estimate_head(num_items, num_classes, student.num_features, columns, device)
+    logits = num_items * num_classes
     common = (
-        seconds(teacher.flops(tokens, batch_size), WEIGHT * teacher.body)
-        + seconds(2 * logits * teacher.num_features, WEIGHT * num_classes * teacher.num_features)
-        + seconds(3 * student.flops(tokens, batch_size), 3 * WEIGHT * student.body)
+        _seconds(device, teacher.flops(tokens, batch_size), WEIGHT * teacher.body)
+        + _seconds(device, 2 * logits * teacher.num_features, WEIGHT * num_classes * teacher.num_features)
+        + _seconds(device, 3 * student.flops(tokens, batch_size), 3 * WEIGHT * student.body)
         + STEPPED * student.parameters / device.bandwidth
     )
-    chunk = min(num_items, chunk_items(num_items, num_classes, torch.device("cuda"))) * num_classes
-    memory = {
-        "tensor": TENSOR_BYTES * logits,
-        "blocks": BLOCK_HELD * min(logits, BLOCK_BYTES // WEIGHT),
-        "sampled": CHUNK_HELD * chunk + SAMPLED_HELD * num_items * columns,
-    }
-    costs = {name: Cost(heads[name], common + heads[name], memory[name]) for name in heads}
-    head_pass = STEPPED * head / device.bandwidth
+    costs = {name: Cost(one.seconds, common + one.seconds, one.memory) for name, one in heads._asdict().items()}
+    head_pass = STEPPED * num_classes * student.num_features / device.bandwidth
     row_sparse = head_pass > LARGE_SHARE * costs["sampled"].step
     return Estimate(**costs, num_classes=num_classes, num_items=num_items, spec=spec, row_sparse=row_sparse)
+
+
+def estimate_head(
+    num_items: int,
+    num_classes: int,
+    num_features: int,
+    columns: int,
+    device: Device = A100,
+    ranks_teacher: bool = True,
+) -> HeadEstimate:
+    """Estimates head and loss of a step, whose teacher's logits are at hand.
+
+    Args:
+        num_items: N.
+        num_classes: C.
+        num_features: d, the width of the features.
+        columns: student logits of the sampled step per item.
+        device: its speed.
+        ranks_teacher: the sampled step ranks the teacher's logits; False for stored targets.
+    """
+    logits, head = num_items * num_classes, num_classes * num_features
+    blocks = max(1, -(-logits * WEIGHT // BLOCK_BYTES))
+    flops, exact_bytes = 6 * logits * num_features, EXACT_BYTES * logits
+    block_bytes = exact_bytes + blocks * (WEIGHT + 2 * GRADIENT) * head
+    sampled_bytes = ranks_teacher * RANKED_BYTES * logits + 2 * GRADIENT * head
+    chunk = min(num_items, chunk_items(num_items, num_classes, torch.device("cuda"))) * num_classes
+    return HeadEstimate(
+        tensor=HeadCost(_seconds(device, flops, exact_bytes + (WEIGHT + 2 * GRADIENT) * head), TENSOR_BYTES * logits),
+        blocks=HeadCost(
+            _seconds(device, flops, block_bytes, int(blocks) * BLOCK_LAUNCHES),
+            BLOCK_HELD * min(logits, BLOCK_BYTES // WEIGHT),
+        ),
+        sampled=HeadCost(
+            _seconds(device, 6 * num_items * columns * num_features, sampled_bytes, SAMPLED_LAUNCHES),
+            ranks_teacher * CHUNK_HELD * chunk + SAMPLED_HELD * num_items * columns,
+        ),
+    )
+
+
+def _seconds(device: Device, flops: float, num_bytes: float, launches: int = 0) -> float:
+    return max(flops / device.flops, num_bytes / device.bandwidth, launches * LAUNCH)
 
 
 def _shared_classes(teacher: Outline, student: Outline) -> int:

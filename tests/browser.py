@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,28 @@ def opened(path: Path, **options: Any) -> Iterator[Any]:
     Yields:
         the page, an object of playwright.
     """
+    address = path.resolve().as_uri()
+    with _browsed(address, lambda asked: asked == address, options) as page:
+        yield page
+
+
+@contextmanager
+def visited(address: str, **options: Any) -> Iterator[Any]:
+    """Opens a page of a server as :func:`opened` opens a file; the page may ask its own server for anything.
+
+    Args:
+        address: of the page, with a slash after the server.
+        **options: of playwright's ``new_page``.
+
+    Yields:
+        the page, an object of playwright.
+    """
+    with _browsed(address, lambda asked: asked.startswith((address, "data:", "blob:")), options) as page:
+        yield page
+
+
+@contextmanager
+def _browsed(address: str, is_allowed: Callable[[str], bool], options: dict[str, Any]) -> Iterator[Any]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         message = "no Chromium on the PATH: install it, on Debian by `apt-get install chromium`"
@@ -35,10 +57,10 @@ def opened(path: Path, **options: Any) -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         try:
-            page, wrong, address = browser.new_page(**options), [], path.resolve().as_uri()
+            page, wrong = browser.new_page(**options), []
             page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
             page.on("pageerror", lambda error: wrong.append(str(error)))
-            page.on("request", lambda request: wrong.append(request.url) if request.url != address else None)
+            page.on("request", lambda request: None if is_allowed(request.url) else wrong.append(request.url))
             page.goto(address)
             yield page
             assert wrong == []

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
+from hf_dis.cache.card import cache_card
 from hf_dis.cache.header import HEADER, CacheHeader, Shard, shard_file
 from hf_dis.cache.reader import SCHEMA, checksum
 from hf_dis.errors import DataError
@@ -95,12 +97,16 @@ class CacheFolder:
         self._write_note(number, shard)
         _replace(file, content)
 
-    def finish(self) -> None:
-        """Writes the README and the complete header, and removes the notes; call it on one process."""
+    def finish(self, license: Mapping[str, str]) -> None:
+        """Writes the README and the complete header, and removes the notes; call it on one process.
+
+        Args:
+            license: of the teacher's checkpoint, for the README.
+        """
         notes = [self._note(number) for number in range(self.header.num_shards)]
         shards = [Shard(**json.loads(note.read_text())) for note in notes]
         complete = dataclasses.replace(self.header, shards=shards)
-        _replace(self.path / "README.md", complete.card().encode())
+        _replace(self.path / "README.md", cache_card(complete, license).encode())
         _replace(self.path / HEADER, complete.to_json().encode())
         for note in notes:
             note.unlink()

@@ -24,21 +24,6 @@ FORMAT, FORMAT_VERSION = "hf_dis teacher cache", 2
 
 HEADER = "cache.json"
 
-CARD = """---
-tags: [hf_dis, knowledge-distillation]
-configs:
-- config_name: default
-  data_files: "*.arrow"
----
-# Teacher targets
-
-Targets of {header.teacher[name]} for {header.dataset[examples]:,} examples at temperature {header.temperature:g}.
-Each of the {items:,} items holds the {header.depth} likeliest of {header.num_classes:,} classes, with their
-log-probabilities, and {header.sample_size} classes sampled from the remaining ones (design: {header.design}).
-An item takes {item_bytes} bytes, and the shards take {num_bytes:,} bytes.
-Written by hf_dis, read by `hf_dis.TeacherCache`; `{HEADER}` holds the settings.
-""".replace("{HEADER}", HEADER)
-
 # Largest number of classes that an id can count.
 MAX_CLASSES = 2**31
 
@@ -159,11 +144,6 @@ class CacheHeader:
             for name in mine
             if name != "shards" and mine[name] != theirs[name]
         ]
-
-    def card(self) -> str:
-        """The README of the cache as a dataset of the Hub, with the metadata that ``datasets`` needs."""
-        items = sum(shard.items for shard in self.shards)
-        return CARD.format(header=self, item_bytes=self.layout.item_bytes, items=items, num_bytes=self.num_bytes)
 
     def to_json(self) -> str:
         """The content of the header's file, with a checksum."""

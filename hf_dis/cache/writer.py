@@ -21,7 +21,7 @@ from hf_dis.cache.views import SeededViews
 from hf_dis.checks import require
 from hf_dis.distributed.processes import joined_processes, num_processes, process_index, wait_for_everyone
 from hf_dis.items import Items
-from hf_dis.models.provenance import known_as, labels_digest, tokenizer_digest, weights_digest
+from hf_dis.models.provenance import known_as, known_license, labels_digest, tokenizer_digest, weights_digest
 from hf_dis.models.tasks import Task, base_model, find_task, num_outputs, split_labels
 from hf_dis.teacher.compact import STORED_DESIGNS, TargetLayout, compact_targets
 from hf_dis.teacher.loading import placed
@@ -187,7 +187,7 @@ def _write(
             folder.write(shard, *source.of_shard(shard, len(indices), batches, written))
     wait_for_everyone()
     if is_first:
-        folder.finish()
+        folder.finish(known_license(teacher))
     wait_for_everyone()
 
 

@@ -109,6 +109,7 @@ class DISGKDTrainer(DISSFTTrainer, _Host):
     """
 
     config_class = DISGKDConfig
+    _name = f"{DISTrainerMixin._name} {GKDTrainer._name}"
     _tag_names = (*DISTrainerMixin._tag_names, *GKDTrainer._tag_names)
 
     def __init__(

@@ -73,6 +73,7 @@ class DISOnPolicyTrainer(TRLHost, DistillationTrainer):
     """
 
     config_class = DISOnPolicyConfig
+    _name = f"{DISTrainerMixin._name} {DistillationTrainer._name}"
     _tag_names = (*DISTrainerMixin._tag_names, *DistillationTrainer._tag_names)
 
     def __init__(

@@ -69,6 +69,7 @@ class DISSFTTrainer(TRLHost, SFTTrainer):
     """
 
     config_class = DISSFTConfig
+    _name = f"{DISTrainerMixin._name} {SFTTrainer._name}"
     _tag_names = (*DISTrainerMixin._tag_names, *SFTTrainer._tag_names)
 
     def __init__(self, model: str | nn.Module, *args: Any, **kwargs: Any):

@@ -6,9 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
+import yaml
+from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +26,67 @@ def known_as(model: nn.Module) -> tuple[str | None, str | None]:
     if name and (Path(name).is_absolute() or Path(name).is_dir()):
         name = f"{Path(name).resolve().name} (a local directory)"
     return name or None, revision
+
+
+def hub_name(model: nn.Module) -> str | None:
+    """Returns the name on the Hub that a model was loaded by; None for a local directory and for a new model."""
+    name, revision = known_as(model)
+    return name if is_hub_name(name, revision) else None
+
+
+def is_hub_name(name: str | None, revision: str | None) -> bool:
+    """Tells if a name of :func:`known_as` is one of the Hub: with an owner, or known by its commit.
+
+    Args:
+        name, revision: of a model.
+    """
+    if name is None:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:  # the name of a local directory
+        return False
+    return "/" in name or revision is not None
+
+
+def known_license(model: nn.Module) -> dict[str, str]:
+    """Finds the licence of the checkpoint that a model was loaded from, as a model card states it.
+
+    The card of the checkpoint is read, in its directory or on the Hub, and the configuration where the card has none.
+    A Hub that cannot be reached counts as a card without a licence.
+
+    Args:
+        model: of transformers, or any other, whose licence is not known.
+
+    Returns:
+        ``license``, and ``license_name`` and ``license_link`` where the card has them; empty if it is not known.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    card = _card_of(model)
+    if not isinstance(card.get("license"), str):
+        named = model.config.to_dict().get("license")
+        return {"license": named} if isinstance(named, str) and named else {}
+    found = {key: card[key] for key in ("license", "license_name", "license_link") if isinstance(card.get(key), str)}
+    link, name = found.get("license_link"), hub_name(model)
+    if link is not None and "://" not in link:  # a file beside that card
+        found.pop("license_link")
+        if name is not None:
+            found["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
+    return found
+
+
+def _card_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The metadata of the card of a model's checkpoint; empty without a card."""
+    folder, (name, revision) = Path(model.config._name_or_path or ""), known_as(model)
+    try:
+        if model.config._name_or_path and folder.is_dir():
+            return metadata_load(folder / "README.md") or {}
+        if is_hub_name(name, revision):
+            return metadata_load(hf_hub_download(name, "README.md", revision=revision)) or {}
+    except (OSError, ValueError, HTTPError, yaml.YAMLError):  # no card, a damaged one, or no network
+        return {}
+    return {}
 
 
 def stored_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from hf_dis.report.snapshots import SNAPSHOTS, snapshot
 from hf_dis.sampling.proposal import DISProposal
 
 if TYPE_CHECKING:
+    from hf_dis.report.card_figures import CardFigure
     from hf_dis.trainer.trainer import DISDistillationTrainer
 
 
@@ -33,13 +35,13 @@ class DISReportCallback(TrainerCallback):
 
     def __init__(self, trainer: DISDistillationTrainer):
         try:
-            from hf_dis.report import page
+            from hf_dis.report import card_figures, page
         except ImportError as error:
             raise ImportError(
                 f"DISReportCallback plots with matplotlib, which cannot be imported ({error}): "
                 "pip install 'matplotlib>=3.9'"
             ) from error
-        self._page, self.trainer = page, trainer
+        self._page, self._card_figures, self.trainer = page, card_figures, trainer
         self._clock: clock.StepClock | None = None
         self._next_snapshot = 0.0
 
@@ -122,6 +124,10 @@ class DISReportCallback(TrainerCallback):
         """
         run = records.to_run(records.read(folder / records.RECORDS), name)
         (folder / records.PAGE).write_text(self._page.page([run]), encoding="utf-8")
+
+    def card_figures(self, folder: Path, logs: Sequence[Log]) -> list[CardFigure]:
+        """Draws the figures of the model card; see :func:`hf_dis.report.card_figures.save_card_figures`."""
+        return self._card_figures.save_card_figures(folder, logs)
 
     # Times
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
@@ -25,16 +26,13 @@ INTERVALS = 250
 # Points of a short curve are marked.
 MARKED = 40
 SIZE = (4.6, 2.7)
+COLOURS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    **dict.fromkeys(COLOURS, INK),
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -65,17 +63,34 @@ def curves(name: str, series: Sequence[Series], level: float | None = None) -> s
         level: a value that is marked by a dashed line.
     """
     with rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axis = figure.subplots()
-        for one in series:
-            points = thinned([point for point in one.points if math.isfinite(point[1])])
-            marker = "." if len(points) <= MARKED else None
-            axis.plot(*zip(*points, strict=True), color=SERIES[one.number % len(SERIES)], marker=marker)
-        if level is not None:
-            axis.axhline(level, color=INK, linestyle="--", linewidth=1)
-        axis.set_xlabel("step")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        return _svg(figure, name)
+        return _svg(_curves(series, level, SERIES, INK), name)
+
+
+def save_curves(path: Path, series: Sequence[Series], level: float | None = None) -> None:
+    """Draws curves over steps, with a legend, as a PNG on white.
+
+    Args:
+        path: of the PNG.
+        series, level: as for :func:`curves`.
+    """
+    with rc_context({**STYLE, **dict.fromkeys(COLOURS, "black")}):
+        figure = _curves(series, level, [f"C{number}" for number in range(len(SERIES))], "black")
+        figure.axes[0].legend([one.label for one in series], frameon=False)
+        figure.savefig(path, dpi=160)
+
+
+def _curves(series: Sequence[Series], level: float | None, colours: Sequence[str], ink: str) -> Figure:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axis = figure.subplots()
+    for one in series:
+        points = thinned([point for point in one.points if math.isfinite(point[1])])
+        marker = "." if len(points) <= MARKED else None
+        axis.plot(*zip(*points, strict=True), color=colours[one.number % len(colours)], marker=marker)
+    if level is not None:
+        axis.axhline(level, color=ink, linestyle="--", linewidth=1)
+    axis.set_xlabel("step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
 
 
 def proposals(name: str, snapshots: Sequence[dict[str, Any]]) -> str:

@@ -146,10 +146,10 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
         series = []
         for number, run in enumerate(runs):
             for name in panel.names:
-                points = _points(run, name)
+                found_points = points(run, name)
                 label = name if len(runs) == 1 else run.name
-                if points:
-                    series.append(Series(label, points, number if len(runs) > 1 else panel.names.index(name)))
+                if found_points:
+                    series.append(Series(label, found_points, number if len(runs) > 1 else panel.names.index(name)))
         if series:
             svg = figures.curves(f"panel{len(found)}", series, panel.level)
             title = panel.title if len(runs) == 1 or len(panel.names) > 1 else f"{panel.title}: {panel.names[0]}"
@@ -157,7 +157,13 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return found
 
 
-def _points(run: Run, name: str) -> list[tuple[float, float]]:
+def points(run: Run, name: str) -> list[tuple[float, float]]:
+    """Steps and values of a log, those that are finite numbers.
+
+    Args:
+        run: with the logs.
+        name: of the log.
+    """
     values = ((log["step"], log.get(name)) for log in run.logs)
     return [(step, value) for step, value in values if isinstance(value, (int, float)) and abs(value) < float("inf")]
 

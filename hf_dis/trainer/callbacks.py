@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.utils import logging
 
+from hf_dis.autotune import TOKENS
 from hf_dis.distiller import Distiller
+from hf_dis.estimate import A100, estimate_head
 from hf_dis.kernels import uses_triton
 from hf_dis.report.callback import DISReportCallback
 from hf_dis.report.records import FOLDER, PAGE
-from hf_dis.trainer.expected import expected_items
+from hf_dis.trainer.progress import tell
 
 if TYPE_CHECKING:
     from hf_dis.trainer.mixin import DISTrainerMixin
-
-logger = logging.get_logger(__name__)
-
-# Bytes of a logit in float32, the type in which losses are computed.
-LOGIT_BYTES = 4
 
 
 class NoItemsCheck(TrainerCallback):
@@ -42,24 +36,15 @@ class NoItemsCheck(TrainerCallback):
 
 
 class OpeningLine(TrainerCallback):
-    """Logs one line at the start of a training about what will run.
-
-    The line goes to stderr beside the progress bar, unless ``log_level`` is ``error`` or ``critical``. With
-    ``disable_tqdm`` the line goes to the logger of this module, at the level ``info``. Other processes are quiet.
-    """
+    """Logs one line at the start of a training about what will run; see :func:`hf_dis.trainer.progress.tell`."""
 
     def __init__(self, trainer: DISTrainerMixin):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Writes the line, on the main process only."""
-        if not state.is_world_process_zero:
-            return
-        line = opening_line(self.trainer)
-        if args.disable_tqdm:
-            logger.info(line)
-        elif args.get_process_log_level() <= logging.WARNING:
-            tqdm.write(line, file=sys.stderr)
+        if state.is_world_process_zero:
+            tell(args, opening_line(self.trainer))
 
 
 def opening_line(trainer: DISTrainerMixin) -> str:
@@ -91,13 +76,29 @@ def _gains(trainer: DISTrainerMixin) -> list[str]:
     distiller = trainer.distiller
     if distiller.mode == "exact":
         return []
-    costs = distiller.costs
-    timed = "" if costs is None else f"a head step {costs.exact / costs.sampled:.2g} times as fast as with all classes"
-    speed = timed or "speed not timed, as head_mode is 'sampled'"
-    num_items = expected_items(trainer)
-    unit, number = ("per item", 1) if num_items is None else (f"for {num_items:,} items", num_items)
-    sampled, exact = (number * LOGIT_BYTES * count for count in (distiller.sampler.columns, distiller.num_classes))
-    return [speed, f"student logits {_size(sampled)} in place of {_size(exact)} {unit}"]
+    num_items = trainer._expected_items() or TOKENS
+    expected = estimate_head(
+        num_items,
+        distiller.num_classes,
+        _num_features(trainer),
+        distiller.sampler.columns,
+        ranks_teacher=trainer.teacher_cache is None,
+    )
+    if distiller.costs is None:
+        speed, source = expected.blocks.seconds / expected.sampled.seconds, f"estimated for an {A100.name}"
+    else:
+        speed, source = distiller.costs.exact / distiller.costs.sampled, "timed"
+    memory = f"{_size(expected.sampled.memory)} in place of {_size(expected.blocks.memory)}"
+    return [
+        f"a head step {speed:.2g} times as fast as with all classes ({source})",
+        f"logits and loss of {num_items:,} items take {memory} (estimated)",
+    ]
+
+
+def _num_features(trainer: DISTrainerMixin) -> int:
+    """The width of the head's input."""
+    layer = trainer.distiller.student.get_submodule(trainer.distiller.head_layers[0])
+    return layer.in_features
 
 
 def _size(num_bytes: int) -> str:

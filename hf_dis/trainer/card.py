@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modelcard import TrainingSummary
 from transformers.utils import logging
 
-from hf_dis.models.provenance import known_as
+from hf_dis.models.provenance import hub_name, is_hub_name, known_as, known_license
 from hf_dis.models.tasks import base_model
 from hf_dis.version import __version__
 
 if TYPE_CHECKING:
+    from hf_dis.report.card_figures import CardFigure
     from hf_dis.trainer.mixin import DISTrainerMixin
 
 logger = logging.get_logger(__name__)
@@ -31,23 +34,28 @@ NOT_USED = "not used: every logit was computed"
 NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
-def model_card(trainer: DISTrainerMixin, **summary: Any) -> ModelCard:
+def model_card(trainer: DISTrainerMixin, figures: Sequence[CardFigure] = (), **summary: Any) -> ModelCard:
     """The card of a trainer's student: teacher, data, every setting of the method, last probe and evaluation.
 
     A fact that is not known is stated as unknown. The card is public, so the path of a local teacher or student is
-    shortened to the name of its directory.
+    shortened to the name of its directory. The licence is that of the student's checkpoint unless one is given. A
+    teacher of the Hub is a tag, ``teacher:`` and its name, since the Hub has no relation of a student to its teacher.
 
     Args:
         trainer: after training, or before.
+        figures: files beside the card that it shows.
         **summary: facts that the user adds; see :meth:`DISTrainerMixin.create_model_card`.
 
     Raises:
         ValueError: if no valid card can be made with ``summary``; names the cause.
     """
     try:
-        tags = list(dict.fromkeys([*_listed(summary.get("tags")), *trainer._tag_names]))
-        said = TrainingSummary.from_trainer(trainer, **summary | {"tags": tags})
-        return _rendered(trainer, said)
+        student = base_model(trainer.accelerator.unwrap_model(trainer.model))
+        known = {} if summary.get("license") else known_license(student)
+        given = {"license": known.get("license"), "tags": _tags(trainer, student, summary.get("tags"))}
+        said = TrainingSummary.from_trainer(trainer, **summary | {name: one for name, one in given.items() if one})
+        said.finetuned_from = summary.get("finetuned_from") or hub_name(student)
+        return _rendered(trainer, said, known, figures)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"no valid model card can be made with {summary} ({error}): give text, or lists of it, under the names "
@@ -55,12 +63,22 @@ def model_card(trainer: DISTrainerMixin, **summary: Any) -> ModelCard:
         ) from error
 
 
-def _rendered(trainer: DISTrainerMixin, said: TrainingSummary) -> ModelCard:
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    has_adapter = base_model(student) is not student
+def _tags(trainer: DISTrainerMixin, student: nn.Module, given: Any) -> list[str]:
+    """Tags that are given, of the method, of the loggers (Trackio's is among the model's), and of the teacher."""
+    model_tags = student.model_tags if isinstance(student, PreTrainedModel) else None
+    if trainer.teacher_cache is None:
+        teacher = known_as(trainer.distiller.online_teacher.model)
+    else:
+        teacher = (trainer.teacher_cache.header.teacher[name] for name in ("name", "revision"))
+    name, revision = teacher
+    teacher_tags = [f"teacher:{name}"] if is_hub_name(name, revision) else []
+    return list(dict.fromkeys([*_listed(given), *trainer._tag_names, *(model_tags or ()), *teacher_tags]))
+
+
+def _measured(said: TrainingSummary, metrics: dict[str, float]) -> list[EvalResult]:
+    """The metrics as the Hub's ``model-index`` has them."""
     tasks, dataset, dataset_tags = _listed(said.tasks), _listed(said.dataset), _listed(said.dataset_tags)
-    metrics, metrics_step = _last_evaluation(trainer.state.log_history)
-    measured = [
+    return [
         EvalResult(
             task_type=task,
             dataset_type=", ".join(dataset_tags) or UNKNOWN,
@@ -74,21 +92,37 @@ def _rendered(trainer: DISTrainerMixin, said: TrainingSummary) -> ModelCard:
         # The Hub's metadata takes finite numbers only; the table of the card shows all metrics.
         if isinstance(value, (int, float)) and math.isfinite(value)
     ]
+
+
+def _rendered(
+    trainer: DISTrainerMixin, said: TrainingSummary, known: dict[str, str], figures: Sequence[CardFigure]
+) -> ModelCard:
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    has_adapter = base_model(student) is not student
+    tasks, dataset, dataset_tags = _listed(said.tasks), _listed(said.dataset), _listed(said.dataset_tags)
+    metrics, metrics_step = _last_evaluation(trainer.state.log_history)
+    relation = "adapter" if has_adapter else "finetune"
     data = ModelCardData(
         library_name="peft" if has_adapter else "transformers",
         language=said.language,
         license=said.license,
-        base_model=said.finetuned_from or None,
+        license_name=known.get("license_name"),
+        license_link=known.get("license_link"),
+        base_model=said.finetuned_from,
+        base_model_relation=relation if said.finetuned_from else None,
         tags=said.tags,
         datasets=dataset_tags or None,
         pipeline_tag=tasks[0] if tasks else None,
         model_name=said.model_name,
-        eval_results=measured or None,
+        eval_results=_measured(said, metrics) or None,
     )
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         version=__version__,
+        method=trainer._name,
+        papers=[vars(kind)["_paper"] for kind in type(trainer).__mro__ if vars(kind).get("_paper")],
+        figures=figures,
         model_name=said.model_name,
         kind="an adapter for PEFT" if has_adapter else "an ordinary transformers model",
         loading=_loading(student, trainer.hub_model_id or said.model_name),

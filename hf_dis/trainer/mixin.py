@@ -35,6 +35,7 @@ from hf_dis.trainer.expected import expected_items
 from hf_dis.trainer.features import extract_features
 from hf_dis.trainer.optimizer import give_head_rate
 from hf_dis.trainer.positions import KnownPositions, with_positions
+from hf_dis.trainer.progress import FirstStep, timed_items
 from hf_dis.trainer.saving import SavingHooks
 
 logger = logging.get_logger(__name__)
@@ -73,7 +74,6 @@ class DISTrainerMixin(SavingHooks):
     # compute_loss itself divides by the number of items in the accumulation window.
     loss_is_scaled_for_ga = True
     config_class: type[TrainingArguments]
-    _tag_names = ("hf_dis", "knowledge-distillation", "dynamic-importance-sampling")
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class DISTrainerMixin(SavingHooks):
         self.label_names = self.label_names or ["labels"]
         self.distiller = self._make_distiller()
         check_optimizer(self)
-        for callback in (NoItemsCheck, OpeningLine):
-            self.add_callback(callback(self))
+        for callback in (NoItemsCheck(self), OpeningLine(self), FirstStep()):
+            self.add_callback(callback)
         self._means, self._evaluation = RunningMeans(), Evaluation(holds_logits=True)
         self._quality_step, self._in_training_step, self._positions = 0, False, KnownPositions()
         self.num_items_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
@@ -206,7 +206,7 @@ class DISTrainerMixin(SavingHooks):
             precision={"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision),
             label_names=self.label_names,
             is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
-            num_items=self._expected_items() if self.args.head_mode == "auto" else None,
+            num_items=timed_items(self),
         )
 
     def _expected_items(self) -> int | None:

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_dis.distiller import Distiller
+from hf_dis.report.callback import DISReportCallback
 from hf_dis.trainer import checkpoints, manifest, publishing
 from hf_dis.trainer.card import model_card
 
+if TYPE_CHECKING:
+    from hf_dis.report.card_figures import CardFigure
+
 
 class SavingHooks:
-    """Saves, restores and publishes what :class:`hf_dis.DISTrainerMixin` adds to its host."""
+    """Saves, restores and publishes what :class:`hf_dis.DISTrainerMixin` adds to its host.
+
+    The method's name, paper and tags, which the model card states, have the names that they have in TRL's trainers.
+    """
 
     distiller: Distiller
+    _name = "DIS"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Accelerating Large Scale Knowledge Distillation via Dynamic Importance Sampling",
+        "id": "1812.00914",
+        "citation": """\
+@article{li2018accelerating,
+  title = {Accelerating Large Scale Knowledge Distillation via Dynamic Importance Sampling},
+  author = {Li, M. and Zuo, T. and Li, R. and White, M. and Zheng, W.-S.},
+  journal = {arXiv preprint arXiv:1812.00914},
+  year = {2018}
+}""",
+    }
+    _tag_names: Sequence[str] = ("hf_dis", "knowledge-distillation", "dynamic-importance-sampling")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the host's; ``resume_from_checkpoint=True`` takes the newest *whole* checkpoint of ``output_dir``.
@@ -80,12 +101,21 @@ class SavingHooks:
     def create_model_card(self, **summary: Any) -> None:
         """Writes the model card to ``README.md`` in ``output_dir``; see :func:`hf_dis.trainer.card.model_card`.
 
+        With :class:`hf_dis.DISReportCallback` two figures of the report are drawn into the folder ``report``, and the
+        card shows them.
+
         Args:
             **summary: as for ``Trainer``, by name: ``language``, ``license``, ``tags``, ``model_name``,
                 ``finetuned_from``, ``tasks``, ``dataset_tags``, ``dataset``, ``dataset_args``.
         """
         if self.is_world_process_zero():
-            model_card(self, **summary).save(Path(self.args.output_dir) / "README.md")
+            model_card(self, figures=self._card_figures(), **summary).save(Path(self.args.output_dir) / "README.md")
+
+    def _card_figures(self) -> list[CardFigure]:
+        """Draws the figures of the card; none without a report."""
+        callbacks = self.callback_handler.callbacks
+        report = next((one for one in callbacks if isinstance(one, DISReportCallback)), None)
+        return [] if report is None else report.card_figures(Path(self.args.output_dir), self.state.log_history)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's, but saves the student before anything that needs the network.

@@ -10,9 +10,11 @@ from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_test"
 USER = "tester"
-BAD_LICENSE = "license: none-of-the-hubs"
+BAD_LICENSE = "none-of-the-hubs"
 
 
 class LocalHub:
@@ -48,6 +50,24 @@ class LocalHub:
         return hashlib.sha1(f"{repo} {self.commits[repo]}".encode()).hexdigest()
 
 
+def mistakes(content: str) -> list[str]:
+    """The mistakes of a card's metadata, by rules of the Hub: a licence, relations, and the model index."""
+    data, found = yaml.safe_load(content.split("---")[1]) or {}, []
+    if data.get("license") == BAD_LICENSE:
+        found.append("license must be one of ...")
+    if data.get("base_model_relation", "finetune") not in ("adapter", "finetune", "merge", "quantized"):
+        found.append("base_model_relation must be one of ...")
+    if not all(isinstance(tag, str) for tag in data.get("tags", [])):
+        found.append("tags must be strings")
+    for result in (result for model in data.get("model-index", []) for result in model["results"]):
+        named = result["task"].get("type"), result["dataset"].get("type"), result["dataset"].get("name")
+        if not all(isinstance(one, str) for one in named):
+            found.append("model-index needs the task and the dataset of each result")
+        if not all(isinstance(one["value"], (int, float)) for one in result["metrics"]):
+            found.append("model-index needs a number for each metric")
+    return found
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: LocalHub
     protocol_version = "HTTP/1.1"
@@ -78,8 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("blobs/"):
             return self.store(path.removeprefix("blobs/"), body)
         if path == "api/validate-yaml":
-            bad = BAD_LICENSE in json.loads(body)["content"]
-            return self.answer(400 if bad else 200, {"errors": [{"message": "license must be one of ..."}] * bad})
+            errors = [{"message": message} for message in mistakes(json.loads(body)["content"])]
+            return self.answer(400 if errors else 200, {"errors": errors})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(401, {"error": "Invalid username or password."})
         return self.write(path, body)

@@ -14,7 +14,7 @@ import torch
 from archives import write_cifar100_archive
 from tiny_models import images, labelled_images, vit
 
-from hf_dis import DISConfig, DISDistillationTrainer
+from hf_dis import DISConfig, DISDistillationTrainer, DISReportCallback
 
 
 def make(folder: Path, name: str, teacher: str | None = None, **keywords) -> DISDistillationTrainer:
@@ -56,6 +56,7 @@ def server_fails(at: str) -> None:
 def publish(folder: Path) -> dict:
     time.sleep = lambda seconds: None  # the client waits between its attempts
     trainer = make(folder, "student", save_strategy="steps", save_steps=1)
+    trainer.add_callback(DISReportCallback(trainer))
     trainer.train()
     trainer.evaluate()
     trainer.distiller.teacher.model.save_pretrained(folder / "student" / "_teacher")

@@ -4,7 +4,9 @@ import pytest
 from tiny_models import labelled_images, llama, vit
 from transformers.utils import logging
 
-from hf_dis import DISReportCallback
+from hf_dis import DISReportCallback, cache_teacher_targets
+from hf_dis.autotune import TOKENS
+from hf_dis.estimate import estimate_head
 from hf_dis.trainer.callbacks import OpeningLine, opening_line
 
 
@@ -13,8 +15,12 @@ def test_sampled_classes(make_trainer):
     trainer.add_callback(DISReportCallback(trainer))
     line = opening_line(trainer)
     assert line.startswith("hf_dis: 14 of 40 classes per item are sampled, of which 8 in 4 shared tails; ")
-    assert "speed not timed" in line and "kernels: torch" in line and "the first 2 steps compute all classes" in line
-    assert "student logits 0.000448 MB in place of 0.00128 MB for 8 items" in line
+    assert "kernels: torch" in line and "the first 2 steps compute all classes" in line
+    expected = estimate_head(8, 40, 16, 14)
+    speed = expected.blocks.seconds / expected.sampled.seconds
+    assert f"a head step {speed:.2g} times as fast as with all classes (estimated for an NVIDIA A100 80GB); " in line
+    sampled, exact = expected.sampled.memory, expected.blocks.memory
+    assert f"of 8 items take {sampled / 1e6:.3g} MB in place of {exact / 1e6:.3g} MB (estimated)" in line
     assert line.endswith(f"report: {trainer.args.output_dir}/report/report.html") and "\n" not in line
 
 
@@ -26,15 +32,16 @@ def test_timed_speed(make_trainer):
     assert costs is not None
     if trainer.distiller.mode == "sampled":  # as the clock decides
         ratio = f"{costs.exact / costs.sampled:.2g}"
-        assert f"a head step {ratio} times as fast as with all classes" in opening_line(trainer)
+        assert f"a head step {ratio} times as fast as with all classes (timed)" in opening_line(trainer)
 
 
 def test_exact_distillation(make_trainer):
     assert "all 40 classes are computed" in opening_line(make_trainer(head_mode="exact"))
     assert "report:" not in opening_line(make_trainer(head_mode="exact"))
+    assert "times as fast" not in opening_line(make_trainer(head_mode="exact"))
 
 
-def test_items_that_are_not_known_are_told_per_item(make_trainer):
+def test_for_items_that_are_not_known_a_usual_number_is_taken(make_trainer):
     class Endless:
         def __len__(self):
             return 8
@@ -43,7 +50,17 @@ def test_items_that_are_not_known_are_told_per_item(make_trainer):
             raise AssertionError
 
     trainer = make_trainer(llama(40), llama(40, seed=1), train_dataset=Endless())
-    assert "per item" in opening_line(trainer)
+    assert f"logits and loss of {TOKENS:,} items" in opening_line(trainer)
+
+
+def test_stored_targets_are_not_ranked(make_trainer, tmp_path):
+    teacher = vit(40, seed=1, spread=30)
+    cache = cache_teacher_targets(teacher, labelled_images(32, 40), tmp_path / "cache", show_progress=False)
+    trainer = make_trainer(teacher_cache=cache, num_shared_classes=0, rank_depth=None)
+    sizes = 8, 40, 16, trainer.distiller.sampler.columns
+    expected = estimate_head(*sizes, ranks_teacher=False).sampled.memory
+    assert f"of 8 items take {expected / 1e6:.3g} MB" in opening_line(trainer)
+    assert expected < estimate_head(*sizes).sampled.memory
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,8 @@ def loaded(repo, kept, folder, server):
 
 def test_the_student_and_nothing_else_is_published(published, folder, server):
     files = server.files["tester/student"]
-    assert {"README.md", "config.json", "model.safetensors", "training_args.bin"} == set(files)
+    report = {f"report/{name}" for name in ("report.html", "records.jsonl", "gradient-error.png", "training-loss.png")}
+    assert {"README.md", "config.json", "model.safetensors", "training_args.bin"} | report == set(files)
     assert list((folder / "student").rglob("dis_state*")) and list((folder / "student").rglob("optimizer*"))
     pieces = [p.detach().numpy().tobytes()[:64] for p in vit(40, seed=1, spread=30).parameters() if p.dim() > 1]
     for repo, stored in server.files.items():
@@ -128,10 +129,17 @@ def test_the_published_card_names_the_loading_line_and_the_data(published, serve
     assert ModelCard(text).data.license == "apache-2.0"
 
 
+def test_the_figures_of_the_published_card_are_there(published, server):
+    files = server.files["tester/student"]
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", files["README.md"].decode())
+    assert len(shown) == 2 and all(files[name].startswith(b"\x89PNG") for name in shown)
+
+
 def test_the_card_names_a_teacher_of_the_hub_and_its_commit(published, server):
     found = facts(ModelCard(server.files["an-org/named"]["README.md"].decode()))
     assert found["Teacher"] == "tester/teacher"
     assert found["Teacher's revision"] == server.revision("tester/teacher")
+    assert "teacher:tester/teacher" in ModelCard(server.files["an-org/named"]["README.md"].decode()).data.tags
 
 
 def test_checkpoints_and_save_model_publish_the_card_too(published, server):
