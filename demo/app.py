@@ -31,7 +31,7 @@ ABOUT = (
 )
 # Budgets of the curve, and of the slider.
 BUDGETS, LARGEST, FIRST = (8, 16, 32, 64, 128, 256, 512, 1024), 1024, 128
-CANVAS, BRUSH = 320, 26
+CANVAS, BRUSH = 320, 15
 Models = Glyphs | Texts
 
 
@@ -172,12 +172,14 @@ def glyph_tab(glyphs: Glyphs) -> None:
                 canvas_size=(CANVAS, CANVAS),
                 brush=gr.Brush(default_size=BRUSH, colors=["#000000"], color_mode="fixed"),
                 layers=False,
+                placeholder="Choose the brush, then draw a large character",
             )
             button = gr.Button("Ask teacher and student", variant="primary")
         with gr.Column(min_width=260):
+            gr.Markdown("Or choose an example")
             files = [str(path) for path in glyphs.examples]
             gallery = gr.Gallery(
-                files, label="Or choose an example", columns=6, height=300, allow_preview=False, elem_id="examples"
+                files, show_label=False, columns=4, height=320, allow_preview=False, buttons=[], elem_id="examples"
             )
     _, connect = outputs(glyphs, min(LARGEST, len(glyphs.names)))
     connect(button.click, partial(ask_drawing, glyphs), [pad])
@@ -236,7 +238,9 @@ def main() -> None:
         texts = None if arguments.text_folder is None else Texts.load(Path(arguments.text_folder))
     except FileNotFoundError as error:
         sys.exit(f"demo: error: {error}")
-    build(glyphs, texts).launch(server_port=arguments.port, allowed_paths=[arguments.folder], **look())
+    build(glyphs, texts).launch(
+        server_port=arguments.port, allowed_paths=[arguments.folder], ssr_mode=False, footer_links=["gradio"], **look()
+    )
 
 
 if __name__ == "__main__":

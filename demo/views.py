@@ -80,12 +80,12 @@ def costs(budget: Budget, num_classes: int) -> str:
         num_classes: C.
     """
     number, share = len(budget.classes), len(budget.classes) / num_classes
-    products = budget.products / 1e6
+    products = budget.products / 1e3
     return (
         '<div class="dis"><table>'
         f'<tr><td>Gradient error</td><td class="number" id="error">{budget.error:.1%}</td></tr>'
         f'<tr><td>Student logits</td><td class="number">{number:,} of {num_classes:,} ({share:.1%})</td></tr>'
-        f"<tr><td>Multiplications of the head</td><td>{products:.2f} of {products / share:.2f} million</td></tr>"
+        f"<tr><td>Multiplications of the head</td><td>{products:,.0f} of {products / share:,.0f} thousand</td></tr>"
         "</table></div>"
     )
 
@@ -117,7 +117,7 @@ def curve(budgets: Sequence[Budget], chosen: Budget) -> str:
         'font-size="9" fill="currentColor">'
         f'<text x="36" y="18" text-anchor="end">{math.exp(high):.0%}</text>'
         f'<text x="36" y="103" text-anchor="end">{math.exp(low):.1%}</text>{ticks}'
-        '<text x="160" y="128" text-anchor="middle">sampled classes; the gradient error is on the other axis</text>'
+        '<text x="160" y="128" text-anchor="middle">gradient error by number of sampled classes, both logarithmic</text>'
         f'<polyline points="{line}" fill="none" stroke="{CERTAIN}" stroke-width="2"/>'
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{RANDOM}"/></svg></div>'
     )

@@ -93,6 +93,7 @@ def test_a_drawing_is_answered(address):
         button = page.get_by_role("button", name="Ask teacher and student").first
         button.click()
         page.get_by_text("the drawing is empty").wait_for()
+        page.get_by_role("button", name="Brush").click()
         box = page.locator("canvas:visible").first.bounding_box()
         across, down = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         page.mouse.move(across - 30, down - 40)
