@@ -117,7 +117,7 @@ def curve(budgets: Sequence[Budget], chosen: Budget) -> str:
         'font-size="9" fill="currentColor">'
         f'<text x="36" y="18" text-anchor="end">{math.exp(high):.0%}</text>'
         f'<text x="36" y="103" text-anchor="end">{math.exp(low):.1%}</text>{ticks}'
-        '<text x="160" y="128" text-anchor="middle">gradient error by number of sampled classes, both logarithmic</text>'
+        '<text x="160" y="128" text-anchor="middle">error by number of sampled classes, both logarithmic</text>'
         f'<polyline points="{line}" fill="none" stroke="{CERTAIN}" stroke-width="2"/>'
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{RANDOM}"/></svg></div>'
     )

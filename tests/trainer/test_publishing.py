@@ -84,7 +84,9 @@ def loaded(repo, kept, folder, server):
 
 def test_the_student_and_nothing_else_is_published(published, folder, server):
     files = server.files["tester/student"]
-    report = {f"report/{name}" for name in ("report.html", "records.jsonl", "gradient-error.png", "training-loss.png")}
+    report = {
+        f"report/{name}" for name in ("report.html", "records.jsonl", "gradient-error.png", "kl-to-the-teacher.png")
+    }
     assert {"README.md", "config.json", "model.safetensors", "training_args.bin"} | report == set(files)
     assert list((folder / "student").rglob("dis_state*")) and list((folder / "student").rglob("optimizer*"))
     pieces = [p.detach().numpy().tobytes()[:64] for p in vit(40, seed=1, spread=30).parameters() if p.dim() > 1]
