@@ -17,7 +17,8 @@ from hf_dis.cache.attach import cached_teacher, check_cache, open_cache
 from hf_dis.cache.reader import TeacherCache
 from hf_dis.distiller import Distiller
 from hf_dis.distributed.processes import of_first_process, process_index
-from hf_dis.head.check import check_row_sparse_head
+from hf_dis.head.check import check_row_sparse_head, check_sharded_head
+from hf_dis.head.sharded import sharded_heads
 from hf_dis.loss.f_divergence import divergence_of
 from hf_dis.models.head_search import find_head_layers, find_heads
 from hf_dis.models.tasks import Task, find_task, num_outputs
@@ -82,6 +83,8 @@ def build_distiller(
     spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed + process_index(), device)
     mode, costs = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
     layers = _find_head(student, width, arguments, mode)
+    check_sharded_head(student, teacher, layers, is_sharded)
+    is_whole = not is_sharded and not sharded_heads(student)
     return Distiller(
         student,
         arguments,
@@ -92,7 +95,7 @@ def build_distiller(
         mode=mode,
         **_row_sparse(student, layers, arguments, mode, is_sharded),
         **_teachers(student, teacher, caches, num_classes, arguments, sampler, device, context),
-        student_stream=LogitStream(student, width, context=context) if len(layers) == 1 and not is_sharded else None,
+        student_stream=LogitStream(student, width, context=context) if len(layers) == 1 and is_whole else None,
         label_names=label_names,
         precision=precision,
         costs=costs,
@@ -220,6 +223,9 @@ def _choose_mode(
             raise
         logger.warning(f"head_mode='auto' chose 'exact': {error}")
         return "exact", None
+    if sharded_heads(student):
+        logger.warning("head_mode='auto' chose 'sampled' without timing: the head is sharded")
+        return "sampled", None
     num_features = student.get_submodule(layers[0]).in_features
     costs = of_first_process(
         lambda: measure_costs(
@@ -242,6 +248,11 @@ def _find_head(student: nn.Module, width: int, arguments: DISArguments, mode: st
     """The layers to switch; in exact mode the head as it is, or none where it cannot be found."""
     if mode == "sampled":
         layers = find_head_layers(student, width, arguments.head_name)
+        if arguments.probe_steps and sharded_heads(student):
+            raise ValueError(
+                f"probe_steps is {arguments.probe_steps}, but the output head is sharded: the probe takes the exact "
+                "gradient of a whole head; set probe_steps to 0"
+            )
         if arguments.probe_steps and len(layers) > 1:
             raise ValueError(
                 f"probe_steps is {arguments.probe_steps}, but the output head is made of {' and '.join(layers)}: the "

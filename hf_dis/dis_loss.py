@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_dis.checks import require
 from hf_dis.head.sampled_linear import sampled_logits
+from hf_dis.head.vocab_shard import VocabShard, check_shards
 from hf_dis.items import check_labels
 from hf_dis.loss.f_divergence import make_divergence
 from hf_dis.loss.sampled import sampled_loss
@@ -34,6 +35,9 @@ class DISLoss:
         jsd_beta: as for :class:`hf_dis.DISArguments`.
         skew_alpha: as for :class:`hf_dis.DISArguments`.
         scale_by_temperature: as for :class:`hf_dis.DISArguments`.
+        shard: the classes of this process, where tensor parallelism spreads the head over processes. Weight and bias
+            are then the rows of these classes. All processes of the group give the same features, teacher logits and
+            labels, and seed their samplers alike. ``reduce`` sums over one process of each group.
 
     Raises:
         TypeError: if ``jsd_beta`` or ``skew_alpha`` is neither a number nor None.
@@ -57,12 +61,14 @@ class DISLoss:
         jsd_beta: float | None = None,
         skew_alpha: float | None = None,
         scale_by_temperature: bool = True,
+        shard: VocabShard | None = None,
     ):
         require(0 < temperature < inf, "temperature", temperature, "above 0 and finite; 1 to 4 is usual")
         require(0 <= hard_label_weight <= 1, "hard_label_weight", hard_label_weight, "within [0, 1]")
         self.sampler, self.temperature, self.hard_label_weight = sampler, temperature, hard_label_weight
         self.reduce, self.row_sparse_head = reduce, row_sparse_head
         self.divergence = make_divergence(divergence, jsd_beta, skew_alpha, scale_by_temperature)
+        self.shard = shard
         self._has_checked_values = False
 
     def __call__(
@@ -77,8 +83,8 @@ class DISLoss:
 
         Args:
             features: input of the head, ``[N, d]``.
-            weight: of the head, ``[C, d]``.
-            bias: of the head, ``[C]``, or None.
+            weight: of the head, ``[C, d]``; with a shard the rows of its classes.
+            bias: of the head, ``[C]``, or None; with a shard the entries of its classes.
             teacher_logits: ``[N, C]``, or an iterable of chunks of items that need not exist at the same time.
             labels: class ids ``[N]``.
 
@@ -89,12 +95,15 @@ class DISLoss:
                 waits for the device, teacher and labels are checked in the first batch only.
         """
         num_classes = self.sampler.proposal.num_classes
-        if len(weight) != num_classes:
+        if self.shard is not None:
+            if not self._has_checked_values:
+                check_shards(self.shard, weight, num_classes)
+        elif len(weight) != num_classes:
             raise ValueError(
                 f"the sampler is made for {num_classes} classes, the head has {len(weight)}: call "
                 f"make_sampler({len(weight)})"
             )
-        _check_shapes(features, weight, bias, teacher_logits, labels)
+        _check_shapes(features, weight, bias, teacher_logits, labels, num_classes)
         self._check_devices(features.device, weight=weight, bias=bias, labels=labels)
         check_values = features.device.type == "cpu" or not self._has_checked_values
         self._has_checked_values = True
@@ -124,7 +133,7 @@ class DISLoss:
         with torch.no_grad():
             sample = self.sampler.sample(targets, labels)
         ids = sample.item_ids, sample.tail_ids
-        logits = sampled_logits(features, weight, bias, *ids, self.row_sparse_head, sample.updates)
+        logits = sampled_logits(features, weight, bias, *ids, self.row_sparse_head, sample.updates, self.shard)
         loss, _, result = sampled_loss(logits, sample, self.temperature, self.hard_label_weight, self.divergence)
         self.sampler.learn(sample, result.signal, self.reduce)
         return loss.mean() if len(features) else loss.sum()
@@ -154,16 +163,17 @@ def _check_shapes(
     bias: Tensor | None,
     teacher_logits: Tensor | Iterable[Tensor],
     labels: Tensor | None,
+    num_classes: int,
 ) -> None:
-    num_classes, width = weight.shape
+    num_rows, width = weight.shape
     if features.dim() != 2 or features.shape[1] != width:
         raise ValueError(
             f"features have shape {tuple(features.shape)}: the head takes [N, {width}], one vector per item"
         )
     num_items = len(features)
-    if bias is not None and bias.shape != (num_classes,):
+    if bias is not None and bias.shape != (num_rows,):
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)}: the head has {num_classes} classes, so its bias is [{num_classes}]"
+            f"bias has shape {tuple(bias.shape)}: the head has {num_rows} classes, so its bias is [{num_rows}]"
         )
     if isinstance(teacher_logits, Tensor) and (teacher_logits.dim() != 2 or len(teacher_logits) != num_items):
         raise ValueError(

@@ -17,7 +17,7 @@ from hf_dis.head.row_gradients import coalesced
 
 
 @torch.no_grad()
-def average_rows(parameters: Iterable[nn.Parameter]) -> None:
+def average_rows(parameters: Iterable[nn.Parameter], over_processes: bool = True) -> None:
     """Makes gradients the mean over processes of their rows, sparse, coalesced and the same on every process.
 
     Call it on every process, with the same parameters in the same order.
@@ -26,8 +26,9 @@ def average_rows(parameters: Iterable[nn.Parameter]) -> None:
         parameters: of shape ``[C, ...]``. A gradient may be sparse in its rows or dense, which counts as all rows. It
             may be None where a process has none, which counts as no rows. Parameters that are not trained are left
             out.
+        over_processes: take the mean. If False, each process has rows of its own, which only become sparse.
     """
-    processes = num_processes()
+    processes = num_processes() if over_processes else 1
     for parameter in parameters:
         if not parameter.requires_grad:
             continue
@@ -35,7 +36,7 @@ def average_rows(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = gradient if processes == 1 else _sum_rows(gradient, processes)
 
 
-def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def sum_over_processes(tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
     """Sums of tensors over processes, the same on every process.
 
     Call it on every process, with the same names in the same order. A tensor that is sparse in its rows may have
@@ -45,10 +46,14 @@ def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Args:
         tensors: dense, of the same shape on every process, or sparse in their rows, with as many entries on every
             process.
+        group: the processes; None: all of the run. In tensor parallelism pass the data-parallel group of this process:
+            the other processes hold the same items.
     """
-    if num_processes() == 1:
+    if num_processes() == 1 or dist.get_world_size(group) == 1:
         return tensors
-    return {name: _all_rows(tensor) if tensor.is_sparse else _sum(tensor) for name, tensor in tensors.items()}
+    return {
+        name: _all_rows(tensor, group) if tensor.is_sparse else _sum(tensor, group) for name, tensor in tensors.items()
+    }
 
 
 def _row_sparse(parameter: nn.Parameter) -> Tensor:
@@ -61,15 +66,15 @@ def _row_sparse(parameter: nn.Parameter) -> Tensor:
     return _sparse(torch.arange(len(parameter), device=parameter.device), gradient, parameter)
 
 
-def _sum(tensor: Tensor) -> Tensor:
+def _sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return total
 
 
-def _all_rows(tensor: Tensor) -> Tensor:
+def _all_rows(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The entries of all processes, side by side."""
-    return _sparse(_gathered(tensor._indices()[0]), _gathered(tensor._values()), tensor)
+    return _sparse(*(_gathered(part, group) for part in (tensor._indices()[0], tensor._values())), tensor)
 
 
 def _sum_rows(tensor: Tensor, divisor: int) -> Tensor:
@@ -91,10 +96,10 @@ def _sum_rows(tensor: Tensor, divisor: int) -> Tensor:
     return _sparse(all_ids, total.div_(divisor).to(rows.dtype), tensor, is_coalesced=True)
 
 
-def _gathered(tensor: Tensor) -> Tensor:
+def _gathered(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The tensors of all processes, of one shape, one after another along their first dimension."""
-    gathered = tensor.new_empty(num_processes() * len(tensor), *tensor.shape[1:])
-    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    gathered = tensor.new_empty(dist.get_world_size(group) * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
     return gathered
 
 

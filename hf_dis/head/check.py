@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_dis.head.sampled_linear import sampled_columns
+from hf_dis.head.sharded import sharded_heads
 from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items
 from hf_dis.models.after_head import AfterHead
@@ -147,6 +149,49 @@ def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: 
         if layer.weight.requires_grad:
             for other, module in modules_with(student, layer.weight).items():
                 _check_tied(name, other, module)
+
+
+def check_sharded_head(
+    student: nn.Module, teacher: nn.Module | None, names: Sequence[str], is_sharded: bool = False
+) -> None:
+    """Checks that a student whose output head is sharded over the processes can be trained; others pass.
+
+    Args:
+        student: the model that is trained.
+        teacher: its teacher, or None.
+        names: the linear layers of the student's output head.
+        is_sharded: the student's parameters are sharded by FSDP or DeepSpeed too.
+
+    Raises:
+        ValueError: if something else is sharded too, the head is not all of the output head, the processes are
+            others than those that hold the head, or the teacher is sharded.
+    """
+    if teacher is not None and (theirs := sharded_heads(teacher)):
+        raise ValueError(
+            f"the head {', '.join(theirs)} of the teacher is sharded: the processes ask a teacher about different "
+            "numbers of items, which its shards cannot answer together; keep the teacher whole, or train from a cache"
+        )
+    heads = sharded_heads(student)
+    if not heads:
+        return
+    if is_sharded:
+        raise ValueError(
+            f"the head {', '.join(heads)} is sharded, and FSDP or DeepSpeed shards the student once more: use plain "
+            "data parallelism for the rest of the student"
+        )
+    if tuple(heads) != tuple(names):
+        raise ValueError(
+            f"the sharded layers are {', '.join(heads)} and the output head is {', '.join(names) or 'not known'}: a "
+            "sharded head has to be the whole output head, without adapters; name it with head_name, or leave PEFT out"
+        )
+    (head,) = heads.values()
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    held = head.shard.number if len(head.shard) < head.out_features else 1
+    if held != processes:
+        raise ValueError(
+            f"the sharded head is held by {held} processes and the run has {processes}: call shard_head after the "
+            "processes are joined, on all of them"
+        )
 
 
 def _check_tied(head: str, other: str, module: nn.Module) -> None:

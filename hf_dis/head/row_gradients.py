@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import true_places
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import Updates
@@ -30,23 +31,49 @@ def coalesced(gradient: Tensor) -> Tensor:
     return gradient.coalesce()
 
 
-def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm_(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    shard: VocabShard | None = None,
+    sharded: Iterable[nn.Parameter] = (),
+) -> Tensor:
     """Clips gradients as ``torch.nn.utils.clip_grad_norm_``, with row-sparse ones scaled in place, not copied.
 
     Args:
         parameters: their sparse gradients have to be coalesced.
         max_norm: of all gradients together, above 0.
+        shard: of a sharded head, whose processes have to call this together; None: there is none.
+        sharded: the parameters of that head, of which each process has some rows.
 
     Returns:
         the norm before clipping, a scalar.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
-    norm = torch.linalg.vector_norm(dense[0]) if len(dense) == 1 else torch.nn.utils.get_total_norm(dense)
+    parameters = list(parameters)
+    dense = _values(parameters)
+    if shard is None:
+        norm = torch.linalg.vector_norm(dense[0]) if len(dense) == 1 else torch.nn.utils.get_total_norm(dense)
+    else:
+        norm = _norm_with_shards(parameters, shard, sharded)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1)
     for device, here in _by_device(dense).items():
         torch._foreach_mul_(here, factor.to(device))  # a few launches for all parameters
     return norm
+
+
+def _values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients that there are; of a row-sparse one the rows."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+
+
+def _norm_with_shards(parameters: list[nn.Parameter], shard: VocabShard, sharded: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of all gradients, where the rows of some are spread over processes."""
+    spread = {id(parameter) for parameter in sharded}
+    parts = ([one for one in parameters if (id(one) in spread) == is_spread] for is_spread in (False, True))
+    whole, own = (torch.nn.utils.get_total_norm(_values(part)) for part in parts)
+    device = parameters[0].device
+    squares = shard.sum(own.to(device, whole.dtype).square())
+    return torch.hypot(whole.to(device), squares.sqrt())
 
 
 def _by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:

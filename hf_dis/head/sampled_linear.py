@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_dis.head.own_columns import own_columns
 from hf_dis.head.row_gradients import TouchedRows
+from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import Updates
 from hf_dis.sampling.tails import by_item, by_tail, of_items
@@ -31,6 +33,7 @@ def sampled_logits(
     tail_ids: Tensor,
     row_sparse: bool = False,
     updates: Updates | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """Computes a head's logits at sampled classes only; sums are taken in float32 or wider.
 
@@ -41,6 +44,9 @@ def sampled_logits(
         tail_ids: classes of each tail, ``[G, K_t]``; item i uses tail ``i mod G``. Tails of no item are left out.
         row_sparse: give weight and bias sparse gradients, which hold the sampled rows only.
         updates: the sample of these classes whose rows get a gradient; None: all of them.
+        shard: the classes of which ``weight`` and ``bias`` hold the rows, ``[S, d]`` and ``[S]``; None: all of them.
+            All processes of its group have to give the same features and classes. Each computes the columns of its
+            own classes; one sum of ``[N, R + K_t]`` joins the logits, and one of ``[N, d]`` the features' gradient.
 
     Returns:
         ``[N, R + K_t]``, in the autocast type where autocast is on.
@@ -53,7 +59,10 @@ def sampled_logits(
     if torch.is_autocast_enabled(device):
         features = features.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _SampledLinear.apply(features, weight, bias, item_ids, tail_ids, row_sparse, updates)
+        if shard is None:
+            return _SampledLinear.apply(features, weight, bias, item_ids, tail_ids, row_sparse, updates)
+        ids = item_ids, tail_ids, shard.start
+        return shard.joined(own_columns(shard.copied(features), weight, bias, *ids, row_sparse, updates))
 
 
 def sampled_columns(logits: Tensor, item_ids: Tensor, tail_ids: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_dis.head.sampled_linear import sampled_logits
+from hf_dis.head.sharded import ShardedHead
+from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import Items
 from hf_dis.precision import product_type
 from hf_dis.sampling.designs import Updates
@@ -62,6 +64,8 @@ class _Sampled(NamedTuple):
         return logits.unflatten(0, (length, len(items))).transpose(0, 1)[:num_items]
 
     def _logits(self, layer: nn.Linear, features: Tensor, item_ids: Tensor) -> Tensor:
+        if isinstance(layer, ShardedHead):
+            return layer.sampled(features, item_ids, self.tail_ids, self.row_sparse, self.updates)
         bias = _with_bias(layer, self.bias)
         return sampled_logits(features, layer.weight, bias, item_ids, self.tail_ids, self.row_sparse, self.updates)
 
@@ -157,6 +161,11 @@ class SampledHead:
                 "leave the head out of the adapters, or use a student with one head"
             )
         return next(iter(self.layers.values()))
+
+    @property
+    def shard(self) -> VocabShard | None:
+        """The classes that this process holds of a sharded head; None if every process holds all classes."""
+        return next((layer.shard for layer in self.layers.values() if isinstance(layer, ShardedHead)), None)
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Returns the weight ``[C, d]`` of a head of one layer, and all that is added to its logits, ``[C]`` or None.

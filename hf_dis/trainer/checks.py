@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_dis.distributed.processes import num_processes
 from hf_dis.head.optimizer import RowSparseAdamW
@@ -126,6 +127,30 @@ def check_processes(trainer: DISTrainerMixin) -> None:
             f"{runner} runs {num_processes()} processes and accelerate counts {counted}, as accelerate does without "
             "an accelerator: each process would train on all data. Run it where there are accelerators, or leave "
             "deepspeed out and set use_cpu=True, for plain data parallelism"
+        )
+
+
+def check_sharded_student(trainer: DISTrainerMixin) -> None:
+    """Checks that a student whose head is sharded can be trained and saved; others pass.
+
+    Args:
+        trainer: whose engine is made.
+
+    Raises:
+        ValueError: if mixed precision is float16.
+        TypeError: if the student is no model of transformers.
+    """
+    if trainer.head.shard is None:
+        return
+    if not isinstance(trainer.model, PreTrainedModel):
+        raise TypeError(
+            f"the student is a {type(trainer.model).__name__} and its head is sharded: checkpoints of sharded heads "
+            "need a PreTrainedModel of transformers; derive the student from it, or leave the head whole"
+        )
+    if trainer.accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "fp16 is set and the output head is sharded: a step whose gradient overflows in some rows would be "
+            "skipped by some processes alone; set bf16=True in place of fp16"
         )
 
 

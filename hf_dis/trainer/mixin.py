@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,7 @@ from hf_dis.build import build_distiller
 from hf_dis.cache.attach import check_data, open_cache
 from hf_dis.cache.reader import TeacherCache
 from hf_dis.distiller import Distiller
-from hf_dis.distributed.processes import kept_from_ddp
 from hf_dis.distributed.sums import average_rows, sum_over_processes
-from hf_dis.head.optimizer import RowSparseAdamW
-from hf_dis.head.row_gradients import clip_grad_norm_
 from hf_dis.head.switch import SampledHead
 from hf_dis.loss.objective import Losses
 from hf_dis.models.columns import forward_columns
@@ -29,11 +25,17 @@ from hf_dis.report.gradient_error import GradientError
 from hf_dis.steps import EvaluationStep, Step
 from hf_dis.teacher.loading import open_teacher
 from hf_dis.trainer.callbacks import NoItemsCheck, OpeningLine
-from hf_dis.trainer.checks import check_config, check_optimizer, check_processes, check_trainer_arguments
+from hf_dis.trainer.checks import (
+    check_config,
+    check_optimizer,
+    check_processes,
+    check_sharded_student,
+    check_trainer_arguments,
+)
 from hf_dis.trainer.evaluation import Evaluation
 from hf_dis.trainer.expected import expected_items
 from hf_dis.trainer.features import extract_features
-from hf_dis.trainer.optimizer import give_head_rate
+from hf_dis.trainer.optimizer import OptimizerHooks
 from hf_dis.trainer.positions import KnownPositions, with_positions
 from hf_dis.trainer.progress import FirstStep, timed_items
 from hf_dis.trainer.saving import SavingHooks
@@ -44,7 +46,7 @@ logger = logging.get_logger(__name__)
 QUALITY_STEPS = 10
 
 
-class DISTrainerMixin(SavingHooks):
+class DISTrainerMixin(SavingHooks, OptimizerHooks):
     """Trains any ``transformers.Trainer`` with a :class:`hf_dis.Distiller`; put the mixin before the host's class.
 
     Everything that the host does stays as it is; only the loss changes. Evaluation computes all classes and reports
@@ -96,6 +98,7 @@ class DISTrainerMixin(SavingHooks):
         self.label_names = self.label_names or ["labels"]
         self.distiller = self._make_distiller()
         check_optimizer(self)
+        check_sharded_student(self)
         for callback in (NoItemsCheck(self), OpeningLine(self), FirstStep()):
             self.add_callback(callback)
         self._means, self._evaluation = RunningMeans(), Evaluation(holds_logits=True)
@@ -132,7 +135,7 @@ class DISTrainerMixin(SavingHooks):
         try:
             loss = super().training_step(*args, **kwargs)
             if self.distiller.row_sparse and self.accelerator.sync_gradients:
-                average_rows(self.head.parameters())
+                average_rows(self.head.parameters(), over_processes=self.head.shard is None)
             return loss
         finally:
             self._in_training_step = False
@@ -240,33 +243,11 @@ class DISTrainerMixin(SavingHooks):
             check_data(loader, self.args.seed)
         return loader
 
-    # Optimizer
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As the host's; with ``head_learning_rate`` the head's parameters form groups of their own."""
-        is_new, given = self.optimizer is None, self.optimizer_cls_and_kwargs
-        if self.distiller.row_sparse and given is None:  # for this call: the next training may have other settings
-            self.optimizer_cls_and_kwargs = RowSparseAdamW, self.get_optimizer_cls_and_kwargs(self.args)[1]
-        try:
-            optimizer = super().create_optimizer(model)
-        finally:
-            self.optimizer_cls_and_kwargs = given
-        if is_new and self.args.head_learning_rate is not None:
-            give_head_rate(optimizer, self.head.parameters(), self.args.head_learning_rate)
-        return optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        if not self.distiller.row_sparse:
-            return super()._clip_grad_norm(model)
-        self.accelerator.unscale_gradients()
-        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._refresh_distiller()
         self._means, self._quality_step = RunningMeans(), 0
         self.num_items_seen.zero_()
-        names = self.distiller.head_layers if self.distiller.row_sparse else ()
-        with kept_from_ddp(self.model, names) if names else nullcontext():
+        with self._rows_kept_from_ddp():
             return super()._prepare_for_training(*args, **kwargs)
 
     # Logs

@@ -1,11 +1,71 @@
-"""Parameter groups of a distilling trainer."""
+"""The hooks of a distilling trainer around its optimizer: parameter groups, row-sparse and sharded gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from math import inf
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from hf_dis.distributed.processes import kept_from_ddp
+from hf_dis.head.optimizer import RowSparseAdamW
+from hf_dis.head.row_gradients import clip_grad_norm_
+
+if TYPE_CHECKING:
+    from hf_dis.distiller import Distiller
+    from hf_dis.head.switch import SampledHead
+
+
+class OptimizerHooks:
+    """Optimises what :class:`hf_dis.DISTrainerMixin` trains: heads with row-sparse gradients, and sharded heads."""
+
+    distiller: Distiller
+    head: SampledHead
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the host's; with ``head_learning_rate`` the head's parameters form groups of their own."""
+        is_new, given = self.optimizer is None, self.optimizer_cls_and_kwargs
+        if self.distiller.row_sparse and given is None:  # for this call: the next training may have other settings
+            self.optimizer_cls_and_kwargs = RowSparseAdamW, self.get_optimizer_cls_and_kwargs(self.args)[1]
+        try:
+            optimizer = super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
+        if is_new and self.args.head_learning_rate is not None:
+            give_head_rate(optimizer, self.head.parameters(), self.args.head_learning_rate)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        if not self.distiller.row_sparse and not self._is_head_sharded:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return self._clip(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | float:
+        """As the host's, which would leave out the rows of other processes where nothing is clipped."""
+        if grad_norm is None and self._is_head_sharded:
+            grad_norm = self._clip(model, inf)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _clip(self, model: nn.Module, max_norm: float) -> Tensor:
+        shard = self.head.shard if self._is_head_sharded else None
+        return clip_grad_norm_(model.parameters(), max_norm, shard, () if shard is None else self.head.parameters())
+
+    @property
+    def _is_head_sharded(self) -> bool:
+        return self.head.shard is not None
+
+    def _rows_kept_from_ddp(self) -> AbstractContextManager[None]:
+        """A context in which ``DistributedDataParallel`` leaves out the head, if the head's gradient is row-sparse.
+
+        A sharded head is left out anyway, and no process takes over the rows of another.
+        """
+        if self.distiller.row_sparse and not self._is_head_sharded:
+            return kept_from_ddp(self.model, self.distiller.head_layers)
+        return nullcontext()
 
 
 def give_head_rate(optimizer: torch.optim.Optimizer, head: Iterable[nn.Parameter], rate: float) -> None:

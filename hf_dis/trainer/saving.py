@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_dis.distiller import Distiller
+from hf_dis.distributed import sharded_files
+from hf_dis.head.sharded import sharded_heads
 from hf_dis.report.callback import DISReportCallback
 from hf_dis.trainer import checkpoints, manifest, publishing
 from hf_dis.trainer.card import model_card
@@ -56,9 +58,20 @@ class SavingHooks:
             manifest.mark_unfinished(os.path.join(self._get_output_dir(trial), folder))
         super()._save_checkpoint(model, trial)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As the host's, and each process adds its rows of a sharded head."""
+        output_dir = output_dir or self.args.output_dir
+        if not sharded_heads(self.model):
+            super()._save(output_dir, state_dict)
+            return
+        super()._save(output_dir, sharded_files.without_heads(self.model))
+        sharded_files.save_head(self.model, output_dir)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         checkpoints.save_sampler(self.distiller.sampler, output_dir)
+        for head in sharded_heads(self.model).values():
+            sharded_files.save_moments(head, self.optimizer, output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As the host's, and writes the manifest once every process has saved its files.
@@ -81,17 +94,24 @@ class SavingHooks:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         restore = checkpoints.compare_runs(self, checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            for head in sharded_heads(self.model).values():
+                sharded_files.load_moments(head, self.optimizer, checkpoint)
         restore(self.distiller.sampler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
-        if checkpoints.saves_plain_weights(self, model):
+        if sharded_heads(model):
+            sharded_files.load_model(model, resume_from_checkpoint)
+        elif checkpoints.saves_plain_weights(self, model):
             checkpoints.load_as_from_pretrained(model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if checkpoints.saves_plain_weights(self, self.model):
+        if sharded_heads(self.model):
+            sharded_files.load_model(self.model, self.state.best_model_checkpoint)
+        elif checkpoints.saves_plain_weights(self, self.model):
             checkpoints.load_as_from_pretrained(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()

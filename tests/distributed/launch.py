@@ -1,4 +1,4 @@
-"""Starts a worker script in two real processes (gloo) and collects their results."""
+"""Starts a worker script in real processes (gloo) and collects their results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ import torch
 
 def two_processes(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """Runs ``script FOLDER ARGUMENTS`` by torchrun; returns the results that each process saved in ``rank_<n>.pt``."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return processes(2, script, folder, *arguments)
+
+
+def processes(number: int, script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """As :func:`two_processes`, for any number of processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     finished = subprocess.run(
         [*torchrun, script, str(folder), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -22,6 +27,6 @@ def two_processes(script: str, folder: Path, *arguments: str) -> list[dict[str, 
         timeout=560,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    results = [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
-    assert [result["world_size"] for result in results] == [2, 2]
+    results = [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(number)]
+    assert [result["world_size"] for result in results] == [number] * number
     return results

@@ -1,0 +1,64 @@
+"""Students whose heads are spread over processes (gloo): as with whole heads, whatever the number of processes."""
+
+import pytest
+import sharded_head_worker as worker
+import torch
+from launch import processes
+from tiny_models import assert_near
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The results of each process, by the number of processes."""
+    folder = tmp_path_factory.mktemp("alone")
+    worker.run(folder)
+    alone = [torch.load(folder / "rank_0.pt", weights_only=False)]
+    started = {
+        number: processes(number, worker.__file__, tmp_path_factory.mktemp(f"of_{number}")) for number in (2, 4)
+    }
+    return {1: alone, **started}
+
+
+def assert_same_training(found, expected, tolerance=1e-10):
+    assert_near(found["student"], expected["student"], tolerance)
+    assert_near(found["moments"], expected["moments"], tolerance)
+    assert len(found["gradients"]) == len(expected["gradients"]) == worker.STEPS
+    for mine, theirs in zip(found["gradients"], expected["gradients"], strict=True):
+        assert_near(mine, theirs, tolerance)
+    for mine, theirs in zip(found["logs"], expected["logs"], strict=True):
+        for name in ("loss", "grad_norm", "kd_loss", "ce_loss"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-9, abs=1e-9), name
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("case", worker.cases(), ids=", ".join)
+def test_a_sharded_head_trains_as_a_whole_one(runs, case, number):
+    """The samples are those that a user gets: each process has its own."""
+    for rank in runs[number]:
+        found, expected = rank[(*case, True)], rank[(*case, False)]
+        assert_same_training(found, expected)
+        assert_near(found["proposal"], expected["proposal"], 1e-7)
+        assert max(log["grad_norm"] for log in found["logs"]) > 0.05  # so that norms matter
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("case", [case for case in worker.cases() if case[1] == "online"], ids=", ".join)
+def test_the_number_of_processes_changes_nothing(runs, case, number):
+    expected = runs[1][0][(*case, "one sample")]
+    for rank in runs[number]:
+        assert_same_training(rank[(*case, "one sample")], expected)
+
+
+@pytest.mark.parametrize("task", worker.TASKS)
+def test_exact_distillation_is_the_same_for_one_two_and_four(runs, task):
+    expected = runs[1][0]["exact", task, False]
+    for number in (1, 2, 4):
+        for rank in runs[number]:
+            assert_same_training(rank["exact", task, True], expected)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_bytes_that_a_step_sends_do_not_grow_with_the_classes(runs, number):
+    for rank in runs[number]:
+        few, many = rank["bytes"].values()
+        assert 0 < many == few
