@@ -6,6 +6,8 @@ from hf_dis.cache import TeacherCache, cache_teacher_targets
 from hf_dis.dis_loss import DISLoss
 from hf_dis.distiller import Distiller
 from hf_dis.head.optimizer import RowSparseAdamW
+from hf_dis.head.sharded import ShardedHead, shard_head
+from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.report.callback import DISReportCallback
 from hf_dis.sampling.sampler import ClassSampler, make_sampler
 from hf_dis.trainer.config import DISConfig
@@ -24,9 +26,12 @@ __all__ = [
     "Distiller",
     "RowSparseAdamW",
     "SamplerSpec",
+    "ShardedHead",
     "TeacherCache",
+    "VocabShard",
     "__version__",
     "build_distiller",
     "cache_teacher_targets",
     "make_sampler",
+    "shard_head",
 ]

@@ -33,6 +33,8 @@ GRADIENTS = {
     "dense": {"optim": "sgd", "learning_rate": 0.1},
     "row-sparse": {"row_sparse_head": True, "optim": "adamw_torch", "learning_rate": 0.02, "adam_epsilon": 1e-3},
 }
+# The same samples for every number of processes; a proposal that learns sums its statistics in float32.
+ONE_SAMPLE = {"own_samples": False, "num_tails": 1, "proposal": "uniform"}
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
 
 
@@ -182,15 +184,18 @@ def run(folder: Path) -> None:
     for case in cases():
         task, kind, divergence, gradients = case
         given = {"divergence": divergence, **GRADIENTS[gradients]}
-        for is_sharded in (False, True):
+        if kind == "online":
+            one_sample = {**ONE_SAMPLE, **given}
+            results[(*case, "one sample")] = train(folder / "out", task, True, **one_sample)
+        for is_sharded in (False, True) if processes == 2 else ():
             cache = caches[task] if kind == "cached" else None
             results[(*case, is_sharded)] = train(folder / "out", task, is_sharded, cache, **given)
-        if kind == "online":
-            results[(*case, "one sample")] = train(
-                folder / "out", task, True, None, own_samples=False, num_tails=1, **given
-            )
-    for task, is_sharded in product(TASKS, (False, True)):
-        results["exact", task, is_sharded] = train(folder / "out", task, is_sharded, head_mode="exact")
+    for task in TASKS:
+        results["exact", task, True] = train(folder / "out", task, True, head_mode="exact")
+        if processes == 1:
+            one_sample = {**ONE_SAMPLE, "divergence": "reverse_kl", **GRADIENTS["row-sparse"]}
+            results["one sample", task] = train(folder / "out", task, False, **one_sample)
+            results["exact", task, False] = train(folder / "out", task, False, head_mode="exact")
     if processes > 1:
         results["bytes"] = {number: step_bytes(folder / "out", number) for number in (64, 4096)}
     torch.save(results, folder / f"rank_{rank}.pt")

@@ -43,7 +43,7 @@ def test_a_sample_of_updated_rows_is_unbiased_and_small(ranks):
         (found,), (expected,) = rank["updates"]
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.3)
     updated = torch.tensor([rank["updated"] for rank in ranks]).double()
-    assert updated[:, 0].sum() > 2 * updated[:, 1:].mean(1).sum()
+    assert updated[:, 0].sum() > 1.5 * updated[:, 1:].mean(1).sum()
 
 
 @pytest.mark.parametrize("bounds", [(3, 3), (4, 3), (-1, 2)])
