@@ -89,6 +89,7 @@ def train(folder: Path, task: str, is_sharded: bool, cache: Path | None = None, 
         student(task, is_sharded),
         args=DISConfig(output_dir=str(folder), **settings(**keywords)),
         train_dataset=examples(task),
+        eval_dataset=examples(task)[:13],  # not a multiple of anything
         callbacks=[keeps],
         **given,
     )
@@ -103,6 +104,7 @@ def train(folder: Path, task: str, is_sharded: bool, cache: Path | None = None, 
         "student": whole(trainer.model, dict(trainer.model.state_dict())),
         "gradients": [whole(trainer.model, gradients) for gradients in keeps.gradients],
         "logs": [{name: value for name, value in log.items() if "runtime" not in name} for log in logs],
+        "metrics": {name: value for name, value in trainer.evaluate().items() if name.endswith(("loss", "kl"))},
         "moments": {name: whole_rows(head, value) for name, value in state.items() if isinstance(value, Tensor)},
         "proposal": {name: value.clone() for name, value in trainer.distiller.sampler.state_dict().items()},
     }
