@@ -74,8 +74,7 @@ def build_distiller(
     Raises:
         ValueError, TypeError: if models, caches and arguments do not fit; names value, expectation and remedy.
     """
-    arguments = (arguments or DISArguments()).settings()
-    device = device or next(student.parameters()).device
+    arguments, device = (arguments or DISArguments()).settings(), device or next(student.parameters()).device
     task = find_task(student)
     width = num_outputs(student, task)
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
@@ -84,7 +83,6 @@ def build_distiller(
     mode, costs = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
     layers = _find_head(student, width, arguments, mode)
     check_sharded_head(student, teacher, layers, is_sharded)
-    is_whole = not is_sharded and not sharded_heads(student)
     return Distiller(
         student,
         arguments,
@@ -95,7 +93,7 @@ def build_distiller(
         mode=mode,
         **_row_sparse(student, layers, arguments, mode, is_sharded),
         **_teachers(student, teacher, caches, num_classes, arguments, sampler, device, context),
-        student_stream=LogitStream(student, width, context=context) if len(layers) == 1 and is_whole else None,
+        student_stream=_student_stream(student, width, layers, is_sharded, context),
         label_names=label_names,
         precision=precision,
         costs=costs,
@@ -242,6 +240,15 @@ def _choose_mode(
     mode = "sampled" if costs.sampling_pays else "exact"
     logger.warning(f"head_mode='auto' chose {mode!r} for {num_classes:,} classes: {costs}")
     return mode, costs
+
+
+def _student_stream(
+    student: nn.Module, width: int, layers: Sequence[str], is_sharded: bool, context: Context
+) -> LogitStream | None:
+    """Computes the student's logits in chunks; None where its head has several layers, or a process has a part."""
+    if len(layers) != 1 or is_sharded or sharded_heads(student):
+        return None
+    return LogitStream(student, width, context=context)
 
 
 def _find_head(student: nn.Module, width: int, arguments: DISArguments, mode: str) -> tuple[str, ...]:
