@@ -82,7 +82,7 @@ def read_rows(path: str | Path, shard: VocabShard, num_rows: int) -> dict[str, T
         the rows by name, ``[S, ...]``.
 
     Raises:
-        DataError: if the file is missing, or has another number of rows.
+        DataError: if the file is missing, or has a different number of rows.
     """
     if not Path(path).is_file():
         raise DataError(

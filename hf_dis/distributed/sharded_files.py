@@ -48,11 +48,11 @@ def load_model(model: PreTrainedModel, folder: str | Path) -> None:
     """Loads a model with one sharded head: each process reads its own rows of the head.
 
     Args:
-        model: whose head has as many classes as the saved one; the number of processes may be another.
+        model: whose head has as many classes as the saved one; the number of processes may differ.
         folder: where :func:`save_head` saved.
 
     Raises:
-        DataError: if the head's file is missing, or of another number of classes.
+        DataError: if the head's file is missing, or of a different number of classes.
     """
     ((name, head),) = sharded_heads(model).items()
     rows = read_rows(Path(folder) / HEAD, head.shard, head.out_features)
@@ -66,7 +66,7 @@ def load_model(model: PreTrainedModel, folder: str | Path) -> None:
     wrong = model.load_state_dict(state, strict=False)
     missing = [key for key in wrong.missing_keys if not key.startswith(f"{name}.")]
     if missing or wrong.unexpected_keys:
-        raise RuntimeError(f"{folder} lacks {missing[:5]} and has {wrong.unexpected_keys[:5]} of another model")
+        raise RuntimeError(f"{folder} lacks {missing[:5]} and has {wrong.unexpected_keys[:5]} of a different model")
 
 
 def save_moments(head: ShardedHead, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
@@ -90,7 +90,7 @@ def load_moments(head: ShardedHead, optimizer: torch.optim.Optimizer, folder: st
         folder: where :func:`save_moments` saved.
 
     Raises:
-        DataError: if the file is missing, or of another number of classes.
+        DataError: if the file is missing, or of a different number of classes.
     """
     states = {own: optimizer.state.get(parameter, {}) for own, parameter in head.named_parameters()}
     if not any(isinstance(value, Tensor) and value.dim() for state in states.values() for value in state.values()):

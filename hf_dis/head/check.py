@@ -154,7 +154,9 @@ def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: 
 def check_sharded_head(
     student: nn.Module, teacher: nn.Module | None, names: Sequence[str], is_sharded: bool = False
 ) -> None:
-    """Checks that a student whose output head is sharded over the processes can be trained; others pass.
+    """Checks that a student whose output head is sharded over the processes can be trained.
+
+    A student whose head is whole passes.
 
     Args:
         student: the model that is trained.
@@ -163,13 +165,13 @@ def check_sharded_head(
         is_sharded: the student's parameters are sharded by FSDP or DeepSpeed too.
 
     Raises:
-        ValueError: if something else is sharded too, the head is not all of the output head, the processes are
-            others than those that hold the head, or the teacher is sharded.
+        ValueError: if something else is sharded too, the sharded head is not all of the output head, the processes
+            are not those that hold the head, or the teacher is sharded.
     """
     if teacher is not None and (theirs := sharded_heads(teacher)):
         raise ValueError(
-            f"the head {', '.join(theirs)} of the teacher is sharded: the processes ask a teacher about different "
-            "numbers of items, which its shards cannot answer together; keep the teacher whole, or train from a cache"
+            f"the head {', '.join(theirs)} of the teacher is sharded, and its shards cannot answer together, as "
+            "processes have different numbers of items: keep the teacher whole, or train from a cache"
         )
     heads = sharded_heads(student)
     if not heads:
@@ -181,8 +183,8 @@ def check_sharded_head(
         )
     if tuple(heads) != tuple(names):
         raise ValueError(
-            f"the sharded layers are {', '.join(heads)} and the output head is {', '.join(names) or 'not known'}: a "
-            "sharded head has to be the whole output head, without adapters; name it with head_name, or leave PEFT out"
+            f"the sharded layers are {', '.join(heads)} and the output head is {', '.join(names) or 'not known'}: "
+            "both have to be the same, without adapters; name the head with head_name, or leave PEFT out"
         )
     (head,) = heads.values()
     processes = dist.get_world_size() if dist.is_initialized() else 1

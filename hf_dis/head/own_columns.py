@@ -80,7 +80,7 @@ def own_columns(
     updates: Updates | None = None,
     divisor: int = 1,
 ) -> Tensor:
-    """Computes a head's logits at sampled classes that a shard holds, and zero at all others.
+    """Computes a head's logits at sampled classes that a shard holds, and zero at all other classes.
 
     Args:
         features: the head's input, ``[N, d]``.

@@ -1,8 +1,8 @@
 """ShardedHead: an output head whose rows are spread over the processes of a run, for more classes than one can hold.
 
 Each process trains on items of its own, and holds C / P rows of the head with their gradients and moments. In a step
-the features of all processes are gathered, each process answers for its classes, and the logits of an item go to the
-process of the item (arXiv 2010.05222). With sampled classes nothing that is sent grows with C.
+the features of all processes are gathered, and each process computes the logits of its classes. The logits of an item
+go to the process of the item (arXiv 2010.05222). With sampled classes nothing that is sent grows with C.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ class ShardedHead(nn.Linear):
         bias: add a bias.
         mesh: the processes that hold the head, one-dimensional, which have to be all processes of the run; None: the
             same.
-        device, dtype: of the rows.
+        device: of the rows.
+        dtype: of the rows.
         seed: of the initial rows, the same on every process. The rows do not depend on the number of processes.
 
     Attributes:
-        weight, bias: the rows of this process, ``[stop - start, d]`` and ``[stop - start]`` or None.
+        weight: the rows of this process, ``[stop - start, d]``.
+        bias: the entries of this process, ``[stop - start]``, or None.
         out_features: C.
         shard: the classes of this process.
 
@@ -166,6 +168,7 @@ class ShardedHead(nn.Linear):
         return shard.of_items(by_process)[: len(features)]
 
     def extra_repr(self) -> str:
+        """Describes the head, and the classes of this process."""
         return f"{super().extra_repr()}, classes {self.shard.start}..{self.shard.stop - 1} here"
 
     def _numbers(self, *numbers: int) -> list[Any]:
@@ -223,8 +226,8 @@ def shard_head(
     config = getattr(model, "config", None)
     if num_classes is not None and not hasattr(model, "num_labels"):
         raise ValueError(
-            f"num_classes is {num_classes}, and {type(model).__name__} has no num_labels to set: a new head is for "
-            "classifiers of transformers; make the model with its head on the meta device and leave num_classes out"
+            f"num_classes is {num_classes}, and {type(model).__name__} has no num_labels to set: "
+            "make the model with its head on the meta device, and leave num_classes out"
         )
     is_new = num_classes is not None or head.weight.is_meta
     device = next((one.device for one in model.parameters() if not one.is_meta), torch.device("cpu"))

@@ -19,11 +19,12 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The classes that this process holds, and the processes that hold the others.
+    """The classes that this process holds, and the processes that hold all classes together.
 
     Args:
-        start, stop: the process holds classes ``start..stop-1``, one or more.
-        group: the processes that hold all classes together; None: all processes of the run.
+        start: the first class.
+        stop: the class after the last one.
+        group: the processes that hold the shards; None: all processes of the run.
 
     Raises:
         ValueError: if there is no class, or the first class is negative.
@@ -36,8 +37,8 @@ class VocabShard:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ValueError(
-                f"a shard holds the classes from {self.start} up to {self.stop}: the first has to be 0 or more, and "
-                "the shard needs a class; use fewer processes than there are classes"
+                f"a shard holds the classes from {self.start} up to {self.stop}: it needs a class, the first "
+                "0 or more; use fewer processes than there are classes"
             )
 
     def __len__(self) -> int:
@@ -61,7 +62,7 @@ class VocabShard:
         return values if self.number == 1 else _Copied.apply(values, self)
 
     def joined(self, values: Tensor) -> Tensor:
-        """Sums values over the processes; all processes go on with the sum, and have its gradient."""
+        """Sums values over the processes; all processes continue with the sum, and have its gradient."""
         return values if self.number == 1 else _Joined.apply(values, self)
 
     def gathered(self, values: Tensor) -> Tensor:
@@ -150,8 +151,8 @@ def check_shards(shard: VocabShard, weight: Tensor, num_classes: int) -> None:
     bounds = shard.gather(torch.tensor([shard.start, shard.stop], device=weight.device)).tolist()
     if [start for start, _ in sorted(bounds)] + [num_classes] != [0, *(stop for _, stop in sorted(bounds))]:
         raise ValueError(
-            f"the shards of the group hold the classes {bounds} (first, and first of the next), and there are "
-            f"{num_classes}: every class has to be held once; give each process its own VocabShard"
+            f"the shards of the group hold the classes {bounds}, and there are {num_classes}: every class has to "
+            "be held once; give each process a VocabShard of its own"
         )
 
 

@@ -131,14 +131,16 @@ def check_processes(trainer: DISTrainerMixin) -> None:
 
 
 def check_sharded_student(trainer: DISTrainerMixin) -> None:
-    """Checks that a student whose head is sharded can be trained and saved; others pass.
+    """Checks that a student whose head is sharded can be trained and saved.
+
+    A student whose head is whole passes.
 
     Args:
         trainer: whose engine is made.
 
     Raises:
         ValueError: if mixed precision is float16.
-        TypeError: if the student is no model of transformers.
+        TypeError: if the student is not a model of transformers.
     """
     if trainer.head.shard is None:
         return

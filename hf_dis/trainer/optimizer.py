@@ -61,7 +61,7 @@ class OptimizerHooks:
     def _rows_kept_from_ddp(self) -> AbstractContextManager[None]:
         """A context in which ``DistributedDataParallel`` leaves out the head, if the head's gradient is row-sparse.
 
-        A sharded head is left out anyway, and no process takes over the rows of another.
+        A sharded head is left out anyway, and each process keeps its own rows.
         """
         if self.distiller.row_sparse and not self._is_head_sharded:
             return kept_from_ddp(self.model, self.distiller.head_layers)
