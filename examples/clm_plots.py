@@ -1,4 +1,4 @@
-"""The report and the plot of run_clm.py."""
+"""The report of run_clm.py, and the plot of its and of run_next_item.py's curves."""
 
 from __future__ import annotations
 
@@ -12,14 +12,27 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-TITLES = {"exact": "exact KD", "dis": "DIS", "exact_in_time": "exact KD in DIS's time"}
-COLOURS = {"exact": "tab:gray", "dis": "tab:orange", "exact_in_time": "tab:blue"}
+TITLES = {
+    "exact": "exact KD",
+    "dis": "DIS",
+    "exact_in_time": "exact KD in DIS's time",
+    "labels": "labels only",
+    "labels_in_time": "labels only in DIS's time",
+    "topk": "top-K KD",
+}
+COLOURS = {
+    "exact": "tab:gray",
+    "dis": "tab:orange",
+    "exact_in_time": "tab:blue",
+    "labels": "tab:green",
+    "labels_in_time": "tab:olive",
+    "topk": "tab:red",
+}
+QUALITIES = {"kl": "KL to teacher", "perplexity": "perplexity"}
 
 
 def write_report(output: Path, records: list[dict], minutes: float) -> None:
     """Writes results.json, and report.md with a line per student."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     lines = [
         f"# Distilling a language model of {records[0]['vocab']:,} tokens",
         "",
@@ -39,20 +52,37 @@ def write_report(output: Path, records: list[dict], minutes: float) -> None:
             f"{record['head_learning_rate']:g} | {record['steps']} | {record['exact_steps']} "
             f"| {record['seconds']:.0f} | {record['perplexity']:.1f} | {record['kl']:.3f} | {error} |"
         )
+    write_lines(output, records, lines)
+
+
+def write_lines(output: Path, records: list[dict], lines: list[str]) -> None:
+    """Writes the records to results.json and the lines to report.md, and prints the lines."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     (output / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
-def plot_curves(path: Path, records: list[dict]) -> None:
-    """KL to the teacher and perplexity of the held-out texts, against steps and against seconds of training."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharey="row")
-    for line, (quality, title) in zip(axes, (("kl", "KL to teacher"), ("perplexity", "perplexity")), strict=True):
+def plot_curves(
+    path: Path, records: list[dict], qualities: dict[str, str] = QUALITIES, is_logarithmic: bool = True
+) -> None:
+    """Plots what is measured on held-out data against steps and against seconds of training.
+
+    Args:
+        path: of the image.
+        records: of the students, each with its ``curve``.
+        qualities: what to plot of the curves, and their titles.
+        is_logarithmic: the scale of the qualities.
+    """
+    size = {"figsize": (9, 3 * len(qualities)), "layout": "constrained", "sharey": "row", "squeeze": False}
+    figure, axes = plt.subplots(len(qualities), 2, **size)
+    for line, (quality, title) in zip(axes, qualities.items(), strict=True):
         for axis, progress in zip(line, ("step", "seconds"), strict=True):
             for record in records:
                 points = [[point[name] for point in record["curve"]] for name in (progress, quality)]
                 axis.plot(*points, "o-", markersize=3, color=COLOURS[record["method"]], label=TITLES[record["method"]])
             axis.set(xlabel=f"{progress}s" if progress == "step" else "seconds of training", ylabel=title)
-            axis.set_yscale("log")
+            axis.set_yscale("log" if is_logarithmic else "linear")
             axis.grid(alpha=0.3, which="both")
     axes[0, 0].legend()
     figure.savefig(path, dpi=120)

@@ -112,17 +112,17 @@ def tokenized(texts: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size
     return splits
 
 
-def build_model(num_tokens: int, width: int, num_layers: int, seed: int) -> LlamaForCausalLM:
-    """A small Llama whose head is not tied to the embedding; the same seed gives the same weights."""
+def build_model(num_tokens: int, width: int, num_layers: int, seed: int, tied: bool = False) -> LlamaForCausalLM:
+    """A small Llama, its head tied to the embedding or not; the same seed gives the same weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=num_tokens,
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=num_layers,
-        num_attention_heads=width // 64,
+        num_attention_heads=max(1, width // 64),
         max_position_embeddings=512,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=0,
     )

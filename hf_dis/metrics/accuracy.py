@@ -24,7 +24,7 @@ def top_k_accuracy(ranked: Any, references: Any, k: Sequence[int] = (1, 5)) -> d
     Raises:
         ValueError: if shapes or types differ from these, a reference is negative, or a ``k`` is below 1 or above m.
     """
-    ranked, references = _check_inputs(ranked, references)
+    ranked, references = check_ranked(ranked, references)
     if isinstance(k, int) or len(k) == 0 or min(k) < 1:
         raise ValueError(f"k is {k!r}: it has to be a sequence of positive integers, such as (1, 5).")
     if max(k) > ranked.shape[1]:
@@ -36,7 +36,15 @@ def top_k_accuracy(ranked: Any, references: Any, k: Sequence[int] = (1, 5)) -> d
     return {f"top{depth}": float(hits[:, :depth].any(axis=1).mean()) for depth in k}
 
 
-def _check_inputs(ranked: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
+def check_ranked(ranked: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Checks ranked class ids and true classes, and returns them as arrays ``[n, m]`` and ``[n]``.
+
+    Args:
+        ranked, references: as for :func:`top_k_accuracy`.
+
+    Raises:
+        ValueError: if shapes or types are others, there are none, or a reference is negative.
+    """
     try:
         ranked, references = np.asarray(ranked), np.asarray(references)
     except ValueError as error:
@@ -96,7 +104,7 @@ class TopKAccuracy(evaluate.Metric):
     def add_batch(self, *, predictions: Any = None, references: Any = None) -> None:
         """Adds ranked class ids [n, m] and their true classes [n]."""
         # Checked here because the int64 features would silently cut scores down to integers.
-        predictions, references = _check_inputs(predictions, references)
+        predictions, references = check_ranked(predictions, references)
         super().add_batch(predictions=predictions, references=references)
 
     def add(self, *, prediction: Any = None, reference: Any = None) -> None:

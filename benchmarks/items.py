@@ -1,0 +1,310 @@
+"""Students that recommend the next item: DIS, exact KD, top-K KD, and labels alone, by steps and by seconds.
+
+    python benchmarks/items.py --interactions beauty.txt --json beauty.jsonl
+    python benchmarks/items.py --simulate 1000000 --batch_users 16 --steps 100 --json million.jsonl
+
+The task is that of examples/run_next_item.py, on a file of a user and an item per line, or on users simulated by a
+hidden Markov model. The teacher is trained first, on labels by sampled softmax with logQ, and kept in --folder. A rate
+is that of the item embeddings as a multiple of the body's, 1e-3. Methods:
+
+labels          labels only: sampled softmax, 4,096 negatives that a batch shares, logQ correction; sparse steps
+exact           exact KD
+dis             DIS, row_sparse_head
+topk            KD on the teacher's 64 best-ranked items, row_sparse_head
+exact_in_time   exact KD for the time that DIS took with the same seed and rate
+labels_in_time  labels only for that time
+
+A line is written for each student, and a run that is in the file already is not run again. A line has the scores of
+all users' last items over all items, and a curve: the validation's scores by steps and by seconds of training. The
+time of scoring and of measuring is left out. On a processor the in-time methods go by processor time, cpu_seconds,
+which other work on the machine hardly changes.
+
+top10_in_sample of a line is the share of the student's own ten best-ranked items that are in the sample, of the first
+64 items of a batch, as means between two logs. top10_in_tail is the share that the shared tail holds. peak_mb is the
+most memory that a step takes beyond weights and moments, on a processor measured on Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from common import append, header, machine, parse, parser, read, row
+from timing import peak_memory
+from torch import Tensor
+from transformers import LlamaForCausalLM, TrainerCallback, set_seed
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import clm_plots
+import item_data
+import item_task
+import run_next_item
+
+from hf_dis import DISConfig, DISDistillationTrainer
+from hf_dis.metrics import top_ranked
+from hf_dis.steps import SampledStep, Step, WarmupStep
+
+KEY = ("data", "width", "batch_users", "max_steps", "rate", "method", "seed")
+# Of a batch: the items whose best-ranked classes are looked for in the sample.
+MEASURED_ITEMS = 64
+# The steps whose memory is measured; no step of the trainer's own measurements, which are every tenth.
+PEAK_STEPS = (5, 7)
+SHARES = ("top10_in_sample", "top10_in_tail")
+
+
+@torch.no_grad()
+def shares_in_sample(model: LlamaForCausalLM, step: SampledStep | WarmupStep) -> dict[str, Tensor]:
+    """The shares of the student's ten best-ranked items that are sampled: per item, ``[n]``.
+
+    Args:
+        model: the student.
+        step: of a batch.
+    """
+    inputs = {name: step.inputs[name] for name in ("input_ids", "attention_mask")}
+    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    features = step.items.of(hidden, slice(0, MEASURED_ITEMS))
+    top = top_ranked(features, model.get_output_embeddings().weight, first_class=1)
+    tails = step.sample.tail_ids
+    tails = tails[torch.arange(len(top), device=top.device) % len(tails)]
+    own, shared = ((top[:, :, None] == ids[:, None]).any(2) for ids in (step.sample.item_ids[: len(top)], tails))
+    return dict(zip(SHARES, ((own | shared).double().mean(1), shared.double().mean(1)), strict=True))
+
+
+class MeasuredTrainer(DISDistillationTrainer):
+    """Adds the shares of :func:`shares_in_sample` to the logs.
+
+    Args:
+        curve: from whose seconds the time of the measurement is left out.
+        *args, **kwargs: as for :class:`hf_dis.DISDistillationTrainer`.
+    """
+
+    def __init__(self, *args: Any, curve: item_task.RankingCurve, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.curve = curve
+
+    def _quality(self, step: Step) -> dict[str, Any]:
+        values = super()._quality(step)
+        if isinstance(step, SampledStep | WarmupStep):
+            with self.curve.paused():
+                values |= shares_in_sample(self._student, step)
+        return values
+
+
+class StepMemory(TrainerCallback):
+    """Measures the most memory of a few steps beyond weights and moments, in MB; None where it cannot be measured."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.megabytes, self._peak = device, None, None
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == PEAK_STEPS[0]:
+            for moments in optimizer.state.values():  # pages that no step has written yet are no memory so far
+                for name in ("exp_avg", "exp_avg_sq"):
+                    moments[name].add_(0)
+            self._peak = peak_memory(self.device)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == PEAK_STEPS[1] and self._peak is not None:
+            self.megabytes = self._peak.megabytes()
+
+
+class Catalogue:
+    """The interactions, the teacher and the settings of all students.
+
+    Args:
+        given: the command line.
+    """
+
+    def __init__(self, given: argparse.Namespace):
+        self.given = given
+        if given.interactions:
+            self.data = item_data.read_interactions(given.interactions)
+        else:
+            self.data = item_data.simulate(given.simulate, given.users)
+        print(*self.data.facts(), sep="\n", flush=True)
+        self.windows = self.data.training(given.max_length)
+        self.test = self.data.held_out("test", given.max_length)
+        users = self.data.held_out("validation", given.max_length).shuffle(seed=0)
+        self.validation = users.take(min(given.eval_users, len(users)))
+        self.use_cpu = given.device.type == "cpu"
+        self.teacher = self._teacher().to(given.device)
+
+    def args(self, folder: Path, **settings: Any) -> DISConfig:
+        """The settings of a student."""
+        given = self.given
+        own = {
+            "per_device_train_batch_size": given.batch_users,
+            "max_steps": given.steps,
+            "logging_steps": max(1, given.steps // given.evaluations),
+            "use_cpu": self.use_cpu,
+            "disable_tqdm": True,
+            "report_to": "none",
+        }
+        return DISConfig(str(folder), **{**run_next_item.DEFAULTS, **own, **settings})
+
+    def _teacher(self) -> LlamaForCausalLM:
+        """The teacher of the folder, or a new one, whose scores are printed."""
+        given = self.given
+        sizes = {"teacher_width": given.teacher_width, "teacher_steps": given.teacher_steps}
+        kept = given.folder / "_teacher"
+        name = str(kept) if kept.exists() else None
+        arguments = run_next_item.ItemArguments(
+            teacher_model_name_or_path=name, max_length=given.max_length, **sizes
+        )
+        teacher = run_next_item.load_teacher(arguments, self.args(given.folder), self.data)
+        if name is None:
+            print("teacher:", item_task.scores(teacher, self.test), flush=True)
+        return teacher
+
+    def trained(self, method: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+        """Trains a student for a number of steps, and scores it."""
+        rates = {"head_learning_rate": rate * run_next_item.DEFAULTS["learning_rate"]}
+        args = self.args(self.given.folder, seed=seed, **rates)
+        args.max_steps = steps
+        set_seed(seed)
+        student = item_task.build(self.data.num_classes, self.given.width, 2, seed=1 + seed)
+        curve = item_task.RankingCurve(self.validation, max(1, steps // self.given.evaluations))
+        memory, measured = StepMemory(self.given.device), partial(MeasuredTrainer, curve=curve)
+        given = method, student, self.teacher, self.data, self.windows, args, curve
+        trainer = item_task.student_trainer(*given, trainer_class=measured)
+        trainer.add_callback(memory)
+        trainer.train()
+        logged = [log for log in trainer.state.log_history if SHARES[0] in log]
+        return {
+            "items": len(self.data.names),
+            "steps": steps,
+            "logits": item_task.logits_per_item(trainer),
+            "seconds": curve.seconds,
+            "cpu_seconds": curve.cpu_seconds,
+            "peak_mb": memory.megabytes,
+            **item_task.scores(trainer.accelerator.unwrap_model(trainer.model), self.test),
+            "curve": curve.curve,
+            "in_sample": [{name: log[name] for name in ("step", *SHARES)} for log in logged],
+        }
+
+
+def clock_of(device: str) -> str:
+    """The seconds of a record that methods are compared by, for the type of its device."""
+    return "cpu_seconds" if device == "cpu" else "seconds"
+
+
+def steps_in_time(records: list[dict], key: dict[str, Any], clock: str) -> int:
+    """The number of steps of a method in the time that DIS took.
+
+    Args:
+        records: of the file.
+        key: of the run; its method is one of ``IN_TIME``.
+        clock: ``"seconds"`` or ``"cpu_seconds"``.
+
+    Raises:
+        ValueError: if a student that the number comes from is missing.
+    """
+    wanted = {"dis", item_task.IN_TIME[key["method"]]}
+    found = {
+        one["method"]: one
+        for one in records
+        if one["method"] in wanted and all(one[name] == key[name] for name in KEY if name != "method")
+    }
+    if missing := wanted - found.keys():
+        raise ValueError(
+            f"{key['method']} at rate {key['rate']:g} and seed {key['seed']} needs the times of "
+            f"{' and '.join(sorted(missing))}, which the file does not have: add to --methods"
+        )
+    base, dis = found[item_task.IN_TIME[key["method"]]], found["dis"]
+    return max(1, round(base["steps"] * dis[clock] / base[clock]))
+
+
+def print_table(records: list[dict]) -> None:
+    """Means over seeds; the ratio to exact KD's NDCG is over the seeds that both have."""
+    names = ("data", "rate", "method", "seeds", "steps", "logits", "s per step", "seconds", "peak MB", "NDCG@10")
+    print(header(*names, "recall@10", "NDCG / exact", "top 10 in sample", "in tail"))
+    cells: dict[tuple, dict[int, dict]] = {}
+    for one in records:
+        cells.setdefault(tuple(one[name] for name in KEY[:-1]), {})[one["seed"]] = one
+    for key, runs in sorted(cells.items()):
+        exact, some = cells.get((*key[:-1], "exact"), {}), list(runs.values())
+        both = sorted(set(runs) & set(exact))
+        ratio = f"{mean(runs[s]['ndcg10'] for s in both) / mean(exact[s]['ndcg10'] for s in both):.3f}" if both else None
+        steps, seconds = mean(one["steps"] for one in some), mean(one[clock_of(one["device"])] for one in some)
+        time = f"{steps:.0f}", f"{some[0]['logits']:,}", f"{seconds / steps:.3f}", f"{seconds:.0f}", _peak(some)
+        quality = (f"{mean(one[name] for one in some):.4f}" for name in ("ndcg10", "recall10"))
+        shares = (_first_to_last(some, name) for name in SHARES)
+        print(row(key[0], f"x{key[4]:g}", key[5], len(runs), time[0], *time[1:], *quality, ratio, *shares))
+
+
+def _peak(records: list[dict]) -> str | None:
+    peaks = [one["peak_mb"] for one in records if one["peak_mb"] is not None]
+    return f"{mean(peaks):,.0f}" if peaks else None
+
+
+def _first_to_last(records: list[dict], name: str) -> str | None:
+    """A share at the first and at the last log, means over students."""
+    if not records[0]["in_sample"]:
+        return None
+    first, last = (mean(one["in_sample"][at][name] for one in records) for at in (0, -1))
+    return f"{first:.0%} to {last:.0%}"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    made = parser(__doc__)
+    source = made.add_mutually_exclusive_group(required=True)
+    source.add_argument("--interactions", help="a file with a user and an item per line, in time order")
+    source.add_argument("--simulate", type=int, metavar="N_ITEMS", help="simulate users of so many items")
+    made.add_argument("--users", type=int, default=100_000, help="of --simulate")
+    made.add_argument("--methods", nargs="+", choices=run_next_item.METHODS, default=list(run_next_item.METHODS))
+    made.add_argument("--rates", nargs="+", type=float, default=[4.0], help="of the item embeddings")
+    made.add_argument("--seeds", nargs="+", type=int, default=[0])
+    made.add_argument("--steps", type=int, default=360)
+    made.add_argument("--batch_users", type=int, default=96)
+    made.add_argument("--max_length", type=int, default=50, help="items of a training window and of a history")
+    made.add_argument("--width", type=int, default=64, help="features of the student")
+    made.add_argument("--teacher_width", type=int, default=128)
+    made.add_argument("--teacher_steps", type=int, default=2000)
+    made.add_argument("--evaluations", type=int, default=10, help="points of a curve")
+    made.add_argument("--eval_users", type=int, default=4000, help="of the validation")
+    made.add_argument("--folder", type=Path, default=Path("runs/items_benchmark"), help="of the teacher")
+    made.add_argument("--plot", type=Path, help="an image of the curves of the file's first seed and rate")
+    given = parse(made)
+    if given.json is None:
+        made.error("--json is needed: the file of the records, which a later call goes on with")
+    return given
+
+
+def main() -> None:
+    given = arguments()
+    logging.set_verbosity_error()
+    print(machine(given.device), flush=True)
+    data = Path(given.interactions).name if given.interactions else f"simulated {given.simulate:,}"
+    wanted = [
+        dict(zip(KEY, (data, given.width, given.batch_users, given.steps, rate, method, seed), strict=True))
+        for seed in given.seeds
+        for rate in given.rates
+        for method in (one for one in run_next_item.METHODS if one in given.methods)
+    ]
+    done = [{name: one[name] for name in KEY} for one in read(given.json)]
+    wanted = [key for key in wanted if key not in done]
+    catalogue = Catalogue(given) if wanted else None
+    for key in wanted:
+        steps = given.steps
+        if key["method"] in item_task.IN_TIME:
+            steps = steps_in_time(read(given.json), key, clock_of(given.device.type))
+        record = catalogue.trained(key["method"], key["rate"], key["seed"], steps)
+        append(given.json, {**key, "command": " ".join(sys.argv), **record}, given.device)
+    records = read(given.json)
+    print_table(records)
+    if given.plot:
+        first = records[0]["seed"], records[0]["rate"]
+        alike = [one for one in records if (one["seed"], one["rate"]) == first]
+        clm_plots.plot_curves(given.plot, alike, run_next_item.QUALITIES, is_logarithmic=False)
+
+
+if __name__ == "__main__":
+    main()
