@@ -155,9 +155,7 @@ class Catalogue:
         sizes = {"teacher_width": given.teacher_width, "teacher_steps": given.teacher_steps}
         kept = given.folder / "_teacher"
         name = str(kept) if kept.exists() else None
-        arguments = run_next_item.ItemArguments(
-            teacher_model_name_or_path=name, max_length=given.max_length, **sizes
-        )
+        arguments = run_next_item.ItemArguments(teacher_model_name_or_path=name, max_length=given.max_length, **sizes)
         teacher = run_next_item.load_teacher(arguments, self.args(given.folder), self.data)
         if name is None:
             print("teacher:", item_task.scores(teacher, self.test), flush=True)
@@ -231,7 +229,9 @@ def print_table(records: list[dict]) -> None:
     for key, runs in sorted(cells.items()):
         exact, some = cells.get((*key[:-1], "exact"), {}), list(runs.values())
         both = sorted(set(runs) & set(exact))
-        ratio = f"{mean(runs[s]['ndcg10'] for s in both) / mean(exact[s]['ndcg10'] for s in both):.3f}" if both else None
+        ratio = (
+            f"{mean(runs[s]['ndcg10'] for s in both) / mean(exact[s]['ndcg10'] for s in both):.3f}" if both else None
+        )
         steps, seconds = mean(one["steps"] for one in some), mean(one[clock_of(one["device"])] for one in some)
         time = f"{steps:.0f}", f"{some[0]['logits']:,}", f"{seconds / steps:.3f}", f"{seconds:.0f}", _peak(some)
         quality = (f"{mean(one[name] for one in some):.4f}" for name in ("ndcg10", "recall10"))

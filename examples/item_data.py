@@ -78,14 +78,18 @@ class Interactions:
     def facts(self) -> list[str]:
         """Describes the catalogue, and what of it cannot be learned or was left out: a sentence each."""
         unseen, users = self.counts() == 0, len(self.sequences)
-        held = {name: sum(bool(unseen[one[end]]) for one in self.sequences) for name, end in (("validation", -2), ("test", -1))}
+        held = {
+            name: sum(bool(unseen[one[end]]) for one in self.sequences)
+            for name, end in (("validation", -2), ("test", -1))
+        }
         single = sum(len(one) == FEWEST_ITEMS for one in self.sequences)
         return [
             f"{users:,} users, {len(self.names):,} items, {sum(map(len, self.sequences)):,} interactions.",
             f"{self.too_short:,} users with fewer than {FEWEST_ITEMS} items were left out.",
             f"{single:,} users have {FEWEST_ITEMS} items: they are evaluated, and give no pair to train on.",
-            f"{int(unseen[1:].sum()):,} items are unseen in training; they are the true item of {held['validation']:,} "
-            f"users in validation and of {held['test']:,} in the test, and are ranked as all others.",
+            f"{int(unseen[1:].sum()):,} items are unseen in training; they are the true item of "
+            f"{held['validation']:,} users in validation and of {held['test']:,} in the test, and are ranked as all "
+            "others.",
         ]
 
 
@@ -115,7 +119,9 @@ def read_interactions(path: str | Path) -> Interactions:
             continue
         users.setdefault(user, []).append(ids.setdefault(item, len(ids) + 1))
     if bad:
-        shown = "\n".join(f"  line {number}: {line[:80].decode(errors='backslashreplace')!r}" for number, line in bad[:SHOWN])
+        shown = "\n".join(
+            f"  line {number}: {line[:80].decode(errors='backslashreplace')!r}" for number, line in bad[:SHOWN]
+        )
         more = f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
         raise ValueError(
             f"{len(bad):,} lines of {path} are not a user and an item, two words in UTF-8; correct or remove:\n"
@@ -140,11 +146,11 @@ def simulate(num_items: int, num_users: int, seed: int = 0) -> Interactions:
 
     A hidden state is a taste: it is kept with probability 0.4, or followed by one of its two successors. An item comes
     from the state's own part of the catalogue with probability 0.9, else from the whole. Within a part, as in the
-    whole, popularity follows Zipf's law.
+    whole, popularity follows Zipf's law. A user takes an item once: later times are left out of the sequence.
 
     Args:
         num_items: of the catalogue, 200 or more. Items that no user took are part of it too.
-        num_users: 1 or more; they have 5 to 60 items, 12 in the mean.
+        num_users: 1 or more; they take 5 to 60 items, 12 in the mean, before repetitions are left out.
         seed: of the simulation.
 
     Raises:
@@ -156,7 +162,10 @@ def simulate(num_items: int, num_users: int, seed: int = 0) -> Interactions:
     state_of = np.sort(np.arange(num_items) % STATES)
     popularity = random.permutation(1 / np.arange(10, num_items + 10))
     upto = np.concatenate([[0.0], popularity.cumsum()])
-    first, last = upto[np.searchsorted(state_of, np.arange(STATES))], upto[np.searchsorted(state_of, np.arange(STATES), "right")]
+    first, last = (
+        upto[np.searchsorted(state_of, np.arange(STATES))],
+        upto[np.searchsorted(state_of, np.arange(STATES), "right")],
+    )
     successors = random.integers(STATES, size=(STATES, SUCCESSORS))
     lengths = np.minimum(SHORTEST + random.geometric(1 / (MEAN_LENGTH - SHORTEST), num_users) - 1, LONGEST)
     state = random.integers(STATES, size=num_users)
@@ -168,5 +177,10 @@ def simulate(num_items: int, num_users: int, seed: int = 0) -> Interactions:
         items[:, step] = np.searchsorted(upto, at, "right").clip(1, num_items)
         moved = successors[state, random.integers(SUCCESSORS, size=num_users)]
         state = np.where(random.random(num_users) < STAYS, state, moved)
-    sequences = [row[:length] for row, length in zip(items, lengths, strict=True)]
-    return Interactions(sequences, range(1, num_items + 1))
+    sequences = (_first_times(row[:length]) for row, length in zip(items, lengths, strict=True))
+    return _interactions(sequences, range(1, num_items + 1), "the simulation")
+
+
+def _first_times(items: np.ndarray) -> np.ndarray:
+    """The items in order, each at its first time only."""
+    return items[np.sort(np.unique(items, return_index=True)[1])]

@@ -1,7 +1,8 @@
 """The task of run_next_item.py: small Llama models whose tokens are items, their training on labels, their ranking.
 
 A model's output layer is tied to its embedding of items. The loss on labels is sampled softmax: negatives that all
-items of a batch share, and the correction of each logit by the log of its expected count (logQ).
+items of a batch share, each less the log of its expected count (logQ). So the estimate of the normaliser is unbiased, as in
+the work of Bengio and Senécal (2008). The label's own logit is always there and needs no correction.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 class SampledSoftmaxTrainer(Trainer):
-    """Trains a model over items on labels alone: cross-entropy on sampled negatives, each logit less its log Q.
+    """Trains a model over items on labels alone: cross-entropy on sampled negatives with the logQ correction.
 
     The negatives of a step are shared by all its items. Half of them are sampled in proportion to the items' counts
     in training, the other half uniformly, with replacement. An item's own label among them is left out. Gradients of
@@ -99,7 +100,7 @@ class SampledSoftmaxTrainer(Trainer):
         own = (features * F.embedding(labels, weight, sparse=True)).sum(1, keepdim=True)
         others = features @ F.embedding(negatives, weight, sparse=True).T
         others = (others - self._log_expected[negatives]).masked_fill(labels[:, None] == negatives, -torch.inf)
-        logits = torch.cat([own - self._log_expected[labels][:, None], others], 1)
+        logits = torch.cat([own, others], 1)
         return F.cross_entropy(logits, torch.zeros_like(labels))
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

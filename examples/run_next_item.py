@@ -70,7 +70,8 @@ class ItemArguments:
     num_items: int = field(default=10_000, metadata={"help": "Items of the simulated catalogue."})
     num_users: int = field(default=20_000, metadata={"help": "Users of the simulated catalogue."})
     teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A teacher that the script saved, of the same catalogue; trained if not given."}
+        default=None,
+        metadata={"help": "A teacher that the script saved, of the same catalogue; trained if not given."},
     )
     max_length: int = field(default=50, metadata={"help": "Items of a training window and of a history, at most."})
     width: int = field(default=64, metadata={"help": "Features of the student."})

@@ -39,7 +39,9 @@ def test_the_steps_that_fit_into_the_time_of_dis():
     key = {**RUN, "method": "exact_in_time"}
     assert items.steps_in_time(records, key, "cpu_seconds") == 1
     assert items.steps_in_time(records, key, "seconds") == 4
-    with pytest.raises(ValueError, match="exact_in_time at rate 4 and seed 1 needs the times of exact, which the file"):
+    with pytest.raises(
+        ValueError, match="exact_in_time at rate 4 and seed 1 needs the times of exact, which the file"
+    ):
         items.steps_in_time(records, {**key, "seed": 1}, "seconds")
 
 

@@ -10,7 +10,7 @@ REFERENCES = [3, 1, 3, 2]
 
 
 def by_definition(scores, references, k):
-    """NDCG and recall from float64 scores of all items: the discounted gains of the ranking over those of the ideal."""
+    """NDCG and recall from float64 scores of all items: discounted gains of the ranking over those of the ideal."""
     ndcg, recall = [], []
     for row, true in zip(scores, references, strict=True):
         order = sorted(range(1, len(row)), key=lambda item: -row[item])
