@@ -1,8 +1,8 @@
 """The task of run_next_item.py: small Llama models whose tokens are items, their training on labels, their ranking.
 
 A model's output layer is tied to its embedding of items. The loss on labels is sampled softmax: negatives that all
-items of a batch share, each less the log of its expected count (logQ). So the estimate of the normaliser is unbiased, as in
-the work of Bengio and Senécal (2008). The label's own logit is always there and needs no correction.
+items of a batch share, each less the log of its expected count (logQ). So the estimate of the normaliser is unbiased,
+as in the work of Bengio and Senécal (2008). The label's own logit is always there and needs no correction.
 """
 
 from __future__ import annotations
