@@ -5,7 +5,7 @@
 
 The task is that of examples/run_next_item.py, on a file of a user and an item per line, or on users simulated by a
 hidden Markov model. The teacher is trained first, on labels by sampled softmax with logQ, and kept in --folder. A rate
-is that of the item embeddings as a multiple of the body's, 1e-3. Methods:
+is that of the item embeddings as a multiple of the body's, 2e-3. Methods:
 
 labels          labels only: sampled softmax, 4,096 negatives that a batch shares, logQ correction; sparse steps
 exact           exact KD
@@ -177,6 +177,7 @@ class Catalogue:
         logged = [log for log in trainer.state.log_history if SHARES[0] in log]
         return {
             "items": len(self.data.names),
+            "learning_rate": args.learning_rate,
             "steps": steps,
             "logits": item_task.logits_per_item(trainer),
             "seconds": curve.seconds,

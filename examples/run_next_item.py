@@ -42,8 +42,8 @@ METHODS = (*item_task.METHODS, *item_task.IN_TIME)
 DEFAULTS = {
     "max_steps": 300,
     "per_device_train_batch_size": 32,
-    "learning_rate": 1e-3,
-    "head_learning_rate": 4e-3,
+    "learning_rate": 2e-3,
+    "head_learning_rate": 8e-3,
     "warmup_steps": 0.1,
     "lr_scheduler_type": "cosine",
     "train_sampling_strategy": "group_by_length",
@@ -56,7 +56,7 @@ DEFAULTS = {
     "save_strategy": "no",
 }
 # Of the teacher's training.
-TEACHER = {"learning_rate": 1e-3, "head_learning_rate": 4e-3, "per_device_train_batch_size": 128, "weight_decay": 0.0}
+TEACHER = {"learning_rate": 2e-3, "head_learning_rate": 8e-3, "per_device_train_batch_size": 128, "weight_decay": 0.0}
 QUALITIES = {"ndcg10": "NDCG@10", "recall10": "recall@10"}
 
 
