@@ -1,7 +1,7 @@
 """Students that recommend the next item: DIS, exact KD, top-K KD, and labels alone, by steps and by seconds.
 
     python benchmarks/items.py --interactions beauty.txt --json beauty.jsonl
-    python benchmarks/items.py --simulate 1000000 --batch_users 16 --steps 100 --json million.jsonl
+    python benchmarks/items.py --simulate 1000000 --batch_users 16 --steps 100 --test_users 4000 --json million.jsonl
 
 The task is that of examples/run_next_item.py, on a file of a user and an item per line, or on users simulated by a
 hidden Markov model. The teacher is trained first, on labels by sampled softmax with logQ, and kept in --folder. A rate
@@ -15,7 +15,7 @@ exact_in_time   exact KD for the time that DIS took with the same seed and rate
 labels_in_time  labels only for that time
 
 A line is written for each student, and a run that is in the file already is not run again. A line has the scores of
-all users' last items over all items, and a curve: the validation's scores by steps and by seconds of training. The
+the users' last items over all items, and a curve: the validation's scores by steps and by seconds of training. The
 time of scoring and of measuring is left out. On a processor the in-time methods go by processor time, cpu_seconds,
 which other work on the machine hardly changes.
 
@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from common import append, header, machine, parse, parser, read, row
+from datasets import Dataset
 from timing import peak_memory
 from torch import Tensor
 from transformers import LlamaForCausalLM, TrainerCallback, set_seed
@@ -130,11 +131,17 @@ class Catalogue:
             self.data = item_data.simulate(given.simulate, given.users)
         print(*self.data.facts(), sep="\n", flush=True)
         self.windows = self.data.training(given.max_length)
-        self.test = self.data.held_out("test", given.max_length)
-        users = self.data.held_out("validation", given.max_length).shuffle(seed=0)
-        self.validation = users.take(min(given.eval_users, len(users)))
+        self.test, self.validation = (
+            self._some_users(split, number)
+            for split, number in (("test", given.test_users), ("validation", given.eval_users))
+        )
         self.use_cpu = given.device.type == "cpu"
         self.teacher = self._teacher().to(given.device)
+
+    def _some_users(self, split: str, number: int | None) -> Dataset:
+        """The users of a split, or so many of them, always the same."""
+        users = self.data.held_out(split, self.given.max_length)
+        return users if number is None else users.shuffle(seed=0).take(min(number, len(users)))
 
     def args(self, folder: Path, **settings: Any) -> DISConfig:
         """The settings of a student."""
@@ -177,6 +184,7 @@ class Catalogue:
         logged = [log for log in trainer.state.log_history if SHARES[0] in log]
         return {
             "items": len(self.data.names),
+            "test_users": len(self.test),
             "learning_rate": args.learning_rate,
             "steps": steps,
             "logits": item_task.logits_per_item(trainer),
@@ -271,6 +279,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--teacher_steps", type=int, default=2000)
     made.add_argument("--evaluations", type=int, default=10, help="points of a curve")
     made.add_argument("--eval_users", type=int, default=4000, help="of the validation")
+    made.add_argument("--test_users", type=int, help="of the test; all of them if not given")
     made.add_argument("--folder", type=Path, default=Path("runs/items_benchmark"), help="of the teacher")
     made.add_argument("--plot", type=Path, help="an image of the curves of the file's first seed and rate")
     given = parse(made)

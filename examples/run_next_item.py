@@ -2,7 +2,7 @@
 
     accelerate launch examples/run_next_item.py --output_dir runs/items
 
-Without a file the script makes everything offline: users of a catalogue of 10,000 items, simulated by a hidden Markov
+Without a file the script makes everything offline: users of a catalogue of 20,000 items, simulated by a hidden Markov
 model, and a Llama as teacher. The teacher is trained on labels by sampled softmax with the logQ correction. Students,
 which are smaller, start from the same weights and see the same batches. The methods:
 
@@ -40,7 +40,7 @@ from hf_dis import DISConfig
 
 METHODS = (*item_task.METHODS, *item_task.IN_TIME)
 DEFAULTS = {
-    "max_steps": 300,
+    "max_steps": 150,
     "per_device_train_batch_size": 32,
     "learning_rate": 2e-3,
     "head_learning_rate": 8e-3,
@@ -51,8 +51,8 @@ DEFAULTS = {
     "hard_label_weight": 0.1,
     "head_mode": "sampled",
     "row_sparse_head": True,
-    "eval_steps": 30,
-    "logging_steps": 30,
+    "eval_steps": 25,
+    "logging_steps": 25,
     "save_strategy": "no",
 }
 # Of the teacher's training.
@@ -67,7 +67,7 @@ class ItemArguments:
     interactions: str | None = field(
         default=None, metadata={"help": "A file with a user and an item per line; simulated if not given."}
     )
-    num_items: int = field(default=10_000, metadata={"help": "Items of the simulated catalogue."})
+    num_items: int = field(default=20_000, metadata={"help": "Items of the simulated catalogue."})
     num_users: int = field(default=20_000, metadata={"help": "Users of the simulated catalogue."})
     teacher_model_name_or_path: str | None = field(
         default=None,
@@ -78,7 +78,7 @@ class ItemArguments:
     num_layers: int = field(default=2, metadata={"help": "Layers of the student."})
     teacher_width: int = field(default=128, metadata={"help": "Features of the teacher."})
     teacher_layers: int = field(default=2, metadata={"help": "Layers of the teacher."})
-    teacher_steps: int = field(default=800, metadata={"help": "Steps of the teacher's training."})
+    teacher_steps: int = field(default=300, metadata={"help": "Steps of the teacher's training."})
     max_eval_users: int = field(default=2000, metadata={"help": "Users of the validation, at most; the test has all."})
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": f"Methods to run, of {', '.join(METHODS)}."}
