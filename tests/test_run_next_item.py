@@ -112,6 +112,24 @@ def test_sampled_softmax_estimates_the_cross_entropy_on_all_items(on_labels):
     assert float(sampled) == pytest.approx(float(exact), rel=3e-3)
 
 
+def test_negatives_that_are_the_label_are_left_out(on_labels):
+    trainer, batch = on_labels(num_negatives=300)
+    counts = item_data.simulate(200, 40).counts()[1:]
+    density = (counts / counts.sum() + 1 / 200) / 2
+    at = torch.rand(300, generator=torch.Generator().manual_seed(42), dtype=torch.float64).numpy()
+    negatives = 1 + np.searchsorted(density.cumsum(), at)
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    losses, hits = [], 0
+    for row, label in zip(logits.flatten(0, 1).double(), batch["labels"][:, 1:].flatten().tolist(), strict=True):
+        if label != -100:
+            others = [row[item].exp() / (300 * density[item - 1]) for item in negatives if item != label]
+            hits += 300 - len(others)
+            losses.append((row[label].exp() + sum(others)).log() - row[label])
+    assert hits > 20
+    expected = torch.stack(losses).mean().item()
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_steps_on_labels_leave_other_items_as_they_are(on_labels):
     trainer, batch = on_labels(num_negatives=4, head_learning_rate=0.5)
     trainer.create_optimizer()
