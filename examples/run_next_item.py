@@ -68,7 +68,7 @@ class ItemArguments:
         default=None, metadata={"help": "A file with a user and an item per line; simulated if not given."}
     )
     num_items: int = field(default=20_000, metadata={"help": "Items of the simulated catalogue."})
-    num_users: int = field(default=20_000, metadata={"help": "Users of the simulated catalogue."})
+    num_users: int = field(default=12_000, metadata={"help": "Users of the simulated catalogue."})
     teacher_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "A teacher that the script saved, of the same catalogue; trained if not given."},
@@ -79,7 +79,7 @@ class ItemArguments:
     teacher_width: int = field(default=128, metadata={"help": "Features of the teacher."})
     teacher_layers: int = field(default=2, metadata={"help": "Layers of the teacher."})
     teacher_steps: int = field(default=300, metadata={"help": "Steps of the teacher's training."})
-    max_eval_users: int = field(default=2000, metadata={"help": "Users of the validation, at most; the test has all."})
+    max_eval_users: int = field(default=1000, metadata={"help": "Users of the validation, at most; the test has all."})
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": f"Methods to run, of {', '.join(METHODS)}."}
     )
