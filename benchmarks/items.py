@@ -17,11 +17,12 @@ labels_in_time  labels only for that time
 A line is written for each student, and a run that is in the file already is not run again. A line has the scores of
 the users' last items over all items, and a curve: the validation's scores by steps and by seconds of training. The
 time of scoring and of measuring is left out. On a processor the in-time methods go by processor time, cpu_seconds,
-which other work on the machine hardly changes.
+which other work on the machine changes less.
 
-top10_in_sample of a line is the share of the student's own ten best-ranked items that are in the sample, of the first
-64 items of a batch, as means between two logs. top10_in_tail is the share that the shared tail holds. peak_mb is the
-most memory that a step takes beyond weights and moments, on a processor measured on Linux only.
+top10_in_sample of a line is the share of the student's own ten best-ranked items that are in the sample. It is
+measured for the first 64 items of a batch, and a line has the means between two logs. top10_in_tail is the share that
+the shared tail holds. peak_mb is the most memory that a step takes beyond weights and moments, on a processor measured
+on Linux only.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from hf_dis.steps import SampledStep, Step, WarmupStep
 KEY = ("data", "width", "batch_users", "max_steps", "rate", "method", "seed")
 # Of a batch: the items whose best-ranked classes are looked for in the sample.
 MEASURED_ITEMS = 64
-# The steps whose memory is measured; no step of the trainer's own measurements, which are every tenth.
+# The steps whose memory is measured; the trainer's own measurements are at every tenth.
 PEAK_STEPS = (5, 7)
 SHARES = ("top10_in_sample", "top10_in_tail")
 
@@ -106,7 +107,7 @@ class StepMemory(TrainerCallback):
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step == PEAK_STEPS[0]:
-            for moments in optimizer.state.values():  # pages that no step has written yet are no memory so far
+            for moments in optimizer.state.values():  # a page becomes memory once it is written
                 for name in ("exp_avg", "exp_avg_sq"):
                     moments[name].add_(0)
             self._peak = peak_memory(self.device)

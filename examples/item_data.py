@@ -88,8 +88,8 @@ class Interactions:
             f"{self.too_short:,} users with fewer than {FEWEST_ITEMS} items were left out.",
             f"{single:,} users have {FEWEST_ITEMS} items: they are evaluated, and give no pair to train on.",
             f"{int(unseen[1:].sum()):,} items are unseen in training; they are the true item of "
-            f"{held['validation']:,} users in validation and of {held['test']:,} in the test, and are ranked as all "
-            "others.",
+            f"{held['validation']:,} users in validation and of {held['test']:,} in the test, and are ranked like "
+            "all items.",
         ]
 
 
@@ -103,7 +103,7 @@ def read_interactions(path: str | Path) -> Interactions:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if lines are no pair of words, by their numbers; or no user has 3 items.
+        ValueError: if a line is not a pair of words, with the numbers of such lines; or no user has 3 items.
     """
     path = Path(path)
     if not path.is_file():

@@ -168,7 +168,7 @@ def popularity_scores(counts: np.ndarray, users: Dataset) -> dict[str, float]:
 
 
 class RankingCurve(Stopwatch):
-    """Scores a model every so many steps, with the seconds of training before; scoring does not count as training.
+    """Scores a model at an interval of steps, with the seconds of training before; scoring does not count as training.
 
     Args:
         users: of the validation.
@@ -194,7 +194,7 @@ class RankingCurve(Stopwatch):
             self.curve.append({"step": state.global_step, **spent, **scores(model, self.users)})
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        """Records nothing: the losses of an evaluation are no scores."""
+        """Records nothing: an evaluation has losses, not scores."""
 
     @contextmanager
     def paused(self):

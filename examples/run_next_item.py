@@ -89,7 +89,7 @@ def load_teacher(arguments: ItemArguments, args: DISConfig, data: item_data.Inte
     """The teacher by its name, or trained on labels.
 
     Raises:
-        ValueError: if the teacher is of another number of items.
+        ValueError: if the teacher has a different number of items.
     """
     name = arguments.teacher_model_name_or_path
     if name is None:

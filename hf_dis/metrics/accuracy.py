@@ -43,7 +43,7 @@ def check_ranked(ranked: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
         ranked, references: as for :func:`top_k_accuracy`.
 
     Raises:
-        ValueError: if shapes or types are others, there are none, or a reference is negative.
+        ValueError: if shapes or types differ, there are none, or a reference is negative.
     """
     try:
         ranked, references = np.asarray(ranked), np.asarray(references)

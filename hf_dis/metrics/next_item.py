@@ -84,7 +84,7 @@ def next_item_scores(ranked: Any, references: Any, k: Sequence[int] = (10,)) -> 
         ``{"ndcg10": ..., "recall10": ...}``, named after ``k``, each in [0, 1], means over users.
 
     Raises:
-        ValueError: if shapes or types are others, a reference is negative, or a ``k`` is below 1 or above m.
+        ValueError: if shapes or types differ, a reference is negative, or a ``k`` is below 1 or above m.
     """
     ranked, references = check_ranked(ranked, references)
     recall = top_k_accuracy(ranked, references, k)
