@@ -146,7 +146,7 @@ PARALLELISM = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 @pytest.mark.parametrize("size", PARALLELISM)
 def test_parallelism_that_splits_head_or_sequences(make_trainer, size):
-    with pytest.raises(ValueError, match=rf"{size} is 2: {PARALLELISM[size]} parallelism .*set {size} to 1"):
+    with pytest.raises(ValueError, match=rf"{size} is 2: {PARALLELISM[size]} parallelism .*Set {size} to 1"):
         make_trainer(parallelism_config=ParallelismConfig(**{size: 2}))
     make_trainer(parallelism_config=ParallelismConfig())
 
@@ -156,13 +156,13 @@ def test_parallelism_that_a_launcher_sets(make_trainer, monkeypatch, set_up, siz
     """accelerate reads the sizes from the environment, so DISConfig does not have them."""
     config = ParallelismConfig(**{size: 2})
     set_up(lambda trainer: monkeypatch.setattr(trainer.accelerator.state, "parallelism_config", config))
-    with pytest.raises(ValueError, match=rf"{size} is 2: {PARALLELISM[size]} parallelism .*set {size} to 1"):
+    with pytest.raises(ValueError, match=rf"{size} is 2: {PARALLELISM[size]} parallelism .*Set {size} to 1"):
         make_trainer()
 
 
 def test_a_student_that_was_loaded_with_a_tensor_parallel_plan(make_trainer, set_up):
     set_up(lambda trainer: setattr(trainer.model, "_tp_size", 2))
-    with pytest.raises(ValueError, match=r"tp_size is 2: tensor parallelism .*set tp_size to 1"):
+    with pytest.raises(ValueError, match=r"tp_size is 2: tensor parallelism .*Set tp_size to 1"):
         make_trainer()
 
 
