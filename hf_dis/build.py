@@ -59,10 +59,8 @@ def build_distiller(
         student: the model that is trained, not wrapped.
         teacher: a model that returns ``.logits``; it is put on ``device``, frozen and never trained.
         arguments: the settings of the method; later changes of the object have no effect.
-        tokenizer: of the student, needed where the vocabularies have different widths.
-        teacher_tokenizer: of the teacher, needed in the same case.
-        teacher_cache: stored targets of the training data, or their folder.
-        eval_teacher_cache: stored targets of the evaluation data, or their folder.
+        tokenizer, teacher_tokenizer: of the models, where their vocabularies have different widths.
+        teacher_cache, eval_teacher_cache: stored targets of the training and the evaluation data, or their folders.
         device: of the training; None: that of the student.
         seed: of the sampler; the index of the process is added.
         context: entered around the teacher's forwards; ``accelerator.autocast`` for mixed precision.
