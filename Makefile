@@ -16,7 +16,7 @@ OLDEST_TESTS := tests/trainer/test_trainer.py tests/trainer/test_text.py tests/t
 # Folder of the page and the records of bench-accelerator.
 OUT ?= bench-accelerator
 
-.PHONY: demo bench-accelerator test test-slow chromium test-oldest test-deepspeed test-all lint clean
+.PHONY: demo bench-accelerator test test-slow chromium test-oldest test-deepspeed test-all lint docs docs-serve clean
 
 ## Distil a 3,375-class glyph recogniser by five methods, offline: table and plots in runs/glyphs/
 demo: $(VENV)/.installed
@@ -55,6 +55,14 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 	$(BIN)/python tools/plain_english.py
 
+## Build the documentation site in site/; broken links, anchors and references fail
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
+## Show the documentation site on http://127.0.0.1:8000 while it is written
+docs-serve: $(VENV)/.installed
+	$(BIN)/mkdocs serve
+
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hf_dis needs Python 3.10 or newer, found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
@@ -81,4 +89,4 @@ $(DEMO)/.installed: setup.cfg Makefile $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DEEPSPEED) $(DEMO) runs *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DEEPSPEED) $(DEMO) runs site *.egg-info

@@ -3,7 +3,7 @@
     python benchmarks/plots.py --head_scaling head_scaling.json --training_step training_step.json \\
         --crossover crossover.json --output_dir docs/images
 
-One PNG for each file, named as the benchmark. benchmarks/quality_vs_k.py makes its own plot.
+One SVG for each file, named as the benchmark. benchmarks/quality_vs_k.py makes its own plot.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+
+from hf_dis.report.style import GRAY, INK, plotted, write_svg
 
 TITLES = {
     "exact": "exact",
@@ -57,9 +59,9 @@ def plot_training_step(records: list[dict]) -> plt.Figure:
     """Time of a whole training step over the time of its floor."""
     figure, axis = plt.subplots(figsize=(6, 3.2))
     names = [", ".join(filter(None, (TITLES[record["method"]], record["layout"]))) for record in records]
-    bars = axis.barh(names, [record["ratio_to_floor"] for record in records], color="tab:gray")
+    bars = axis.barh(names, [record["ratio_to_floor"] for record in records], color=GRAY)
     axis.bar_label(bars, fmt="%.2f", padding=3)
-    axis.axvline(1, color="black", linewidth=0.8)
+    axis.axvline(1, color=INK, linewidth=0.8)
     axis.set(xlabel="time of a training step / floor", title=f"{records[0]['classes']:,} classes")
     axis.margins(x=0.12)
     return figure
@@ -74,7 +76,7 @@ def plot_crossover(records: list[dict]) -> plt.Figure:
         features, items, sampled, shared, tails = setting
         label = f"d={features}, N={items}, K={sampled}" + (f", {tails} x {shared}" if shared else "")
         axis.plot([r["classes"] for r in here], [r["ratio"] for r in here], "o-", label=label)
-    axis.axhline(1, color="black", linewidth=0.8)
+    axis.axhline(1, color=INK, linewidth=0.8)
     axis.set(xscale="log", yscale="log", xlabel="classes", ylabel="exact / DIS, time of a head step")
     axis.legend(fontsize="small")
     return figure
@@ -96,10 +98,9 @@ def main() -> None:
     for name, plot in PLOTS.items():
         path = vars(arguments)[name]
         if path is not None:
-            figure = plot(json.loads(path.read_text()))
-            for axis in figure.axes:
-                axis.spines[["top", "right"]].set_visible(False)
-            figure.savefig(arguments.output_dir / f"{name}.png", dpi=120, bbox_inches="tight")
+            with plotted():
+                figure = plot(json.loads(path.read_text()))
+            write_svg(figure, arguments.output_dir / f"{name}.svg")
 
 
 if __name__ == "__main__":

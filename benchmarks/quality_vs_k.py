@@ -2,7 +2,7 @@
 
     python benchmarks/quality_vs_k.py --teacher runs/glyphs/teacher --json quality_vs_k.jsonl --seeds 0 1 2
     python benchmarks/quality_vs_k.py --teacher runs/glyphs/teacher --json quality_vs_k.jsonl --time
-    python benchmarks/quality_vs_k.py --json quality_vs_k.jsonl --plot docs/images/quality_vs_k.png
+    python benchmarks/quality_vs_k.py --json quality_vs_k.jsonl --plot docs/images/quality_vs_k.svg
 
 The demo's task and schedule (4 epochs, batches of 256), no hard labels. The first command trains one student for each
 method and seed, each method at its best head learning rate, and writes a line for each student. A run that is in the
@@ -229,6 +229,8 @@ def plot(entries: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from hf_dis.report.style import COLOURS, plotted, write_svg
+
     best: dict[str, dict] = {}
     for entry in entries:
         if entry["top1"] > best.get(entry["method"], {"top1": -1})["top1"]:
@@ -237,20 +239,22 @@ def plot(entries: list[dict], path: Path) -> None:
     for method, entry in best.items():
         family = re.sub(r" [\d+x]+", "", method)
         families.setdefault(family, []).append(entry)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    for axis, key, label in zip(
-        axes, ("logits", "student_ms"), ("student logits per item", "student ms per step"), strict=True
-    ):
-        for number, (family, members) in enumerate(families.items()):
-            members = sorted((entry for entry in members if entry[key]), key=lambda entry: entry[key])
-            color = plt.get_cmap("tab20")(number)
-            axis.plot([e[key] for e in members], [e["top1"] for e in members], "o-", label=family, color=color)
-        axis.set_xlabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_xscale("log")
-    axes[0].set_ylabel("top-1 on unseen typefaces")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=120)
+    with plotted():
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+        for axis, key, label in zip(
+            axes, ("logits", "student_ms"), ("student logits per item", "student ms per step"), strict=True
+        ):
+            for number, (family, members) in enumerate(families.items()):
+                members = sorted((entry for entry in members if entry[key]), key=lambda entry: entry[key])
+                color, marker = COLOURS[number % len(COLOURS)], "os^Dv"[number // len(COLOURS)]
+                axis.plot(
+                    [e[key] for e in members], [e["top1"] for e in members], marker, ls="-", label=family, color=color
+                )
+            axis.set_xlabel(label)
+        axes[0].set_xscale("log")
+        axes[0].set_ylabel("top-1 on unseen typefaces")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    write_svg(figure, path)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -264,7 +268,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--head_rates", type=float, nargs="+", help="in place of each method's own")
     parser.add_argument("--time", action="store_true", help="time steps instead of training students")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of timing, eight steps each")
-    parser.add_argument("--plot", type=Path, help="file of a plot of the records; trains nothing")
+    parser.add_argument("--plot", type=Path, help="SVG file of a plot of the records; trains nothing")
     return parse(parser)
 
 

@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from hf_dis.report.style import BLUE, GRAY, GREEN, OLIVE, ORANGE, RED, plotted, write_svg
+
 TITLES = {
     "exact": "exact KD",
     "dis": "DIS",
@@ -21,12 +23,12 @@ TITLES = {
     "topk": "top-K KD",
 }
 COLOURS = {
-    "exact": "tab:gray",
-    "dis": "tab:orange",
-    "exact_in_time": "tab:blue",
-    "labels": "tab:green",
-    "labels_in_time": "tab:olive",
-    "topk": "tab:red",
+    "exact": GRAY,
+    "dis": ORANGE,
+    "exact_in_time": BLUE,
+    "labels": GREEN,
+    "labels_in_time": OLIVE,
+    "topk": RED,
 }
 QUALITIES = {"kl": "KL to teacher", "perplexity": "perplexity"}
 
@@ -75,15 +77,17 @@ def plot_curves(
         is_logarithmic: the scale of the qualities.
     """
     size = {"figsize": (9, 3 * len(qualities)), "layout": "constrained", "sharey": "row", "squeeze": False}
-    figure, axes = plt.subplots(len(qualities), 2, **size)
-    for line, (quality, title) in zip(axes, qualities.items(), strict=True):
-        for axis, progress in zip(line, ("step", "seconds"), strict=True):
-            for record in records:
-                points = [[point[name] for point in record["curve"]] for name in (progress, quality)]
-                axis.plot(*points, "o-", markersize=3, color=COLOURS[record["method"]], label=TITLES[record["method"]])
-            axis.set(xlabel=f"{progress}s" if progress == "step" else "seconds of training", ylabel=title)
-            axis.set_yscale("log" if is_logarithmic else "linear")
-            axis.grid(alpha=0.3, which="both")
-    axes[0, 0].legend()
-    figure.savefig(path, dpi=120)
+    with plotted():
+        figure, axes = plt.subplots(len(qualities), 2, **size)
+        for line, (quality, title) in zip(axes, qualities.items(), strict=True):
+            for axis, progress in zip(line, ("step", "seconds"), strict=True):
+                for record in records:
+                    points = [[point[name] for point in record["curve"]] for name in (progress, quality)]
+                    look = {"color": COLOURS[record["method"]], "label": TITLES[record["method"]]}
+                    axis.plot(*points, "o-", markersize=3, **look)
+                axis.set(xlabel="steps" if progress == "step" else "seconds of training", ylabel=title)
+                axis.set_yscale("log" if is_logarithmic else "linear")
+                axis.grid(alpha=0.3, which="both")
+        axes[0, 0].legend()
+    write_svg(figure, path)
     plt.close(figure)

@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 import torch
 from glyph_task import NORMALISE, GlyphImages
 
+from hf_dis.report.style import GRAY, ORANGE, plotted, write_svg
+
 TITLES = {"hard_labels": "hard labels", "exact": "exact KD", "dis": "DIS", "ftis": "FTIS", "topk": "top-K"}
 
 
@@ -51,16 +53,16 @@ def write_report(
 
 def plot_quality(path: Path, records: list[dict]) -> None:
     """Top-1 and KL to the teacher, by method."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    names = [TITLES[record["method"]] for record in records]
-    colours = ["tab:orange" if record["method"] == "dis" else "tab:gray" for record in records]
-    for axis, key, title in ((left, "top1", "top-1 on unseen typefaces"), (right, "kl", "KL to teacher")):
-        bars = axis.bar(names, [record[key] for record in records], color=colours)
-        axis.bar_label(bars, fmt="{:.1%}" if key == "top1" else "{:.2f}")
-        axis.set_title(title)
-        axis.margins(y=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    with plotted():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+        names = [TITLES[record["method"]] for record in records]
+        colours = [ORANGE if record["method"] == "dis" else GRAY for record in records]
+        for axis, key, title in ((left, "top1", "top-1 on unseen typefaces"), (right, "kl", "KL to teacher")):
+            bars = axis.bar(names, [record[key] for record in records], color=colours)
+            axis.bar_label(bars, fmt="{:.1%}" if key == "top1" else "{:.2f}")
+            axis.set_title(title)
+            axis.margins(y=0.15)
+    write_svg(figure, path)
     plt.close(figure)
 
 
@@ -74,13 +76,14 @@ def plot_confusions(path: Path, student, test_dataset: GlyphImages, names: list[
     pairs = Counter((int(test_dataset.labels[index]), int(predicted[index])) for index in wrong)
     image_of = {int(label): index for index, label in enumerate(test_dataset.labels)}
     shown = [pair for pair, _ in pairs.most_common() if pair[1] in image_of][:num_pairs]
-    figure, axes = plt.subplots(4, (len(shown) + 3) // 4, figsize=(12, 6.2), layout="constrained", squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (label, taken_for) in zip(axes.flat, shown, strict=False):
-        both = [test_dataset.images[image_of[name], 0] for name in (label, taken_for)]
-        axis.imshow(255 - torch.cat(both, 1), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(f"{names[label]} for {names[taken_for]}", fontsize=8)
-    figure.suptitle("Left: a character that the student got wrong; right: its prediction")
-    figure.savefig(path, dpi=120)
+    with plotted():
+        figure, axes = plt.subplots(4, (len(shown) + 3) // 4, figsize=(12, 6.2), layout="constrained", squeeze=False)
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, (label, taken_for) in zip(axes.flat, shown, strict=False):
+            both = [test_dataset.images[image_of[name], 0] for name in (label, taken_for)]
+            axis.imshow(255 - torch.cat(both, 1), cmap="gray", vmin=0, vmax=255)
+            axis.set_title(f"{names[label]} for {names[taken_for]}", fontsize=8)
+        figure.suptitle("Left: a character that the student got wrong; right: its prediction")
+    write_svg(figure, path)
     plt.close(figure)

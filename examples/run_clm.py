@@ -228,7 +228,7 @@ def main() -> None:
     if args.process_index == 0:
         minutes = (time.perf_counter() - started) / 60
         clm_plots.write_report(Path(args.output_dir), list(records.values()), minutes)
-        clm_plots.plot_curves(Path(args.output_dir) / "curves.png", list(records.values()))
+        clm_plots.plot_curves(Path(args.output_dir) / "curves.svg", list(records.values()))
 
 
 if __name__ == "__main__":

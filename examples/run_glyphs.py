@@ -4,7 +4,7 @@
 
 Teacher and students are small ResNets; training and test typefaces are disjoint. All students start from the same
 weights and see the same number of images. Each method runs at its best head learning rate in the sweep of
-docs/how-it-works.md. Writes results.json, report.md, PNG plots, the models, and the images of demo/app.py to
+docs/how-it-works.md. Writes results.json, report.md, SVG plots, the models, and the images of demo/app.py to
 --output_dir.
 """
 
@@ -181,12 +181,12 @@ def main() -> None:
     steps = time_head_steps(num_classes=100_000)
     minutes = (time.perf_counter() - started) / 60
     glyph_plots.write_report(output, records, steps, millions, minutes)
-    glyph_plots.plot_quality(output / "quality.png", records)
+    glyph_plots.plot_quality(output / "quality.svg", records)
     if proposals:
-        plot_proposal(output / "proposal.png", proposals)
+        plot_proposal(output / "proposal.svg", proposals)
     if "dis" in arguments.methods:
         student = ResNetForImageClassification.from_pretrained(output / "dis")
-        glyph_plots.plot_confusions(output / "confusions.png", student, test_dataset, names)
+        glyph_plots.plot_confusions(output / "confusions.svg", student, test_dataset, names)
     print((output / "report.md").read_text())
 
 

@@ -204,7 +204,7 @@ def main() -> None:
         found = list(records.values())
         minutes = (time.perf_counter() - started) / 60
         clm_plots.write_lines(output, found, report(found, facts, references, minutes))
-        clm_plots.plot_curves(output / "curves.png", found, QUALITIES, is_logarithmic=False)
+        clm_plots.plot_curves(output / "curves.svg", found, QUALITIES, is_logarithmic=False)
         (output / "items.txt").write_text("".join(f"{name}\n" for name in data.names))
 
 

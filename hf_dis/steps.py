@@ -182,7 +182,7 @@ class SampledStep:
         The sampler learns from the signal of the step.
 
         Args:
-            outputs: of the student for :attr:`inputs`; its logits are ``[N, R + K_t]``.
+            outputs: of the student for ``inputs``; its logits are ``[N, R + K_t]``.
         """
         distiller, settings = self.distiller, self.distiller.arguments
         loss, terms, self.result = sampled_loss(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,63 @@ import pytest
 
 
 @contextmanager
-def opened(path: Path, **options: Any) -> Iterator[Any]:
-    """Opens a file in Chromium; fails if the page logs an error, raises one, or asks for another address.
+def chromium() -> Iterator[Any]:
+    """Starts Chromium; without it the test is skipped, but fails where the environment variable CI is set.
 
-    Without Chromium the test is skipped, but fails where the environment variable CI is set.
+    Yields:
+        the browser, an object of playwright.
+    """
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        message = "no Chromium on the PATH: install it, on Debian by `apt-get install chromium`"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def visited(browser: Any, address: str, allowed: str | tuple[str, ...], **options: Any) -> Iterator[Any]:
+    """Opens an address; fails if the page logs an error, raises one, or asks for an address that is not allowed.
 
     Args:
-        path: of the page.
+        browser: of :func:`chromium`.
+        address: of the page.
+        allowed: the start, or several, of every address that the page may ask for.
         **options: of playwright's ``new_page``.
 
     Yields:
         the page, an object of playwright.
     """
+    page, wrong = browser.new_page(**options), []
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(allowed) else wrong.append(request.url))
+    try:
+        page.goto(address)
+        yield page
+        assert wrong == []
+    finally:
+        page.close()
+
+
+@contextmanager
+def opened(path: Path, **options: Any) -> Iterator[Any]:
+    """Opens a file in Chromium, a page that asks for nothing else; see :func:`visited`."""
     address = path.resolve().as_uri()
-    with _browsed(address, lambda asked: asked == address, options) as page:
+    with chromium() as browser, visited(browser, address, address, **options) as page:
         yield page
 
 
 @contextmanager
-def visited(address: str, **options: Any) -> Iterator[Any]:
-    """Opens a page of a server as :func:`opened` opens a file; the page may ask its own server for anything.
+def browsed(address: str, **options: Any) -> Iterator[Any]:
+    """Opens a page of a server in Chromium, which may ask that server for anything; see :func:`visited`.
 
     Args:
         address: of the page, with a slash after the server.
@@ -41,28 +78,6 @@ def visited(address: str, **options: Any) -> Iterator[Any]:
     Yields:
         the page, an object of playwright.
     """
-    with _browsed(address, lambda asked: asked.startswith((address, "data:", "blob:")), options) as page:
+    allowed = address, "data:", "blob:"
+    with chromium() as browser, visited(browser, address, allowed, **options) as page:
         yield page
-
-
-@contextmanager
-def _browsed(address: str, is_allowed: Callable[[str], bool], options: dict[str, Any]) -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        message = "no Chromium on the PATH: install it, on Debian by `apt-get install chromium`"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        try:
-            page, wrong = browser.new_page(**options), []
-            page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-            page.on("request", lambda request: None if is_allowed(request.url) else wrong.append(request.url))
-            page.goto(address)
-            yield page
-            assert wrong == []
-        finally:
-            browser.close()

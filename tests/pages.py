@@ -5,32 +5,47 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
+from unittest import SkipTest
+
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHER_PAGES = [ROOT / "examples" / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 SCRIPTS = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-# A block whose first line starts with this mark does not run by itself.
-FRAGMENT = "# fragment"
+# A block after the comment <!-- skip: next "reason" --> is not run.
+BLOCKS = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()])
 
 
-def python_blocks(page: Path) -> list[tuple[int, str]]:
-    """The ```python blocks of a page that run: line number of the first line, and code."""
-    text = page.read_text()
-    blocks = [
-        (text.count("\n", 0, match.start(1)), match[1])
-        for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    ]
-    return [(line, code) for line, code in blocks if not code.startswith(FRAGMENT)]
+def python_blocks(page: Path) -> list[str]:
+    """The code of the ```python blocks of a page, skipped ones included."""
+    return [example.parsed for example in BLOCKS.parse(page) if isinstance(example.parsed, str)]
+
+
+def skips(page: Path) -> list[tuple[str, str | None]]:
+    """The action and the reason of each directive of a page that skips blocks."""
+    return [example.parsed for example in BLOCKS.parse(page) if not isinstance(example.parsed, str)]
 
 
 def run_page(page: Path, namespace: dict) -> dict:
-    """Runs a page's blocks in order in one namespace; an error's traceback has the page's name and lines."""
-    namespace.setdefault("__name__", page.stem)
-    for line, code in python_blocks(page):
-        exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), namespace)
-    return namespace
+    """Runs a page's blocks in order in one namespace; an error's traceback has the page's name and lines.
+
+    Args:
+        page: the Markdown file.
+        namespace: names that the page takes as given.
+
+    Returns:
+        the namespace, with the names that the page defines.
+    """
+    document = BLOCKS.parse(page)
+    document.namespace |= {"__name__": page.stem, **namespace}
+    for example in document:
+        with suppress(SkipTest):
+            example.evaluate()
+    return document.namespace
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -65,13 +80,7 @@ def links(page: Path) -> list[str]:
     return [target for target in found if not target.startswith(("http://", "https://"))]
 
 
-def tables(page: Path) -> dict[str, list[str]]:
-    """By heading, the names in the first column of the tables below it."""
-    found: dict[str, list[str]] = {}
-    heading = ""
-    for line in page.read_text().splitlines():
-        if line.startswith("#"):
-            heading = line.lstrip("# ").strip("`")
-        elif match := re.match(r"\| `([^`]+)` \|", line):
-            found.setdefault(heading, []).append(match[1])
-    return found
+def reference() -> list[str]:
+    """The names that the pages of the reference document."""
+    pages = sorted((ROOT / "docs" / "reference").glob("*.md"))
+    return [name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]

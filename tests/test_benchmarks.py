@@ -124,7 +124,7 @@ def test_the_timings_run_and_are_plotted(tmp_path, monkeypatch, capsys):
     methods = {record["method"] for record in json.loads(scaling.read_text())}
     assert {*EXACT, "chunked_exact", "partial_fc", "dis_dense", "dis_row_sparse"} <= methods
     main(plots, monkeypatch, "--head_scaling", scaling, "--crossover", crossing, "--output_dir", tmp_path)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"head_scaling.png", "crossover.png"}
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"head_scaling.svg", "crossover.svg"}
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_training_steps_run_and_are_plotted(tmp_path, monkeypatch, capsys):
     assert all(record["ratio_to_floor"] > 0 for record in records)
     assert "| all update |" in capsys.readouterr().out
     main(plots, monkeypatch, "--training_step", written, "--output_dir", tmp_path)
-    assert (tmp_path / "training_step.png").stat().st_size > 500
+    assert (tmp_path / "training_step.svg").stat().st_size > 500
 
 
 def test_both_exact_trainers_have_the_same_loss_and_gradient(tmp_path):
@@ -277,5 +277,5 @@ def test_students_are_trained_and_timed(glyph_teacher, few_glyphs, tmp_path, mon
     assert "| dis 32 | 32 (0.9%) | 8,192 | x20 | 1 |" in capsys.readouterr().out
     (entry,) = quality_vs_k.summary(quality_vs_k.read(written))
     assert entry["student_ms"] > 0 and entry["kl"] > 0
-    main(quality_vs_k, monkeypatch, "--json", written, "--plot", tmp_path / "quality.png")
-    assert (tmp_path / "quality.png").stat().st_size > 500
+    main(quality_vs_k, monkeypatch, "--json", written, "--plot", tmp_path / "quality.svg")
+    assert (tmp_path / "quality.svg").stat().st_size > 500

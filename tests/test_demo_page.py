@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from browser import visited
+from browser import browsed
 from demo_models import write_glyphs, write_texts
 from demo_server import interpreter, served
 
@@ -32,7 +32,7 @@ def set_budget(page, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1200])
 def test_an_example_is_answered_and_the_budget_moves_the_error(address, width):
-    with visited(address, viewport={"width": width, "height": 900}) as page:
+    with browsed(address, viewport={"width": width, "height": 900}) as page:
         page.locator("#examples button img").first.click()
         page.get_by_role("heading", name="Student").wait_for()
         assert page.get_by_role("heading", name="Teacher").is_visible()
@@ -46,7 +46,7 @@ def test_an_example_is_answered_and_the_budget_moves_the_error(address, width):
 
 @pytest.mark.slow
 def test_a_drawing_is_answered(address):
-    with visited(address, viewport={"width": 1200, "height": 900}) as page:
+    with browsed(address, viewport={"width": 1200, "height": 900}) as page:
         button = page.get_by_role("button", name="Ask teacher and student").first
         button.click()
         page.get_by_text("the drawing is empty").wait_for()
@@ -64,7 +64,7 @@ def test_a_drawing_is_answered(address):
 
 @pytest.mark.slow
 def test_a_text_is_answered(address):
-    with visited(address, viewport={"width": 390, "height": 900}) as page:
+    with browsed(address, viewport={"width": 390, "height": 900}) as page:
         page.get_by_role("tab", name="Type a text").click()
         page.get_by_role("button", name="Ask teacher and student").and_(page.locator(":visible")).click()
         page.get_by_role("heading", name="Student").and_(page.locator(":visible")).wait_for()

@@ -1,9 +1,9 @@
-"""The documentation: Python blocks run, commands are understood, links lead somewhere, the API page is complete."""
+"""The documentation: Python blocks run, commands are understood, links lead somewhere, the reference is complete."""
 
 import argparse
+import ast
 import dataclasses
 import importlib
-import inspect
 import re
 import runpy
 import sys
@@ -20,11 +20,12 @@ from pages import (
     commands,
     links,
     python_blocks,
+    reference,
     run_page,
-    tables,
+    skips,
 )
 from tiny_models import labelled_images, vit
-from transformers import TrainingArguments, default_data_collator
+from transformers import default_data_collator
 
 import hf_dis
 
@@ -59,34 +60,30 @@ def chats(monkeypatch):
     }
 
 
-def step_of_a_loop_without_models(num_classes):
-    """The names of the README's last block, which has 100,000 classes."""
-    return {
-        "head": torch.nn.Linear(4, num_classes),
-        "features": torch.randn(4, 4, requires_grad=True),
-        "teacher_logits": torch.randn(4, num_classes),
-        "labels": torch.arange(4),
-    }
-
-
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
 def test_the_blocks_run(page, namespace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = {**namespace, **step_of_a_loop_without_models(100_000)}
-    run_page(page, given | (chats(monkeypatch) if page.name == "trl.md" else {}))
+    run_page(page, namespace | (chats(monkeypatch) if page.name == "trl.md" else {}))
 
 
 def test_the_readme_and_the_recipes_are_among_them():
     assert {"README.md", "subclassing.md"} <= {page.name for page in RUNNABLE}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_is_found_and_skipped_ones_have_a_reason(page):
+    assert len(python_blocks(page)) == page.read_text().count("```python\n")
+    assert all(action == "next" and reason for action, reason in skips(page))
+
+
 def test_an_error_names_the_page_and_its_line(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# A page\n\n```python\n# fragment: not run\nraise KeyError\n```\n\n```python\n1 / 0\n```\n")
+    skipped = '<!-- skip: next "not run" -->\n\n```python\nraise KeyError\n```\n'
+    page.write_text(f"# A page\n\n{skipped}\n```python\n1 / 0\n```\n")
     with pytest.raises(ZeroDivisionError) as told:
         run_page(page, {})
     last = told.traceback[-1]
-    assert (str(last.path), last.lineno + 1) == (str(page), 9)
+    assert (str(last.path), last.lineno + 1) == (str(page), 10)
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +215,12 @@ def test_what_pages_name_exists(page):
         assert target in targets, f"make {target}"
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: page.name)
+IN_THE_REPOSITORY = [page for page in [*PAGES, *OTHER_PAGES] if "docs" not in page.parts]
+
+
+@pytest.mark.parametrize("page", IN_THE_REPOSITORY, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
+    """``make docs`` checks the links of the pages in docs/."""
     for target in links(page):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
@@ -227,33 +228,59 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
-# The API page
-
-API = tables(ROOT / "docs" / "api.md")
+# The site
 
 
-def test_the_api_page_names_every_public_name():
-    assert set(API["hf_dis"]) == set(hf_dis.__all__)
-    for module in ("hf_dis.cache", "hf_dis.data", "hf_dis.distributed", "hf_dis.metrics"):
-        assert set(API[module]) == set(importlib.import_module(module).__all__)
+def test_links_out_of_the_docs_become_links_between_pages(hooks):
+    text = "[a](../README.md#top), [b](trl.md), [c](../examples/quickstart.ipynb), [d](../no.md), ![e](images/e.svg)"
+    expected = "[a](index.md#top), [b](trl.md), c, [d](../no.md), ![e](images/e.svg)"
+    assert hooks.relinked(text, "docs/cache.md", "cache.md") == expected
+    deeper = "[a](../../README.md) [b](../trl.md)"
+    assert hooks.relinked(deeper, "docs/reference/cache.md", "reference/cache.md") == "[a](../index.md) [b](../trl.md)"
+    assert hooks.relinked("[a](docs/trl.md)", "CHANGELOG.md", "changelog.md") == "[a](trl.md)"
 
 
-def test_the_api_page_names_nothing_that_does_not_exist():
-    assert len(API) >= 7
-    for heading, names in API.items():
-        if heading.startswith("hf_dis.integrations."):
+@pytest.fixture
+def hooks(monkeypatch):
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("hooks")
+
+
+# The reference
+
+
+def public_names():
+    for module in ("hf_dis", "hf_dis.cache", "hf_dis.data", "hf_dis.distributed", "hf_dis.metrics"):
+        yield from (f"{module}.{name}" for name in importlib.import_module(module).__all__)
+    for module in ("trl", "on_policy", "gkd"):
+        tree = ast.parse((ROOT / "hf_dis" / "integrations" / f"{module}.py").read_text())
+        names = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+        yield from (f"hf_dis.integrations.{module}.{name}" for name in names if not name.startswith("_"))
+
+
+def test_the_reference_has_every_public_name_once():
+    documented = reference()
+    assert len(documented) == len(set(documented)) > 50
+    in_the_package = {f"hf_dis.{name}" for name in hf_dis.__all__}
+    for name in public_names():
+        short = f"hf_dis.{name.rpartition('.')[2]}"
+        assert name in documented or short in in_the_package & {*documented, "hf_dis.__version__"}, name
+    assert "`hf_dis.__version__`" in (ROOT / "docs" / "reference" / "index.md").read_text()
+
+
+def test_the_reference_names_nothing_that_does_not_exist():
+    for path in reference():
+        if path.startswith("hf_dis.integrations."):
             pytest.importorskip("trl")
-        owner = getattr(hf_dis, heading, None) or importlib.import_module(heading)
-        attributes = inspect.signature(owner).parameters if heading == "Distiller" else ()
-        for name in names if heading != "DISConfig" else ():
-            assert hasattr(owner, name) or name in attributes, f"{heading}.{name}"
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), path
 
 
-def test_the_api_page_has_every_field_of_the_configuration_and_its_default():
-    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    own = [field for field in dataclasses.fields(hf_dis.DISConfig) if field.name not in inherited]
-    assert API["DISConfig"] == [field.name for field in own]
-    text = (ROOT / "docs" / "api.md").read_text()
+def test_the_settings_page_has_every_field_of_the_configuration_and_its_default():
+    text = (ROOT / "docs" / "settings.md").read_text()
+    own = dataclasses.fields(hf_dis.DISArguments)
+    assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == sorted(field.name for field in own)
     for field in own:
         shown = f'`"{field.default}"`' if isinstance(field.default, str) else str(field.default)
         assert f"| `{field.name}` | {shown} |" in text, field.name

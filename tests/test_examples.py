@@ -158,7 +158,7 @@ def test_the_glyph_demo_writes_results_report_and_plots(cache, tmp_path):
     for record in records:
         assert set(record) == {"method", "classes", "sampled", "head_rate", "top1", "top5", "kl", "seconds"}
         assert record["classes"] == 3375 and 0 <= record["top1"] <= record["top5"] <= 1
-    for name in ("report.md", "quality.png", "proposal.png", "confusions.png"):
+    for name in ("report.md", "quality.svg", "proposal.svg", "confusions.svg"):
         assert (tmp_path / name).stat().st_size > 500
 
 
@@ -200,7 +200,7 @@ def test_clm_makes_a_teacher_and_compares_students_in_one_and_two_processes(text
         ]
         student = AutoModelForCausalLM.from_pretrained(made / record["method"])
         assert student.config.vocab_size == len(AutoTokenizer.from_pretrained(made / record["method"]))
-    assert (made / "curves.png").stat().st_size > 500 and "DIS's time" in (made / "report.md").read_text()
+    assert (made / "curves.svg").stat().st_size > 500 and "DIS's time" in (made / "report.md").read_text()
 
     models = ["--teacher_model_name_or_path", str(made / "_teacher"), "--model_name_or_path", str(made / "dis")]
     own = ["--output_dir", str(given), "--row_sparse_head", "--save_strategy", "no", *models, *data, *CLM]

@@ -37,7 +37,7 @@ def test_every_method_at_small_sizes(monkeypatch, tmp_path, capsys):
     report, out = (tmp_path / "report.md").read_text(), capsys.readouterr().out
     assert report in out and "simulated by a hidden Markov model" in report and "| top-K KD | 64 |" in report
     assert "| most frequent items |" in report and "| teacher |" in report and "unseen in training" in report
-    assert (tmp_path / "curves.png").stat().st_size > 500
+    assert (tmp_path / "curves.svg").stat().st_size > 500
     assert (tmp_path / "items.txt").read_text().split() == [str(item) for item in range(1, 301)]
 
     # Another number of items than that of the teacher.

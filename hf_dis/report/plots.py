@@ -1,4 +1,4 @@
-"""The plot of a proposal at some steps, as a PNG; needs matplotlib.
+"""The plot of a proposal at some steps, as SVG; needs matplotlib.
 
 Figures are made without pyplot, which needs a display and keeps every figure in memory.
 """
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from hf_dis.report.style import ORANGE, plotted, write_svg
 from hf_dis.sampling.rank_proposal import RankProposal
 
 
@@ -40,15 +41,18 @@ def plot_proposal(path: Path, snapshots: Sequence[ProposalSnapshot]) -> None:
     """Plots the fitted Laplace mixture and the measured disagreement of teacher and student.
 
     Args:
-        path: of the PNG.
+        path: of the SVG.
         snapshots: one for each panel, taken after the first step: nothing is measured before.
     """
-    figure = Figure(figsize=(3.4 * len(snapshots), 3.2), layout="constrained")
-    for axis, shot in zip(figure.subplots(1, len(snapshots), squeeze=False)[0], snapshots, strict=True):
-        measured = shot.measured / (shot.measured * shot.edges.diff()).sum()
-        axis.stairs(measured, shot.edges + 1, label="measured disagreement")
-        axis.plot(range(1, len(shot.fitted) + 1), shot.fitted, label="fitted proposal", color="tab:orange")
-        axis.set(xscale="log", yscale="log", title=f"step {shot.step}", xlabel="rank of the class, teacher's order")
-    figure.axes[0].set_ylabel("density")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    with plotted():
+        figure = Figure(figsize=(3.4 * len(snapshots), 3.2), layout="constrained")
+        for axis, shot in zip(figure.subplots(1, len(snapshots), squeeze=False)[0], snapshots, strict=True):
+            measured = shot.measured / (shot.measured * shot.edges.diff()).sum()
+            axis.stairs(measured, shot.edges + 1, label="measured disagreement")
+            axis.plot(range(1, len(shot.fitted) + 1), shot.fitted, label="fitted proposal", color=ORANGE)
+            axis.set(
+                xscale="log", yscale="log", title=f"step {shot.step}", xlabel="rank of the class, teacher's order"
+            )
+        figure.axes[0].set_ylabel("density")
+        figure.axes[0].legend(frameon=False)
+    write_svg(figure, path)

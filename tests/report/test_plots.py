@@ -25,7 +25,7 @@ def test_the_proposal_and_its_profile_are_densities_over_the_same_ranks(saved, t
     ranks = RankProposal(64, floor=0.05, decay=0.5)
     squared = torch.rand(len(ranks.bin_sizes), dtype=torch.float64)
     ranks.update({"rank_squared": squared, "items": torch.tensor(4.0, dtype=torch.float64)})
-    plot_proposal(tmp_path / "proposal.png", [ProposalSnapshot.of(ranks, 3), ProposalSnapshot.of(ranks, 5)])
+    plot_proposal(tmp_path / "proposal.svg", [ProposalSnapshot.of(ranks, 3), ProposalSnapshot.of(ranks, 5)])
     assert [axis.get_title() for axis in saved[0].axes] == ["step 3", "step 5"]
     axis = saved[0].axes[0]
     values, edges, _ = axis.patches[0].get_data()
