@@ -30,7 +30,6 @@ PAGES = [
     "examples/*.ipynb",
     "hf_dis/**/*.md",
 ]
-PAGES.remove("README.md")  # until it is rewritten
 CODE = ["hf_dis/**/*.py", "examples/*.py", "benchmarks/*.py", "tools/*.py"]
 # A dash between two words stands for a missing sentence. "s - p" and "(sampled - exact)" are differences.
 DASH = re.compile(r"(?<![\w(])\w{2,},? (?:-|–|—) \w{2,}|\w—\w")

@@ -126,7 +126,7 @@ class DISReportCallback(TrainerCallback):
         (folder / records.PAGE).write_text(self._page.page([run]), encoding="utf-8")
 
     def card_figures(self, folder: Path, logs: Sequence[Log]) -> list[CardFigure]:
-        """Draws the figures of the model card; see :func:`hf_dis.report.card_figures.save_card_figures`."""
+        """Plots the figures of the model card; see :func:`hf_dis.report.card_figures.save_card_figures`."""
         return self._card_figures.save_card_figures(folder, logs)
 
     # Times

@@ -30,7 +30,7 @@ class CardFigure(NamedTuple):
 
 
 def save_card_figures(folder: Path, logs: Sequence[Log]) -> list[CardFigure]:
-    """Draws the figures of a model card into the folder of the report.
+    """Plots the figures of a model card into the folder of the report.
 
     Args:
         folder: of the card.

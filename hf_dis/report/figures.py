@@ -67,7 +67,7 @@ def curves(name: str, series: Sequence[Series], level: float | None = None) -> s
 
 
 def save_curves(path: Path, series: Sequence[Series], level: float | None = None) -> None:
-    """Draws curves over steps, with a legend, as a PNG on white.
+    """Plots curves over steps, with a legend, as a PNG on white.
 
     Args:
         path: of the PNG.

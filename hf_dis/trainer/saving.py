@@ -121,7 +121,7 @@ class SavingHooks:
     def create_model_card(self, **summary: Any) -> None:
         """Writes the model card to ``README.md`` in ``output_dir``; see :func:`hf_dis.trainer.card.model_card`.
 
-        With :class:`hf_dis.DISReportCallback` two figures of the report are drawn into the folder ``report``, and the
+        With :class:`hf_dis.DISReportCallback` two figures of the report are plotted into the folder ``report``, and the
         card shows them.
 
         Args:
@@ -132,7 +132,7 @@ class SavingHooks:
             model_card(self, figures=self._card_figures(), **summary).save(Path(self.args.output_dir) / "README.md")
 
     def _card_figures(self) -> list[CardFigure]:
-        """Draws the figures of the card; none without a report."""
+        """Plots the figures of the card; none without a report."""
         callbacks = self.callback_handler.callbacks
         report = next((one for one in callbacks if isinstance(one, DISReportCallback)), None)
         return [] if report is None else report.card_figures(Path(self.args.output_dir), self.state.log_history)
