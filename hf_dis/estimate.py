@@ -287,7 +287,7 @@ def estimate_head(
     device: Device = A100,
     ranks_teacher: bool = True,
 ) -> HeadEstimate:
-    """Estimates head and loss of a step, whose teacher's logits are given.
+    """Estimates head and loss of a step, whose teacher's logits are already computed.
 
     Args:
         num_items: N.

@@ -35,7 +35,7 @@ def hub_name(model: nn.Module) -> str | None:
 
 
 def is_hub_name(name: str | None, revision: str | None) -> bool:
-    """Checks if a name of :func:`known_as` is one of the Hub: with an owner, or known by its commit.
+    """Returns True if a name of :func:`known_as` is one of the Hub: with an owner, or known by its commit.
 
     Args:
         name, revision: of a model.

@@ -50,7 +50,7 @@ def timed_items(trainer: DISTrainerMixin) -> int | None:
 
 
 class FirstStep(TrainerCallback):
-    """Announces a first step that compiles kernels or the student, and logs its time."""
+    """Announces a first step that compiles kernels or the student, and logs its duration."""
 
     def __init__(self) -> None:
         self._started: float | None = None
@@ -73,7 +73,7 @@ class FirstStep(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Writes the time of the first step."""
+        """Logs the duration of the first step."""
         self._is_done = True
         if self._started is not None:
             tell(args, f"hf_dis: the first step took {time.perf_counter() - self._started:.1f} seconds")
