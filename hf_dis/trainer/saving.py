@@ -121,8 +121,8 @@ class SavingHooks:
     def create_model_card(self, **summary: Any) -> None:
         """Writes the model card to ``README.md`` in ``output_dir``; see :func:`hf_dis.trainer.card.model_card`.
 
-        With :class:`hf_dis.DISReportCallback` two figures of the report are plotted into the folder ``report``, and the
-        card shows them.
+        With :class:`hf_dis.DISReportCallback` two figures of the report are plotted into the folder ``report``. The
+        card shows these figures.
 
         Args:
             **summary: as for ``Trainer``, by name: ``language``, ``license``, ``tags``, ``model_name``,
