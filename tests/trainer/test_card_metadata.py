@@ -80,8 +80,13 @@ def test_evaluation_results_are_a_model_index(make_trainer):
 
 
 def test_method_and_paper(make_trainer):
-    card, _ = card_of(make_trainer())
-    assert "method DIS." in " ".join(card.text.split()) and card.text.count("```bibtex") == 1
+    card, data = card_of(make_trainer(), tags="mine")
+    assert data["tags"] == ["mine", *DISDistillationTrainer._tag_names, "generated_from_trainer"]
+    assert (
+        data["library_name"] == "transformers"
+        and "method DIS." in " ".join(card.text.split())
+        and card.text.count("```bibtex") == 1
+    )
     assert "[Accelerating Large Scale" in card.text and "https://arxiv.org/abs/1812.00914" in card.text
 
 

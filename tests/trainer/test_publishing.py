@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from datasets import Dataset
 from hub_server import TOKEN, LocalHub
 from huggingface_hub import ModelCard
@@ -330,13 +329,6 @@ def test_a_value_that_is_no_number_is_shown_but_kept_out_of_the_metadata(make_tr
     card = card_of(trainer)
     assert facts(card)["kl"] == "nan" and facts(card)["worst"] == r"a\|b"
     assert [r.metric_type for r in card.data.eval_results] == ["top1"]
-
-
-def test_tags_and_citation(make_trainer):
-    card = card_of(make_trainer(), tags="mine")
-    expected = ["mine", "hf_dis", "knowledge-distillation", "dynamic-importance-sampling", "generated_from_trainer"]
-    assert card.data.tags == expected
-    assert "1812.00914" in card.text and yaml.safe_load(card.data.to_yaml())["library_name"] == "transformers"
 
 
 @pytest.mark.parametrize("summary", [{"tags": 5}, {"licence": "mit"}], ids=["no text", "no such name"])
