@@ -128,3 +128,8 @@ def write(records: list[dict], path: Path | None, device: torch.device) -> None:
     if path is not None:
         described = [{**record, **about(device)} for record in records]
         path.write_text(json.dumps(described, indent=1) + "\n")
+
+
+def is_saved(folder: Path) -> bool:
+    """Checks if a model was saved to a folder; a training that was stopped leaves a folder without one."""
+    return (folder / "config.json").exists()

@@ -35,7 +35,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import append, header, machine, parse, parser, read, row
+from common import append, header, is_saved, machine, parse, parser, read, row
 from datasets import Dataset
 from timing import peak_memory
 from torch import Tensor
@@ -162,7 +162,7 @@ class Catalogue:
         given = self.given
         sizes = {"teacher_width": given.teacher_width, "teacher_steps": given.teacher_steps}
         kept = given.folder / "_teacher"
-        name = str(kept) if kept.exists() else None
+        name = str(kept) if is_saved(kept) else None
         arguments = run_next_item.ItemArguments(teacher_model_name_or_path=name, max_length=given.max_length, **sizes)
         teacher = run_next_item.load_teacher(arguments, self.args(given.folder), self.data)
         if name is None:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, header, machine, parse, parser, read, row, write
+from common import append, header, is_saved, machine, parse, parser, read, row, write
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.utils import logging
@@ -83,7 +83,7 @@ class OnPolicyTask:
         self.use_cpu, models = use_cpu, []
         teacher, student = (Path(folder) / name for name in ("_teacher", "_student"))
         steps = run_on_policy.OnPolicyExample()
-        kept = teacher.exists() and student.exists()
+        kept = is_saved(teacher) and is_saved(student)
         self.tokenizer = AutoTokenizer.from_pretrained(teacher) if kept else sft_task.chat_tokenizer(32_000)
         builders = (sft_task.build_teacher, steps.teacher_steps), (build_student, steps.student_steps)
         for path, (build, num_steps) in zip((teacher, student), builders, strict=True):

@@ -9,6 +9,7 @@ import cache_match
 import cache_quality
 import cache_speed
 import cache_tasks
+import common
 import crossover
 import estimator_error
 import glyph_task
@@ -279,3 +280,11 @@ def test_students_are_trained_and_timed(glyph_teacher, few_glyphs, tmp_path, mon
     assert entry["student_ms"] > 0 and entry["kl"] > 0
     main(quality_vs_k, monkeypatch, "--json", written, "--plot", tmp_path / "quality.svg")
     assert (tmp_path / "quality.svg").stat().st_size > 500
+
+
+def test_a_folder_of_a_stopped_training_has_no_saved_model(tmp_path):
+    assert not common.is_saved(tmp_path)
+    (tmp_path / "checkpoint-5").mkdir()
+    assert not common.is_saved(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert common.is_saved(tmp_path)
