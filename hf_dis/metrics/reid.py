@@ -30,9 +30,8 @@ def reid_scores(
     """CMC and mAP by the single-query protocol of Market-1501 (Zheng et al., ICCV 2015).
 
     For each query the gallery is ranked by distance. Images of the query's identity from its own camera, and junk
-    (identity -1), are left out. Images of all other identities, distractors (0) included, count as wrong. Average
-    precision is the mean, over the query's matches, of the share of matches up to there. Ties keep the gallery's
-    order.
+    (identity -1), are left out. All other images, distractors (0) included, count as wrong. Average precision is the
+    mean, over the query's matches, of the share of matches up to there. Ties keep the gallery's order.
 
     Args:
         query: features of the queries, ``[q, d]``; compared in float32, or in their own type if it is wider.

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_dis.distiller import Distiller
-from hf_dis.distributed import sharded_files
 from hf_dis.head.sharded import sharded_heads
 from hf_dis.report.callback import DISReportCallback
-from hf_dis.trainer import checkpoints, manifest, publishing
+from hf_dis.trainer import checkpoints, manifest, publishing, sharded_files
 from hf_dis.trainer.card import model_card
 
 if TYPE_CHECKING:

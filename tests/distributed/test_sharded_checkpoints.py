@@ -10,11 +10,11 @@ from launch import processes
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
-from hf_dis.distributed.row_files import read_rows, write_rows
-from hf_dis.distributed.sharded_files import HEAD, MOMENTS
 from hf_dis.errors import DataError
 from hf_dis.head.sharded import ShardedHead
 from hf_dis.head.vocab_shard import VocabShard
+from hf_dis.trainer.row_files import read_rows, write_rows
+from hf_dis.trainer.sharded_files import HEAD, MOMENTS
 
 
 @pytest.fixture(scope="module")

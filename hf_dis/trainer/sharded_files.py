@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_dis.distributed.processes import process_index, wait_for_everyone
-from hf_dis.distributed.row_files import read_rows, write_rows
 from hf_dis.head.sharded import ShardedHead, sharded_heads
+from hf_dis.trainer.row_files import read_rows, write_rows
 
 BODY, HEAD, MOMENTS = "model-body.safetensors", "model-head.safetensors", "dis_head_optimizer.safetensors"
 
