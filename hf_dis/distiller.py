@@ -23,6 +23,7 @@ from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items, check_labels, first_examples
 from hf_dis.loss.f_divergence import divergence_of
 from hf_dis.loss.objective import Losses
+from hf_dis.models.after_head import AfterHead
 from hf_dis.models.columns import separate_columns
 from hf_dis.models.tasks import Task, base_model, find_items, split_labels
 from hf_dis.sampling.sample import Statistics
@@ -161,14 +162,14 @@ class Distiller:
         if not self.student.training:
             return EvaluationStep(self, request, holds_logits)
         if self.mode == "exact":
-            return ExactStep(self, request, holds_logits or not self._splits_at_head(request))
+            return ExactStep(self, request, holds_logits or not self.splits_at_head(request))
         if not self._head_is_checked:
             check_head(self.student, self.head, first_examples(inputs, items, 2), self.precision)
             self._head_is_checked = True
             if self.arguments.probe_steps and self.student_stream is not None:
                 self.student_stream.splits(inputs, items)  # compared while the head is not switched
         if warming_up:
-            return WarmupStep(self, request, holds_logits or not self._splits_at_head(request))
+            return WarmupStep(self, request, holds_logits or not self.splits_at_head(request))
         return SampledStep(self, request)
 
     def end(self) -> None:
@@ -176,17 +177,24 @@ class Distiller:
         if self.head_layers:
             self.head.clear()
 
-    def _splits_at_head(self, request: Request) -> bool:
-        """Returns True if a training step can compute the student's logits in blocks; the first call compares some."""
+    @property
+    def after_head(self) -> AfterHead:
+        """The operations after the student's output head."""
+        model = base_model(self.student)
+        return AfterHead.of(model) if hasattr(model, "config") else AfterHead()
+
+    def splits_at_head(self, request: Request) -> bool:
+        """Returns True if a step can compute the student's logits in blocks; the first call compares some.
+
+        Args:
+            request: the batch.
+        """
         if self._splits is None:
-            # Without a stream the student's parameters are sharded, and whole in its own forward only.
             stream, inputs, items = self.student_stream, request.inputs, request.items
             first = first_examples(inputs, items, 1)
-            self._splits = (
-                stream is not None
-                and stream.splits(inputs, items)
-                and splits_at_head(self.student, self.head, first, stream.after_head)
-            )
+            # Without a stream FSDP or DeepSpeed sharded the parameters, which are whole in the forward only.
+            can_split = self.head.shard is not None or (stream is not None and stream.splits(inputs, items))
+            self._splits = can_split and splits_at_head(self.student, self.head, first, self.after_head)
         return self._splits
 
     def _split(

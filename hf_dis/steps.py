@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_dis.distributed.exact_head import ShardedHeadLoss
 from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
 from hf_dis.items import Items
 from hf_dis.loss.divergence import SampledLoss, mix
@@ -103,19 +104,12 @@ class ExactStep:
             settings.hard_label_weight,
             distiller.divergence,
         )
-        self._head_input = self._of_head()
+        self._head_input = _head_input(distiller, self._held)
         if self._head_input is None:
             return LogitsLoss(self._logits(outputs), objective)
-        return HeadLoss(self._head_input, objective, self._teacher)
-
-    def _of_head(self) -> HeadInput | None:
-        """The head and its input, where the head kept it."""
-        held, distiller = self._held, self.distiller
-        if held is None or held.features is None:
-            return None
-        weight, bias = distiller.head.weight_and_bias()
-        after_head = distiller.student_stream.after_head._replace(bias=None)
-        return HeadInput(held.features, weight, bias, held.dtype, after_head)
+        if distiller.head.shard is None:
+            return HeadLoss(self._head_input, objective, self._teacher)
+        return ShardedHeadLoss(self._head_input, distiller.head.module, objective, self._teacher)
 
     def _logits(self, outputs: Any) -> Tensor:
         """The logits of the items, ``[N, V]``."""
@@ -132,7 +126,11 @@ class WarmupStep(ExactStep):
         distiller, request = self.distiller, self.request
         exact = self._exact(outputs)
         targets = distiller.teacher(request.teacher_inputs, self.items, request.check_values)
-        self.sample = distiller.sampler.sample(_added(exact, targets), self.items.labels)
+        if isinstance(exact, ShardedHeadLoss):  # the processes go through all items together
+            exact.add_all(distiller.teacher.all_classes(request.teacher_inputs, self.items, request.check_values))
+        else:
+            targets = _added(exact, targets)
+        self.sample = distiller.sampler.sample(targets, self.items.labels)
         logits = self._sampled_logits(outputs)
         self.result = distiller.divergence.sampled(logits, self.sample, distiller.arguments.temperature)
         distiller.sampler.learn(self.sample, self.result.signal, distiller.reduce)
@@ -144,6 +142,8 @@ class WarmupStep(ExactStep):
         head, ids = self._head_input, (self.sample.item_ids, self.sample.tail_ids)
         if head is None:
             return sampled_columns(self._logits(outputs).detach(), *ids)
+        if self.distiller.head.shard is not None:
+            return head.after_head(self.distiller.head.module.sampled(head.features.to(head.dtype), *ids))
         return head.after_head(sampled_logits(head.features.to(head.dtype), head.weight, head.bias, *ids))
 
     def quality(self) -> dict[str, Tensor | GradientError]:
@@ -225,7 +225,9 @@ class EvaluationStep:
         self.distiller, self.items, self.inputs = distiller, request.items, request.inputs
         self.request, self._held = request, None
         stream = distiller.student_stream
-        if not holds_logits and stream is not None and stream.splits(request.inputs, request.items):
+        if not holds_logits and distiller.head.shard is not None and distiller.splits_at_head(request):
+            self._held = distiller.head.hold_in_training(request.items)
+        elif not holds_logits and stream is not None and stream.splits(request.inputs, request.items):
             self._held = distiller.head.hold(request.items)
 
     def loss(self, outputs: Any) -> tuple[Tensor, Losses]:
@@ -235,18 +237,21 @@ class EvaluationStep:
             ValueError: if there are neither labels nor a teacher.
         """
         distiller, settings = self.distiller, self.distiller.arguments
-        student, block_items = self._student(outputs)
-        terms = exact_losses(
-            student,
-            len(self.items),
-            block_items,
-            distiller.num_classes,
-            self._teacher(),
-            self.items.labels,
-            settings.temperature,
-            with_kl=True,
-            divergence=distiller.divergence,
-        )
+        given = distiller.num_classes, self.items.labels, settings.temperature
+        if distiller.head.shard is not None and _head_input(distiller, self._held) is not None:
+            terms = self._sharded_terms(Objective(*given, divergence=distiller.divergence))
+        else:
+            student, block_items = self._student(outputs)
+            terms = exact_losses(
+                student,
+                len(self.items),
+                block_items,
+                given[0],
+                self._teacher(),
+                *given[1:],
+                with_kl=True,
+                divergence=distiller.divergence,
+            )
         if not terms:
             raise ValueError(
                 "there is nothing to evaluate: the data has no labels, and there is no teacher for it. Pass "
@@ -255,6 +260,14 @@ class EvaluationStep:
         ce = terms.get("ce_loss")
         return (mix(terms["kd_loss"], ce, settings.hard_label_weight) if "kd_loss" in terms else ce), terms
 
+    @torch.no_grad()
+    def _sharded_terms(self, objective: Objective) -> Losses:
+        """The terms of a student whose head is sharded."""
+        head = _head_input(self.distiller, self._held)
+        exact = ShardedHeadLoss(head, self.distiller.head.module, objective, self._teacher, with_kl=True)
+        exact.add_all(self._teacher())
+        return exact.terms()
+
     def _student(self, outputs: Any) -> tuple[Callable[[slice], Tensor], int]:
         """The student's logits of a slice of items, and the items of a slice."""
         num_items = len(self.items)
@@ -262,6 +275,8 @@ class EvaluationStep:
             logits = outputs.logits
             size = chunk_items(num_items, logits.shape[-1], logits.device)
             return lambda chunk: self.items.of(logits, chunk), size
+        if self._held.features is None:  # the head computed the items alone
+            return outputs.logits.__getitem__, chunk_items(num_items, outputs.logits.shape[1], outputs.logits.device)
         self.distiller.end()  # the head is applied to chunks of what it was given
         stream, features = self.distiller.student_stream, self._held.features
         return lambda chunk: stream.of_features(features[chunk]), stream.items_of_chunk(num_items, features.device)
@@ -271,6 +286,14 @@ class EvaluationStep:
         stored = distiller.eval_teacher or distiller.teacher
         teacher = distiller.online_teacher if self.items.targets is None else stored
         return teacher and teacher.all_classes(request.teacher_inputs, self.items, request.check_values)
+
+
+def _head_input(distiller: Distiller, held: Any) -> HeadInput | None:
+    """The head and its input, where the head kept it; it keeps none in float16."""
+    if held is None or held.features is None:
+        return None
+    weight, bias = distiller.head.weight_and_bias()
+    return HeadInput(held.features, weight, bias, held.dtype, distiller.after_head._replace(bias=None))
 
 
 def _added(exact: ExactTerms, targets: Iterable[TeacherTargets | CachedTargets]) -> Iterator[Any]:

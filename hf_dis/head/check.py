@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_dis.head.sampled_linear import sampled_columns
-from hf_dis.head.sharded import sharded_heads
+from hf_dis.head.sharded import ShardedHead, sharded_heads
 from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items
 from hf_dis.models.after_head import AfterHead
@@ -81,8 +81,8 @@ def check_head(
 def splits_at_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor], after_head: AfterHead) -> bool:
     """Returns True if a model's logits follow from the input of its head, so that a loss can compute them from there.
 
-    The head has to be one ``nn.Linear``, called once and without hooks. The logits of a few examples are compared.
-    Model and random state are left as they were.
+    The head has to be one ``nn.Linear``, whole or sharded, called once and without hooks. The logits of a few examples
+    are compared. Model and random state are left as they were.
 
     Args:
         model: the student.
@@ -112,9 +112,13 @@ def splits_at_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor
         return True  # all classes were computed, as they are in training
     if holding.features is None or holding.features.shape != (len(full), head.module.in_features):
         return False
-    weight, bias = head.weight_and_bias()
-    values = (None if one is None else one.to(holding.dtype) for one in (holding.features, weight, bias))
-    logits = after_head._replace(bias=None)(F.linear(*values))
+    if head.shard is None:
+        weight, bias = head.weight_and_bias()
+        values = (None if one is None else one.to(holding.dtype) for one in (holding.features, weight, bias))
+        logits = F.linear(*values)
+    else:
+        logits = head.module(holding.features)
+    logits = after_head._replace(bias=None)(logits)
     tolerance = 16 * max(torch.finfo(full.dtype).eps, torch.finfo(holding.dtype).eps)
     largest = float(full.abs().nan_to_num(0, 0, 0).max().clamp_min(1))
     return torch.allclose(logits.to(full.dtype), full, rtol=0, atol=tolerance * largest, equal_nan=True)
@@ -217,7 +221,7 @@ def _is_plain_linear(layer: nn.Module) -> bool:
     """Returns True if a layer computes ``h Wᵀ + b`` and nothing else, from a weight on this process."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return (
-        type(layer).forward is nn.Linear.forward
+        type(layer).forward in (nn.Linear.forward, ShardedHead.forward)
         and "forward" not in vars(layer)
         and not any(hooks)
         and type(layer.weight) in (nn.Parameter, Tensor)

@@ -24,6 +24,8 @@ from hf_dis.sampling.designs import Updates
 
 # Rows that are initialised from one state of a generator, so that all numbers of processes start from the same head.
 BLOCK_ROWS = 2**14
+# Logits that exist at a time where classes are ranked.
+TILE_ELEMENTS = 2**24
 
 
 class ShardedHead(nn.Linear):
@@ -122,11 +124,10 @@ class ShardedHead(nn.Linear):
         leading, flat = features.shape[:-1], features.flatten(0, -2).to(product_type(features))
         own = self.weight, self.bias
         weight, bias = (None if one is None else _Divided.apply(one, self.shard.number) for one in own)
-        numbers = self._numbers(len(flat))
+        numbers = self.numbers(len(flat))
         everyones = self.shard.gathered(_filled(flat, max(numbers)))
         logits = F.linear(everyones, weight, bias)
-        sizes = [stop - start for start, stop in zip(self._bounds, self._bounds[1:], strict=False)]
-        return self.shard.side_by_side(logits, sizes)[: len(flat)].unflatten(0, leading)
+        return self.shard.side_by_side(logits, self.sizes)[: len(flat)].unflatten(0, leading)
 
     def sampled(
         self,
@@ -145,7 +146,7 @@ class ShardedHead(nn.Linear):
             item_ids, tail_ids, row_sparse, updates: as for :func:`hf_dis.head.sampled_linear.sampled_logits`.
         """
         shard, features = self.shard, features.to(product_type(features))
-        numbers, numbers_updated = self._numbers(len(features), 0 if updates is None else updates.number)
+        numbers, numbers_updated = self.numbers(len(features), 0 if updates is None else updates.number)
         num_tails = len(tail_ids)
         most = -(-max(numbers) // num_tails) * num_tails
         ids = shard.gather(torch.cat([_filled(item_ids, most, -1).flatten(), tail_ids.flatten()]).int()).long()
@@ -167,12 +168,50 @@ class ShardedHead(nn.Linear):
         by_process = logits.unflatten(0, (in_turn[1], shard.number, num_tails)).transpose(0, 1).flatten(1, 2)
         return shard.of_items(by_process)[: len(features)]
 
+    @torch.no_grad()
+    def top_k(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Finds the k best-ranked classes of the items of this process; each process ranks its own classes first.
+
+        Every process of the group has to call this. No ``[N, C]`` logits exist, and what is sent does not grow with C.
+
+        Args:
+            features: the head's input, ``[N, d]``.
+            k: at most C.
+
+        Returns:
+            logits and class ids, best first, ``[N, k]`` each.
+
+        Raises:
+            ValueError: if k is not in 1..C.
+        """
+        if not 1 <= k <= self.out_features:
+            raise ValueError(f"k is {k}, and the head has {self.out_features} classes: it has to be in 1..C")
+        shard, most, width = self.shard, max(self.numbers(len(features))), min(k, len(self.weight))
+        filled, found = _filled(features.to(self.weight.dtype), most), []
+        for chunk in filled.split(max(1, TILE_ELEMENTS // self.out_features)):
+            best = F.linear(shard.gather(chunk), self.weight, self.bias).topk(width)
+            missing = 0, k - width
+            logits = F.pad(best.values, missing, value=-torch.inf)
+            ids = F.pad(best.indices + shard.start, missing, value=-1)
+            if shard.number > 1:
+                logits, ids = (shard.exchange(one.flatten()).view(one.shape) for one in (logits, ids))
+            logits, ids = (one.transpose(0, 1).flatten(1) for one in (logits, ids))
+            logits, places = logits.topk(k)
+            found.append((logits, ids.gather(1, places)))
+        logits, ids = map(torch.cat, zip(*found, strict=True))
+        return logits[: len(features)], ids[: len(features)]
+
     def extra_repr(self) -> str:
         """Describes the head, and the classes of this process."""
         return f"{super().extra_repr()}, classes {self.shard.start}..{self.shard.stop - 1} here"
 
-    def _numbers(self, *numbers: int) -> list[Any]:
-        """The numbers of all processes; a list for each where there are several."""
+    @property
+    def sizes(self) -> list[int]:
+        """The number of classes of each process."""
+        return [stop - start for start, stop in zip(self._bounds, self._bounds[1:], strict=False)]
+
+    def numbers(self, *numbers: int) -> list[Any]:
+        """Gathers numbers of all processes: a list, or a list for each where several are given."""
         given = torch.tensor(numbers, device=self.weight.device)
         found = self.shard.gather(given).T.tolist()
         return found[0] if len(numbers) == 1 else found

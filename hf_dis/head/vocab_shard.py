@@ -92,6 +92,23 @@ class VocabShard:
         """
         return values[0] if self.number == 1 else _SideBySide.apply(values, sizes, self)
 
+    def by_shard(self, values: Tensor, sizes: list[int]) -> Tensor:
+        """Sends the columns of all classes to the processes that hold them, without gradient.
+
+        Args:
+            values: of all classes, for the items of this process, ``[n, Σ sizes]``; n is the same on all processes.
+            sizes: the number of classes of each process.
+
+        Returns:
+            the columns of this process, for the items of each process, ``[P, n, c]``.
+        """
+        if self.number == 1:
+            return values[None]
+        num_items, own = len(values), sizes[self.index]
+        parts = torch.cat([part.flatten() for part in values.split(sizes, 1)])
+        found = self.exchange(parts, [num_items * size for size in sizes], [num_items * own] * self.number)
+        return found.view(self.number, num_items, own)
+
     def sum(self, values: Tensor) -> Tensor:
         """Sums values over the processes, in float32 or wider, without gradient."""
         total = values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True).contiguous()
@@ -219,8 +236,5 @@ class _SideBySide(_Exchange):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (sizes,), shard, num_items = ctx.given, ctx.shard, len(grad)
-        parts = torch.cat([part.flatten() for part in grad.split(sizes, 1)])
-        own = sizes[shard.index]
-        found = shard.exchange(parts, [num_items * size for size in sizes], [num_items * own] * shard.number)
-        return found.view(shard.number, num_items, own), None, None
+        (sizes,) = ctx.given
+        return ctx.shard.by_shard(grad, sizes), None, None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hf_dis.kernels import uses_triton
+from hf_dis.loss.classes import ALL_CLASSES, Classes
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.targets import widen
 
@@ -28,17 +28,18 @@ def sampled_cross_entropy(logits: Tensor, sample: ClassSample) -> Tensor:
     return (logits + sample.log_weights).logsumexp(1) - logits[:, sample.label_column]
 
 
-def exact_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def exact_cross_entropy(logits: Tensor, labels: Tensor, classes: Classes = ALL_CLASSES) -> tuple[Tensor, Tensor]:
     """-log softmax(z)_y over all classes, and its gradient softmax(z) - onehot(y).
 
     Args:
         logits: the student's, ``[n, C]``, float32 or wider.
         labels: class ids, ``[n]``.
+        classes: sums over all classes, where the logits are of a part of them.
 
     Returns:
         the loss ``[n]`` and the gradient ``[n, C]``.
     """
-    log_student = logits.log_softmax(1)
-    loss = -log_student.gather(1, labels[:, None])[:, 0]
-    minus_one = torch.full_like(loss[:, None], -1)
-    return loss, log_student.exp_().scatter_add_(1, labels[:, None], minus_one)
+    log_student = classes.log_softmax(logits)
+    column, is_here = classes.here(labels[:, None])
+    loss = -classes.sum(log_student.gather(1, column).masked_fill(~is_here, 0))
+    return loss, log_student.exp_().scatter_add_(1, column, -is_here.to(log_student.dtype))

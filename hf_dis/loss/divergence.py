@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_dis.kernels import uses_triton
+from hf_dis.loss.classes import ALL_CLASSES, Classes
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.targets import block_items, widen
 
@@ -77,18 +78,21 @@ class Divergence(ABC):
         loss, signal, log_student = _Sampled.apply(logits, *given, temperature, self._results)
         return SampledLoss(loss if self.scale_by_temperature else loss / temperature**2, signal, log_student)
 
-    def exact(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def exact(
+        self, logits: Tensor, teacher_logits: Tensor, temperature: float, classes: Classes = ALL_CLASSES
+    ) -> tuple[Tensor, Tensor]:
         """Computes the loss of every item over all classes, and its gradient on the student's logits.
 
         Args:
             logits: the student's, ``[n, C]``, float32 or wider.
             teacher_logits: ``[n, C]``, of the type of the student's.
             temperature: τ > 0.
+            classes: sums over all classes, where the logits are of a part of them.
 
         Returns:
             the loss ``[n]`` and the gradient ``[n, C]``.
         """
-        return self.scaled(*self._exact(logits, teacher_logits, temperature), temperature)
+        return self.scaled(*self._exact(logits, teacher_logits, temperature, classes), temperature)
 
     def scaled(self, loss: Tensor, gradient: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Takes the factor τ² out of a loss and its gradient, in place, unless the divergence has this factor.
@@ -134,7 +138,9 @@ class Divergence(ABC):
         """Loss, signal, log s and gradient on sampled classes, with the factor τ²."""
 
     @abstractmethod
-    def _exact(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _exact(
+        self, logits: Tensor, teacher_logits: Tensor, temperature: float, classes: Classes
+    ) -> tuple[Tensor, Tensor]:
         """Loss and gradient on all classes, with the factor τ²."""
 
 
@@ -213,8 +219,10 @@ class ForwardKL(Divergence):
 
         return by_blocks(block, logits, log_weights, log_probs, target)
 
-    def _exact(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return exact_forward_kl(logits, teacher_logits, temperature)
+    def _exact(
+        self, logits: Tensor, teacher_logits: Tensor, temperature: float, classes: Classes
+    ) -> tuple[Tensor, Tensor]:
+        return exact_forward_kl(logits, teacher_logits, temperature, classes)
 
 
 # The default, with the factor τ².
@@ -237,27 +245,36 @@ def _forward_kl_block(
     return loss, signal, log_student, gradient.masked_fill_(logits.isneginf(), 0)
 
 
-def exact_forward_kl(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def exact_forward_kl(
+    logits: Tensor, teacher_logits: Tensor, temperature: float, classes: Classes = ALL_CLASSES
+) -> tuple[Tensor, Tensor]:
     """τ² KL(p ‖ s) over all classes, and its gradient τ (s - p) on the student's logits.
 
     Args:
         logits: the student's, ``[n, C]``, float32 or wider.
         teacher_logits: ``[n, C]``, of the type of the student's.
         temperature: τ > 0.
+        classes: sums over all classes, where the logits are of a part of them.
 
     Returns:
         the loss ``[n]`` and the gradient ``[n, C]``.
     """
-    log_student = log_softmax(logits, temperature)
-    log_teacher = log_softmax(teacher_logits, temperature)
+    log_student = log_softmax(logits, temperature, classes)
+    log_teacher = log_softmax(teacher_logits, temperature, classes)
     teacher = log_teacher.exp()
-    loss = temperature**2 * log_teacher.sub_(log_student).mul_(teacher).sum(1)  # autocast would round a product
+    terms = log_teacher.sub_(log_student).mul_(teacher)  # autocast would round a product of matrices
+    loss = temperature**2 * classes.sum(terms)
     gradient = log_student.exp_().sub_(teacher).mul_(temperature)
     return loss, gradient.masked_fill_(logits.isneginf(), 0)
 
 
 def sparse_forward_kl(
-    logits: Tensor, ids: Tensor, log_probs: Tensor, target: Tensor, temperature: float
+    logits: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    target: Tensor,
+    temperature: float,
+    classes: Classes = ALL_CLASSES,
 ) -> tuple[Tensor, Tensor]:
     """τ² KL(p ‖ s) over all classes and its gradient, for a teacher known at some classes, which stand for all.
 
@@ -267,12 +284,15 @@ def sparse_forward_kl(
         log_probs: the teacher's log-probabilities at these classes, finite, ``[n, R]``.
         target: estimated teacher probabilities at these classes, each item sums to one, ``[n, R]``.
         temperature: τ > 0.
+        classes: sums over all classes, where the logits are of a part of them.
 
     Returns:
         ``τ² Σ p̂ (log p - log s)``, ``[n]``, and the gradient ``[n, C]``.
     """
-    log_student = log_softmax(logits, temperature)
-    loss = temperature**2 * (target * (log_probs - log_student.gather(1, ids))).sum(1)
+    log_student = log_softmax(logits, temperature, classes)
+    ids, is_here = classes.here(ids)
+    target = target.masked_fill(~is_here, 0)
+    loss = temperature**2 * classes.sum(target * (log_probs - log_student.gather(1, ids)))
     gradient = log_student.exp_().scatter_add_(1, ids, -target.to(log_student.dtype)).mul_(temperature)
     return loss, gradient.masked_fill_(logits.isneginf(), 0)
 
@@ -296,9 +316,9 @@ def sampled_log_softmax(logits: Tensor, log_weights: Tensor, temperature: float)
     return scaled - (scaled + log_weights).logsumexp(1, keepdim=True)
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+def log_softmax(logits: Tensor, temperature: float, classes: Classes = ALL_CLASSES) -> Tensor:
     """log softmax(logits / τ) over all classes, ``[n, C]``, above minus infinity."""
-    return above_minus_inf((logits / temperature).log_softmax(1))
+    return above_minus_inf(classes.log_softmax(logits / temperature))
 
 
 def above_minus_inf(values: Tensor) -> Tensor:

@@ -84,7 +84,10 @@ class ExactTerms(ABC):
             ValueError: if the teacher has targets of more than N items.
         """
         answer = (chunk.ids, chunk.log_probs, chunk.target) if isinstance(chunk, CachedTargets) else chunk
-        size = self.num_items if chunk is None else len(chunk)
+        self._add(answer, self.num_items if chunk is None else len(chunk))
+
+    def _add(self, answer: Answer, size: int) -> None:
+        """Computes the loss of the next items, of which the teacher gave an answer."""
         if self._first + size > self.num_items:
             raise ValueError(
                 f"the teacher has targets of {self._first + size} items or more, and the student has logits of "
@@ -129,7 +132,7 @@ class ExactTerms(ABC):
     def _passes(self, block: Block, first: int, answer: Answer, size: int) -> None:
         """Computes the terms of items of a block in passes over some of them, and their gradient."""
         num_classes = self.objective.num_classes
-        for part in slices(size, _pass_items(block.logits)):
+        for part in slices(size, self._pass_items(block.logits)):
             here = slice(first + part.start, first + part.stop)
             rows = slice(here.start - block.items.start, here.stop - block.items.start)
             raw = block.logits[rows, :num_classes]
@@ -138,6 +141,11 @@ class ExactTerms(ABC):
             self._parts.append(losses)
             if block.slopes is not None:
                 block.slopes[rows, :num_classes] = self._slope(slope, values, here)
+
+    def _pass_items(self, logits: Tensor) -> int:
+        """Items that a pass takes at a time: as many as stay in a processor's cache, elsewhere ``PASS_ELEMENTS``."""
+        in_cache = logits.device.type == "cpu"
+        return block_items(logits) if in_cache else max(1, PASS_ELEMENTS // max(1, logits.shape[1]))
 
     def _slope(self, slope: Tensor, values: Tensor, items: slice) -> Tensor:
         """The gradient on the logits before the operations after the head."""
@@ -275,12 +283,6 @@ def exact_losses(
 def slices(size: int, step: int) -> Iterator[slice]:
     """Consecutive slices that cover a size; at least one, even if empty."""
     return (slice(start, min(start + step, size)) for start in range(0, max(1, size), step))
-
-
-def _pass_items(logits: Tensor) -> int:
-    """Items that a pass takes at a time: as many as stay in a processor's cache, elsewhere ``PASS_ELEMENTS``."""
-    in_cache = logits.device.type == "cpu"
-    return block_items(logits) if in_cache else max(1, PASS_ELEMENTS // max(1, logits.shape[1]))
 
 
 def _part(answer: Answer, items: slice) -> Answer:

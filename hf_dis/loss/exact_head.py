@@ -80,7 +80,7 @@ class HeadLoss(ExactTerms):
         self._head, self._again, self._factors = head, again, factors
         self._used = head.detached(objective.num_classes)
         # Gradients with factors are computed in backward, where autograd is off.
-        self.gradients = _Gradients(head, objective.num_classes, torch.is_grad_enabled() or factors is not None)
+        self.gradients = Gradients(head, objective.num_classes, torch.is_grad_enabled() or factors is not None)
 
     def _open(self, items: slice) -> tuple[Tensor, Tensor | None]:
         with self._as_cast():
@@ -144,15 +144,15 @@ def exact_head_loss(
 
 def _weighted_gradients(
     head: HeadInput, objective: Objective, again: Callable[[], Teacher], factors: Tensor
-) -> _Gradients:
+) -> Gradients:
     """The gradients where the items count differently, ``factors`` ``[N]``: computed from the start."""
     exact = HeadLoss(head, objective, again, factors)
     exact.add_all(again())
     return exact.gradients
 
 
-class _Gradients:
-    """The gradients of features, weight and bias, summed block by block.
+class Gradients:
+    """Sums the gradients of features, weight and bias block by block.
 
     Those of weight and bias are summed in float32 or wider: a sum in bfloat16 would be rounded once per block.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_dis.arguments import DISArguments, check_divergence
+from hf_dis.loss.classes import ALL_CLASSES, Classes
 from hf_dis.loss.divergence import (
     Divergence,
     ForwardKL,
@@ -90,17 +91,21 @@ class FDivergence(Divergence):
 
         return by_blocks(block, logits, log_weights, log_probs)
 
-    def _exact(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        log_student, log_teacher = (log_softmax(values, temperature) for values in (logits, teacher_logits))
+    def _exact(
+        self, logits: Tensor, teacher_logits: Tensor, temperature: float, classes: Classes
+    ) -> tuple[Tensor, Tensor]:
+        log_student, log_teacher = (log_softmax(values, temperature, classes) for values in (logits, teacher_logits))
         given = _Densities(log_student, log_teacher, log_student.exp(), log_teacher.exp())
-        loss, centred, student = self._losses(given, temperature)
+        loss, centred, student = self._losses(given, temperature, classes)
         return loss, student.mul_(centred).mul_(temperature).masked_fill_(logits.isneginf(), 0)
 
-    def _losses(self, given: _Densities, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(
+        self, given: _Densities, temperature: float, classes: Classes = ALL_CLASSES
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss ``[n]``, ψ - Σ ω s ψ and ω s, ``[n, K]`` each."""
         slope, terms = self._terms(given)
-        mean = (given.student * slope).sum(1, keepdim=True)
-        return temperature**2 * terms.sum(1), slope.sub_(mean), given.student
+        mean = classes.sum(given.student * slope)[:, None]
+        return temperature**2 * classes.sum(terms), slope.sub_(mean), given.student
 
 
 @dataclass(frozen=True)

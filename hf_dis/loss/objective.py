@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from hf_dis.loss.classes import ALL_CLASSES, Classes
 from hf_dis.loss.cross_entropy import exact_cross_entropy
 from hf_dis.loss.divergence import FORWARD_KL, Divergence, mix, sparse_forward_kl
 
@@ -21,6 +22,7 @@ class Objective(NamedTuple):
         temperature: τ > 0.
         hard_label_weight: λ in [0, 1].
         divergence: KD; stored targets serve the forward KL alone.
+        classes: sums over all classes, where C counts a part of them.
     """
 
     num_classes: int
@@ -28,6 +30,7 @@ class Objective(NamedTuple):
     temperature: float
     hard_label_weight: float = 0.0
     divergence: Divergence = FORWARD_KL
+    classes: Classes = ALL_CLASSES
 
 
 # Stored targets by class ids, log-probabilities and target; logits; or no teacher.
@@ -59,22 +62,26 @@ def objective_losses(
     """
     losses, slopes = {}, []
     if answer is not None:
-        losses["kd_loss"], slope = _divergence(logits, answer, objective.temperature, objective.divergence)
+        losses["kd_loss"], slope = _divergence(
+            logits, answer, objective.temperature, objective.divergence, objective.classes
+        )
         slopes.append(slope)
         if with_kl:
             losses |= _at_temperature_one(logits, answer, objective, losses["kd_loss"])
     if objective.labels is not None:
-        losses["ce_loss"], slope = exact_cross_entropy(logits, objective.labels[items])
+        losses["ce_loss"], slope = exact_cross_entropy(logits, objective.labels[items], objective.classes)
         slopes.append(slope)
     if len(slopes) == 2:
         return losses, slopes[0].lerp_(slopes[1], objective.hard_label_weight)
     return losses, slopes[0] if slopes else None
 
 
-def _divergence(logits: Tensor, answer: Answer, temperature: float, divergence: Divergence) -> tuple[Tensor, Tensor]:
+def _divergence(
+    logits: Tensor, answer: Answer, temperature: float, divergence: Divergence, classes: Classes
+) -> tuple[Tensor, Tensor]:
     if isinstance(answer, tuple):
-        return divergence.scaled(*sparse_forward_kl(logits, *answer, temperature), temperature)
-    return divergence.exact(logits, answer.to(logits.dtype), temperature)
+        return divergence.scaled(*sparse_forward_kl(logits, *answer, temperature, classes), temperature)
+    return divergence.exact(logits, answer.to(logits.dtype), temperature, classes)
 
 
 def _at_temperature_one(logits: Tensor, answer: Answer, objective: Objective, kd_loss: Tensor) -> Losses:
@@ -85,5 +92,5 @@ def _at_temperature_one(logits: Tensor, answer: Answer, objective: Objective, kd
         if objective.temperature == 1 and divergence.name == chosen.name:
             losses[name] = kd_loss
         elif isinstance(answer, Tensor) and name not in losses:
-            losses[name], _ = _divergence(logits, answer, 1.0, divergence)
+            losses[name], _ = _divergence(logits, answer, 1.0, divergence, objective.classes)
     return losses

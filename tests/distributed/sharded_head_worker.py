@@ -193,7 +193,11 @@ def run(folder: Path) -> None:
             cache = caches[task] if kind == "cached" else None
             results[(*case, is_sharded)] = train(folder / "out", task, is_sharded, cache, **given)
     for task in TASKS:
-        results["exact", task, True] = train(folder / "out", task, True, head_mode="exact")
+        with mock.patch.object(ShardedHead, "forward", autospec=True, side_effect=ShardedHead.forward) as whole_logits:
+            results["exact", task, True] = train(folder / "out", task, True, head_mode="exact")
+        results["whole logits", task] = whole_logits.call_count
+        warm = {"exact_warmup_steps": STEPS, "proposal": "uniform"}
+        results["warm-up", task] = train(folder / "out", task, True, **warm)
         if processes == 1:
             one_sample = {**ONE_SAMPLE, "divergence": "reverse_kl", **GRADIENTS["row-sparse"]}
             results["one sample", task] = train(folder / "out", task, False, **one_sample)

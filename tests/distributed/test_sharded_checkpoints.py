@@ -24,7 +24,10 @@ def saved(tmp_path_factory):
     return folder, processes(2, worker.__file__, folder)[0]
 
 
-@pytest.mark.parametrize("number", [1, 2, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("number", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
 def test_a_resumed_training_ends_as_the_uninterrupted_one(saved, number):
     folder, expected = saved
     for rank in processes(number, worker.__file__, folder, "resume"):

@@ -6,6 +6,8 @@ import torch
 from launch import processes
 from tiny_models import assert_near
 
+pytestmark = pytest.mark.slow  # test_sharded_exact and test_shards compare the parts in two processes
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -63,6 +65,14 @@ def test_exact_distillation_is_the_same_for_one_two_and_four(runs, task):
     for number in (1, 2, 4):
         for rank in runs[number]:
             assert_same_training(rank["exact", task, True], expected)
+            assert_same_training(rank["warm-up", task], expected)
+
+
+@pytest.mark.parametrize("task", worker.TASKS)
+def test_training_and_evaluation_on_all_classes_hold_no_whole_logits(runs, task):
+    """They are computed twice, for one example, by the comparison before the first step."""
+    for number in (1, 2, 4):
+        assert [rank["whole logits", task] for rank in runs[number]] == [2] * number
 
 
 @pytest.mark.parametrize("number", [2, 4])
