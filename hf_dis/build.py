@@ -81,6 +81,7 @@ def build_distiller(
     mode, costs = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
     layers = _find_head(student, width, arguments, mode)
     check_sharded_head(student, teacher, layers, is_sharded)
+    sampler.samples_mass = bool(sharded_heads(student))
     return Distiller(
         student,
         arguments,

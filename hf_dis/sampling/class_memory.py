@@ -10,6 +10,34 @@ from hf_dis.precision import widest
 from hf_dis.sampling.sample import ClassSample, Statistics
 from hf_dis.sampling.tails import by_tail
 
+# Points at which a class mass is sampled where it is sent: 96 KiB. A mass of three times as many classes is as large.
+MASS_POINTS = 2**13
+
+
+def sampled_mass(mass: Tensor, generator: torch.Generator) -> Tensor:
+    """Samples a mass over classes at a fixed number of points, so that its size does not grow with C.
+
+    The sample is systematic in the mass: each class has its mass on average, and an error below the total divided by
+    the number of points. tests/sampling/test_sampled_mass.py measures 50,000 classes, 32 items and one process. A sum
+    over the tail then has 0.5% more variance by the "dis" proposal, and 12% more by the "teacher" proposal.
+
+    Args:
+        mass: not negative, ``[C]``.
+        generator: a CPU generator.
+
+    Returns:
+        sparse, ``[C]``, not coalesced; or the mass as it is, where it is not larger than its sample.
+    """
+    if len(mass) <= 3 * MASS_POINTS:
+        return mass
+    start = torch.rand((), dtype=torch.float64, generator=generator)
+    cumulative = mass.cumsum(0, dtype=widest(mass.device))
+    share = cumulative[-1] / MASS_POINTS
+    steps = (start + torch.arange(MASS_POINTS, dtype=torch.float64)).to(mass.device, cumulative.dtype)
+    ids = torch.searchsorted(cumulative, steps * share, right=True).clamp_(max=len(mass) - 1)
+    values = share.to(torch.float32).expand(MASS_POINTS)
+    return torch.sparse_coo_tensor(ids[None], values, mass.shape, check_invariants=False)
+
 
 class ClassMemory:
     """A density over classes by the disagreement of teacher and student outside the items' ranked classes.
@@ -74,16 +102,19 @@ class ClassMemory:
 
         Args:
             statistics: ``tail`` and ``class_mass`` as :meth:`statistics` gives them, ``items`` and ``not_finite``, the
-                numbers of items with and without a finite signal, all summed over processes.
+                numbers of items with and without a finite signal, all summed over processes. ``class_mass`` may be
+                sparse.
         """
-        tail = statistics["tail"]
+        tail, mass = statistics["tail"], statistics["class_mass"]
+        if mass.is_sparse:
+            mass = torch.zeros_like(self.marginal).index_add_(0, mass._indices()[0], mass._values())
         ids = tail._indices()[0]
         if uses_triton(ids.device):
             from hf_dis.sampling.triton_learning import step_classes, step_marginal
 
             step_classes(ids, self._sums.index_add_(0, ids, tail._values()), self.squared_signal, self.RENEWAL)
-            mass = statistics["class_mass"], statistics["items"], statistics["not_finite"]
-            step_marginal(*mass, self.marginal, 1 - self.decay)
+            given = mass, statistics["items"], statistics["not_finite"]
+            step_marginal(*given, self.marginal, 1 - self.decay)
             return
         # A class of several tails or processes is summed; each of its entries then finds the same sum.
         sums = self._sums.index_add_(0, ids, tail._values()).index_select(0, ids)
@@ -94,7 +125,7 @@ class ClassMemory:
         self.squared_signal.index_copy_(0, ids, known.lerp(mean, self.RENEWAL))
         # The marginal is of the teacher alone: items without a finite signal count too.
         num_items = statistics["items"] + statistics["not_finite"]
-        marginal = (statistics["class_mass"] / num_items.clamp_min(1)).float()
+        marginal = (mass / num_items.clamp_min(1)).float()
         marginal = torch.where(marginal < torch.inf, marginal, self.marginal)  # masses are not negative
         self.marginal.lerp_(marginal, (1 - self.decay) * (num_items > 0))  # a step without an item changes nothing
 

@@ -13,6 +13,7 @@ from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require, require_number
 from hf_dis.precision import check_sparse, widest
 from hf_dis.sampling.answers import Answers, Logits, Ranked
+from hf_dis.sampling.class_memory import sampled_mass
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, systematic_starts
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum
@@ -41,6 +42,7 @@ class ClassSampler:
         ValueError: if a shared tail needs sparse tensors, and torch has none for the device.
 
     Attributes:
+        samples_mass: send a sample of the class mass, whose size does not grow with C, to other processes.
         not_finite: the number of items so far from which the proposal did not learn, their signal being NaN or Inf.
     """
 
@@ -62,7 +64,7 @@ class ClassSampler:
         self.num_tails = num_tails if self.num_shared else 1
         self.num_ranks = self.rank_depth if self.num_shared else num_classes
         self.num_sampled = min(num_sampled, self.num_ranks)
-        self.design, self.num_updated = design, num_updated
+        self.design, self.num_updated, self.samples_mass = design, num_updated, False
         if self.num_shared and proposal.wants_class_mass:
             wanted = f"num_shared_classes is {num_shared} with a proposal that learns about classes"
             check_sparse(proposal.device, wanted, "set num_shared_classes=0, or proposal='uniform'")
@@ -196,6 +198,8 @@ class ClassSampler:
                 return
             items = torch.tensor(len(signal)) if finite is None else finite.sum()
             statistics |= {"items": items, "not_finite": len(signal) - items}
+            if self.samples_mass and "class_mass" in statistics:
+                statistics["class_mass"] = sampled_mass(statistics["class_mass"], self.generator)
             if reduce is not None:
                 statistics = reduce(statistics)
             self.proposal.update(statistics)

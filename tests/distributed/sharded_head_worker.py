@@ -159,12 +159,12 @@ def bytes_sent():
             patch.stop()
 
 
-def step_bytes(folder: Path, num_classes: int) -> int:
+def step_bytes(folder: Path, num_classes: int, proposal: str) -> int:
     """The bytes of the training steps of a sharded student beyond those of its body, for a number of classes."""
     trainer = DISDistillationTrainer(
         student("image", True, num_classes),
         teacher("image", num_classes),
-        DISConfig(output_dir=str(folder), **settings(proposal="uniform", max_steps=1)),
+        DISConfig(output_dir=str(folder), **settings(proposal=proposal, max_steps=1)),
         train_dataset=examples("image"),
     )
     trainer.train()  # comparisons of the first step are done
@@ -173,6 +173,7 @@ def step_bytes(folder: Path, num_classes: int) -> int:
     with bytes_sent() as sent, trainer.distiller.step(batch) as step:
         loss, _ = step.loss(trainer.model(**step.inputs))
         loss.sum().backward()
+        assert trainer.distiller.sampler.samples_mass
     return sum(sent.values())
 
 
@@ -203,7 +204,11 @@ def run(folder: Path) -> None:
             results["one sample", task] = train(folder / "out", task, False, **one_sample)
             results["exact", task, False] = train(folder / "out", task, False, head_mode="exact")
     if processes > 1:
-        results["bytes"] = {number: step_bytes(folder / "out", number) for number in (64, 4096)}
+        sizes = {"uniform": (64, 4096), "dis": (2**15, 2**17), "teacher": (2**15, 2**17)}
+        results["bytes"] = {
+            proposal: [step_bytes(folder / "out", number, proposal) for number in numbers]
+            for proposal, numbers in sizes.items()
+        }
     torch.save(results, folder / f"rank_{rank}.pt")
 
 
