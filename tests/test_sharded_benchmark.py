@@ -1,0 +1,46 @@
+"""benchmarks/sharded_head.py: a run at sizes too small to measure anything, its loss, and the table of the docs."""
+
+import json
+import sys
+
+import pytest
+import sharded_head
+import torch
+from pages import ROOT
+
+CLASSES = (2_000, 200_000)
+
+
+@pytest.mark.slow
+def test_the_steps_run_and_what_they_send_does_not_grow_with_the_classes(tmp_path, monkeypatch):
+    path = tmp_path / "records.json"
+    sizes = ["--classes", *map(str, CLASSES), "--processes", "2", "--repeats", "1", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["sharded_head.py", *sizes])
+    sharded_head.main()
+    records = json.loads(path.read_text())
+    assert [(one["classes"], one["method"]) for one in records] == [
+        (number, method) for number in CLASSES for method in sharded_head.METHODS
+    ]
+    for method in sharded_head.METHODS:
+        few, many = (one["bytes"] for one in records if one["method"] == method)
+        if method == "dis":  # a small class mass is sent as it is
+            assert few <= many <= few + 12 * sharded_head.MASS_POINTS
+        else:
+            assert 0 < few == many
+    assert all(one["ms"] > 0 and one["peak_mb"] > 0 and one["device"] == "cpu" for one in records)
+
+
+def test_the_loss_over_chosen_classes_is_a_cross_entropy():
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    rows, labels = torch.tensor([1, 3, 4, 8, 9]), torch.tensor([3, 1, 9, 4])
+    shard = sharded_head.ShardClasses(sharded_head.VocabShard(0, 10))
+    loss = sharded_head.SampledCrossEntropy.apply(logits, labels, rows, shard)
+    expected = torch.nn.functional.cross_entropy(logits, torch.searchsorted(rows, labels), reduction="none")
+    torch.testing.assert_close(loss, expected)
+    found, wanted = (torch.autograd.grad(one.sum(), logits, retain_graph=True)[0] for one in (loss, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_table_of_the_docs_is_that_of_the_script(capsys):
+    sharded_head.print_estimate()
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "distributed.md").read_text()
