@@ -8,6 +8,8 @@ import sharded_head
 import torch
 from pages import ROOT
 
+from hf_dis import VocabShard
+
 FEW, MANY = 100_000, 200_000
 
 
@@ -30,7 +32,7 @@ def test_the_steps_run_and_what_they_send_does_not_grow_with_the_classes(tmp_pat
 def test_the_loss_over_chosen_classes_is_a_cross_entropy():
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     rows, labels = torch.tensor([1, 3, 4, 8, 9]), torch.tensor([3, 1, 9, 4])
-    shard = sharded_head.ShardClasses(sharded_head.VocabShard(0, 10))
+    shard = sharded_head.ShardClasses(VocabShard(0, 10))
     loss = sharded_head.SampledCrossEntropy.apply(logits, labels, rows, shard)
     expected = torch.nn.functional.cross_entropy(logits, torch.searchsorted(rows, labels), reduction="none")
     torch.testing.assert_close(loss, expected)
