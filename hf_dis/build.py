@@ -77,11 +77,10 @@ def build_distiller(
     width = num_outputs(student, task)
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
-    spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed + process_index(), device)
+    spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed + process_index(), device, student)
     mode, costs = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
     layers = _find_head(student, width, arguments, mode)
     check_sharded_head(student, teacher, layers, is_sharded)
-    sampler.samples_mass = bool(sharded_heads(student))
     return Distiller(
         student,
         arguments,
@@ -165,6 +164,7 @@ def _make_sampler(
     cache: TeacherCache | None,
     seed: int,
     device: torch.device,
+    student: nn.Module,
 ) -> tuple[SamplerSpec, ClassSampler]:
     """The specification with the defaults of the task, and its sampler."""
     stored = None if cache is None else cache.header.layout
@@ -174,8 +174,11 @@ def _make_sampler(
         stored_sample_size=None if stored is None else stored.sample_size,
     )
     if stored is None:
-        return spec, make_sampler(num_classes, spec, seed=seed, device=device)
-    return spec, make_cached_sampler(stored, spec, seed=seed, device=device)
+        sampler = make_sampler(num_classes, spec, seed=seed, device=device)
+    else:
+        sampler = make_cached_sampler(stored, spec, seed=seed, device=device)
+    sampler.samples_mass = bool(sharded_heads(student))
+    return spec, sampler
 
 
 def _row_sparse(
