@@ -47,7 +47,7 @@ def test_the_steps_that_fit_into_the_time_of_dis():
 
 def test_a_call_goes_on_with_the_records_of_another(monkeypatch, tmp_path, capsys):
     file = tmp_path / "records.jsonl"
-    given = [*SMALL, "--json", file, "--folder", tmp_path / "models", "--plot", tmp_path / "plot.png"]
+    given = [*SMALL, "--json", file, "--folder", tmp_path / "models", "--plot", tmp_path / "plot.svg"]
     run(monkeypatch, *given, "--methods", "exact", "dis")
     before = file.read_text()
     run(monkeypatch, *given, "--methods", "exact", "dis", "topk", "exact_in_time")
@@ -63,7 +63,7 @@ def test_a_call_goes_on_with_the_records_of_another(monkeypatch, tmp_path, capsy
         assert share["top10_in_sample"] == 1 and 0 < share["top10_in_tail"] <= 1  # 1,024 of the 300 are all
     assert all(share["top10_in_tail"] == 0 < share["top10_in_sample"] < 1 for share in topk["in_sample"])
     assert capsys.readouterr().out.count("Training the teacher") == 1
-    assert (tmp_path / "plot.png").stat().st_size > 500
+    assert (tmp_path / "plot.svg").stat().st_size > 500
 
 
 def test_the_records_need_a_file_and_the_data_a_source(monkeypatch, capsys):

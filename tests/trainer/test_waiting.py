@@ -10,6 +10,15 @@ from hf_dis.trainer import progress
 from hf_dis.trainer.progress import FirstStep, tell
 
 
+@pytest.fixture(autouse=True)
+def verbosity():
+    """The level at the start of a process, which the lines depend on."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    yield
+    logging.set_verbosity(before)
+
+
 @pytest.fixture
 def costs(monkeypatch):
     monkeypatch.setattr("hf_dis.build.measure_costs", lambda *args, **options: HeadCosts(2.0, 1.0))
@@ -48,11 +57,7 @@ def test_other_processes_are_quiet(make_trainer, monkeypatch, capsys):
 
 
 def test_errors_only(make_trainer, capsys):
-    before = logging.get_verbosity()
-    try:
-        tell(make_trainer(disable_tqdm=False, log_level="error").args, "a line")
-    finally:
-        logging.set_verbosity(before)
+    tell(make_trainer(disable_tqdm=False, log_level="error").args, "a line")
     assert "a line" not in capsys.readouterr().err
 
 
