@@ -177,7 +177,7 @@ class ShardedHeadLoss(HeadLoss):
         self._everyone, self._layer, self._own_head, self._own = everyone, layer, head, objective
 
     def add_all(self, teacher: Teacher) -> None:
-        """As :meth:`ExactTerms.add_all`, for the answers about the items of this process."""
+        """As :meth:`hf_dis.loss.exact.ExactTerms.add_all`, for the answers about the items of this process."""
         if teacher is None:
             self._add(None, self.num_items)
             return
@@ -186,7 +186,7 @@ class ShardedHeadLoss(HeadLoss):
             del answer  # the next one is computed without this one in memory
 
     def terms(self) -> Losses:
-        """As :meth:`ExactTerms.terms`, of the items of this process."""
+        """As :meth:`hf_dis.loss.exact.ExactTerms.terms`, of the items of this process."""
         return {name: self._everyone.own(values) for name, values in super().terms().items()}
 
     def result(self) -> tuple[Tensor, Losses]:
