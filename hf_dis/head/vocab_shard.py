@@ -9,6 +9,7 @@ of the group have to take part in every exchange, forward and backward.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,15 +60,15 @@ class VocabShard:
 
     def copied(self, values: Tensor) -> Tensor:
         """Returns values that all processes have; their gradient is summed over the processes."""
-        return values if self.number == 1 else _Copied.apply(values, self)
+        return values if self.number == 1 else _Exchanged.apply(values, _unchanged, self.sum)
 
     def joined(self, values: Tensor) -> Tensor:
         """Sums values over the processes; all processes continue with the sum, and have its gradient."""
-        return values if self.number == 1 else _Joined.apply(values, self)
+        return values if self.number == 1 else _Exchanged.apply(values, self.sum, _unchanged)
 
     def gathered(self, values: Tensor) -> Tensor:
         """Gathers the values of all processes, ``[P, n, ...]`` for ``[n, ...]``; their gradient is a sum."""
-        return values[None] if self.number == 1 else _Gathered.apply(values, self)
+        return values[None] if self.number == 1 else _Exchanged.apply(values, self.gather, self.sum_of_parts)
 
     def of_items(self, values: Tensor) -> Tensor:
         """Sums, for the items of this process, the values that all processes have for them.
@@ -78,7 +79,7 @@ class VocabShard:
         Returns:
             ``[n, ...]``.
         """
-        return values[0] if self.number == 1 else _OfItems.apply(values, self)
+        return values[0] if self.number == 1 else _Exchanged.apply(values, self.sum_of_parts, self.gather)
 
     def side_by_side(self, values: Tensor, sizes: list[int]) -> Tensor:
         """Puts the columns of all processes side by side, for the items of this process.
@@ -90,7 +91,16 @@ class VocabShard:
         Returns:
             ``[n, Σ sizes]``.
         """
-        return values[0] if self.number == 1 else _SideBySide.apply(values, sizes, self)
+        if self.number == 1:
+            return values[0]
+        return _Exchanged.apply(values, partial(self._all_columns, sizes=sizes), partial(self.by_shard, sizes=sizes))
+
+    def _all_columns(self, values: Tensor, sizes: list[int]) -> Tensor:
+        """The inverse of :meth:`by_shard`: ``[n, Σ sizes]`` for ``[P, n, c]``, without gradient."""
+        num_items = values.shape[1]
+        found = self.exchange(values.flatten(), None, [num_items * size for size in sizes])
+        parts = found.split([num_items * size for size in sizes])
+        return torch.cat([part.view(num_items, size) for part, size in zip(parts, sizes, strict=True)], 1)
 
     def by_shard(self, values: Tensor, sizes: list[int]) -> Tensor:
         """Sends the columns of all classes to the processes that hold them, without gradient.
@@ -173,68 +183,19 @@ def check_shards(shard: VocabShard, weight: Tensor, num_classes: int) -> None:
         )
 
 
-class _Exchange(torch.autograd.Function):
-    """An exchange whose shard is the last argument, and whose other arguments after the first have no gradient."""
+class _Exchanged(torch.autograd.Function):
+    """An exchange of values ``there``, and the exchange of their gradient ``back``."""
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.given, ctx.shard = inputs[1:-1], inputs[-1]
-
-
-class _Copied(_Exchange):
-    @staticmethod
-    def forward(values, shard):
-        return values.view_as(values)
+    def forward(ctx, values, there, back):
+        ctx.back = back
+        return there(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return ctx.shard.sum(grad), None
+        return ctx.back(grad), None, None
 
 
-class _Joined(_Exchange):
-    @staticmethod
-    def forward(values, shard):
-        return shard.sum(values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return grad, None
-
-
-class _Gathered(_Exchange):
-    @staticmethod
-    def forward(values, shard):
-        return shard.gather(values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return ctx.shard.sum_of_parts(grad), None
-
-
-class _OfItems(_Exchange):
-    @staticmethod
-    def forward(values, shard):
-        return shard.sum_of_parts(values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return ctx.shard.gather(grad), None
-
-
-class _SideBySide(_Exchange):
-    @staticmethod
-    def forward(values, sizes, shard):
-        num_items = values.shape[1]
-        found = shard.exchange(values.flatten(), None, [num_items * size for size in sizes])
-        parts = found.split([num_items * size for size in sizes])
-        return torch.cat([part.view(num_items, size) for part, size in zip(parts, sizes, strict=True)], 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (sizes,) = ctx.given
-        return ctx.shard.by_shard(grad, sizes), None, None
+def _unchanged(values: Tensor) -> Tensor:
+    return values.view_as(values)
