@@ -62,7 +62,8 @@ def commands(page: Path) -> list[list[str]]:
     indented = re.findall(r"^ {4}(\S.*)", text, re.MULTILINE)
     lines = "\n".join([*fenced, *indented]).splitlines()
     inline = [code for code in re.findall(r"`([^`\n]+)`", text) if code.startswith(("python ", "accelerate "))]
-    return [shlex.split(line, comments=True) for line in [*lines, *inline] if re.match(r"[\w=./ ]*\S", line)]
+    # A line that is a comment as a whole has no words.
+    return [words for line in [*lines, *inline] if (words := shlex.split(line, comments=True))]
 
 
 def slug(heading: str) -> str:

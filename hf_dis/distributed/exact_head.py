@@ -48,10 +48,13 @@ class ShardClasses(Classes):
         """As :meth:`Classes.sum`."""
         return self._shard.sum(values.sum(1))
 
-    def here(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`Classes.here`: the classes of this process have a column."""
-        local, last = ids - self._shard.start, len(self._shard) - 1
-        return local.clamp(0, last), (local >= 0) & (local <= last)
+    def columns(self, ids: Tensor) -> Tensor:
+        """As :meth:`Classes.columns`: the classes of this process have a column."""
+        return (ids - self._shard.start).clamp_(0, len(self._shard) - 1)
+
+    def only_here(self, values: Tensor, ids: Tensor) -> Tensor:
+        """As :meth:`Classes.only_here`."""
+        return values.masked_fill((ids < self._shard.start) | (ids >= self._shard.stop), 0)
 
 
 class _Everyone:

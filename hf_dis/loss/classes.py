@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -20,9 +19,13 @@ class Classes:
         """The sum over all classes, ``[n]`` for ``[n, S]``."""
         return values.sum(1)
 
-    def here(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The columns of classes, and a mask of the classes that have a column here, of the shape of the ids."""
-        return ids, torch.ones_like(ids, dtype=torch.bool)
+    def columns(self, ids: Tensor) -> Tensor:
+        """A column for each class id, some column for a class that has none here."""
+        return ids
+
+    def only_here(self, values: Tensor, ids: Tensor) -> Tensor:
+        """The values of classes, zero for classes that have no column here, of the shape of the ids."""
+        return values
 
 
 ALL_CLASSES = Classes()

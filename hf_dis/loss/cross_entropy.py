@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hf_dis.kernels import uses_triton
@@ -40,6 +41,9 @@ def exact_cross_entropy(logits: Tensor, labels: Tensor, classes: Classes = ALL_C
         the loss ``[n]`` and the gradient ``[n, C]``.
     """
     log_student = classes.log_softmax(logits)
-    column, is_here = classes.here(labels[:, None])
-    loss = -classes.sum(log_student.gather(1, column).masked_fill(~is_here, 0))
-    return loss, log_student.exp_().scatter_add_(1, column, -is_here.to(log_student.dtype))
+    ids = labels[:, None]
+    columns = classes.columns(ids)
+    chosen = log_student.gather(1, columns)
+    minus_one = torch.full_like(chosen, -1)
+    loss = -classes.sum(classes.only_here(chosen, ids))
+    return loss, log_student.exp_().scatter_add_(1, columns, classes.only_here(minus_one, ids))

@@ -290,10 +290,9 @@ def sparse_forward_kl(
         ``τ² Σ p̂ (log p - log s)``, ``[n]``, and the gradient ``[n, C]``.
     """
     log_student = log_softmax(logits, temperature, classes)
-    ids, is_here = classes.here(ids)
-    target = target.masked_fill(~is_here, 0)
-    loss = temperature**2 * classes.sum(target * (log_probs - log_student.gather(1, ids)))
-    gradient = log_student.exp_().scatter_add_(1, ids, -target.to(log_student.dtype)).mul_(temperature)
+    columns, target = classes.columns(ids), classes.only_here(target, ids)
+    loss = temperature**2 * classes.sum(target * (log_probs - log_student.gather(1, columns)))
+    gradient = log_student.exp_().scatter_add_(1, columns, -target.to(log_student.dtype)).mul_(temperature)
     return loss, gradient.masked_fill_(logits.isneginf(), 0)
 
 
@@ -318,7 +317,8 @@ def sampled_log_softmax(logits: Tensor, log_weights: Tensor, temperature: float)
 
 def log_softmax(logits: Tensor, temperature: float, classes: Classes = ALL_CLASSES) -> Tensor:
     """log softmax(logits / τ) over all classes, ``[n, C]``, above minus infinity."""
-    return above_minus_inf(classes.log_softmax(logits / temperature))
+    # At temperature 1 a division would only copy the largest tensor of an exact step.
+    return above_minus_inf(classes.log_softmax(logits if temperature == 1 else logits / temperature))
 
 
 def above_minus_inf(values: Tensor) -> Tensor:
