@@ -10,9 +10,11 @@ is that of the item embeddings as a multiple of the body's, 2e-3. Methods:
 labels          labels only: sampled softmax, 4,096 negatives that a batch shares, logQ correction; sparse steps
 exact           exact KD
 dis             DIS, row_sparse_head
+dis_cached      DIS from a cache of the teacher's targets; its time includes the writing of the cache
 topk            KD on the teacher's 64 best-ranked items, row_sparse_head
-exact_in_time   exact KD for the time that DIS took with the same seed and rate
-labels_in_time  labels only for that time
+
+exact_in_time and labels_in_time train for the time that DIS took with the same seed and rate. labels_in_cached_time
+trains for the time of dis_cached.
 
 A line is written for each student, and a run that is in the file already is not run again. A line has the scores of
 the users' last items over all items, and a curve: the validation's scores by steps and by seconds of training. The
@@ -45,6 +47,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import clm_plots
+import item_cache
 import item_data
 import item_task
 import run_next_item
@@ -58,6 +61,7 @@ KEY = ("data", "width", "batch_users", "max_steps", "rate", "method", "seed")
 MEASURED_ITEMS = 64
 # The steps whose memory is measured; the trainer's own measurements are at every tenth.
 PEAK_STEPS = (5, 7)
+CLOCKS = ("seconds", "cpu_seconds")
 SHARES = ("top10_in_sample", "top10_in_tail")
 
 
@@ -178,7 +182,12 @@ class Catalogue:
         student = item_task.build(self.data.num_classes, self.given.width, 2, seed=1 + seed)
         curve = item_task.RankingCurve(self.validation, max(1, steps // self.given.evaluations))
         memory, measured = StepMemory(self.given.device), partial(MeasuredTrainer, curve=curve)
-        given = method, student, self.teacher, self.data, self.windows, args, curve
+        teacher, writing = self.teacher, dict.fromkeys(CLOCKS, 0.0)
+        if method == "dis_cached":
+            stored = item_cache.stored_targets(teacher, self.windows, args.temperature, self.given.folder / "_cache")
+            teacher, writing = stored.cache, {"seconds": stored.seconds, "cpu_seconds": stored.cpu_seconds}
+            curve.add(**writing)
+        given = method, student, teacher, self.data, self.windows, args, curve
         trainer = item_task.student_trainer(*given, trainer_class=measured)
         trainer.add_callback(memory)
         trainer.train()
@@ -191,6 +200,7 @@ class Catalogue:
             "logits": item_task.logits_per_item(trainer),
             "seconds": curve.seconds,
             "cpu_seconds": curve.cpu_seconds,
+            **{f"writing_{name}": spent for name, spent in writing.items()},
             "peak_mb": memory.megabytes,
             **item_task.scores(trainer.accelerator.unwrap_model(trainer.model), self.test),
             "curve": curve.curve,
@@ -204,7 +214,7 @@ def clock_of(device: str) -> str:
 
 
 def steps_in_time(records: list[dict], key: dict[str, Any], clock: str) -> int:
-    """The number of steps of a method in the time that DIS took.
+    """The number of steps of a method in the time that another one took.
 
     Args:
         records: of the file.
@@ -214,19 +224,19 @@ def steps_in_time(records: list[dict], key: dict[str, Any], clock: str) -> int:
     Raises:
         ValueError: if a student that the number comes from is missing.
     """
-    wanted = {"dis", item_task.IN_TIME[key["method"]]}
+    wanted = item_task.IN_TIME[key["method"]]
     found = {
         one["method"]: one
         for one in records
         if one["method"] in wanted and all(one[name] == key[name] for name in KEY if name != "method")
     }
-    if missing := wanted - found.keys():
+    if missing := set(wanted) - found.keys():
         raise ValueError(
             f"{key['method']} at rate {key['rate']:g} and seed {key['seed']} needs the times of "
             f"{' and '.join(sorted(missing))}, which the file does not have: add to --methods"
         )
-    base, dis = found[item_task.IN_TIME[key["method"]]], found["dis"]
-    return max(1, round(base["steps"] * dis[clock] / base[clock]))
+    base, timed = (found[name] for name in wanted)
+    return max(1, round(base["steps"] * timed[clock] / base[clock]))
 
 
 def print_table(records: list[dict]) -> None:
@@ -242,8 +252,10 @@ def print_table(records: list[dict]) -> None:
         ratio = (
             f"{mean(runs[s]['ndcg10'] for s in both) / mean(exact[s]['ndcg10'] for s in both):.3f}" if both else None
         )
-        steps, seconds = mean(one["steps"] for one in some), mean(one[clock_of(one["device"])] for one in some)
-        time = f"{steps:.0f}", f"{some[0]['logits']:,}", f"{seconds / steps:.3f}", f"{seconds:.0f}", _peak(some)
+        clock, steps = clock_of(some[0]["device"]), mean(one["steps"] for one in some)
+        seconds, writing = (mean(one[name] for one in some) for name in (clock, f"writing_{clock}"))
+        per_step = (seconds - writing) / steps
+        time = f"{steps:.0f}", f"{some[0]['logits']:,}", f"{per_step:.3f}", f"{seconds:.0f}", _peak(some)
         quality = (f"{mean(one[name] for one in some):.4f}" for name in ("ndcg10", "recall10"))
         shares = (_first_to_last(some, name) for name in SHARES)
         print(row(key[0], f"x{key[4]:g}", key[5], len(runs), time[0], *time[1:], *quality, ratio, *shares))

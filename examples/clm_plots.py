@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from hf_dis.report.style import BLUE, GRAY, GREEN, OLIVE, ORANGE, RED, plotted, write_svg
+from hf_dis.report.style import BLUE, GRAY, GREEN, OLIVE, ORANGE, PURPLE, RED, TEAL, plotted, write_svg
 
 TITLES = {
     "exact": "exact KD",
@@ -20,6 +20,8 @@ TITLES = {
     "exact_in_time": "exact KD in DIS's time",
     "labels": "labels only",
     "labels_in_time": "labels only in DIS's time",
+    "dis_cached": "DIS from a cache",
+    "labels_in_cached_time": "labels only in the time of DIS from a cache",
     "topk": "top-K KD",
 }
 COLOURS = {
@@ -28,6 +30,8 @@ COLOURS = {
     "exact_in_time": BLUE,
     "labels": GREEN,
     "labels_in_time": OLIVE,
+    "dis_cached": PURPLE,
+    "labels_in_cached_time": TEAL,
     "topk": RED,
 }
 QUALITIES = {"kl": "KL to teacher", "perplexity": "perplexity"}

@@ -24,7 +24,7 @@ from run_clm import Stopwatch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_dis import DISConfig, DISDistillationTrainer, RowSparseAdamW
+from hf_dis import DISConfig, DISDistillationTrainer, RowSparseAdamW, TeacherCache
 from hf_dis.head.row_gradients import clip_grad_norm_
 from hf_dis.metrics import NextItem, top_ranked
 from hf_dis.trainer.optimizer import give_head_rate
@@ -182,6 +182,11 @@ class RankingCurve(Stopwatch):
         super().__init__()
         self.users, self.every, self.cpu_seconds = users, every, 0.0
 
+    def add(self, seconds: float, cpu_seconds: float) -> None:
+        """Counts time that was spent before the training."""
+        self.seconds += seconds
+        self.cpu_seconds += cpu_seconds
+
     def on_step_begin(self, args, state, control, **kwargs):
         super().on_step_begin(args, state, control, **kwargs)
         self._cpu_started = time.process_time()
@@ -209,16 +214,21 @@ METHODS = {
     "labels": {},
     "exact": {"head_mode": "exact", "row_sparse_head": False, "exact_warmup_steps": 0.0},
     "dis": {},
+    "dis_cached": {},
     "topk": {"proposal": "topk", "num_sampled_classes": 64, "num_shared_classes": 0, "num_tails": None},
 }
-# The same for as long as DIS took.
-IN_TIME = {"exact_in_time": "exact", "labels_in_time": "labels"}
+# A method for as long as another one took.
+IN_TIME = {
+    "exact_in_time": ("exact", "dis"),
+    "labels_in_time": ("labels", "dis"),
+    "labels_in_cached_time": ("labels", "dis_cached"),
+}
 
 
 def student_trainer(
     method: str,
     student: LlamaForCausalLM,
-    teacher: LlamaForCausalLM,
+    teacher: LlamaForCausalLM | TeacherCache,
     data: Interactions,
     windows: Dataset,
     args: DISConfig,
@@ -229,21 +239,23 @@ def student_trainer(
 
     Args:
         method: a name of ``METHODS`` or ``IN_TIME``.
-        student, teacher: over the same items.
+        student: over the items.
+        teacher: over the same items, or a cache of its targets for the windows, which ``dis_cached`` takes.
         data: the interactions.
         windows: of the training parts, as :meth:`item_data.Interactions.training` makes them.
         args: of DIS; the method's own settings take the place of those that they name.
         curve: a callback that scores the student.
         trainer_class: makes the trainer of the methods with a teacher.
     """
-    name = IN_TIME.get(method, method)
+    name, _ = IN_TIME.get(method, (method, None))
     args = copy.copy(args)
     for setting, value in METHODS[name].items():
         setattr(args, setting, value)
     given = {"model": student, "args": args, "train_dataset": windows, "data_collator": collate, "callbacks": [curve]}
     if name == "labels":
         return SampledSoftmaxTrainer(counts=data.counts(), head_learning_rate=args.head_learning_rate, **given)
-    return trainer_class(teacher_model=teacher, **given)
+    source = "teacher_cache" if isinstance(teacher, TeacherCache) else "teacher_model"
+    return trainer_class(**{source: teacher}, **given)
 
 
 def logits_per_item(trainer: Trainer) -> int:

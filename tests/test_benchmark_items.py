@@ -11,6 +11,7 @@ from hf_dis.items import Items
 
 RUN = {"data": "simulated 300", "width": 16, "batch_users": 8, "max_steps": 4, "rate": 4.0, "seed": 0, "device": "cpu"}
 RESULT = {"items": 300, "steps": 4, "logits": 12, "seconds": 9.0, "cpu_seconds": 2.0, "peak_mb": 30.0, "recall10": 0.2}
+RESULT |= {"writing_seconds": 4.0, "writing_cpu_seconds": 0.0}
 SMALL = ["--simulate", 300, "--users", 60, "--steps", 4, "--batch_users", 8, "--width", 16, "--teacher_width", 16]
 SMALL += ["--teacher_steps", 2, "--evaluations", 2, "--eval_users", 20]
 
@@ -27,10 +28,11 @@ def record(method, ndcg10, **changes):
 def test_the_table_has_means_over_seeds_and_the_ratio_to_exact(capsys):
     shares = [{"top10_in_sample": 0.25, "top10_in_tail": 0.1}, {"top10_in_sample": 0.75, "top10_in_tail": 0.2}]
     records = [record("exact", 0.10, peak_mb=None), record("exact", 0.2, seed=1)]
-    records += [record("dis", 0.11, in_sample=shares)]
+    records += [record("dis", 0.11, in_sample=shares), record("dis_cached", 0.11, writing_cpu_seconds=1.0)]
     items.print_table(records)
     out = capsys.readouterr().out
     assert "| simulated 300 | x4 | exact | 2 | 4 | 12 | 0.500 | 2 | 30 | 0.1500 | 0.2000 | 1.000 |  |  |" in out
+    assert "| dis_cached | 1 | 4 | 12 | 0.250 | 2 |" in out
     assert "| dis | 1 | 4 | 12 | 0.500 | 2 | 30 | 0.1100 | 0.2000 | 1.100 | 25% to 75% | 10% to 20% |" in out
 
 
@@ -50,14 +52,16 @@ def test_a_call_goes_on_with_the_records_of_another(monkeypatch, tmp_path, capsy
     given = [*SMALL, "--json", file, "--folder", tmp_path / "models", "--plot", tmp_path / "plot.svg"]
     run(monkeypatch, *given, "--methods", "exact", "dis")
     before = file.read_text()
-    run(monkeypatch, *given, "--methods", "exact", "dis", "topk", "exact_in_time")
+    run(monkeypatch, *given, "--methods", "exact", "dis", "dis_cached", "topk", "exact_in_time")
     assert file.read_text().startswith(before)
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [one["method"] for one in records] == ["exact", "dis", "topk", "exact_in_time"]
+    assert [one["method"] for one in records] == ["exact", "dis", "dis_cached", "topk", "exact_in_time"]
     for one in records:
         assert (one["data"], one["items"], one["device"]) == ("simulated 300", 300, "cpu") and one["torch"]
         assert one["curve"][-1]["step"] == one["steps"] and one["cpu_seconds"] > 0 and "--simulate" in one["command"]
-    exact, dis, topk, _ = records
+    exact, dis, cached, topk, _ = records
+    assert 0 < cached["writing_seconds"] < cached["curve"][0]["seconds"] and dis["writing_seconds"] == 0
+    assert len(cached["in_sample"]) == 2
     assert exact["in_sample"] == [] and len(dis["in_sample"]) == len(topk["in_sample"]) == 2
     for share in dis["in_sample"]:
         assert share["top10_in_sample"] == 1 and 0 < share["top10_in_tail"] <= 1  # 1,024 of the 300 are all

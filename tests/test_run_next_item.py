@@ -3,6 +3,7 @@
 import json
 import sys
 
+import item_cache
 import item_data
 import item_task
 import numpy as np
@@ -28,12 +29,15 @@ def test_every_method_at_small_sizes(monkeypatch, tmp_path, capsys):
     run(monkeypatch, "--output_dir", tmp_path, *SMALL, "--num_sampled_classes", 4, "--num_shared_classes", 8)
     records = {one["method"]: one for one in json.loads((tmp_path / "results.json").read_text())}
     assert list(records) == list(run_next_item.METHODS)
-    sampled = {"labels": 4097, "exact": 301, "dis": 12, "topk": 64, "exact_in_time": 301, "labels_in_time": 4097}
+    sampled = {"labels": 4097, "exact": 301, "dis": 12, "dis_cached": 14, "topk": 64}
+    sampled |= {"exact_in_time": 301, "labels_in_time": 4097, "labels_in_cached_time": 4097}
     assert {name: one["sampled"] for name, one in records.items()} == sampled
     for name, one in records.items():
         assert 0 <= one["ndcg10"] <= one["recall10"] <= 1 and one["seconds"] > 0
         assert one["curve"][-1]["step"] == one["steps"] and len(one["curve"]) == one["steps"]
         assert AutoModelForCausalLM.from_pretrained(tmp_path / name).config.vocab_size == 301
+    written = json.loads((tmp_path / "_cache.written.json").read_text())["seconds"]
+    assert 0 < written < records["dis_cached"]["curve"][0]["seconds"]
     report, out = (tmp_path / "report.md").read_text(), capsys.readouterr().out
     assert report in out and "simulated by a hidden Markov model" in report and "| top-K KD | 64 |" in report
     assert "| most frequent items |" in report and "| teacher |" in report and "unseen in training" in report
@@ -199,7 +203,12 @@ def test_a_method_changes_its_own_settings_only(tmp_path):
     data = item_data.simulate(300, 20)
     args = DISConfig(str(tmp_path), use_cpu=True, report_to="none", **run_next_item.DEFAULTS)
     student, teacher = (item_task.build(data.num_classes, 16, 1, seed=seed) for seed in (0, 1))
-    given = student, teacher, data, data.training(20), args, item_task.RankingCurve(None, 1)
+    windows = data.training(20)
+    given = student, teacher, data, windows, args, item_task.RankingCurve(None, 1)
+    stored = item_cache.stored_targets(teacher, windows, 1.0, tmp_path / "cache")
+    assert item_cache.stored_targets(teacher, windows, 1.0, tmp_path / "cache")[1:] == stored[1:]
+    from_cache = item_task.student_trainer("dis_cached", student, stored.cache, *given[2:])
+    assert from_cache.distiller.teacher.layout.item_bytes <= 60
     trainers = {name: item_task.student_trainer(name, *given) for name in run_next_item.METHODS}
     assert args.proposal == "dis" and args.head_mode == "sampled" and args.row_sparse_head
     assert trainers["exact_in_time"].args.head_mode == "exact" and trainers["topk"].args.proposal == "topk"

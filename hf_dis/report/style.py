@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 INK = "#777c85"
 BLUE, ORANGE, GREEN, RED = "#2878b5", "#d4650b", "#2f8f4e", "#d62728"
-GRAY, OLIVE = "#7a7f87", "#8a8a1f"
-COLOURS = (BLUE, ORANGE, GREEN, RED, "#9467bd", "#a0693f", "#c25fa6", GRAY, OLIVE, "#14919b")
+GRAY, OLIVE, PURPLE, TEAL = "#7a7f87", "#8a8a1f", "#9467bd", "#14919b"
+COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, "#a0693f", "#c25fa6", GRAY, OLIVE, TEAL)
 
 STYLE = {
     "text.color": INK,
