@@ -175,7 +175,7 @@ def test_popularity_ranks_the_most_frequent_items():
     assert item_task.popularity_scores(counts, users) == {"ndcg10": 0.5, "recall10": 0.5}
 
 
-def test_the_time_of_scoring_and_of_pauses_is_left_out(monkeypatch, tmp_path):
+def test_the_time_includes_the_loader_and_leaves_scoring_and_pauses_out(monkeypatch, tmp_path):
     now = 0.0
 
     def work(seconds):
@@ -188,9 +188,11 @@ def test_the_time_of_scoring_and_of_pauses_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setattr(item_task, "scores", lambda model, users: work(50.0))
     curve = item_task.RankingCurve(None, every=2)
     state = type("State", (), {"global_step": 0, "max_steps": 3})
+    curve.on_train_begin(None, state, None)
     for step in (1, 2, 3):
+        work(0.25)  # of the loader
         curve.on_step_begin(None, state, None)
-        work(1.0)
+        work(0.75)
         with curve.paused():
             work(7.0)
         state.global_step = step
