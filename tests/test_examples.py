@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import run_cifar
+import run_clm
+import run_market1501
 from archives import write_cifar100_archive
 from clm_task import load_texts, tokenized, train_tokenizer
 from pages import commands
@@ -42,6 +45,20 @@ def launch(script, *arguments, processes, cache, check=True, cwd=None):
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, cwd=cwd)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """The error that an example tells before it starts."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--output_dir", str(tmp_path), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+        code = ended.value.code  # a message ends a process with 1, and is what it tells
+        return (capsys.readouterr().err if code == 2 else code).split("error:")[1]
+
+    return run
 
 
 def results(output):
@@ -81,12 +98,9 @@ def test_cifar_trains_a_teacher_and_distils_it_in_one_and_two_processes(cifar, c
         assert {"eval_top1", "eval_top5", "eval_kl", "eval_kd_loss", "eval_ce_loss"} <= set(results(output))
 
 
-def test_cifar_without_data_names_both_ways_out(cache, tmp_path):
-    arguments = ["--output_dir", str(tmp_path), "--use_cpu"]
-    done = launch("run_cifar.py", *arguments, processes=ONE_PROCESS, cache=cache, check=False)
-    assert done.returncode != 0
-    assert "--data_dir" in done.stderr and "uoft-cs/cifar100" in done.stderr
-    assert "Traceback" not in done.stderr.split("error:")[1].split("\n")[0]
+def test_cifar_without_data_names_both_ways_out(refused):
+    told = refused(run_cifar, "--use_cpu")
+    assert "--data_dir" in told and "uoft-cs/cifar100" in told
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +155,9 @@ def test_the_recipe_for_glyphs_distils_as_well_as_exact_distillation(cache, tmp_
 
 
 @pytest.mark.parametrize("given", [[], ["--data_dir", "a", "--glyph_dir", "b"]], ids=["neither", "both"])
-def test_market_without_data_offers_the_glyphs(given, cache, tmp_path):
-    arguments = ["--output_dir", str(tmp_path), "--use_cpu", *given]
-    done = launch("run_market1501.py", *arguments, processes=ONE_PROCESS, cache=cache, check=False)
-    assert done.returncode != 0
-    assert "--data_dir" in done.stderr and "--glyph_dir runs/glyph-market/data" in done.stderr
-    assert "Traceback" not in done.stderr.split("error:")[1].split("\n")[0]
+def test_market_without_data_offers_the_glyphs(given, refused):
+    told = refused(run_market1501, "--use_cpu", *given)
+    assert "--data_dir" in told and "--glyph_dir runs/glyph-market/data" in told
 
 
 @pytest.mark.slow
@@ -232,11 +243,9 @@ def test_clm_trains_adapters_of_masked_language_models(texts, cache, tmp_path):
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_kl"] > 0
 
 
-def test_clm_refuses_what_it_cannot_make(cache, tmp_path):
+def test_clm_refuses_what_it_cannot_make(refused):
     for options, told in ((["--mlm"], "only causal models"), (["--methods", "ftis"], r"unknown methods ['ftis']")):
-        arguments = ["--output_dir", str(tmp_path), *options]
-        done = launch("run_clm.py", *arguments, processes=ONE_PROCESS, cache=cache, check=False)
-        assert done.returncode != 0 and told in done.stderr
+        assert told in refused(run_clm, *options)
 
 
 def test_texts_too_few_for_a_block_and_columns_that_are_not_there(texts):

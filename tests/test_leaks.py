@@ -197,6 +197,7 @@ def _interrupt(process):
     pytest.fail("the training goes on after Ctrl-C")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN], ids=["as in a shell", "in the background"])
 def test_ctrl_c_ends_the_training_and_all_its_processes(tmp_path, inherited):
     process = subprocess.Popen(

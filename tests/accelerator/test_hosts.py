@@ -139,6 +139,7 @@ def test_waits(tmp_path, counts, host, targets, row_sparse, precision):
 LAUNCHES = {("online", True): 520, ("online", False): 510, ("cached", True): 350, ("cached", False): 345}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("targets", "row_sparse"), LAUNCHES)
 def test_launches(tmp_path, counts, targets, row_sparse):
     ours, _ = steps_of(prepared(trainer_of(tmp_path, targets, row_sparse_head=row_sparse), targets), counts)
@@ -178,6 +179,7 @@ def test_a_tensor_on_the_processor_is_refused(tmp_path, counts):
         changed_steps(tmp_path, counts, on_the_processor)
 
 
+@pytest.mark.slow
 def test_a_look_at_a_value_and_a_loop_are_counted(tmp_path, counts):
     launches, waits = changed_steps(tmp_path, counts, lambda loss: loss)
     assert sum(changed_steps(tmp_path, counts, a_look_at_a_value)[1].values()) == sum(waits.values()) + WINDOW

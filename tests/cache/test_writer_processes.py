@@ -33,6 +33,7 @@ def expected(tmp_path_factory):
     return files(path)
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_no_shard(expected, tmp_path):
     path = tmp_path / "cache"
     process = subprocess.Popen([sys.executable, SCRIPT, str(path), "0.2", "none"], env=ENVIRONMENT)
@@ -52,7 +53,14 @@ def test_a_killed_process_loses_no_shard(expected, tmp_path):
     assert {file: file.stat().st_mtime_ns for file in done} == done
 
 
-@pytest.mark.parametrize(("launcher", "group"), [("torchrun", "none"), ("accelerate", "none"), ("torchrun", "ours")])
+@pytest.mark.parametrize(
+    ("launcher", "group"),
+    [
+        ("torchrun", "none"),
+        pytest.param("accelerate", "none", marks=pytest.mark.slow),
+        pytest.param("torchrun", "ours", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_write_what_one_does(expected, tmp_path, launcher, group):
     """Two caches in one script, which starts the process group itself or leaves it to the writer.
 

@@ -86,6 +86,7 @@ def test_runs_that_cannot_be_reported(tmp_path, capsys):
     assert "cannot be written" in refused(capsys, "report", str(tmp_path / "a"), "--output_file", nowhere)
 
 
+@pytest.mark.slow
 def test_the_module_is_the_same_command(tmp_path):
     run = write_run(tmp_path / "a")
     done = subprocess.run(

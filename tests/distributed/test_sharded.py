@@ -5,6 +5,8 @@ import sharded_worker as worker
 import torch
 from launch import two_processes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):

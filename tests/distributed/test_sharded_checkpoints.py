@@ -24,10 +24,8 @@ def saved(tmp_path_factory):
     return folder, processes(2, worker.__file__, folder)[0]
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("number", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_resumed_training_ends_as_the_uninterrupted_one(saved, number):
     folder, expected = saved
     for rank in processes(number, worker.__file__, folder, "resume"):
@@ -40,6 +38,7 @@ def test_a_resumed_training_ends_as_the_uninterrupted_one(saved, number):
                     torch.testing.assert_close(rank[kind][name], value, rtol=0, atol=1e-7, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", worker.KINDS)
 def test_the_saved_student_is_an_ordinary_one(saved, kind):
     folder, result = saved

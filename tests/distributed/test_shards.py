@@ -8,7 +8,7 @@ from launch import processes
 from hf_dis.head.vocab_shard import VocabShard
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
     return processes(request.param, worker.__file__, tmp_path_factory.mktemp(f"processes_{request.param}"))
 

@@ -5,6 +5,8 @@ import text_worker
 import torch
 from launch import two_processes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):

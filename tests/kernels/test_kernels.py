@@ -205,10 +205,10 @@ def test_the_step_of_a_parameters_rows_is_two_launches(shape, monkeypatch):
 # In Triton's interpreter
 
 
-# Samples of whole steps take minutes in the interpreter.
-LONG = "interpreted_assembly"
+# The interpreter is slow. The product and the loss, which every step has, are tested each time.
+SHORT = ("interpreted_products", "interpreted_losses")
 INTERPRETED = [
-    pytest.param(file, marks=[pytest.mark.slow] if file.stem == LONG else [], id=file.stem)
+    pytest.param(file, marks=[] if file.stem in SHORT else [pytest.mark.slow], id=file.stem)
     for file in sorted(HERE.glob("interpreted_*.py"))
 ]
 

@@ -225,7 +225,11 @@ def test_on_an_accelerator_it_takes_less_than_15_gb_for_a_language_model():
 
 
 @pytest.mark.parametrize(
-    ("device", "product"), [("cpu", torch.float32), ("cuda", torch.bfloat16)], ids=["cpu", "cuda"]
+    ("device", "product"),
+    [
+        pytest.param("cpu", torch.float32, marks=pytest.mark.slow, id="cpu"),
+        pytest.param("cuda", torch.bfloat16, id="cuda"),
+    ],
 )
 def test_memory_does_not_grow_with_the_items(device, product):
     """But by the gradient of the features, and a number per item."""

@@ -43,7 +43,7 @@ def text(build):
     return inputs
 
 
-@pytest.mark.parametrize("build", [llama, bart])
+@pytest.mark.parametrize("build", [llama, pytest.param(bart, marks=pytest.mark.slow)])
 def test_batches_with_other_numbers_of_supervised_tokens_are_not_compiled_anew(build):
     model, inputs = build(C, spread=10), text(build)
     head = SampledHead(model, find_head_layers(model, C))

@@ -95,6 +95,7 @@ def test_the_student_and_nothing_else_is_published(published, folder, server):
             assert not re.search("dis_state|optimizer|scheduler|rng_state", path), path
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_loads_the_same_student(published, folder, server):
     assert "loaded without" in loaded("tester/student", folder / "published.pt", folder, server)
 
@@ -154,6 +155,7 @@ def test_a_checkpoint_lost_in_the_background_is_told(published, server):
     assert re.search("a checkpoint was not published: .*answered 500", published[1], re.DOTALL)
 
 
+@pytest.mark.slow
 def test_without_token_or_network_it_says_what_to_do_and_where_the_student_is(folder, server):
     report, _ = worked("refused", folder, server, token=None)
     for case in ("no token", "no network"):

@@ -214,6 +214,7 @@ def assert_nothing_is_lost(tmp_path, delays):
     return finished.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
     assert_nothing_is_lost(tmp_path, [0.0, 0.01, 0.02])
 
