@@ -17,8 +17,10 @@ from hf_dis.cache.attach import cached_teacher, check_cache, open_cache
 from hf_dis.cache.reader import TeacherCache
 from hf_dis.distiller import Distiller
 from hf_dis.distributed.processes import of_first_process, process_index
+from hf_dis.distributed.sharded_teacher import ShardedTeacher, is_spread
 from hf_dis.head.check import check_row_sparse_head, check_sharded_head
 from hf_dis.head.sharded import sharded_heads
+from hf_dis.head.tensor_parallel import check_tensor_parallel, is_tensor_parallel
 from hf_dis.loss.f_divergence import divergence_of
 from hf_dis.models.head_search import find_head_layers, find_heads
 from hf_dis.models.tasks import Task, find_task, num_outputs
@@ -62,7 +64,8 @@ def build_distiller(
         tokenizer, teacher_tokenizer: of the models, where their vocabularies have different widths.
         teacher_cache, eval_teacher_cache: stored targets of the training and the evaluation data, or their folders.
         device: of the training; None: that of the student.
-        seed: of the sampler; the index of the process is added.
+        seed: of the sampler; the index of the process is added, unless all processes have the same items as those of
+            a tensor-parallel student.
         context: entered around the teacher's forwards; ``accelerator.autocast`` for mixed precision.
         precision: the narrowest type that the student computes in, if narrower than its logits.
         label_names: columns of a batch that the student is not given.
@@ -77,10 +80,12 @@ def build_distiller(
     width = num_outputs(student, task)
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
-    spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed + process_index(), device, student)
+    seed += 0 if is_tensor_parallel(student) else process_index()
+    spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed, device, student)
     mode, costs = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
     layers = _find_head(student, width, arguments, mode)
     check_sharded_head(student, teacher, layers, is_sharded)
+    check_tensor_parallel(student, teacher, layers, arguments, mode)
     return Distiller(
         student,
         arguments,
@@ -150,9 +155,12 @@ def _teachers(
         check_separate(student, teacher)
         teacher, temperature = placed(teacher, device), arguments.temperature
         may_mask = not divergence_of(arguments).needs_full_support
-        online = OnlineTeacher(
-            teacher, num_classes, temperature, sampler.rank_depth, context=context, may_mask=may_mask
-        )
+        given = teacher, num_classes, temperature, sampler.rank_depth
+        if is_spread(teacher):
+            same = is_tensor_parallel(teacher)
+            online = ShardedTeacher(*given, has_same_items=same, context=context, may_mask=may_mask)
+        else:
+            online = OnlineTeacher(*given, context=context, may_mask=may_mask)
     stored, evaluation = (None if cache is None else cached_teacher(cache) for cache in caches)
     return {"teacher": stored or online, "online_teacher": online, "eval_teacher": evaluation}
 
@@ -223,7 +231,7 @@ def _choose_mode(
             raise
         logger.warning(f"head_mode='auto' chose 'exact': {error}")
         return "exact", None
-    if sharded_heads(student):
+    if sharded_heads(student) or is_tensor_parallel(student):
         logger.warning("head_mode='auto' chose 'sampled' without timing: the head is sharded")
         return "sampled", None
     num_features = student.get_submodule(layers[0]).in_features

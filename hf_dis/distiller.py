@@ -20,6 +20,7 @@ from hf_dis.arguments import DISArguments
 from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.head.check import check_head, splits_at_head
 from hf_dis.head.switch import SampledHead
+from hf_dis.head.tensor_parallel import is_tensor_parallel
 from hf_dis.items import Items, check_labels, first_examples
 from hf_dis.loss.f_divergence import divergence_of
 from hf_dis.loss.objective import Losses
@@ -59,7 +60,11 @@ class Distiller:
         label_names: columns of a batch that the student is not given.
         precision: the narrowest type that the student computes in, if narrower than its logits.
         costs: of both kinds of steps, where they were timed.
-        reduce: sums a dict of tensors, some of them sparse, over processes.
+        reduce: sums a dict of tensors, some of them sparse, over processes; not used by a tensor-parallel student,
+            whose processes have the same items.
+
+    Attributes:
+        is_tensor_parallel: transformers spread the student over the processes by a ``tp_plan``.
     """
 
     def __init__(
@@ -87,7 +92,9 @@ class Distiller:
         self.sampler, self.teacher, self.head_layers, self.mode = sampler, teacher, tuple(head_layers), mode
         self.row_sparse, self.online_teacher, self.eval_teacher = row_sparse, online_teacher, eval_teacher
         self.student_stream, self.label_names, self.precision = student_stream, tuple(label_names), precision
-        self.reduce, self.costs = reduce, costs
+        self.is_tensor_parallel = is_tensor_parallel(student)
+        # The processes that hold a tensor-parallel student have the same items, and the same statistics.
+        self.reduce, self.costs = None if self.is_tensor_parallel else reduce, costs
         self.tied_embeddings = tuple(tied_embeddings)
         self.divergence = divergence_of(arguments)
         self.student_columns, self.teacher_columns = frozenset(), frozenset()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_dis.distributed.exact_head import ShardedHeadLoss
 from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
+from hf_dis.head.tensor_parallel import check_same_sample
 from hf_dis.items import Items
 from hf_dis.loss.divergence import SampledLoss, mix
 from hf_dis.loss.exact import ExactTerms, LogitsLoss, exact_losses
@@ -174,6 +175,8 @@ class SampledStep:
         targets = distiller.teacher(request.teacher_inputs, self.items, request.check_values)
         self.sample: ClassSample = distiller.sampler.sample(targets, self.items.labels)
         sample = self.sample
+        if distiller.is_tensor_parallel and request.check_values:
+            check_same_sample(sample.item_ids, sample.tail_ids)
         distiller.head.set(sample.item_ids, sample.tail_ids, self.items.positions, sample.updates)
 
     def loss(self, outputs: Any) -> tuple[Tensor, Losses]:
@@ -309,8 +312,9 @@ Step = SampledStep | WarmupStep | ExactStep | EvaluationStep
 
 def _quality(distiller: Distiller, sample: ClassSample, result: SampledLoss) -> dict[str, Tensor | GradientError]:
     quality: dict[str, Tensor | GradientError] = sample_quality(sample, result)
-    # Without a stream the head has several layers, or its weight is sharded.
-    if distiller.student_stream is not None and distiller.arguments.proposal != "topk":
+    # Without a stream the head has several layers, or a process has a part of its weight.
+    is_whole = distiller.student_stream is not None and not distiller.is_tensor_parallel
+    if is_whole and distiller.arguments.proposal != "topk":
         weight, _ = distiller.head.weight_and_bias()
         quality["gradient_error"] = gradient_error(weight, sample, result, distiller.divergence)
     return quality

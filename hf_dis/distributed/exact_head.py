@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_dis.distributed.sharded_teacher import ShardedAnswers
 from hf_dis.head.sharded import ShardedHead
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.loss.classes import Classes
@@ -184,7 +185,9 @@ class ShardedHeadLoss(HeadLoss):
         if teacher is None:
             self._add(None, self.num_items)
             return
-        for answer in self._everyone.answers(teacher):
+        everyone = self._everyone
+        is_sharded = isinstance(teacher, ShardedAnswers)
+        for answer in teacher.blocks(everyone.rounds) if is_sharded else everyone.answers(teacher):
             self._add(answer, len(answer) if isinstance(answer, Tensor) else len(answer[0]))
             del answer  # the next one is computed without this one in memory
 

@@ -169,15 +169,15 @@ def check_sharded_head(
         is_sharded: the student's parameters are sharded by FSDP or DeepSpeed too.
 
     Raises:
-        ValueError: if something else is sharded too, the sharded head is not all of the output head, the processes
-            are not those that hold the head, or the teacher is sharded.
+        ValueError: if something else is sharded too, or the sharded head is not all of the output head. Or if the
+            processes are not those that hold the head, or the head of the teacher alone is sharded.
     """
-    if teacher is not None and (theirs := sharded_heads(teacher)):
-        raise ValueError(
-            f"the head {', '.join(theirs)} of the teacher is sharded, and its shards cannot answer together, as "
-            "processes have different numbers of items: keep the teacher whole, or train from a cache"
-        )
     heads = sharded_heads(student)
+    if teacher is not None and (theirs := sharded_heads(teacher)) and not heads:
+        raise ValueError(
+            f"the head {', '.join(theirs)} of the teacher is sharded, and the student's is whole: shard both, keep "
+            "the teacher whole, or train from a cache of its targets"
+        )
     if not heads:
         return
     if is_sharded:

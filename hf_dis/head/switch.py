@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.head.sharded import ShardedHead
+from hf_dis.head.tensor_parallel import own_rows
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import Items
 from hf_dis.precision import product_type
@@ -66,6 +67,14 @@ class _Sampled(NamedTuple):
     def _logits(self, layer: nn.Linear, features: Tensor, item_ids: Tensor) -> Tensor:
         if isinstance(layer, ShardedHead):
             return layer.sampled(features, item_ids, self.tail_ids, self.row_sparse, self.updates)
+        rows = own_rows(layer)
+        if rows is not None:
+            weight, bias, shard = rows
+            if self.bias is not None:
+                added = self.bias[shard.start : shard.stop]
+                bias = added if bias is None else bias + added
+            ids = item_ids, self.tail_ids
+            return sampled_logits(features, weight, bias, *ids, updates=self.updates, shard=shard)
         bias = _with_bias(layer, self.bias)
         return sampled_logits(features, layer.weight, bias, item_ids, self.tail_ids, self.row_sparse, self.updates)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 from transformers.utils import is_peft_available
 
 if is_peft_available():
@@ -158,13 +159,33 @@ def _linear_layers(name: str, module: nn.Module) -> list[str]:
             f"of quantisation, of other adapters and of trainable_token_indices, {exact}"
         )
     weight = module.weight
-    if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
+    if isinstance(weight, DTensor):
+        _check_spread(name, module)
+    elif type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
         raise ValueError(
             f"the weight of the output head {name!r} is a {type(weight).__name__} of {weight.dtype}: single rows of a "
-            "quantised or tensor-parallel weight cannot be read. Load the student with the head left as it is "
-            f"(llm_int8_skip_modules, modules_to_not_convert; no tp_plan), {exact}"
+            "quantised weight cannot be read. Load the student with the head left as it is (llm_int8_skip_modules, "
+            f"modules_to_not_convert), {exact}"
         )
     return [name]
+
+
+def is_spread_by_rows(value: torch.Tensor) -> bool:
+    """Returns True for a parameter whose rows transformers spread over processes by a ``tp_plan``."""
+    return (
+        isinstance(value, DTensor) and value.device_mesh.mesh_dim_names == ("tp",) and value.placements == (Shard(0),)
+    )
+
+
+def _check_spread(name: str, module: nn.Linear) -> None:
+    """Checks that a head that is spread over processes is spread by its rows, weight and bias alike."""
+    for kind, value in module.named_parameters(recurse=False):
+        if not is_spread_by_rows(value):
+            raise ValueError(
+                f"the {kind} of the output head {name!r} is a {type(value).__name__}, and not spread by its rows for "
+                "tensor parallelism. Load the student with DistributedConfig(tp_size=...) and without FSDP, or with "
+                "no tp_plan"
+            )
 
 
 def _full_name(module: nn.Module) -> str:

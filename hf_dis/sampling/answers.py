@@ -67,15 +67,15 @@ class Logits(NamedTuple):
             ranked: the sampled ranks, where all C ranks are sampled from.
         """
         tails = of_label = columns = None
-        if tail_ids.numel() and uses_triton(tail_ids.device):
+        if targets.is_whole and tail_ids.numel() and uses_triton(tail_ids.device):
             from hf_dis.teacher.triton_ranking import answers_at
 
             given = targets.logits, targets.highest, targets.log_normaliser, tail_ids, labels
             columns = answers_at(*given, first_item, targets.temperature)
         else:
-            tails = targets.logits.gather(1, of_items(tail_ids, first_item, len(targets)))
+            tails = targets.logits_at(of_items(tail_ids, first_item, len(targets)))
             if labels is not None:
-                of_label = targets.logits.gather(1, labels[first_item : first_item + len(targets), None])
+                of_label = targets.logits_at(labels[first_item : first_item + len(targets), None])
         return cls(
             targets.ids,
             targets.highest,

@@ -75,14 +75,25 @@ class LogitStream:
                     "chunks of examples, whose logits exist at the same time"
                 )
             return self._by_examples(inputs, items)
+        features = self.features(inputs, items)
         with self.context():
-            features = head_features(self.model, self._head, self._brought(inputs)).to(_device(inputs))
             weights = _cast(self._head, features.device)
-            features = items.of(features)
-            if type(self._head) is nn.Linear:
-                features = features.to(product_type(features))  # once, where autocast would cast each chunk
         chunks = features.split(self.items_of_chunk(len(items), features.device))
         return (self.of_features(chunk, weights) for chunk in chunks)
+
+    @torch.no_grad()
+    def features(self, inputs: dict[str, Tensor], items: Items) -> Tensor:
+        """The input of the output layer for the items, ``[N, d]``, of a model that :meth:`splits`.
+
+        Args:
+            inputs: of the model, without labels.
+            items: the items wanted.
+        """
+        with self.context():
+            features = items.of(head_features(self.model, self._head, self._brought(inputs)).to(_device(inputs)))
+            if isinstance(self._head, nn.Linear):
+                features = features.to(product_type(features))  # once, where autocast would cast each chunk
+        return features
 
     def items_of_chunk(self, num_items: int, device: torch.device) -> int:
         """Counts the items of a chunk, for the number of items of a batch and the device of their logits."""

@@ -123,7 +123,10 @@ class TeacherTargets:
         log_normaliser: log Σ exp(logit / τ), ``[n, 1]``, float32 or wider.
         counted: the items that :meth:`class_mass` counts: all on a CPU, every eighth in a batch of 1,024 or
             more elsewhere.
+        is_whole: the logits of all classes are on this process.
     """
+
+    is_whole = True
 
     def __init__(
         self,
@@ -190,9 +193,13 @@ class TeacherTargets:
         """Returns the teacher's answers for a loss on all classes: the logits, ``[n, C]``."""
         return self.logits
 
+    def logits_at(self, ids: Tensor) -> Tensor:
+        """Returns the logits of any classes of each item, ``[n, K]`` for class ids ``[n, K]``."""
+        return self.logits.gather(1, ids)
+
     def log_prob(self, ids: Tensor) -> Tensor:
         """Computes log-probabilities at τ of any classes of each item, ``[n, K]`` for class ids ``[n, K]``."""
-        return log_probs(self.logits.gather(1, ids), self.log_normaliser, self.temperature)
+        return log_probs(self.logits_at(ids), self.log_normaliser, self.temperature)
 
     def class_mass(self, added: Tensor | None = None) -> Tensor:
         """Sums the probability of each class over the counted items, times :attr:`items_per_counted`, ``[C]``.

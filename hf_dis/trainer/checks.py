@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_dis.distributed.processes import num_processes
 from hf_dis.head.optimizer import RowSparseAdamW
+from hf_dis.head.tensor_parallel import is_tensor_parallel
 
 if TYPE_CHECKING:
     from hf_dis.trainer.mixin import DISTrainerMixin
@@ -85,41 +86,54 @@ def _check_host_arguments(args: Any) -> None:
         raise ValueError("use_liger_kernel replaces the head that DIS switches to sampled classes: set it to False")
     parallelism = args.parallelism_config
     if parallelism is not None:
-        _check_parallelism(parallelism.tp_size, parallelism.cp_size, parallelism.sp_size)
+        _check_whole_sequences(parallelism.cp_size, parallelism.sp_size)
 
 
-def _check_parallelism(tp_size: int, cp_size: int, sp_size: int) -> None:
-    """Checks that every process has whole sequences and the whole head."""
-    divided = {
-        "tp_size": (tp_size, "tensor parallelism splits the weight of the output head over processes"),
-        "cp_size": (cp_size, "context parallelism splits each sequence over processes"),
-        "sp_size": (sp_size, "sequence parallelism splits each sequence over processes"),
-    }
-    for name, (size, cause) in divided.items():
+def _check_whole_sequences(cp_size: int, sp_size: int) -> None:
+    """Checks that every process has whole sequences."""
+    for name, size, kind in (("cp_size", cp_size, "context"), ("sp_size", sp_size, "sequence")):
         if size > 1:
             raise ValueError(
-                f"{name} is {size}: {cause}, which is unsupported, as classes are sampled for whole sequences and "
-                f"from a whole head. Set {name} to 1 and use data parallelism, or FSDP or DeepSpeed for a model that "
-                "is too large for one device"
+                f"{name} is {size}: {kind} parallelism splits each sequence over processes, which is unsupported, as "
+                f"classes are sampled for whole sequences. Set {name} to 1 and use data or tensor parallelism, or "
+                "FSDP or DeepSpeed for a model that is too large for one device"
             )
 
 
+def _check_tensor_parallelism(trainer: DISTrainerMixin) -> None:
+    """Checks that a student was spread by transformers if the host counts on tensor parallelism."""
+    size = trainer.get_tp_size()
+    if size > 1 and not is_tensor_parallel(trainer.model):
+        raise ValueError(
+            f"tp_size is {size}: tensor parallelism needs a student that transformers has spread over the processes. "
+            f"Load the student by from_pretrained with distributed_config=DistributedConfig(tp_size={size}), without "
+            "DeepSpeed, or set tp_size to 1"
+        )
+    if size > 1 and trainer.accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "fp16 is set and the student is tensor-parallel: a step whose gradient overflows in some rows would "
+            "be skipped by some processes alone; set bf16=True in place of fp16"
+        )
+
+
 def check_processes(trainer: DISTrainerMixin) -> None:
-    """Checks that every process trains one copy of the student on examples of its own.
+    """Checks that every process trains one copy of the student, or its part of one, on whole examples.
 
     Args:
         trainer: whose host is set up.
 
     Raises:
-        ValueError: if one process would use several GPUs; if a model, a sequence or its head is split over processes;
-            if accelerate counts other processes than DeepSpeed or torch.distributed runs.
+        ValueError: if one process would use several GPUs, or a sequence is split over processes. Or if a model is
+            split by other means than a ``tp_plan``, or accelerate counts other processes than DeepSpeed or
+            torch.distributed runs.
     """
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"{trainer.args.n_gpu} GPUs in one process would use nn.DataParallel, which copies the student past the "
             "switched head: start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
-    _check_parallelism(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size())
+    _check_whole_sequences(trainer.get_cp_size(), trainer.get_sp_size())
+    _check_tensor_parallelism(trainer)
     counted = trainer.accelerator.num_processes
     if num_processes() != counted:
         runner = "DeepSpeed" if trainer.is_deepspeed_enabled else "torch.distributed"

@@ -44,5 +44,5 @@ def extract_features(trainer: DISTrainerMixin, dataset: Any) -> Tensor:
                 f"the head of {type(trainer.model).__name__} is given features of shape {tuple(batch.shape)}: "
                 "extract_features takes models with one vector per example, [n, d]"
             )
-        features.append(trainer.accelerator.gather_for_metrics(batch).cpu())
+        features.append(trainer.gather_examples(batch).cpu())
     return torch.cat(features).to(torch.promote_types(features[0].dtype, torch.float32))

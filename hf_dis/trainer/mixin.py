@@ -167,7 +167,8 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
         """Σ loss / items of the window, times the number of processes that the gradient is averaged over."""
         if num_items_in_batch is None or not self.model.training:
             return losses.sum() / max(1, len(losses))
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        averaged = self.args.average_tokens_across_devices and not self.distiller.is_tensor_parallel
+        processes = self.accelerator.num_processes if averaged else 1
         return losses.sum() / torch.as_tensor(num_items_in_batch).clamp_min(1) * processes
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -176,7 +177,9 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
         self._positions = KnownPositions(batch_samples)
         counts = (self.distiller.count(batch, self._positions.of(batch)) for batch in batch_samples)
         num_items = torch.tensor(sum(counts), device=device)
-        if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+        # The processes that hold a tensor-parallel student have the same items, which count once.
+        has_others = self.accelerator.num_processes > 1 and not self.distiller.is_tensor_parallel
+        if self.args.average_tokens_across_devices and has_others:
             num_items = self.accelerator.gather(num_items).sum()
         self.num_items_seen += num_items
         return num_items
@@ -287,7 +290,7 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         loss = loss.detach()
-        self._evaluation.close_batch(loss, self.accelerator.gather_for_metrics)
+        self._evaluation.close_batch(loss, self.gather_examples)
         if prediction_loss_only:
             return loss, None, None
         ignored = ["loss", *(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", []))]
@@ -311,6 +314,8 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
             prediction_loss_only = self.args.prediction_loss_only
         if not self.is_in_train:
             self._refresh_distiller()
+        if self.distiller.is_tensor_parallel:
+            self.gather_function = self.gather_examples
         is_overridden = type(self).compute_loss is not DISTrainerMixin.compute_loss
         self._evaluation = Evaluation(holds_logits=is_overridden or not prediction_loss_only)
         try:
@@ -322,6 +327,13 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
             self._evaluation = Evaluation(holds_logits=True)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
+
+    def gather_examples(self, values: Any) -> Any:
+        """Gathers values per example over processes, without the examples that only fill up the last batch.
+
+        The processes that hold a tensor-parallel student have the same examples, which count once.
+        """
+        return values if self.distiller.is_tensor_parallel else self.accelerator.gather_for_metrics(values)
 
     def extract_features(self, dataset: Any) -> Tensor:
         """The features that the student's head is given; see :func:`hf_dis.trainer.features.extract_features`."""

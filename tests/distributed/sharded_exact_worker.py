@@ -9,6 +9,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import tensor_parallel_worker
 import torch
 import torch.distributed as dist
 from sharded_head_worker import bytes_sent
@@ -148,6 +149,8 @@ def run(folder: Path) -> None:
             results[case] = compute(case, True), compute(case, False)
         results["no bias"] = [compute(cases()[0], is_sharded, False) for is_sharded in (True, False)]
     results["bytes"] = {kind: [bytes_of(number, kind) for number in (64, 4096)] for kind in ("none", "logits")}
+    if dist.get_world_size() == 2:
+        results |= tensor_parallel_worker.steps(folder)
     torch.save(results, folder / f"rank_{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

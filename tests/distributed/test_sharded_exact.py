@@ -56,3 +56,18 @@ def test_only_the_logits_of_a_teacher_grow_with_the_classes(runs):
 def test_a_teacher_with_an_item_too_few(runs):
     for rank in runs:
         assert "the teacher has targets of 4 items, and the student has features of 5" in rank["refused"]
+
+
+def test_steps_of_tensor_parallel_models_are_those_of_whole_ones(runs):
+    for rank in runs:
+        for case in [name for name in rank if name[0] == "tensor parallel"]:
+            found, expected = rank[case]
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert_close(found[name], value, rtol=0, atol=1e-10, msg=f"{case}: {name}")
+
+
+def test_batches_of_a_tensor_parallel_student_that_differ(runs):
+    if len(runs) == 2:
+        for rank in runs:
+            assert "items, or different classes. Give all of them the same batches" in rank["different batches"]

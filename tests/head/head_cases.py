@@ -230,7 +230,7 @@ def with_weight(make: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
 
 
 def tensor_parallel(weight: Tensor) -> Tensor:
-    """A head's weight as ``tp_plan`` leaves it, over one process."""
+    """A head's weight over one process, on a mesh that is not one of a ``tp_plan``."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     return nn.Parameter(dist.tensor.distribute_tensor(weight, mesh, [dist.tensor.Shard(0)]))
 
@@ -263,7 +263,7 @@ REFUSED = {
         r"'lm_head' is a Parameter of torch.int8.*llm_int8_skip_modules",
     ),
     "4-bit": (with_weight(Packed), r"'lm_head' is a Packed of torch.float32.*llm_int8_skip_modules"),
-    "tensor-parallel": (with_weight(tensor_parallel), r"'lm_head' is a DTensor.*no tp_plan"),
+    "spread by other means": (with_weight(tensor_parallel), r"weight of .*'lm_head' is a DTensor.*with no tp_plan"),
     "DoRA on the head": (
         adapted(peft.LoraConfig(target_modules=["lm_head"], use_dora=True)),
         r"of the output head 'base_model.model.lm_head' is not a plain LoRA \(Dora.*use_dora=False",

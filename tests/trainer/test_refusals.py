@@ -141,11 +141,11 @@ def test_processes_of_deepspeed_that_accelerate_does_not_count(make_trainer, mon
         make_trainer()
 
 
-PARALLELISM = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
+PARALLELISM = {"cp_size": "context", "sp_size": "sequence"}
 
 
 @pytest.mark.parametrize("size", PARALLELISM)
-def test_parallelism_that_splits_head_or_sequences(make_trainer, size):
+def test_parallelism_that_splits_sequences(make_trainer, size):
     with pytest.raises(ValueError, match=rf"{size} is 2: {PARALLELISM[size]} parallelism .*Set {size} to 1"):
         make_trainer(parallelism_config=ParallelismConfig(**{size: 2}))
     make_trainer(parallelism_config=ParallelismConfig())
@@ -160,9 +160,14 @@ def test_parallelism_that_a_launcher_sets(make_trainer, monkeypatch, set_up, siz
         make_trainer()
 
 
-def test_a_student_that_was_loaded_with_a_tensor_parallel_plan(make_trainer, set_up):
+def test_tensor_parallelism_of_a_student_that_is_whole(make_trainer, monkeypatch, set_up):
+    expected = r"tp_size is 2: .*needs a student that transformers has spread.*tp_size=2.*or set tp_size to 1"
     set_up(lambda trainer: setattr(trainer.model, "_tp_size", 2))
-    with pytest.raises(ValueError, match=r"tp_size is 2: tensor parallelism .*Set tp_size to 1"):
+    with pytest.raises(ValueError, match=expected):
+        make_trainer()
+    config = ParallelismConfig(tp_size=2)
+    set_up(lambda trainer: monkeypatch.setattr(trainer.accelerator.state, "parallelism_config", config))
+    with pytest.raises(ValueError, match=expected):
         make_trainer()
 
 

@@ -1,0 +1,265 @@
+"""Teachers whose output head is spread over the processes: each shard ranks its own classes, and the ranks are merged.
+
+In tensor parallelism all processes have the same items. With a :class:`hf_dis.ShardedHead` each process has items of
+its own: their features go to all shards, and the answers come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_dis.distributed.exchange import OwnItems, SameItems
+from hf_dis.head.sharded import ShardedHead, sharded_heads
+from hf_dis.head.tensor_parallel import OwnRows, is_tensor_parallel, own_rows
+from hf_dis.items import Items
+from hf_dis.models.head_search import find_head
+from hf_dis.models.tasks import find_task, num_outputs
+from hf_dis.precision import product_type
+from hf_dis.teacher.online import OnlineTeacher
+from hf_dis.teacher.targets import (
+    TeacherTargets,
+    block_items,
+    check_support,
+    chunk_items,
+    log_probs,
+    top_ranked,
+    widen,
+)
+
+
+class ShardTargets(TeacherTargets):
+    """Ranks the answers of a teacher whose classes are spread over processes, at a temperature.
+
+    All processes have to make it, and to call each method, together.
+
+    Args:
+        logits: of the own classes, for the items that the shards answer about, ``[M, S]``.
+        temperature: τ > 0.
+        depth: m, the ranks to resolve; at most C are resolved.
+        exchange: between the processes.
+
+    Attributes:
+        of_everyone: log Σ exp(logit / τ) of the items that the shards answer about, ``[M, 1]``.
+    """
+
+    is_whole = False
+
+    def __init__(self, logits: Tensor, temperature: float, depth: int, exchange: SameItems):
+        self.logits, self.temperature, self._exchange = logits, temperature, exchange
+        widths = [min(depth, size) for size in exchange.sizes]
+        own, ids = top_ranked(logits, widths[exchange.shard.index])
+        self._highest, self._ids = own, ids
+        missing = 0, max(widths) - own.shape[1]
+        parts = exchange.by_shard(F.pad(own, missing)), exchange.by_shard(F.pad(ids + exchange.shard.start, missing))
+        own, ids = (
+            torch.cat([part[:, :width] for part, width in zip(values, widths, strict=True)], 1) for values in parts
+        )
+        self.highest, places = own.topk(min(depth, sum(exchange.sizes)))
+        self.ids = ids.gather(1, places)
+        self.of_everyone = self._normalised()
+        self.log_normaliser = exchange.own(self.of_everyone)
+        self.counted = slice(0, len(self.ids), 1)
+
+    def _normalised(self) -> Tensor:
+        """log Σ exp(logit / τ) over the classes of all shards, for all items, ``[M, 1]``."""
+        wide = torch.promote_types(self.logits.dtype, torch.float32)
+        peaks = self._highest[:, :1].to(wide).clamp_min(torch.finfo(wide).min) / self.temperature
+        items = block_items(self.logits)
+        totals = [
+            (widen(part) / self.temperature).sub_(peak).exp_().sum(1, keepdim=True)
+            for part, peak in zip(self.logits.split(items), peaks.split(items), strict=True)
+        ]
+        tops, totals = self._exchange.shard.gather(torch.cat([peaks, torch.cat(totals)], 1)).unbind(2)
+        top = tops.amax(0)
+        return (top + ((tops - top).exp() * totals).sum(0).log())[:, None]
+
+    @property
+    def items_per_counted(self) -> float:
+        """Returns 0: :meth:`class_mass` is without the ranked classes."""
+        return 0.0
+
+    def all_classes(self) -> Tensor:
+        """As :meth:`TeacherTargets.all_classes`; the logits of all shards are sent."""
+        return self._exchange.side_by_side(self.logits)
+
+    def logits_at(self, ids: Tensor) -> Tensor:
+        """As :meth:`TeacherTargets.logits_at`."""
+        if not ids.shape[1]:
+            return self.logits.new_empty(len(ids), 0)
+        ids = self._exchange.everyones(ids) - self._exchange.shard.start
+        is_own = (ids >= 0) & (ids < self.logits.shape[1])
+        found = self.logits.gather(1, ids.clamp(0, self.logits.shape[1] - 1))
+        return self._exchange.joined(torch.where(is_own, found, 0))
+
+    def log_prob(self, ids: Tensor) -> Tensor:
+        """As :meth:`TeacherTargets.log_prob`."""
+        return log_probs(self.logits_at(ids), self.log_normaliser, self.temperature)
+
+    def class_mass(self, added: Tensor | None = None) -> Tensor:
+        """Sums the probability of each class over the items that do not rank the class, ``[C]``.
+
+        Where processes have items of their own, a process has the mass of its own classes alone, from all items. Where
+        logits at the last rank are equal, more classes than m count as ranked.
+
+        Args:
+            added: as for :meth:`TeacherTargets.class_mass`.
+        """
+        exchange, temperature = self._exchange, self.temperature
+        normaliser, last = self.of_everyone, exchange.everyones(self.highest[:, -1:])
+        if isinstance(exchange, OwnItems):  # a filler has no probability
+            is_filler = ~exchange.is_item.to(normaliser.device)[:, None]
+            normaliser = normaliser.masked_fill(is_filler, torch.inf)
+        mass = normaliser.new_zeros(self.logits.shape[1])
+        items = block_items(self.logits)
+        for part, own in zip(self.logits.split(items), normaliser.split(items), strict=True):
+            mass += log_probs(part, own, temperature).exp_().sum(0)
+        ranked = log_probs(self._highest, normaliser, temperature).exp_() * (self._highest >= last)
+        mass = exchange.of_all_classes(mass.index_add_(0, self._ids.flatten(), -ranked.flatten()).clamp_min_(0))
+        return mass if added is None else added + mass
+
+
+class ShardedAnswers:
+    """The logits of a teacher on all classes, for the items of all processes: chunk by chunk, or block by block.
+
+    Args:
+        teacher: that answers.
+        features: input of the output layer for the items of this process, ``[N, d]``.
+        check_values: look for NaN and Inf.
+    """
+
+    def __init__(self, teacher: ShardedTeacher, features: Tensor, check_values: bool):
+        self._teacher, self._features, self._check = teacher, features, check_values
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for logits, exchange, _ in self._teacher.chunks(self._features):
+            yield exchange.side_by_side(logits)
+
+    def blocks(self, sizes: Sequence[int]) -> Iterator[Tensor]:
+        """Yields the logits of the own classes for blocks of the items of all processes, ``[P · n, S]``.
+
+        Args:
+            sizes: n, the items of each process in a block; a process with fewer items is filled up.
+        """
+        for logits, _, _ in self._teacher.chunks(self._features, sizes):
+            yield logits
+
+
+class ShardedTeacher(OnlineTeacher):
+    """Ranks the answers of a teacher whose output head is spread over the processes; all of them call it together.
+
+    Args:
+        model, num_classes, temperature, depth, context, may_mask: as for :class:`OnlineTeacher`.
+        has_same_items: all processes have the same items.
+
+    Raises:
+        ValueError: if a process holds none of the first C classes.
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, has_same_items: bool, **keywords: Any):
+        super().__init__(model, *args, **keywords)
+        self._has_same_items = has_same_items
+        head = model.get_submodule(find_head(model, self.num_outputs))
+        self._rows = OwnRows(head.weight, head.bias, head.shard) if isinstance(head, ShardedHead) else own_rows(head)
+        shard = self._rows.shard
+        size = min(len(shard), self.num_classes - shard.start)
+        self.sizes = shard.gather(torch.tensor([size], device=self._rows.weight.device))[:, 0].tolist()
+        if min(self.sizes) < 1:
+            raise ValueError(
+                f"the processes hold {self.sizes} of the {self.num_classes} classes that the teacher shares with the "
+                "student: each needs a class; use fewer processes, or a whole teacher"
+            )
+
+    def __call__(self, inputs: dict[str, Tensor], items: Items, check_values: bool = True) -> Iterator[TeacherTargets]:
+        """As :meth:`OnlineTeacher.__call__`; without items a process yields chunks without items."""
+        features = self._features(inputs, items)
+        return (
+            super().__call__(inputs, items, check_values) if features is None else self._ranked(features, check_values)
+        )
+
+    def all_classes(
+        self, inputs: dict[str, Tensor], items: Items, check_values: bool = True
+    ) -> Iterator[Tensor] | ShardedAnswers:
+        """As :meth:`OnlineTeacher.all_classes`; :class:`ShardedAnswers` where processes have items of their own."""
+        if self._has_same_items:
+            return super().all_classes(inputs, items, check_values)
+        return ShardedAnswers(self, self._features(inputs, items), check_values)
+
+    def _ranked(self, features: Tensor, check_values: bool) -> Iterator[ShardTargets]:
+        for logits, exchange, first_item in self.chunks(features):
+            targets = ShardTargets(logits, self.temperature, self.depth, exchange)
+            _check_finite(targets, first_item, check_values)
+            yield targets
+            del targets, logits  # the next chunk is computed without this one in memory
+
+    def chunks(self, features: Tensor, sizes: Sequence[int] | None = None) -> Iterator[tuple[Tensor, SameItems, int]]:
+        """Yields the logits of the own classes, ``[M, S]``, the exchange of their items, and the first own item.
+
+        Args:
+            features: input of the output layer for the items of this process, ``[N, d]``.
+            sizes: the items of a process in each chunk; None: as many as the device has memory for.
+        """
+        shard, device = self._rows.shard, features.device
+        numbers = (
+            [len(features)]
+            if self._has_same_items
+            else shard.gather(torch.tensor([len(features)], device=device))[:, 0].tolist()
+        )
+        most = max(numbers)
+        if sizes is None:
+            size = max(1, chunk_items(most * len(numbers), max(self.sizes), device) // len(numbers))
+            sizes = [min(size, most - first) for first in range(0, max(1, most), size)]
+        with self.stream.context():
+            dtype = product_type(features)
+        size = self.sizes[shard.index]
+        weight, bias = (None if one is None else one[:size].to(dtype) for one in self._rows[:2])
+        first = 0
+        for size in sizes:
+            own = features[first : first + size].to(dtype)
+            if self._has_same_items:
+                exchange = SameItems(shard, self.sizes)
+            else:
+                here = [max(0, min(size, number - first)) for number in numbers]
+                exchange = OwnItems(shard, self.sizes, here, size)
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                logits = self.stream.after_head(F.linear(exchange.everyones(own), weight, bias))
+            if not self.may_mask:
+                check_support(logits, first)
+            yield logits, exchange, first
+            del logits
+            first += size
+
+    def _features(self, inputs: dict[str, Tensor], items: Items) -> Tensor | None:
+        """The input of the output layer; None where only the whole model can answer."""
+        if self.stream.splits(inputs, items) and self.stream.after_head.bias is None:
+            return self.stream.features(inputs, items)
+        if self._has_same_items:
+            return None
+        raise ValueError(
+            f"the teacher {type(self.model).__name__} has a sharded head, and computes its logits by more than this "
+            "head from one vector per item: leave the head of the teacher whole"
+        )
+
+
+def _check_finite(targets: ShardTargets, first_item: int, check_values: bool) -> None:
+    if check_values and not targets.of_everyone.isfinite().all():  # so that all processes end
+        bad = (~targets.log_normaliser[:, 0].isfinite()).nonzero()[:, 0] + first_item
+        raise FloatingPointError(
+            f"the teacher's logits hold NaN or Inf in items {bad.tolist()[:20]} of the batch, or are -inf for all "
+            "classes. Check these inputs, and the teacher's precision: a float16 teacher overflows at 65,504, so try "
+            "bfloat16"
+        )
+
+
+def is_spread(teacher: nn.Module) -> bool:
+    """Returns True if a process has a part of the classes of a teacher's output head."""
+    if sharded_heads(teacher):
+        return True
+    if not is_tensor_parallel(teacher):
+        return False
+    head = teacher.get_submodule(find_head(teacher, num_outputs(teacher, find_task(teacher))))
+    return own_rows(head) is not None

@@ -1,0 +1,132 @@
+"""Models that tensor parallelism spreads over processes, as transformers loads them with a ``tp_plan``.
+
+All processes of the group have the same items. The rows of an output head are a DTensor, ``Shard(0)``, and each
+process computes the columns of its own rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_dis.arguments import DISArguments
+from hf_dis.head.sharded import sharded_heads
+from hf_dis.head.vocab_shard import VocabShard
+
+
+class OwnRows(NamedTuple):
+    """The rows of a head that this process holds.
+
+    Attributes:
+        weight: ``[S, d]``.
+        bias: ``[S]`` or None.
+        shard: the classes of the rows.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    shard: VocabShard
+
+
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Returns True if transformers spread a model over processes by a ``tp_plan``."""
+    return any(isinstance(one, DTensor) and one.device_mesh.mesh_dim_names == ("tp",) for one in model.parameters())
+
+
+def own_rows(layer: nn.Linear) -> OwnRows | None:
+    """Returns the rows of a tensor-parallel layer that this process holds; None if the weight is whole here.
+
+    Gradients of the rows become gradients of the layer's parameters.
+
+    Args:
+        layer: an output head. A bias is spread as the weight is.
+
+    Raises:
+        ValueError: if this process holds no row.
+    """
+    weight = layer.weight
+    if not isinstance(weight, DTensor):
+        return None
+    group = weight.device_mesh.get_group()
+    # Shard(0) cuts rows as torch.chunk does: the last parts may be shorter.
+    size = -(-len(weight) // dist.get_world_size(group))
+    start = min(len(weight), size * dist.get_rank(group))
+    shard = VocabShard(start, min(len(weight), start + size), group)
+    return OwnRows(weight.to_local(), None if layer.bias is None else layer.bias.to_local(), shard)
+
+
+def check_same_sample(item_ids: Tensor, tail_ids: Tensor) -> None:
+    """Checks that the processes of a run have sampled the same classes; every process has to call it.
+
+    Args:
+        item_ids, tail_ids: class ids, ``[N, R]`` and ``[G, K_t]``.
+
+    Raises:
+        ValueError: if numbers of items or classes differ.
+    """
+    columns = torch.arange(1, 1 + item_ids.shape[1], device=item_ids.device)
+    items = torch.arange(1, 1 + len(item_ids), device=item_ids.device)
+    # Sums of integers that wrap around, so that any two samples are very likely to have different ones.
+    own = torch.stack([((item_ids * columns).sum(1) * items).sum(), tail_ids.sum(), columns.new_tensor(len(item_ids))])
+    everyones = VocabShard(0, 1).gather(own).cpu()
+    if bool((everyones != everyones[0]).any()):
+        raise ValueError(
+            f"the processes that hold the student have {everyones[:, -1].tolist()} items, or different classes. Give "
+            "all of them the same batches in the same order, the same seed, and the same teacher"
+        )
+
+
+def check_tensor_parallel(
+    student: nn.Module, teacher: nn.Module | None, names: tuple[str, ...], arguments: DISArguments, mode: str
+) -> None:
+    """Checks that a tensor-parallel student can be trained; any other student passes.
+
+    Args:
+        student: the model that is trained.
+        teacher: its teacher, or None.
+        names: the linear layers of its output head.
+        arguments: the settings of the method.
+        mode: ``"sampled"`` or ``"exact"``.
+
+    Raises:
+        ValueError: if the group is not all processes of the run, the head is made of several layers, a setting
+            needs whole rows, or the teacher is spread in another way.
+    """
+    if not is_tensor_parallel(student):
+        if teacher is not None and is_tensor_parallel(teacher):
+            raise ValueError(
+                "the teacher is tensor-parallel and the student is not: the processes have different batches, and "
+                "such a teacher answers about one batch. Load both with DistributedConfig(tp_size=...), load the "
+                "teacher whole, or train from a cache of its targets"
+            )
+        return
+    if teacher is not None and sharded_heads(teacher):
+        raise ValueError(
+            "the student is tensor-parallel, and the head of the teacher is a ShardedHead: load the teacher with "
+            "DistributedConfig(tp_size=...) too, or whole, or train from a cache of its targets"
+        )
+    sizes = {one.device_mesh.size() for one in student.parameters() if isinstance(one, DTensor)}
+    if sizes != {dist.get_world_size()}:
+        raise ValueError(
+            f"the student is spread over {sorted(sizes)} processes, and the run has {dist.get_world_size()}: set "
+            "tp_size to the number of processes, or use DISLoss with a VocabShard"
+        )
+    if mode == "sampled" and len(names) > 1:
+        raise ValueError(
+            f"the output head is made of {' and '.join(names)}, and the student is tensor-parallel: a "
+            "tensor-parallel head has to be one layer; leave the head out of the adapters"
+        )
+    if arguments.row_sparse_head:
+        raise ValueError(
+            "row_sparse_head is set, and the student is tensor-parallel: torch has no sparse gradients of a "
+            "DTensor; set row_sparse_head=False"
+        )
+    if arguments.probe_steps:
+        raise ValueError(
+            f"probe_steps is {arguments.probe_steps}, and the student is tensor-parallel: the probe takes the "
+            "exact gradient of a whole head; set probe_steps to 0"
+        )

@@ -1,0 +1,194 @@
+"""Runs of test_tensor_parallel in one process and, started by torchrun, in two: language models with a tp_plan."""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+from accelerate import ParallelismConfig, PartialState
+from equality_worker import Keeps
+from tiny_models import labelled_tokens, llama
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
+
+from hf_dis import DISArguments, DISConfig, DISDistillationTrainer, build_distiller, cache_teacher_targets
+
+V, EXAMPLES, STEPS = 41, 44, 5
+TEACHERS = ("whole", "spread", "cached")
+SAMPLED = {"head_mode": "sampled", "num_sampled_classes": 6, "num_shared_classes": 8, "hard_label_weight": 0.3}
+MODES = {
+    "sampled": SAMPLED,
+    "per item": SAMPLED | {"num_shared_classes": 0},
+    "warm-up": SAMPLED | {"exact_warmup_steps": 2},
+    "exact": SAMPLED | {"head_mode": "exact"},
+}
+
+
+def cases() -> list[tuple[bool, str, str, str]]:
+    """Tied, teacher, divergence and mode; a cache serves the forward KL alone."""
+    every = product((True, False), TEACHERS, ("forward_kl", "reverse_kl"), MODES)
+    return [case for case in every if case[1:3] != ("cached", "reverse_kl") and (case[3] != "per item" or case[0])]
+
+
+def processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def saved(folder: Path) -> dict[str, Path]:
+    """The folders of the checkpoints, which the first process writes."""
+    models = {
+        "tied": llama(V, tie_word_embeddings=True),
+        "untied": llama(V),
+        "teacher": llama(V, seed=1, spread=30, num_hidden_layers=2),
+    }
+    folders = {name: folder / name for name in models}
+    if int(os.environ.get("RANK", 0)) == 0:
+        for name, path in folders.items():
+            models[name].save_pretrained(path)
+    if processes() > 1:
+        dist.barrier()
+    return folders
+
+
+def load(folder: Path, is_spread: bool = True, dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+    spread = {"distributed_config": DistributedConfig(tp_size=processes())} if is_spread and processes() > 1 else {}
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, **spread)
+    assert isinstance(model.lm_head.weight, DTensor) == bool(spread)
+    return model
+
+
+def examples(number: int = EXAMPLES) -> list[dict]:
+    """Examples with different numbers of supervised tokens, some with none."""
+    items = labelled_tokens(number, V)
+    for place, item in enumerate(items):
+        item["labels"][: place % 7] = -100
+    return items
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: (one.full_tensor() if isinstance(one, DTensor) else one).clone() for name, one in tensors.items()}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return whole({name: one.grad for name, one in model.named_parameters()})
+
+
+# A step of a loop without a Trainer, in two processes
+
+
+def batch(seed: int = 0) -> dict[str, Tensor]:
+    items = labelled_tokens(5, V, seed=seed)
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def step(folders: dict[str, Path], is_spread: bool, divergence: str, is_tied: bool) -> dict[str, Tensor]:
+    """Two steps on one batch: loss, gradients and what the proposal learns; with whole models for comparison."""
+    student = load(folders["tied" if is_tied else "untied"], is_spread).train()
+    teacher = load(folders["teacher"], is_spread)
+    seed = 0 if is_spread else -dist.get_rank()  # whole students get the number of the process added
+    distiller = build_distiller(student, teacher, DISArguments(divergence=divergence, **SAMPLED), seed=seed)
+    assert type(distiller.teacher).__name__ == ("ShardedTeacher" if is_spread else "OnlineTeacher")
+    assert distiller.is_tensor_parallel == is_spread
+    if not is_spread:
+        distiller.reduce = None
+    for _ in range(2):
+        with distiller.step(batch()) as step:
+            loss, _ = step.loss(student(**step.inputs))
+            loss.mean().backward()
+    return {"loss": loss.detach(), **gradients(student), **distiller.sampler.state_dict()}
+
+
+def different_batches(folders: dict[str, Path]) -> str:
+    student, teacher = load(folders["untied"]).train(), load(folders["teacher"], False)
+    distiller = build_distiller(student, teacher, DISArguments(**SAMPLED))
+    try:
+        distiller.begin(batch(seed=dist.get_rank()))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def steps(folder: Path) -> dict:
+    """For test_sharded_exact, whose processes run already."""
+    folders = saved(folder)
+    given = product(("forward_kl", "reverse_kl"), (True, False))
+    found = {("tensor parallel", *case): [step(folders, one, *case) for one in (True, False)] for case in given}
+    return found | {"different batches": different_batches(folders)}
+
+
+# Trainings
+
+
+def train(folders: dict[str, Path], folder: Path, case: tuple[bool, str, str, str], **keywords) -> dict:
+    is_tied, kind, divergence, mode = case
+    dtype = torch.float32 if keywords.get("bf16") else torch.float64
+    data = examples()
+    if kind == "cached":
+        given = {"teacher_cache": folder / "cache"}
+    else:
+        given = {"teacher_model": load(folders["teacher"], kind == "spread", dtype)}
+    settings = {
+        "output_dir": str(folder / "out"),
+        "divergence": divergence,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 0.02,
+        "adam_epsilon": 1e-3,
+        "max_grad_norm": 0.5,  # clips
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **MODES[mode],
+        **keywords,
+    }
+    keeps = Keeps()
+    trainer = DISDistillationTrainer(
+        load(folders["tied" if is_tied else "untied"], dtype=dtype),
+        args=DISConfig(**settings),
+        train_dataset=data,
+        eval_dataset=data[:13],  # not a multiple of anything
+        callbacks=[keeps],
+        **given,
+    )
+    keeps.trainer = trainer
+    trainer.train()
+    output = trainer.predict(data[:13])
+    trainer.save_model(folder / "saved")
+    return {
+        "student": whole(dict(trainer.model.named_parameters())),
+        "gradients": [whole(one) for one in keeps.gradients],
+        "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "metrics": {name: value for name, value in output.metrics.items() if name.endswith(("loss", "kl"))},
+        "predictions": output.predictions,
+        "saved": dict(load(folder / "saved", False, dtype).named_parameters()),
+        "items": int(trainer.num_items_seen),
+    }
+
+
+def run(folder: Path) -> None:
+    # accelerate runs tensor parallelism on accelerators alone, and needs nothing of them.
+    ParallelismConfig._validate_accelerator = lambda *_: None
+    PartialState(cpu=True)
+    folders = saved(folder)
+    teacher = load(folders["teacher"], False)
+    cache_teacher_targets(teacher, examples(), folder / "cache", depth=8, sample_size=6, show_progress=False)
+    results = {"world_size": processes(), **{case: train(folders, folder, case) for case in cases()}}
+    results["bf16"] = train(folders, folder, (True, "spread", "forward_kl", "warm-up"), bf16=True)
+    torch.save(results, folder / f"rank_{int(os.environ.get('RANK', 0))}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]))
+    PartialState().destroy_process_group()  # its threads, alive at the exit, can abort the process
