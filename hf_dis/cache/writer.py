@@ -20,6 +20,7 @@ from hf_dis.cache.reader import TeacherCache
 from hf_dis.cache.views import SeededViews
 from hf_dis.checks import require
 from hf_dis.distributed.processes import joined_processes, num_processes, process_index, wait_for_everyone
+from hf_dis.distributed.sharded_teacher import ShardedTeacher, is_spread, whole_digest
 from hf_dis.items import Items
 from hf_dis.models.provenance import known_as, known_license, labels_digest, tokenizer_digest, weights_digest
 from hf_dis.models.tasks import Task, base_model, find_task, num_outputs, split_labels
@@ -56,7 +57,8 @@ def cache_teacher_targets(
 
     Args:
         teacher: returns ``.logits``, ``[B, C]``; a transformers model of any :class:`hf_dis.models.tasks.Task` may
-            return ``[B, S, C]``. It is moved to the device of the process and put into evaluation mode.
+            return ``[B, S, C]``. Its head may be spread over the processes. It is moved to the device of the process
+            and put into evaluation mode.
         dataset: with a length, a fixed order and no random augmentation; or :class:`hf_dis.cache.SeededViews`.
         output_dir: the folder of the cache.
         temperature: τ > 0, of the distillation.
@@ -138,6 +140,7 @@ def _header(
     task, dataset = _task(teacher), examples.dataset
     layout = settings.layout(task, settings.num_classes or _count_classes(teacher, task, first.to(device)))
     name, revision = known_as(teacher)
+    digest = whole_digest(teacher) if is_spread(teacher) else weights_digest(teacher)
     return CacheHeader(
         num_classes=layout.num_classes,
         temperature=settings.temperature,
@@ -145,7 +148,7 @@ def _header(
         sample_size=layout.sample_size,
         design=settings.design,
         seed=settings.seed,
-        teacher={"name": name or type(teacher).__name__, "revision": revision, "weights": weights_digest(teacher)},
+        teacher={"name": name or type(teacher).__name__, "revision": revision, "weights": digest},
         labels=labels_digest(teacher),
         tokenizer=None if processing_class is None else tokenizer_digest(processing_class),
         inputs=first.key_inputs,
@@ -169,14 +172,18 @@ def _count_classes(teacher: nn.Module, task: Task, batch: dict[str, Any]) -> int
 def _write(
     folder: CacheFolder, teacher: nn.Module, examples: Examples, device: torch.device, show_progress: bool
 ) -> None:
-    """Writes the shards that are missing, each by one of the processes, and completes the folder."""
-    is_first = process_index() == 0
+    """Writes the shards that are missing, each by one of the processes, and completes the folder.
+
+    Where the classes of the teacher are spread over the processes, all of them compute each shard together, and the
+    first one writes.
+    """
+    is_first, together = process_index() == 0, is_spread(teacher)
     if is_first:
         folder.begin()
     wait_for_everyone()
     missing = folder.missing()
     wait_for_everyone()  # no process writes before all of them have divided the same shards
-    mine = missing[process_index() :: num_processes()]
+    mine = missing if together else missing[process_index() :: num_processes()]
     ranges = [folder.header.examples_of(shard) for shard in mine]
     batches = examples.read([part for indices in ranges for part in examples.split(indices)])
     source = _TargetSource(teacher, folder.header, device)
@@ -184,7 +191,9 @@ def _write(
     with tqdm(total=sum(map(len, ranges)), unit=" examples", desc="Teacher targets", disable=hidden) as bar:
         written = _Written(bar, folder.header.layout.item_bytes)
         for shard, indices in zip(mine, ranges, strict=True):
-            folder.write(shard, *source.of_shard(shard, len(indices), batches, written))
+            targets = source.of_shard(shard, len(indices), batches, written)
+            if is_first or not together:
+                folder.write(shard, *targets)
     wait_for_everyone()
     if is_first:
         folder.finish(known_license(teacher))
@@ -220,7 +229,8 @@ class _TargetSource:
 
     def __init__(self, teacher: nn.Module, header: CacheHeader, device: torch.device):
         self.teacher, self.header, self.device, self.task = teacher, header, device, _task(teacher)
-        self.online = OnlineTeacher(teacher, header.num_classes, header.temperature, header.depth)
+        given = teacher, header.num_classes, header.temperature, header.depth
+        self.online = ShardedTeacher(*given, has_same_items=True) if is_spread(teacher) else OnlineTeacher(*given)
 
     def of_shard(
         self, shard: int, num_examples: int, batches: Iterator[Batch], report: Callable[[int, int], Any]

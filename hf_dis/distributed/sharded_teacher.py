@@ -10,14 +10,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_dis.distributed.exchange import OwnItems, SameItems
 from hf_dis.head.sharded import ShardedHead, sharded_heads
 from hf_dis.head.tensor_parallel import OwnRows, is_tensor_parallel, own_rows
 from hf_dis.items import Items
 from hf_dis.models.head_search import find_head
+from hf_dis.models.provenance import StoredValue, digest_of, stored_values
 from hf_dis.models.tasks import find_task, num_outputs
 from hf_dis.precision import product_type
 from hf_dis.teacher.online import OnlineTeacher
@@ -25,11 +28,16 @@ from hf_dis.teacher.targets import (
     TeacherTargets,
     block_items,
     check_support,
+    check_teacher_logits,
     chunk_items,
     log_probs,
     top_ranked,
     widen,
 )
+
+# Elements of a block of rows that exist at a time: 64 MiB in float32.
+BLOCK_ELEMENTS = 2**24
+PRECISION = "Check these inputs, and the teacher's precision: a float16 teacher overflows at 65,504, so try bfloat16"
 
 
 class ShardTargets(TeacherTargets):
@@ -136,8 +144,16 @@ class ShardedAnswers:
         self._teacher, self._features, self._check = teacher, features, check_values
 
     def __iter__(self) -> Iterator[Tensor]:
-        for logits, exchange, _ in self._teacher.chunks(self._features):
-            yield exchange.side_by_side(logits)
+        teacher, features = self._teacher, self._features
+        most = max(teacher.numbers(features))
+        size = teacher.stream.items_of_chunk(most, features.device)
+        first_item = 0
+        for logits, exchange, _ in teacher.chunks(features, parts(most, size)):
+            logits = exchange.side_by_side(logits)
+            check_teacher_logits(logits, teacher.num_classes, first_item, self._check)
+            first_item += len(logits)
+            yield logits
+            del logits
 
     def blocks(self, sizes: Sequence[int]) -> Iterator[Tensor]:
         """Yields the logits of the own classes for blocks of the items of all processes, ``[P · n, S]``.
@@ -145,8 +161,14 @@ class ShardedAnswers:
         Args:
             sizes: n, the items of each process in a block; a process with fewer items is filled up.
         """
-        for logits, _, _ in self._teacher.chunks(self._features, sizes):
+        for logits, exchange, _ in self._teacher.chunks(self._features, sizes):
+            if self._check:
+                highest = logits.amax()
+                is_bad = highest.isnan() | (highest == torch.inf)
+                if exchange.shard.sum(is_bad.long()):  # so that all processes end
+                    raise FloatingPointError(f"the teacher's logits hold NaN or Inf. {PRECISION}")
             yield logits
+            del logits
 
 
 class ShardedTeacher(OnlineTeacher):
@@ -185,9 +207,18 @@ class ShardedTeacher(OnlineTeacher):
         self, inputs: dict[str, Tensor], items: Items, check_values: bool = True
     ) -> Iterator[Tensor] | ShardedAnswers:
         """As :meth:`OnlineTeacher.all_classes`; :class:`ShardedAnswers` where processes have items of their own."""
-        if self._has_same_items:
+        features = self._features(inputs, items)
+        if features is None:
             return super().all_classes(inputs, items, check_values)
-        return ShardedAnswers(self, self._features(inputs, items), check_values)
+        answers = ShardedAnswers(self, features, check_values)
+        return iter(answers) if self._has_same_items else answers
+
+    def _identifying(self) -> Iterator[tuple[str, Tensor]]:
+        """As :meth:`OnlineTeacher._identifying`, without what depends on the number of processes."""
+        heads = tuple(f"{name}." for name in sharded_heads(self.model))
+        for name, value in stored_values(self.model):
+            if not name.startswith(heads) and not isinstance(value, DTensor):
+                yield name, value
 
     def _ranked(self, features: Tensor, check_values: bool) -> Iterator[ShardTargets]:
         for logits, exchange, first_item in self.chunks(features):
@@ -203,16 +234,11 @@ class ShardedTeacher(OnlineTeacher):
             features: input of the output layer for the items of this process, ``[N, d]``.
             sizes: the items of a process in each chunk; None: as many as the device has memory for.
         """
-        shard, device = self._rows.shard, features.device
-        numbers = (
-            [len(features)]
-            if self._has_same_items
-            else shard.gather(torch.tensor([len(features)], device=device))[:, 0].tolist()
-        )
-        most = max(numbers)
+        shard, device, numbers = self._rows.shard, features.device, self.numbers(features)
         if sizes is None:
-            size = max(1, chunk_items(most * len(numbers), max(self.sizes), device) // len(numbers))
-            sizes = [min(size, most - first) for first in range(0, max(1, most), size)]
+            most = max(numbers)
+            size = chunk_items(most * len(numbers), max(self.sizes), device) // len(numbers)
+            sizes = parts(most, max(1, size))
         with self.stream.context():
             dtype = product_type(features)
         size = self.sizes[shard.index]
@@ -233,6 +259,12 @@ class ShardedTeacher(OnlineTeacher):
             del logits
             first += size
 
+    def numbers(self, features: Tensor) -> list[int]:
+        """The number of items of each process, or the number that all processes have."""
+        if self._has_same_items:
+            return [len(features)]
+        return self._rows.shard.gather(torch.tensor([len(features)], device=features.device))[:, 0].tolist()
+
     def _features(self, inputs: dict[str, Tensor], items: Items) -> Tensor | None:
         """The input of the output layer; None where only the whole model can answer."""
         if self.stream.splits(inputs, items) and self.stream.after_head.bias is None:
@@ -250,9 +282,13 @@ def _check_finite(targets: ShardTargets, first_item: int, check_values: bool) ->
         bad = (~targets.log_normaliser[:, 0].isfinite()).nonzero()[:, 0] + first_item
         raise FloatingPointError(
             f"the teacher's logits hold NaN or Inf in items {bad.tolist()[:20]} of the batch, or are -inf for all "
-            "classes. Check these inputs, and the teacher's precision: a float16 teacher overflows at 65,504, so try "
-            "bfloat16"
+            f"classes. {PRECISION}"
         )
+
+
+def parts(number: int, size: int) -> list[int]:
+    """Divides a number into parts of a size, the last one smaller; at least one part."""
+    return [min(size, number - first) for first in range(0, max(1, number), size)]
 
 
 def is_spread(teacher: nn.Module) -> bool:
@@ -263,3 +299,39 @@ def is_spread(teacher: nn.Module) -> bool:
         return False
     head = teacher.get_submodule(find_head(teacher, num_outputs(teacher, find_task(teacher))))
     return own_rows(head) is not None
+
+
+def whole_digest(teacher: nn.Module) -> str:
+    """Computes :func:`hf_dis.models.provenance.weights_digest` of a teacher that is spread over processes.
+
+    Every process has to call it. At most one parameter of the body is whole at a time, and a block of a sharded head.
+    """
+    heads = sharded_heads(teacher)
+
+    def whole_values() -> Iterator[StoredValue]:
+        for name, value in sorted(stored_values(teacher), key=lambda named: named[0]):
+            head = heads.get(name.rpartition(".")[0])
+            if head is not None:
+                yield StoredValue(name, value.dtype, (head.out_features, *value.shape[1:]), _all_rows(value, head))
+            else:
+                yield StoredValue(name, value.dtype, tuple(value.shape), [_whole(value)])
+
+    return digest_of(whole_values())
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _all_rows(rows: Tensor, head: ShardedHead) -> Iterator[Tensor]:
+    """The rows of all processes in order, block by block, on every process."""
+    block_rows = max(1, BLOCK_ELEMENTS // rows[0].numel())
+    for process, size in enumerate(head.sizes):
+        first = 0
+        for number in parts(size, block_rows):
+            is_own = process == head.shard.index
+            block = rows[first : first + number] if is_own else rows.new_empty(number, *rows.shape[1:])
+            if head.shard.number > 1:
+                dist.broadcast(block, process)  # a sharded head is held by all processes of the run
+            yield block
+            first += number

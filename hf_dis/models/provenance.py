@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -103,16 +103,36 @@ def stored_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, (_read(kept, name, value) if value.is_meta else value).detach()
 
 
+class StoredValue(NamedTuple):
+    """A value of a model's state: name, type and shape of the whole, and its rows in parts, in order."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Iterable[Tensor]
+
+
 def weights_digest(model: nn.Module) -> str:
     """Computes xxh3_128 of a model's parameters and buffers, with their names, types and shapes.
 
     The digest of an offloaded model is that of the same model in memory.
     """
+    values = sorted(stored_values(model), key=lambda named: named[0])
+    return digest_of(StoredValue(name, one.dtype, tuple(one.shape), [one]) for name, one in values)
+
+
+def digest_of(values: Iterable[StoredValue]) -> str:
+    """Computes the digest of :func:`weights_digest` from the values of a model.
+
+    Args:
+        values: sorted by name; a value on the meta device counts by its name, type and shape.
+    """
     digest = xxhash.xxh3_128()
-    for name, value in sorted(stored_values(model), key=lambda named: named[0]):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        if not value.is_meta:
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for name, dtype, shape, parts in values:
+        digest.update(f"{name} {dtype} {shape}".encode())
+        for part in parts:
+            if not part.is_meta:
+                digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -60,7 +60,7 @@ class OnlineTeacher:
         Values on the meta device are unreachable; they stand for their name, shape and type.
         """
         digest = hashlib.sha256()
-        for name, tensor in stored_values(self.model):
+        for name, tensor in self._identifying():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             if tensor.is_meta:
                 digest.update(str(tensor.dtype).encode())
@@ -68,6 +68,10 @@ class OnlineTeacher:
                 values = tensor.flatten()[:: max(1, tensor.numel() // 64)].cpu()  # MPS has no float64
                 digest.update(values.to(torch.float64).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def _identifying(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of the weights by which the teacher is recognised."""
+        return stored_values(self.model)
 
     def _rank(self, num_items: int, logits: Tensor) -> TeacherTargets:
         return TeacherTargets(logits, self.temperature, self.depth, BLOCKS_OF_CHUNK, num_items)

@@ -22,16 +22,23 @@ from equality_worker import Keeps, SamplesByLabel, data
 from tiny_models import bert_tokens, vit
 from torch import Tensor, nn
 
-from hf_dis import DISConfig, DISDistillationTrainer, cache_teacher_targets
+from hf_dis import DISConfig, DISDistillationTrainer, TeacherCache, cache_teacher_targets
 from hf_dis.head.sharded import ShardedHead, shard_head, sharded_heads
 
 C, WINDOW, EXAMPLES, STEPS = 41, 16, 48, 5
 TASKS = {"image": vit, "token classification": bert_tokens}
 TEACHERS = ("online", "cached")
+CACHED = {"depth": 8, "sample_size": 6, "show_progress": False}
 DIVERGENCES = ("forward_kl", "reverse_kl")
 GRADIENTS = {
     "dense": {"optim": "sgd", "learning_rate": 0.1},
     "row-sparse": {"row_sparse_head": True, "optim": "adamw_torch", "learning_rate": 0.02, "adam_epsilon": 1e-3},
+}
+MODES = {
+    "sampled": {},
+    "per item": {"num_shared_classes": 0},
+    "warm-up": {"exact_warmup_steps": 2},
+    "exact": {"head_mode": "exact"},
 }
 # The same samples for every number of processes; a proposal that learns sums its statistics in float32.
 ONE_SAMPLE = {"own_samples": False, "num_tails": 1, "proposal": "uniform"}
@@ -77,13 +84,24 @@ def student(task: str, is_sharded: bool, num_classes: int = C) -> nn.Module:
     return model
 
 
-def teacher(task: str, num_classes: int = C) -> nn.Module:
-    return TASKS[task](num_classes, seed=1, spread=30).double()
+def teacher(task: str, num_classes: int = C, is_sharded: bool = False) -> nn.Module:
+    model = TASKS[task](num_classes, seed=1, spread=30).double()
+    if is_sharded:
+        shard_head(model, "classifier")
+    return model
 
 
-def train(folder: Path, task: str, is_sharded: bool, cache: Path | None = None, own_samples: bool = True, **keywords):
+def train(
+    folder: Path,
+    task: str,
+    is_sharded: bool,
+    cache: Path | None = None,
+    own_samples: bool = True,
+    shards_teacher: bool = False,
+    **keywords,
+):
     """Trains for some steps; returns the student, the gradients, the logs and the state of the optimizer."""
-    given = {"teacher_model": teacher(task)} if cache is None else {"teacher_cache": cache}
+    given = {"teacher_model": teacher(task, is_sharded=shards_teacher)} if cache is None else {"teacher_cache": cache}
     keeps = Keeps()
     trainer = DISDistillationTrainer(
         student(task, is_sharded),
@@ -134,6 +152,11 @@ def cases() -> list[tuple[str, str, str, str]]:
     return [case for case in every if case[1:3] != ("cached", "reverse_kl")]
 
 
+def teacher_cases() -> list[tuple[str, str, str]]:
+    """Task, divergence and mode of the trainings with a sharded teacher."""
+    return [(*case, mode) for case in product(TASKS, DIVERGENCES) for mode in MODES]
+
+
 @contextmanager
 def bytes_sent():
     """Counts the bytes that this process gives to the collectives of torch.distributed."""
@@ -159,11 +182,11 @@ def bytes_sent():
             patch.stop()
 
 
-def step_bytes(folder: Path, num_classes: int, proposal: str) -> int:
+def step_bytes(folder: Path, num_classes: int, proposal: str, shards_teacher: bool = False) -> int:
     """The bytes of the training steps of a sharded student beyond those of its body, for a number of classes."""
     trainer = DISDistillationTrainer(
         student("image", True, num_classes),
-        teacher("image", num_classes),
+        teacher("image", num_classes, shards_teacher),
         DISConfig(output_dir=str(folder), **settings(proposal=proposal, max_steps=1)),
         train_dataset=examples("image"),
     )
@@ -183,7 +206,17 @@ def run(folder: Path) -> None:
     results = {"world_size": processes}
     caches = {task: folder / f"cache of {task}" for task in TASKS}
     for task, path in caches.items():
-        cache_teacher_targets(teacher(task), examples(task), path, depth=8, sample_size=6, show_progress=False)
+        cache_teacher_targets(teacher(task), examples(task), path, **CACHED)
+        # By a sharded teacher in shards of some examples, which all processes compute together.
+        found = {}
+        for is_sharded in (False, True):
+            own = folder / f"{task}, {is_sharded}"
+            cache_teacher_targets(
+                teacher(task, is_sharded=is_sharded), examples(task), own, shard_examples=11, **CACHED
+            )
+            found[is_sharded] = {file.name: file.read_bytes() for file in own.iterdir() if file.suffix == ".arrow"}
+            found[is_sharded]["header"] = TeacherCache(own).header.teacher
+        results["cached by shards", task] = found[True], found[False]
     for case in cases():
         task, kind, divergence, gradients = case
         given = {"divergence": divergence, **GRADIENTS[gradients]}
@@ -193,6 +226,12 @@ def run(folder: Path) -> None:
         for is_sharded in (False, True) if processes == 2 else ():
             cache = caches[task] if kind == "cached" else None
             results[(*case, is_sharded)] = train(folder / "out", task, is_sharded, cache, **given)
+    for case in teacher_cases() if processes == 2 else ():
+        task, divergence, mode = case
+        given = {"divergence": divergence, **GRADIENTS["dense"], **MODES[mode]}
+        for is_sharded in (False, True):
+            run = train(folder / "out", task, True, shards_teacher=is_sharded, **given)
+            results[("sharded teacher", *case, is_sharded)] = run
     for task in TASKS:
         with mock.patch.object(ShardedHead, "forward", autospec=True, side_effect=ShardedHead.forward) as whole_logits:
             results["exact", task, True] = train(folder / "out", task, True, head_mode="exact")
@@ -209,6 +248,9 @@ def run(folder: Path) -> None:
             proposal: [step_bytes(folder / "out", number, proposal) for number in numbers]
             for proposal, numbers in sizes.items()
         }
+        results["bytes"]["sharded teacher"] = [
+            step_bytes(folder / "out", number, "dis", shards_teacher=True) for number in sizes["dis"]
+        ]
     torch.save(results, folder / f"rank_{rank}.pt")
 
 

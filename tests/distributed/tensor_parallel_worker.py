@@ -181,7 +181,7 @@ def run(folder: Path) -> None:
     ParallelismConfig._validate_accelerator = lambda *_: None
     PartialState(cpu=True)
     folders = saved(folder)
-    teacher = load(folders["teacher"], False)
+    teacher = load(folders["teacher"])  # in two processes the cache is written by a tensor-parallel teacher
     cache_teacher_targets(teacher, examples(), folder / "cache", depth=8, sample_size=6, show_progress=False)
     results = {"world_size": processes(), **{case: train(folders, folder, case) for case in cases()}}
     results["bf16"] = train(folders, folder, (True, "spread", "forward_kl", "warm-up"), bf16=True)

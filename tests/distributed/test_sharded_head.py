@@ -45,6 +45,22 @@ def test_a_sharded_head_trains_as_a_whole_one(runs, case):
         assert max(log["grad_norm"] for log in found["logs"]) > 0.05  # so that norms matter
 
 
+@pytest.mark.parametrize("case", worker.teacher_cases(), ids=", ".join)
+def test_a_sharded_teacher_teaches_as_a_whole_one(runs, case):
+    for rank in runs[2]:
+        found, expected = (rank[("sharded teacher", *case, is_sharded)] for is_sharded in (True, False))
+        assert_same_training(found, expected)
+        assert_near(found["proposal"], expected["proposal"], 1e-7)
+
+
+@pytest.mark.parametrize("task", worker.TASKS)
+def test_a_cache_of_a_sharded_teacher_is_that_of_a_whole_one(runs, task):
+    for number in (1, 2, 4):
+        for rank in runs[number]:
+            found, expected = rank["cached by shards", task]
+            assert len(found) == 6 and found == expected  # 48 examples in shards of 11, and the header
+
+
 @pytest.mark.parametrize("number", [2, 4])
 @pytest.mark.parametrize("case", [case for case in worker.cases() if case[1] == "online"], ids=", ".join)
 def test_the_number_of_processes_changes_nothing(runs, case, number):
