@@ -8,7 +8,7 @@ go to the process of the item (arXiv 2010.05222). With sampled classes nothing t
 from __future__ import annotations
 
 import math
-import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
 
 from hf_dis.head.own_columns import own_columns
+from hf_dis.head.processes import check_processes, only_saved_whole
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.precision import product_type
 from hf_dis.sampling.designs import Updates
@@ -66,7 +68,7 @@ class ShardedHead(nn.Linear):
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ):
-        _check_processes(mesh)
+        check_processes(mesh)
         group = None if mesh is None else mesh.get_group()
         number = dist.get_world_size(group) if dist.is_initialized() else 1
         if num_classes < number:
@@ -249,6 +251,7 @@ def shard_head(
 
     Args:
         model: the student, on every process, not wrapped. ``DistributedDataParallel`` will leave the head out.
+            ``save_pretrained`` of one process raises ValueError from then on: ``trainer.save_model`` saves the model.
         name: of the head, an ``nn.Linear`` among ``model.named_modules()``.
         mesh: as for :class:`ShardedHead`.
         num_classes: C of a new head, of random rows; None: the head stays as large as it is.
@@ -283,6 +286,8 @@ def shard_head(
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     own = [f"{name}.{parameter}" for parameter, _ in sharded.named_parameters()]
     model._ddp_params_and_buffers_to_ignore = [*ignored, *own]
+    if isinstance(model, PreTrainedModel) and sharded.shard.number > 1:
+        model.save_pretrained = partial(only_saved_whole, model)
     return sharded
 
 
@@ -294,24 +299,6 @@ def sharded_heads(model: nn.Module) -> dict[str, ShardedHead]:
 def _filled(values: Tensor, length: int, filler: int = 0) -> Tensor:
     """Fills values ``[n, ...]`` up to a length."""
     return F.pad(values, (0, 0, 0, length - len(values)), value=filler)
-
-
-def _check_processes(mesh: DeviceMesh | None) -> None:
-    is_joined = dist.is_available() and dist.is_initialized()
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if not is_joined and started > 1:
-        raise ValueError(
-            f"the launcher started {started} processes, which are not joined yet: make the DISConfig, or call "
-            "hf_dis.distributed.processes.start_processes(), before the head is sharded"
-        )
-    if mesh is None:
-        return
-    world = dist.get_world_size()
-    if mesh.ndim != 1 or mesh.size() != world:
-        raise ValueError(
-            f"the mesh has the shape {tuple(mesh.shape)} and the run has {world} processes: a sharded head needs one "
-            f"dimension of all processes; pass init_device_mesh(device, ({world},)), or mesh=None for the same"
-        )
 
 
 def _check_head(model: nn.Module, name: str, head: nn.Module) -> None:

@@ -16,12 +16,12 @@ def two_processes(script: str, folder: Path, *arguments: str) -> list[dict[str, 
     return processes(2, script, folder, *arguments)
 
 
-def processes(number: int, script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """As :func:`two_processes`, for any number of processes."""
+def processes(number: int, script: str, folder: Path, *arguments: str, **environment: str) -> list[dict[str, Any]]:
+    """As :func:`two_processes`, for any number of processes, with variables of the environment."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     finished = subprocess.run(
         [*torchrun, script, str(folder), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
         capture_output=True,
         text=True,
         timeout=560,

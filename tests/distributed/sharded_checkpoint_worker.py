@@ -28,6 +28,7 @@ def train(folder: Path, kind: str, checkpoint: str | None) -> dict:
             output_dir=str(folder / kind),
             **settings(max_steps=STEPS, num_tails=1, **KINDS[kind])
             | {"save_strategy": "steps" if checkpoint is None else "no", "save_steps": SAVED},
+            hub_model_id="tester/sharded",
         ),
         train_dataset=examples("image"),
     )
@@ -39,6 +40,8 @@ def train(folder: Path, kind: str, checkpoint: str | None) -> dict:
     trainer.train(resume_from_checkpoint=checkpoint)
     if checkpoint is None:
         trainer.save_model()
+        if kind == "dense":
+            trainer.push_to_hub()
     head = trainer.model.classifier
     states = {own: trainer.optimizer.state[parameter] for own, parameter in head.named_parameters()}
     moments = {

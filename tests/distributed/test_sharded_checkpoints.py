@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import sharded_checkpoint_worker as worker
@@ -9,6 +11,9 @@ import torch
 from launch import processes
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
+from hub_server import TOKEN, LocalHub
 
 from hf_dis.errors import DataError
 from hf_dis.head.sharded import ShardedHead
@@ -18,10 +23,17 @@ from hf_dis.trainer.sharded_files import HEAD, MOMENTS
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def server():
+    with LocalHub() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, server):
     """The folder and the result of an uninterrupted training by two processes."""
     folder = tmp_path_factory.mktemp("saved")
-    return folder, processes(2, worker.__file__, folder)[0]
+    hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server.endpoint, "HF_HOME": str(folder / "home"), "HF_TOKEN": TOKEN}
+    return folder, processes(2, worker.__file__, folder, HF_HUB_DISABLE_XET="1", **hub)[0]
 
 
 @pytest.mark.slow
@@ -50,6 +62,18 @@ def test_the_saved_student_is_an_ordinary_one(saved, kind):
         listed = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
         assert set(listed.values()) == {HEAD, "model-body.safetensors"}
     assert len(load_file(folder / kind / f"checkpoint-{worker.STEPS}" / MOMENTS)["weight.exp_avg"]) == 41
+
+
+def test_the_published_student_is_an_ordinary_one(saved, server, tmp_path):
+    _, result = saved
+    files = server.files["tester/sharded"]
+    assert {"README.md", "config.json", HEAD, "model-body.safetensors", "model.safetensors.index.json"} <= files.keys()
+    assert not [name for name in files if re.search("optimizer|dis_state|rng_state", name)]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    model = ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, result["dense"][name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -1,6 +1,7 @@
 """ShardedHead in one process: it takes the place of a linear layer, and what cannot be sharded is refused."""
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -60,6 +61,26 @@ def test_a_new_head_is_never_whole_anywhere(four_processes):
     on_meta = vit(2)
     on_meta.classifier = nn.Linear(16, 100_000, device="meta")
     assert torch.equal(shard_head(on_meta, "classifier", seed=3).weight, head.weight)
+
+
+def test_the_rows_of_one_process_are_not_saved_as_the_whole(four_processes, tmp_path):
+    model = vit(10)
+    shard_head(model, "classifier")
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert one.save_pretrained.args == (one,)
+        for given in ((), (True, None)):
+            with pytest.raises(ValueError, match=r"rows of this process alone.*trainer\.save_model"):
+                one.save_pretrained(tmp_path, *given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sharded_head_of_one_process_is_saved_whole(tmp_path):
+    model = vit(10)
+    shard_head(model, "classifier")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        hf.ViTForImageClassification.from_pretrained(tmp_path).classifier.weight, model.classifier.weight
+    )
 
 
 def test_fewer_classes_than_processes(four_processes):
