@@ -201,6 +201,9 @@ class Distiller:
             first = first_examples(inputs, items, 1)
             # Without a stream FSDP or DeepSpeed sharded the parameters, which are whole in the forward only.
             can_split = self.head.shard is not None or (stream is not None and stream.splits(inputs, items))
+            spread = self.head.spread if can_split and self.head_layers else None
+            if spread is not None:  # each process needs a shared class, and no bias beside the layer's
+                can_split = spread.rows_each * (spread.number - 1) < self.num_classes and self.after_head.bias is None
             self._splits = can_split and splits_at_head(self.student, self.head, first, self.after_head)
         return self._splits
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_dis.distributed.exact_head import ShardedHeadLoss
+from hf_dis.distributed.exact_rows import SpreadHeadLoss
 from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
 from hf_dis.head.tensor_parallel import check_same_sample
 from hf_dis.items import Items
@@ -108,6 +109,9 @@ class ExactStep:
         self._head_input = _head_input(distiller, self._held)
         if self._head_input is None:
             return LogitsLoss(self._logits(outputs), objective)
+        if distiller.is_tensor_parallel and (spread := distiller.head.spread) is not None:
+            given = self._head_input._replace(features=spread.copied(self._head_input.features))
+            return SpreadHeadLoss(given, spread, objective, self._teacher)
         if distiller.head.shard is None:
             return HeadLoss(self._head_input, objective, self._teacher)
         return ShardedHeadLoss(self._head_input, distiller.head.module, objective, self._teacher)
@@ -145,7 +149,8 @@ class WarmupStep(ExactStep):
             return sampled_columns(self._logits(outputs).detach(), *ids)
         if self.distiller.head.shard is not None:
             return head.after_head(self.distiller.head.module.sampled(head.features.to(head.dtype), *ids))
-        return head.after_head(sampled_logits(head.features.to(head.dtype), head.weight, head.bias, *ids))
+        given = head.features.to(head.dtype), head.weight, head.bias
+        return head.after_head(sampled_logits(*given, *ids, shard=self.distiller.head.spread))
 
     def quality(self) -> dict[str, Tensor | GradientError]:
         """As :meth:`SampledStep.quality`."""

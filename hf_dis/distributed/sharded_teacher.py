@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from hf_dis.distributed.exchange import OwnItems, SameItems
 from hf_dis.head.sharded import ShardedHead, sharded_heads
 from hf_dis.head.tensor_parallel import OwnRows, is_tensor_parallel, own_rows
+from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import Items
 from hf_dis.models.head_search import find_head
 from hf_dis.models.provenance import StoredValue, digest_of, stored_values
@@ -143,6 +144,11 @@ class ShardedAnswers:
     def __init__(self, teacher: ShardedTeacher, features: Tensor, check_values: bool):
         self._teacher, self._features, self._check = teacher, features, check_values
 
+    @property
+    def rows_each(self) -> int:
+        """As :attr:`hf_dis.VocabShard.rows_each`."""
+        return self._teacher.shard.rows_each
+
     def __iter__(self) -> Iterator[Tensor]:
         teacher, features = self._teacher, self._features
         most = max(teacher.numbers(features))
@@ -155,11 +161,12 @@ class ShardedAnswers:
             yield logits
             del logits
 
-    def blocks(self, sizes: Sequence[int]) -> Iterator[Tensor]:
+    def blocks(self, sizes: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Yields the logits of the own classes for blocks of the items of all processes, ``[P · n, S]``.
 
         Args:
-            sizes: n, the items of each process in a block; a process with fewer items is filled up.
+            sizes: n, the items of each process in a block; a process with fewer items is filled up. None: as many as
+                the device has memory for.
         """
         for logits, exchange, _ in self._teacher.chunks(self._features, sizes):
             if self._check:
@@ -206,12 +213,11 @@ class ShardedTeacher(OnlineTeacher):
     def all_classes(
         self, inputs: dict[str, Tensor], items: Items, check_values: bool = True
     ) -> Iterator[Tensor] | ShardedAnswers:
-        """As :meth:`OnlineTeacher.all_classes`; :class:`ShardedAnswers` where processes have items of their own."""
+        """As :meth:`OnlineTeacher.all_classes`; :class:`ShardedAnswers` unless only the whole model can answer."""
         features = self._features(inputs, items)
         if features is None:
             return super().all_classes(inputs, items, check_values)
-        answers = ShardedAnswers(self, features, check_values)
-        return iter(answers) if self._has_same_items else answers
+        return ShardedAnswers(self, features, check_values)
 
     def _identifying(self) -> Iterator[tuple[str, Tensor]]:
         """As :meth:`OnlineTeacher._identifying`, without what depends on the number of processes."""
@@ -258,6 +264,11 @@ class ShardedTeacher(OnlineTeacher):
             yield logits, exchange, first
             del logits
             first += size
+
+    @property
+    def shard(self) -> VocabShard:
+        """The classes whose rows this process holds."""
+        return self._rows.shard
 
     def numbers(self, features: Tensor) -> list[int]:
         """The number of items of each process, or the number that all processes have."""

@@ -16,6 +16,7 @@ from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items
 from hf_dis.models.after_head import AfterHead
 from hf_dis.models.head_features import evaluating
+from hf_dis.models.head_search import is_spread_by_rows
 from hf_dis.models.ties import modules_with
 from hf_dis.precision import check_sparse
 
@@ -81,8 +82,8 @@ def check_head(
 def splits_at_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor], after_head: AfterHead) -> bool:
     """Returns True if a model's logits follow from the input of its head, so that a loss can compute them from there.
 
-    The head has to be one ``nn.Linear``, whole or sharded, called once and without hooks. The logits of a few examples
-    are compared. Model and random state are left as they were.
+    The head has to be one ``nn.Linear``, whole, sharded or tensor-parallel, called once and without hooks. The logits
+    of a few examples are compared. Model and random state are left as they were.
 
     Args:
         model: the student.
@@ -112,7 +113,7 @@ def splits_at_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor
         return True  # all classes were computed, as they are in training
     if holding.features is None or holding.features.shape != (len(full), head.module.in_features):
         return False
-    if head.shard is None:
+    if head.shard is None and not is_spread_by_rows(head.module.weight):
         weight, bias = head.weight_and_bias()
         values = (None if one is None else one.to(holding.dtype) for one in (holding.features, weight, bias))
         logits = F.linear(*values)
@@ -220,13 +221,11 @@ def _check_tied(head: str, other: str, module: nn.Module) -> None:
 def _is_plain_linear(layer: nn.Module) -> bool:
     """Returns True if a layer computes ``h Wᵀ + b`` and nothing else, from a weight on this process."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return (
-        type(layer).forward in (nn.Linear.forward, ShardedHead.forward)
-        and "forward" not in vars(layer)
-        and not any(hooks)
-        and type(layer.weight) in (nn.Parameter, Tensor)
-        and layer.weight.is_floating_point()
-    )
+    if type(layer).forward not in (nn.Linear.forward, ShardedHead.forward) or any(hooks):
+        return False
+    # transformers gives a tensor-parallel layer a forward of its own, which sends the features and joins the logits.
+    is_own = "forward" not in vars(layer) and type(layer.weight) in (nn.Parameter, Tensor)
+    return layer.weight.is_floating_point() and (is_own or is_spread_by_rows(layer.weight))
 
 
 def _classes_to_compare(num_items: int, num_classes: int, device: torch.device) -> tuple[Tensor, Tensor]:

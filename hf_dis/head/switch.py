@@ -125,7 +125,8 @@ class _HoldingInTraining(_Holding):
             return logits if self.bias is None else logits + self.bias
         self.features = _of_items(self.items, features)
         # Distributed training looks for the parameters in use from the outputs on: a logit leads to all of them.
-        return F.linear(self.features, layer.weight[:1], None if layer.bias is None else layer.bias[:1])
+        weight, bias, _ = own_rows(layer) or (layer.weight, layer.bias, None)
+        return F.linear(self.features, weight[:1], None if bias is None else bias[:1])
 
 
 _Held = TypeVar("_Held", bound=_Holding)
@@ -179,10 +180,21 @@ class SampledHead:
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Returns the weight ``[C, d]`` of a head of one layer, and all that is added to its logits, ``[C]`` or None.
 
+        Those of a tensor-parallel head are the rows of this process.
+
         Raises:
             ValueError: if the head is made of several layers.
         """
+        rows = own_rows(self.module)
+        if rows is not None:
+            return rows.weight, rows.bias
         return self.module.weight, _with_bias(self.module, self._logits_bias())
+
+    @property
+    def spread(self) -> VocabShard | None:
+        """The classes that this process holds of a tensor-parallel head; None of any other head."""
+        rows = own_rows(self.module)
+        return None if rows is None else rows.shard
 
     def parameters(self) -> list[nn.Parameter]:
         """Lists the parameters of all layers."""

@@ -58,6 +58,11 @@ class VocabShard:
         """The number of this shard, from 0 on."""
         return dist.get_rank(self.group) if self.number > 1 else 0
 
+    @property
+    def rows_each(self) -> int:
+        """The number of classes of each process but the last ones, where shards are those of tensor parallelism."""
+        return self.start // self.index if self.index else len(self)
+
     def copied(self, values: Tensor) -> Tensor:
         """Returns values that all processes have; their gradient is summed over the processes."""
         return values if self.number == 1 else _Exchanged.apply(values, _unchanged, self.sum)

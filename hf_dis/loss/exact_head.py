@@ -105,10 +105,13 @@ class HeadLoss(ExactTerms):
         terms = self.terms()
         loss = mixture(terms, self.objective)
         if self.gradients.wanted:
-            # No method of this object, which holds the head in the type of the products until backward.
-            weighted = partial(_weighted_gradients, self._head, self.objective, self._again)
-            loss = _GivenGradients.apply(*self._head.parameters, loss, self.gradients, weighted)
+            loss = _GivenGradients.apply(*self._head.parameters, loss, self.gradients, self._recomputed())
         return loss, terms
+
+    def _recomputed(self) -> Callable[[Tensor], Gradients]:
+        """Computes the gradients once more, for factors ``[N]`` of the items."""
+        # No method of this object, which holds the head in the type of the products until backward.
+        return partial(_weighted_gradients, self._head, self.objective, self._again)
 
 
 def exact_head_loss(

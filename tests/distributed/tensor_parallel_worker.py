@@ -89,20 +89,24 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
-def step(folders: dict[str, Path], is_spread: bool, divergence: str, is_tied: bool) -> dict[str, Tensor]:
+def step(folders: dict[str, Path], is_spread: bool, divergence: str, is_tied: bool, mode: str) -> dict[str, Tensor]:
     """Two steps on one batch: loss, gradients and what the proposal learns; with whole models for comparison."""
+    options = {"warming_up": mode == "warm-up", "holds_logits": False}
     student = load(folders["tied" if is_tied else "untied"], is_spread).train()
     teacher = load(folders["teacher"], is_spread)
     seed = 0 if is_spread else -dist.get_rank()  # whole students get the number of the process added
-    distiller = build_distiller(student, teacher, DISArguments(divergence=divergence, **SAMPLED), seed=seed)
+    distiller = build_distiller(student, teacher, DISArguments(divergence=divergence, **MODES[mode]), seed=seed)
     assert type(distiller.teacher).__name__ == ("ShardedTeacher" if is_spread else "OnlineTeacher")
     assert distiller.is_tensor_parallel == is_spread
     if not is_spread:
         distiller.reduce = None
     for _ in range(2):
-        with distiller.step(batch()) as step:
-            loss, _ = step.loss(student(**step.inputs))
-            loss.mean().backward()
+        with distiller.step(batch(), **options) as step:
+            outputs = student(**step.inputs)
+            if mode == "exact":
+                assert outputs.logits.shape[1] == 1  # never the logits of all classes
+            loss, _ = step.loss(outputs)
+            (loss * (1 + torch.arange(len(loss)))).sum().backward()  # items that count differently
     return {"loss": loss.detach(), **gradients(student), **distiller.sampler.state_dict()}
 
 
@@ -119,7 +123,8 @@ def different_batches(folders: dict[str, Path]) -> str:
 def steps(folder: Path) -> dict:
     """For test_sharded_exact, whose processes run already."""
     folders = saved(folder)
-    given = product(("forward_kl", "reverse_kl"), (True, False))
+    given = [("forward_kl", True, "sampled"), ("reverse_kl", False, "sampled"), ("forward_kl", False, "warm-up")]
+    given += [("reverse_kl", True, "exact"), ("forward_kl", False, "exact")]
     found = {("tensor parallel", *case): [step(folders, one, *case) for one in (True, False)] for case in given}
     return found | {"different batches": different_batches(folders)}
 
