@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_dis.distiller import Distiller
+from hf_dis.head.tensor_parallel import is_tensor_parallel
 from hf_dis.loss.entropy import sampled_entropy
 from hf_dis.report.gradient_error import GradientError
 from hf_dis.steps import SampledStep, Step, WarmupStep
@@ -18,6 +20,14 @@ class TRLHost(DISTrainerMixin):
     def _begin(self, inputs: dict[str, Any], returns_outputs: bool) -> Step:
         # With a cache of keys and values a model does not look for the documents of a packed sequence.
         return super()._begin({**inputs, "use_cache": False}, returns_outputs)
+
+    def _make_distiller(self) -> Distiller:
+        if is_tensor_parallel(self._student):
+            raise ValueError(
+                f"the student is tensor-parallel, and {type(self).__name__} counts and writes text for each process "
+                "alone: use DISDistillationTrainer on tokenised text, or load the student whole"
+            )
+        return super()._make_distiller()
 
     def _quality(self, step: Step) -> dict[str, Tensor | GradientError]:
         quality = super()._quality(step)

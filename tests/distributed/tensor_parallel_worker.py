@@ -151,6 +151,8 @@ def train(folders: dict[str, Path], folder: Path, case: tuple[bool, str, str, st
         "max_grad_norm": 0.5,  # clips
         "logging_steps": 1,
         "save_strategy": "no",
+        "save_steps": 1,
+        "save_only_model": True,
         "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
@@ -173,6 +175,7 @@ def train(folders: dict[str, Path], folder: Path, case: tuple[bool, str, str, st
     return {
         "student": whole(dict(trainer.model.named_parameters())),
         "gradients": [whole(one) for one in keeps.gradients],
+        "evaluated": [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log],
         "logs": [log for log in trainer.state.log_history if "loss" in log],
         "metrics": {name: value for name, value in output.metrics.items() if name.endswith(("loss", "kl"))},
         "predictions": output.predictions,
@@ -190,6 +193,9 @@ def run(folder: Path) -> None:
     cache_teacher_targets(teacher, examples(), folder / "cache", depth=8, sample_size=6, show_progress=False)
     results = {"world_size": processes(), **{case: train(folders, folder, case) for case in cases()}}
     results["bf16"] = train(folders, folder, (True, "spread", "forward_kl", "warm-up"), bf16=True)
+    best = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    case = (True, "whole", "forward_kl", "sampled")
+    results["best"] = train(folders, folder, case, learning_rate=0.5, lr_scheduler_type="constant", **best)
     torch.save(results, folder / f"rank_{int(os.environ.get('RANK', 0))}.pt")
 
 

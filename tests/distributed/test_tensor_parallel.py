@@ -41,3 +41,13 @@ def test_mixed_precision_trains(runs):
     for name in ("loss", "kd_loss"):
         found, expected = (log["logs"][0][name] for log in (first, runs[0]["bf16"]))
         assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_the_best_model_is_loaded_at_the_end(runs):
+    expected = runs[0]["best"]
+    lowest = min(expected["evaluated"])
+    assert lowest < expected["evaluated"][-1]
+    for rank in runs[1]:
+        assert rank["best"]["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-9)
+        assert rank["best"]["metrics"]["test_loss"] == pytest.approx(lowest, rel=1e-9)
+        assert_near(rank["best"]["student"], expected["student"], 1e-10)

@@ -218,3 +218,11 @@ def test_examples_that_an_evaluation_counts_twice_are_told(caplog, batch_size, p
     )
     check_trainer(trainer)
     assert caplog.text.count("set per_device_eval_batch_size=1") == told
+
+
+def test_a_tensor_parallel_student(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dis.integrations.trl_host.is_tensor_parallel", lambda model: True)
+    with pytest.raises(
+        ValueError, match=r"student is tensor-parallel, and DISSFTTrainer .*use DISDistillationTrainer"
+    ):
+        make_trainer(tmp_path)
