@@ -64,8 +64,7 @@ def build_distiller(
         tokenizer, teacher_tokenizer: of the models, where their vocabularies have different widths.
         teacher_cache, eval_teacher_cache: stored targets of the training and the evaluation data, or their folders.
         device: of the training; None: that of the student.
-        seed: of the sampler; the index of the process is added, unless all processes have the same items as those of
-            a tensor-parallel student.
+        seed: of the sampler; the index of the process is added, but for a tensor-parallel student.
         context: entered around the teacher's forwards; ``accelerator.autocast`` for mixed precision.
         precision: the narrowest type that the student computes in, if narrower than its logits.
         label_names: columns of a batch that the student is not given.
@@ -80,12 +79,10 @@ def build_distiller(
     width = num_outputs(student, task)
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
-    seed += 0 if is_tensor_parallel(student) else process_index()
     spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed, device, student)
     mode, costs = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
     layers = _find_head(student, width, arguments, mode)
-    check_sharded_head(student, teacher, layers, is_sharded)
-    check_tensor_parallel(student, teacher, layers, arguments, mode)
+    _check_spread(student, teacher, layers, arguments, mode, is_sharded)
     return Distiller(
         student,
         arguments,
@@ -101,6 +98,19 @@ def build_distiller(
         precision=precision,
         costs=costs,
     )
+
+
+def _check_spread(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    layers: tuple[str, ...],
+    arguments: DISArguments,
+    mode: str,
+    is_sharded: bool,
+) -> None:
+    """Checks that models which are spread over processes can be trained together."""
+    check_sharded_head(student, teacher, layers, is_sharded)
+    check_tensor_parallel(student, teacher, layers, arguments, mode)
 
 
 def _count_classes(
@@ -175,6 +185,7 @@ def _make_sampler(
     student: nn.Module,
 ) -> tuple[SamplerSpec, ClassSampler]:
     """The specification with the defaults of the task, and its sampler."""
+    seed += 0 if is_tensor_parallel(student) else process_index()
     stored = None if cache is None else cache.header.layout
     spec = arguments.sampler_spec().resolved(
         is_lm=task.is_lm,
