@@ -17,7 +17,6 @@ from hf_dis.cache.attach import cached_teacher, check_cache, open_cache
 from hf_dis.cache.reader import TeacherCache
 from hf_dis.distiller import Distiller
 from hf_dis.distributed.processes import of_first_process, process_index
-from hf_dis.distributed.sharded_teacher import ShardedTeacher, is_spread
 from hf_dis.head.check import check_row_sparse_head, check_sharded_head
 from hf_dis.head.sharded import sharded_heads
 from hf_dis.head.tensor_parallel import check_tensor_parallel, is_tensor_parallel
@@ -28,6 +27,7 @@ from hf_dis.models.ties import find_tied_embeddings
 from hf_dis.models.vocabulary import shared_classes
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.sampling.sampler import ClassSampler, make_sampler
+from hf_dis.sharded_teacher import ShardedTeacher, is_spread
 from hf_dis.teacher.cached import CachedTeacher
 from hf_dis.teacher.loading import check_separate, placed
 from hf_dis.teacher.online import OnlineTeacher

@@ -20,10 +20,10 @@ from hf_dis.cache.reader import TeacherCache
 from hf_dis.cache.views import SeededViews
 from hf_dis.checks import require
 from hf_dis.distributed.processes import joined_processes, num_processes, process_index, wait_for_everyone
-from hf_dis.distributed.sharded_teacher import ShardedTeacher, is_spread, whole_digest
 from hf_dis.items import Items
 from hf_dis.models.provenance import known_as, known_license, labels_digest, tokenizer_digest, weights_digest
 from hf_dis.models.tasks import Task, base_model, find_task, num_outputs, split_labels
+from hf_dis.sharded_teacher import ShardedTeacher, is_spread, whole_digest
 from hf_dis.teacher.compact import STORED_DESIGNS, TargetLayout, compact_targets
 from hf_dis.teacher.loading import placed
 from hf_dis.teacher.online import OnlineTeacher

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_dis.distributed.sharded_teacher import ShardedAnswers
+from hf_dis.distributed.shard_targets import ShardedAnswers
 from hf_dis.head.sharded import ShardedHead
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.loss.classes import Classes

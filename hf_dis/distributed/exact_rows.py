@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from hf_dis.distributed.exact_head import CPU_PASS_ELEMENTS, ShardClasses
-from hf_dis.distributed.sharded_teacher import ShardedAnswers
+from hf_dis.distributed.shard_targets import ShardedAnswers
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.loss.exact import PASS_ELEMENTS
 from hf_dis.loss.exact_head import BLOCK_BYTES, Gradients, HeadInput, HeadLoss, Teacher

@@ -16,7 +16,7 @@ from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items
 from hf_dis.models.after_head import AfterHead
 from hf_dis.models.head_features import evaluating
-from hf_dis.models.head_search import is_spread_by_rows
+from hf_dis.models.spread import is_spread_by_rows
 from hf_dis.models.ties import modules_with
 from hf_dis.precision import check_sparse
 

@@ -7,9 +7,8 @@ from os import PathLike
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
 
 
 def check_processes(mesh: DeviceMesh | None) -> None:
@@ -39,7 +38,7 @@ def check_processes(mesh: DeviceMesh | None) -> None:
 
 
 def only_saved_whole(
-    model: PreTrainedModel,
+    model: nn.Module,
     save_directory: str | PathLike[str],
     is_main_process: bool = True,
     state_dict: dict[str, Tensor] | None = None,

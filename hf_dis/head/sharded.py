@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
 
 from hf_dis.head.own_columns import own_columns
 from hf_dis.head.processes import check_processes, only_saved_whole
@@ -286,7 +285,7 @@ def shard_head(
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     own = [f"{name}.{parameter}" for parameter, _ in sharded.named_parameters()]
     model._ddp_params_and_buffers_to_ignore = [*ignored, *own]
-    if isinstance(model, PreTrainedModel) and sharded.shard.number > 1:
+    if hasattr(model, "save_pretrained") and sharded.shard.number > 1:
         model.save_pretrained = partial(only_saved_whole, model)
     return sharded
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from transformers.utils import is_peft_available
+
+from hf_dis.models.spread import is_spread_by_rows
 
 if is_peft_available():
     from peft import PeftModel
@@ -168,13 +170,6 @@ def _linear_layers(name: str, module: nn.Module) -> list[str]:
             f"modules_to_not_convert), {exact}"
         )
     return [name]
-
-
-def is_spread_by_rows(value: torch.Tensor) -> bool:
-    """Returns True for a parameter whose rows transformers spread over processes by a ``tp_plan``."""
-    return (
-        isinstance(value, DTensor) and value.device_mesh.mesh_dim_names == ("tp",) and value.placements == (Shard(0),)
-    )
 
 
 def _check_spread(name: str, module: nn.Linear) -> None:
