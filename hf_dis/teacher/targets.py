@@ -91,8 +91,10 @@ def top_ranked(logits: Tensor, depth: int, highest: Tensor | None = None) -> tup
         maxima = logits[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1)
         highest = maxima.topk(depth, dim=1, sorted=False).indices
     members = highest[:, :, None] + torch.arange(0, groups * GROUP, groups, device=logits.device)
-    left_over = torch.arange(groups * GROUP, num_classes, device=logits.device)
-    candidates = torch.cat([members.flatten(1), left_over.expand(num_items, -1)], 1)
+    candidates = members.flatten(1)
+    if num_classes > groups * GROUP:
+        left_over = torch.arange(groups * GROUP, num_classes, device=logits.device)
+        candidates = torch.cat([candidates, left_over.expand(num_items, -1)], 1)
     top, places = logits.gather(1, candidates).topk(depth, dim=1)
     return top, candidates.gather(1, places)
 
@@ -136,6 +138,7 @@ class TeacherTargets:
         self.logits, self.temperature = logits, temperature
         on_cpu, num_items = logits.device.type == "cpu", num_items or len(logits)
         self.counted = slice(0, len(logits), 1 if on_cpu else max(1, min(MASS_STRIDE, num_items // MASS_ITEMS)))
+        self._blocks = blocks
         self._mass: Tensor | None = None
         depth = min(depth, logits.shape[1])
         if uses_triton(logits.device):
@@ -154,24 +157,36 @@ class TeacherTargets:
                 self.highest, self.ids = top_ranked(logits, depth, best)
         else:
             self.highest, self.ids = top_ranked(logits, depth)
-            self.log_normaliser = self._normalised_by_blocks(widen(self.highest[:, :1]), blocks)
+            peaks = widen(self.highest[:, :1]) / temperature
+            of_blocks = self._normalised_in_cache if on_cpu else self._normalised_by_blocks
+            self.log_normaliser = of_blocks(peaks, block_items(logits, blocks))
 
-    def _normalised_by_blocks(self, highest: Tensor, blocks: int) -> Tensor:
+    def _normalised_in_cache(self, peaks: Tensor, items: int) -> Tensor:
         """A single pass of exponentials over all classes gives the normaliser and the mass of each class."""
-        logits, temperature, stride = self.logits, self.temperature, self.counted.step
-        items = stride * -(-block_items(logits, blocks) // stride)
-        self._mass, totals = highest.new_zeros(logits.shape[1]), []
-        peaks = highest / temperature
-        for part, logit, peak in zip(*(values.split(items) for values in (logits, highest, peaks)), strict=True):
-            if logits.device.type == "cpu":
-                exponentials = (widen(part) / temperature).sub_(peak).exp_()
-            else:  # the subtraction widens: one launch and no copy
-                exponentials = (part - logit).div_(temperature).exp_()
+        self._mass, totals = peaks.new_zeros(self.logits.shape[1]), []
+        for part, peak in zip(self.logits.split(items), peaks.split(items), strict=True):
+            exponentials = (widen(part) / self.temperature).sub_(peak).exp_()
             totals.append(exponentials.sum(1))
-            counted, total = exponentials[::stride], totals[-1][::stride]
-            self._mass.addmv_(counted.T, total.reciprocal(), alpha=self.items_per_counted)
-            del exponentials, counted  # the next block is computed without this one in memory
+            self._mass.addmv_(exponentials.T, totals[-1].reciprocal())
+            del exponentials  # the next block is computed without this one in memory
         return peaks + torch.cat(totals)[:, None].log_()
+
+    def _normalised_by_blocks(self, peaks: Tensor, items: int) -> Tensor:
+        """The normaliser in three launches per block."""
+        totals, offsets = peaks.new_empty(len(peaks)), -peaks
+        parts = (values.split(items) for values in (self.logits, offsets, totals))
+        for part, offset, total in zip(*parts, strict=True):
+            torch.sum(_shifted(part, offset, self.temperature).exp_(), 1, out=total)
+        return totals.log_()[:, None].add_(peaks)
+
+    def _mass_by_blocks(self, added: Tensor | None) -> Tensor:
+        """The mass of the counted items, with a mass that is added, in a few launches per block."""
+        logits, offsets = self.logits[self.counted], -self.log_normaliser[self.counted]
+        size = block_items(self.logits, self._blocks)
+        for part, offset in zip(logits.split(size), offsets.split(size), strict=True):
+            mass = _shifted(part, offset, self.temperature).exp_().sum(0)
+            added = mass * self.items_per_counted if added is None else added.add(mass, alpha=self.items_per_counted)
+        return added
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -200,15 +215,18 @@ class TeacherTargets:
         Args:
             added: the mass of other items, ``[C]``, which is added.
         """
-        if self._mass is None:
+        if self._mass is not None:
+            return self._mass if added is None else added + self._mass
+        if uses_triton(self.logits.device):
             from hf_dis.teacher.triton_normaliser import class_mass
 
             counted = (values[self.counted] for values in (self.logits, self.log_normaliser))
             mass = class_mass(*counted, self.temperature, self.items_per_counted, added)
-            if added is None:  # kept for targets that serve several steps
-                self._mass = mass
-            return mass
-        return self._mass if added is None else added + self._mass
+        else:
+            mass = self._mass_by_blocks(added)
+        if added is None:  # kept for targets that serve several steps
+            self._mass = mass
+        return mass
 
 
 def log_probs(logits: Tensor, log_normaliser: Tensor, temperature: float) -> Tensor:
@@ -219,7 +237,14 @@ def log_probs(logits: Tensor, log_normaliser: Tensor, temperature: float) -> Ten
         log_normaliser: log Σ exp(logit / τ) over all classes, ``[n, 1]``, float32 or wider.
         temperature: τ > 0.
     """
-    return widen(logits) / temperature - log_normaliser
+    if logits.device.type == "cpu":
+        return widen(logits) / temperature - log_normaliser
+    return _shifted(logits, -log_normaliser, temperature)
+
+
+def _shifted(logits: Tensor, offset: Tensor, temperature: float) -> Tensor:
+    """Computes ``logits / τ + offset`` in the type of the offset, in one launch that widens."""
+    return torch.add(offset, logits, alpha=1 / temperature)
 
 
 def check_support(logits: Tensor, first_item: int = 0) -> None:
