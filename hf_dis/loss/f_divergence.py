@@ -79,11 +79,9 @@ class FDivergence(Divergence):
         self, logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
     ) -> Results:
         def block(logits: Tensor, log_weights: Tensor, log_probs: Tensor) -> Results:
-            log_student, log_teacher = (
-                sampled_log_softmax(logits, log_weights, temperature),
-                above_minus_inf(widen(log_probs)),
-            )
-            weighted = ((log_values + log_weights).exp_() for log_values in (log_student, log_teacher))
+            log_student, log_shares = sampled_log_softmax(logits, log_weights, temperature)
+            log_teacher = above_minus_inf(widen(log_probs))
+            weighted = log_shares.exp_(), (log_teacher + log_weights).exp_()
             loss, centred, share = self._losses(_Densities(log_student, log_teacher, *weighted), temperature)
             signal = log_student.exp().mul_(centred)
             gradient = share.mul_(centred).mul_(temperature)
