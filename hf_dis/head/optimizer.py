@@ -18,7 +18,7 @@ from hf_dis.precision import widest
 CHUNK_ELEMENTS = 2**17
 
 # The same on an accelerator, where few launches matter: 256 MiB in float32 for each of the two copies of a chunk.
-# There are 2 chunks at most, so that launches do not grow with the rows: both copies are then as large as the gradient.
+# At most 2 chunks, so that launches do not grow with the rows: two copies are then as large as the gradient.
 ACCELERATOR_CHUNK_ELEMENTS, ACCELERATOR_CHUNKS = 2**26, 2
 
 

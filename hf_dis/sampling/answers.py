@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.sample import Stratum
-from hf_dis.sampling.tails import of_items
+from hf_dis.sampling.tails import at_tails
 from hf_dis.teacher.targets import TeacherTargets, log_probs
 
 
@@ -73,7 +73,7 @@ class Logits(NamedTuple):
             given = targets.logits, targets.highest, targets.log_normaliser, tail_ids, labels
             columns = answers_at(*given, first_item, targets.temperature)
         else:
-            tails = targets.logits.gather(1, of_items(tail_ids, first_item, len(targets)))
+            tails = at_tails(targets.logits, tail_ids, first_item)
             if labels is not None:
                 of_label = targets.logits.gather(1, labels[first_item : first_item + len(targets), None])
         return cls(
@@ -98,7 +98,8 @@ class Answers(NamedTuple):
         tail_log_probs: log-probabilities of the classes of the item's shared tail, ``[N, K_t]``.
         label_log_probs: log-probability of the label, ``[N, 1]``; None without labels.
         ranked: the sampled ranks, where all C ranks are sampled from.
-        columns: all these log-probabilities side by side in this order, where a kernel computes them.
+        columns: all these log-probabilities side by side: of ranked classes, label and tail, or, where kernels compute
+            them, of ranked classes, tail and label.
     """
 
     ids: Tensor
@@ -106,7 +107,7 @@ class Answers(NamedTuple):
     tail_log_probs: Tensor
     label_log_probs: Tensor | None
     ranked: Ranked | None
-    columns: Tensor | None = None
+    columns: Tensor
 
     @classmethod
     def of(cls, parts: Sequence[Logits], num_shared: int, temperature: float) -> Answers:
@@ -121,18 +122,21 @@ class Answers(NamedTuple):
             ids, columns = _cat([part.ids for part in parts]), _cat([part.columns for part in parts])
             ranked, tails, labels = columns.tensor_split([ids.shape[1], ids.shape[1] + num_shared], 1)
             return cls(ids, ranked, tails, labels if labels.shape[1] else None, None, columns)
-        normaliser = _cat([part.log_normaliser for part in parts])
-
-        def joined(logits: Sequence[Tensor]) -> Tensor:
-            return log_probs(_cat(logits), normaliser, temperature)
-
-        ranked = [part.ranked for part in parts]
+        kinds = [
+            (part.highest, part.tails) if part.labels is None else (part.highest, part.labels, part.tails)
+            for part in parts
+        ]
+        logits = torch.cat([_cat(kind) for kind in zip(*kinds, strict=True)], 1)
+        columns = log_probs(logits, _cat([part.log_normaliser for part in parts]), temperature)
+        depth, ranked = parts[0].ids.shape[1], [part.ranked for part in parts]
+        own, labels, tails = columns.tensor_split([depth, depth + (parts[0].labels is not None)], 1)
         return cls(
             _cat([part.ids for part in parts]),
-            joined([part.highest for part in parts]),
-            joined([part.tails for part in parts]),
-            None if parts[0].labels is None else joined([part.labels for part in parts]),
+            own,
+            tails,
+            labels if labels.shape[1] else None,
             None if ranked[0] is None else _cat_ranked(ranked),
+            columns,
         )
 
     def unranked_mass(self, mass: Tensor, parts: Sequence[Logits]) -> Tensor:

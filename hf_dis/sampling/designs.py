@@ -73,11 +73,6 @@ def systematic_starts(
     return to_device(below_one(starts, num_sampled), device)
 
 
-def unit_steps(start: Tensor, num_sampled: int, device: torch.device | str) -> Tensor:
-    """The points u, u+1, u+2, ... for starts u: ``[..., K]`` on a device for float64 ``[..., 1]`` on the CPU."""
-    return to_device(below_one(start, num_sampled), device) + torch.arange(num_sampled, device=device)
-
-
 def below_one(start: Tensor, num_sampled: int) -> Tensor:
     """Keeps starts so far below 1 that no point reaches the next whole number where a device rounds to float32."""
     return start.clamp(max=1 - num_sampled * torch.finfo(torch.float32).eps)
