@@ -14,7 +14,7 @@ from hf_dis.head.row_gradients import TouchedRows
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import Updates
-from hf_dis.sampling.tails import by_item, by_tail, of_items
+from hf_dis.sampling.tails import at_tails, by_item, by_tail, in_turns
 
 # torch warns at the first CSR tensor, whatever the tensor is used for.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
@@ -67,7 +67,7 @@ def sampled_logits(
 
 def sampled_columns(logits: Tensor, item_ids: Tensor, tail_ids: Tensor) -> Tensor:
     """Selects the same columns from logits of all classes: ``[N, R + K_t]`` for ``[N, C]``."""
-    return torch.cat([logits.gather(1, item_ids), logits.gather(1, of_items(tail_ids, 0, len(logits)))], 1)
+    return torch.cat([logits.gather(1, item_ids), at_tails(logits, tail_ids)], 1)
 
 
 def weighted_rows(
@@ -110,7 +110,7 @@ class _SampledLinear(torch.autograd.Function):
         else:
             logits = features.new_empty(len(features), num_own + tail_ids.shape[1])
             _item_products(features, weight, item_ids, out=logits[:, :num_own])
-            logits[:, num_own:] = by_item(tails, len(logits))
+            _write(logits[:, num_own:], tails)
         if bias is not None:
             logits[:, :num_own] += bias.take(item_ids)
         return logits
@@ -249,7 +249,20 @@ def _features_gradient(scales: Tensor, weight: Tensor, item_ids: Tensor, tails: 
 
         return features_gradient(scales, weight, item_ids, tails, scales.dtype)
     own = F.embedding_bag(item_ids, weight, mode="sum", per_sample_weights=scales.to(weight.dtype))
-    return torch.add(own, by_item(tails, len(own)), out=scales.new_empty(own.shape))  # rounds once
+    gradient, num_tails = scales.new_empty(own.shape), len(tails)
+    if len(own) % num_tails:
+        return torch.add(own, by_item(tails, len(own)), out=gradient)  # rounds once
+    by_turns = (in_turns(values, num_tails) for values in (own, gradient))
+    torch.add(next(by_turns), tails.transpose(0, 1), out=next(by_turns))
+    return gradient
+
+
+def _write(out: Tensor, tails: Tensor) -> None:
+    """Writes the columns of the tails, ``[G, n, K_t]``, into those of the items, ``[N, K_t]``."""
+    if len(out) % len(tails):
+        out.copy_(by_item(tails, len(out)))
+    else:
+        in_turns(out, len(tails)).copy_(tails.transpose(0, 1))  # no copy between
 
 
 def _gathered_items(num_items: int, elements: int, device: torch.device) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.sample import Stratum
 from hf_dis.sampling.tails import at_tails
-from hf_dis.teacher.targets import TeacherTargets, log_probs
+from hf_dis.teacher.targets import Candidates, TeacherTargets, log_probs
 
 
 class Ranked(NamedTuple):
@@ -27,8 +27,7 @@ class Logits(NamedTuple):
     All else is computed once for all items: on an accelerator a launch per chunk costs more than its work.
 
     Attributes:
-        ids: the m best-ranked classes of each item, ``[n, m]``.
-        highest: logits of these classes, ``[n, m]``.
+        candidates: the logits among which the m best-ranked ones of each item are.
         tails: logits of the classes of the item's shared tail, ``[n, K_t]``; None with ``columns``.
         labels: the label's logit, ``[n, 1]``; None without labels, and with ``columns``.
         log_normaliser: log Σ exp(logit / τ) over all classes, ``[n, 1]``.
@@ -38,8 +37,7 @@ class Logits(NamedTuple):
         columns: as :class:`Answers` has them, where a kernel computes them.
     """
 
-    ids: Tensor
-    highest: Tensor
+    candidates: Candidates
     tails: Tensor | None
     labels: Tensor | None
     log_normaliser: Tensor
@@ -77,8 +75,7 @@ class Logits(NamedTuple):
             if labels is not None:
                 of_label = targets.logits.gather(1, labels[first_item : first_item + len(targets), None])
         return cls(
-            targets.ids,
-            targets.highest,
+            targets.candidates,
             tails,
             of_label,
             targets.log_normaliser,
@@ -119,22 +116,22 @@ class Answers(NamedTuple):
             temperature: τ > 0.
         """
         if parts[0].columns is not None:
-            ids, columns = _cat([part.ids for part in parts]), _cat([part.columns for part in parts])
+            ids, columns = _cat([part.candidates.places for part in parts]), _cat([part.columns for part in parts])
             ranked, tails, labels = columns.tensor_split([ids.shape[1], ids.shape[1] + num_shared], 1)
             return cls(ids, ranked, tails, labels if labels.shape[1] else None, None, columns)
-        kinds = [
-            (part.highest, part.tails) if part.labels is None else (part.highest, part.labels, part.tails)
-            for part in parts
-        ]
-        logits = torch.cat([_cat(kind) for kind in zip(*kinds, strict=True)], 1)
+        candidates, places, num_classes = zip(*(part.candidates for part in parts), strict=True)
+        highest, ids = Candidates(_cat(candidates), _cat(places), num_classes[0]).ranked()
+        has_label = parts[0].labels is not None
+        chosen = [(part.labels, part.tails) if has_label else (part.tails,) for part in parts]
+        logits = torch.cat([highest, *map(_cat, zip(*chosen, strict=True))], 1)
         columns = log_probs(logits, _cat([part.log_normaliser for part in parts]), temperature)
-        depth, ranked = parts[0].ids.shape[1], [part.ranked for part in parts]
-        own, labels, tails = columns.tensor_split([depth, depth + (parts[0].labels is not None)], 1)
+        own, labels, tails = columns.tensor_split([ids.shape[1], ids.shape[1] + has_label], 1)
+        ranked = [part.ranked for part in parts]
         return cls(
-            _cat([part.ids for part in parts]),
+            ids,
             own,
             tails,
-            labels if labels.shape[1] else None,
+            labels if has_label else None,
             None if ranked[0] is None else _cat_ranked(ranked),
             columns,
         )
@@ -149,7 +146,7 @@ class Answers(NamedTuple):
         first_item = 0
         alike: dict[float, list[slice]] = {}  # most chunks are of one size
         for part in parts:
-            last_item = first_item + len(part.ids)
+            last_item = first_item + len(part.log_normaliser)
             alike.setdefault(part.items_per_counted, []).append(slice(first_item, last_item, part.counted.step))
             first_item = last_item
         for items_per_counted, counted in alike.items():

@@ -156,25 +156,26 @@ class Updates(NamedTuple):
             sizes: of the classes, non-negative, ``[E]``.
             exists: false for entries that stand for no class, ``[E]``; None: there are none.
         """
-        ones = torch.ones_like(sizes)
         if self.number >= len(sizes):
+            ones = torch.ones_like(sizes)
             return ones if exists is None else ones * exists
-        dtype = sizes.dtype
-        sizes = sizes.to(widest(sizes.device)).clamp_min(torch.finfo(sizes.dtype).tiny)
+        both = torch.ones(2, len(sizes), dtype=widest(sizes.device), device=sizes.device)
+        wide = torch.add(sizes, torch.finfo(sizes.dtype).tiny, out=both[0])
         if exists is not None:
-            sizes = sizes * exists
-        scale = self.number / sizes.sum()
+            wide *= exists
+        largest = wide.sum() / self.number  # the size from which on classes are certain, 1 / κ
         for _ in range(CAPPING_STEPS):
-            free = scale * sizes < 1
-            scale = (self.number - len(sizes) + free.sum()) / (sizes * free).sum()
-        inclusion = (scale * sizes).clamp_(max=1)
+            total, num_free = both @ torch.lt(wide, largest, out=torch.empty_like(wide))
+            largest = total / (num_free + (self.number - len(sizes)))
+        tiny = torch.finfo(wide.dtype).tiny
+        if exists is not None:
+            largest.masked_fill_(exists.sum() <= self.number, tiny)  # all are kept
+        inclusion = (wide / largest).clamp_(tiny, 1)
         # A place is kept where its stretch of the sum holds a point: no rounding keeps it twice.
-        passed = (inclusion.cumsum(0) + self.start).floor()
-        kept = passed.diff(prepend=passed.new_zeros(1)) != 0
-        weights = inclusion.reciprocal().to(dtype).masked_fill_(~kept, 0)
-        if exists is None:
-            return weights
-        return torch.where(exists.sum() <= self.number, ones, weights).masked_fill(~exists, 0)
+        passed = wide.new_zeros(len(sizes) + 1)
+        torch.cumsum(inclusion, 0, out=passed[1:])
+        passed.add_(self.start).floor_()
+        return torch.div(passed[1:] != passed[:-1], inclusion, out=torch.empty_like(sizes))
 
 
 def ranks_to_classes(ranks: Tensor, ranked_ids: Tensor) -> Tensor:

@@ -139,3 +139,7 @@ class Stratum(NamedTuple):
         rest = (self.mass - exact.sum(1)).clamp_min_(0)
         share = weighted.masked_fill_(self.certain, -torch.inf).softmax(1).nan_to_num_(0)
         return torch.addcmul(exact, share, rest[:, None])
+
+    def exact_target(self) -> Tensor:
+        """The same where all classes are certain: no class can carry a rest."""
+        return (self.log_probs + self.log_weights).exp_()

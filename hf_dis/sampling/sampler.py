@@ -101,16 +101,19 @@ class ClassSampler:
         if self.num_shared and uses_triton(answers.ids.device):
             return self._assembled(answers, tails, labels, class_mass)
         ranked, outside_top = answers.ranked or self._sample_ranked(answers), is_outside(answers.ids, tails.ids)
-        own, strata = None, [ranked.stratum]
-        if labels is not None:
+        strata = [ranked.stratum]
+        if labels is None:
+            mass = 1 - strata[0].mass
+        else:
             own = _label_stratum(labels, answers.label_log_probs)
             # All classes are ranked where no tail is shared.
             in_top = (answers.ids == own.ids).any(1) if self.num_shared else torch.ones_like(labels, dtype=torch.bool)
             strata = [ranked.stratum.without(own, in_top), own]
-        mass = 1 - sum(stratum.mass for stratum in strata)
+            mass = 1 - strata[0].mass - own.mass
         shared = Stratum(tails.ids, *tails.columns(outside_top, labels), answers.tail_log_probs, mass)
         # The label is the only class of its stratum, and certain: its target is the mass.
-        target = torch.cat([strata[0].target(), *(one.mass[:, None] for one in strata[1:]), shared.target()], 1)
+        of_ranked = strata[0].exact_target() if self._samples_all_ranks else strata[0].target()
+        target = torch.cat([of_ranked, *(one.mass[:, None] for one in strata[1:]), shared.target()], 1)
         columns = [*strata, shared]
         return ClassSample(
             item_ids=torch.cat([stratum.ids for stratum in strata], 1),

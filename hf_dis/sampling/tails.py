@@ -42,8 +42,9 @@ class Tails(NamedTuple):
         else:
             is_label = self.ids == in_turns(labels, num_tails)[:, :, None]
             unused = outside <= is_label.flatten(0, 1)[:num_items]  # not outside, or the label
-        log_weights = -self.inclusion.log().float()
-        log_weights = log_weights.expand(-(-num_items // num_tails), -1, -1)
+        log_weights = torch.empty_like(self.inclusion, dtype=torch.float32)
+        torch.log(self.inclusion, out=log_weights)
+        log_weights = log_weights.neg_().expand(-(-num_items // num_tails), -1, -1)
         log_weights = log_weights.masked_fill(in_turns(unused, num_tails), -torch.inf).flatten(0, 1)[:num_items]
         return log_weights, of_items(self.inclusion >= 1, 0, num_items)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,9 +18,9 @@ BLOCK_ELEMENTS = 2**18
 
 # Elsewhere the number of parts is fixed, so that launches do not grow with the work, between the least and the most
 # elements of a part. 2^26 elements keep a device busy; 2^30 are 2 GiB in bfloat16.
-DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK = 6, 16, 2
+DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK = 6, 14, 2
 LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**30
-ITEMS_OF_PART = 8  # a multiple of the usual numbers of tails, so that a part starts with the first tail
+ITEMS_OF_CHUNK = 8  # a multiple of the usual numbers of tails, so that a chunk starts with the first tail
 
 # Items of which one is counted in the class mass on an accelerator, where a pass over all logits is what a step costs.
 # Enough items remain: the class mass shapes a proposal that is a running mean over steps.
@@ -59,13 +62,13 @@ def chunk_items(num_items: int, num_classes: int, device: torch.device) -> int:
     """
     if device.type == "cpu":
         return max(1, CHUNK_ELEMENTS // num_classes)
-    return _part(num_items, num_classes, DEVICE_CHUNKS)
+    return -(-_part(num_items, num_classes, DEVICE_CHUNKS) // ITEMS_OF_CHUNK) * ITEMS_OF_CHUNK
 
 
 def _part(num_items: int, num_classes: int, number: int) -> int:
-    """Divides items into parts of a multiple of 8, as many as given or fewer; more where a part would be too large."""
+    """Divides items into parts, as many as given or fewer; more where a part would be too large."""
     least, most = (max(1, elements // max(1, num_classes)) for elements in (LEAST_ELEMENTS, MOST_ELEMENTS))
-    return -(-min(max(least, -(-num_items // number)), most) // ITEMS_OF_PART) * ITEMS_OF_PART
+    return min(max(least, -(-num_items // number)), most)
 
 
 def top_ranked(logits: Tensor, depth: int, highest: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -82,21 +85,46 @@ def top_ranked(logits: Tensor, depth: int, highest: Tensor | None = None) -> tup
     Returns:
         logits and class ids, ``[n, m]`` each.
     """
-    num_items, num_classes = logits.shape
-    groups = num_groups(num_classes, depth)
-    if not groups:
+    if not num_groups(logits.shape[1], depth):
         return logits.topk(depth, dim=1)
     if highest is None:
-        # Maxima are taken between contiguous stretches of memory.
-        maxima = logits[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1)
-        highest = maxima.topk(depth, dim=1, sorted=False).indices
-    members = highest[:, :, None] + torch.arange(0, groups * GROUP, groups, device=logits.device)
-    candidates = members.flatten(1)
+        highest = best_groups(logits, depth)[1]
+    return ranked_members(group_members(logits, highest), highest, logits.shape[1])
+
+
+def best_groups(logits: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """Finds the groups of classes with the highest maxima, best first: maxima and groups, ``[n, m]`` each."""
+    groups = num_groups(logits.shape[1], depth)
+    # Maxima are taken between contiguous stretches of memory.
+    return logits[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1).topk(depth, dim=1)
+
+
+def group_members(logits: Tensor, best: Tensor) -> Tensor:
+    """Selects the logits of the classes of m groups, and of those in no group: ``[n, GROUP·m + left over]``."""
+    groups = logits.shape[1] // GROUP
+    grouped, left_over = logits.tensor_split([groups * GROUP], 1)
+    members = grouped.unflatten(1, (GROUP, groups)).gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1)
+    return torch.cat([members, left_over], 1) if left_over.shape[1] else members
+
+
+def ranked_members(members: Tensor, best: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Ranks the logits that :func:`group_members` selects.
+
+    Args:
+        members: as :func:`group_members` returns them.
+        best: the groups, ``[n, m]``.
+        num_classes: C.
+
+    Returns:
+        the highest logits and their class ids, ``[n, m]`` each.
+    """
+    groups = num_classes // GROUP
+    top, places = members.topk(best.shape[1], dim=1)
+    ids = (best[:, None] + torch.arange(0, groups * GROUP, groups, device=best.device)[:, None]).flatten(1)
     if num_classes > groups * GROUP:
-        left_over = torch.arange(groups * GROUP, num_classes, device=logits.device)
-        candidates = torch.cat([candidates, left_over.expand(num_items, -1)], 1)
-    top, places = logits.gather(1, candidates).topk(depth, dim=1)
-    return top, candidates.gather(1, places)
+        left_over = torch.arange(groups * GROUP, num_classes, device=best.device)
+        ids = torch.cat([ids, left_over.expand(len(ids), -1)], 1)
+    return top, ids.gather(1, places)
 
 
 def num_groups(num_classes: int, depth: int) -> int:
@@ -106,6 +134,26 @@ def num_groups(num_classes: int, depth: int) -> int:
     """
     groups = num_classes // GROUP
     return groups if groups >= 2 * depth else 0
+
+
+class Candidates(NamedTuple):
+    """Logits among which an item's m best-ranked classes are: ranked, or those of the m best groups.
+
+    Attributes:
+        logits: ``[n, m]``, or ``[n, M]`` as :func:`group_members` selects them.
+        places: the classes, or the groups, ``[n, m]``.
+        num_classes: C.
+    """
+
+    logits: Tensor
+    places: Tensor
+    num_classes: int
+
+    def ranked(self) -> tuple[Tensor, Tensor]:
+        """The highest logits and their class ids, best first, ``[n, m]`` each."""
+        if self.logits.shape == self.places.shape:
+            return self.logits, self.places
+        return ranked_members(*self)
 
 
 class TeacherTargets:
@@ -120,8 +168,7 @@ class TeacherTargets:
 
     Attributes:
         logits, temperature: as given.
-        ids: the m best-ranked classes, best first, ``[n, m]``.
-        highest: the logits of these classes, in the type of the logits, ``[n, m]``.
+        candidates: the logits among which the m best-ranked ones are.
         log_normaliser: log Σ exp(logit / τ), ``[n, 1]``, float32 or wider.
         counted: the items that :meth:`class_mass` counts: all on a CPU, every eighth in a batch of 1,024 or
             more elsewhere.
@@ -151,19 +198,33 @@ class TeacherTargets:
 
                 best = best_places(maxima, depth)
                 del maxima  # an eighth of the logits
-                self.highest, self.ids = rank_groups(logits, best, groups, GROUP)
+                ranked = rank_groups(logits, best, groups, GROUP)
             else:
                 best = maxima.topk(depth, dim=1, sorted=False).indices if groups else None
-                self.highest, self.ids = top_ranked(logits, depth, best)
+                ranked = top_ranked(logits, depth, best)
+            self.candidates = Candidates(*ranked, logits.shape[1])
+        elif on_cpu:
+            self.candidates = Candidates(*top_ranked(logits, depth), logits.shape[1])
+            self.log_normaliser = self._normalised_in_cache(widen(self.highest[:, :1]), block_items(logits))
         else:
-            self.highest, self.ids = top_ranked(logits, depth)
-            peaks = widen(self.highest[:, :1]) / temperature
-            of_blocks = self._normalised_in_cache if on_cpu else self._normalised_by_blocks
-            self.log_normaliser = of_blocks(peaks, block_items(logits, blocks))
+            self.candidates, peaks = self._best_candidates(depth)
+            self.log_normaliser = self._normalised_by_blocks(widen(peaks), block_items(logits, blocks))
 
-    def _normalised_in_cache(self, peaks: Tensor, items: int) -> Tensor:
+    def _best_candidates(self, depth: int) -> tuple[Candidates, Tensor]:
+        """The candidates, ranked later for all chunks at a time, and the highest logit of each item, ``[n, 1]``."""
+        logits, num_classes = self.logits, self.logits.shape[1]
+        if not num_groups(num_classes, depth):
+            ranked = logits.topk(depth, dim=1)
+            return Candidates(*ranked, num_classes), ranked[0][:, :1]
+        maxima, best = best_groups(logits, depth)
+        members = group_members(logits, best)
+        return Candidates(members, best, num_classes), (
+            members.amax(1, keepdim=True) if num_classes % GROUP else maxima[:, :1]
+        )
+
+    def _normalised_in_cache(self, highest: Tensor, items: int) -> Tensor:
         """A single pass of exponentials over all classes gives the normaliser and the mass of each class."""
-        self._mass, totals = peaks.new_zeros(self.logits.shape[1]), []
+        self._mass, totals, peaks = highest.new_zeros(self.logits.shape[1]), [], highest / self.temperature
         for part, peak in zip(self.logits.split(items), peaks.split(items), strict=True):
             exponentials = (widen(part) / self.temperature).sub_(peak).exp_()
             totals.append(exponentials.sum(1))
@@ -172,24 +233,43 @@ class TeacherTargets:
         return peaks + torch.cat(totals)[:, None].log_()
 
     def _normalised_by_blocks(self, peaks: Tensor, items: int) -> Tensor:
-        """The normaliser in three launches per block."""
-        totals, offsets = peaks.new_empty(len(peaks)), -peaks
-        parts = (values.split(items) for values in (self.logits, offsets, totals))
+        """The normaliser in three launches per block; keeps what the class mass takes of it."""
+        totals, self._offsets = peaks.new_empty(len(peaks)), peaks * (-1 / self.temperature)
+        parts = (values.split(items) for values in (self.logits, self._offsets, totals))
         for part, offset, total in zip(*parts, strict=True):
             torch.sum(_shifted(part, offset, self.temperature).exp_(), 1, out=total)
-        return totals.log_()[:, None].add_(peaks)
+        self._shares = totals[self.counted].reciprocal()
+        return totals.log_()[:, None] - self._offsets
 
-    def _mass_by_blocks(self, added: Tensor | None) -> Tensor:
-        """The mass of the counted items, with a mass that is added, in a few launches per block."""
-        logits, offsets = self.logits[self.counted], -self.log_normaliser[self.counted]
+    def _mass_by_blocks(self, mass: Tensor | None) -> Tensor:
+        """The mass of the counted items, with a mass that is added, in three launches per block."""
         size = block_items(self.logits, self._blocks)
-        for part, offset in zip(logits.split(size), offsets.split(size), strict=True):
-            mass = _shifted(part, offset, self.temperature).exp_().sum(0)
-            added = mass * self.items_per_counted if added is None else added.add(mass, alpha=self.items_per_counted)
-        return added
+        mass = self._shares.new_zeros(self.logits.shape[1]) if mass is None else mass
+        counted = self.logits[self.counted], self._offsets[self.counted], self._shares
+        for part, offset, share in zip(*(values.split(size) for values in counted), strict=True):
+            exponentials = _shifted(part, offset, self.temperature).exp_()
+            # Autocast would round a product without out.
+            given = mass, exponentials.T, share
+            mass = torch.addmv(*given, alpha=self.items_per_counted, out=torch.empty_like(mass))
+            del exponentials, given  # the next block is computed without this one in memory
+        return mass
+
+    @cached_property
+    def _ranked(self) -> tuple[Tensor, Tensor]:
+        return self.candidates.ranked()
+
+    @property
+    def highest(self) -> Tensor:
+        """Logits of the m best-ranked classes, best first, in the type of the logits, ``[n, m]``."""
+        return self._ranked[0]
+
+    @property
+    def ids(self) -> Tensor:
+        """The m best-ranked classes, best first, ``[n, m]``."""
+        return self._ranked[1]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.logits)
 
     @property
     def items_per_counted(self) -> float:
