@@ -54,7 +54,8 @@ def clip_grad_norm_(
         norm = torch.linalg.vector_norm(dense[0]) if len(dense) == 1 else torch.nn.utils.get_total_norm(dense)
     else:
         norm = _norm_with_shards(parameters, shard, sharded)
-    divisor = (norm + 1e-6).div_(max_norm).clamp_min_(1)
+    divisor = norm + 1e-6 if max_norm == 1 else (norm + 1e-6).div_(max_norm)
+    divisor = divisor.clamp_min_(1)
     for device, here in _by_device(dense).items():
         torch._foreach_div_(here, divisor.to(device))  # a few launches for all parameters
     return norm
@@ -130,8 +131,8 @@ class TouchedRows:
             place = is_first.cumsum(0) - 1
         if place is not None and updates.number < (most := _most_classes(place)):
             sums = sizes.new_zeros(most).index_add_(0, place, sizes.index_select(0, order))
-            exists = None if ids.device.type == "cpu" else torch.arange(most, device=ids.device) <= place[-1:]
-            factors = updates.weights(sums, exists).index_select(0, place)
+            count = None if ids.device.type == "cpu" else place[-1:] + 1
+            factors = updates.weights(sums, count).index_select(0, place)
             is_kept = factors != 0
             number, contributions = _on_the_host((is_first & is_kept).sum(), is_kept.sum())
             kept = true_places(is_kept, contributions)

@@ -108,13 +108,13 @@ def sample_tails(density: Tensor, num_sampled: int, num_tails: int, generator: t
         return Tails(ids, torch.ones_like(ids, dtype=dtype))
     density = density.to(dtype)
     start = torch.rand(1, dtype=torch.float64, generator=generator)
-    starts = below_one((start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1, num_sampled)
     if uses_triton(density.device):
         from hf_dis.sampling.triton_tails import tail_ids, tail_scale
 
         scale = tail_scale(density.topk(num_sampled).values, density.sum(), num_classes)
         cumulative = torch.minimum(density, scale[1]).cumsum(0)
-        return Tails(*tail_ids(cumulative, density, scale, to_device(starts, density.device), num_sampled))
+        return Tails(*tail_ids(cumulative, density, scale, float(start), num_sampled, num_tails))
+    starts = below_one((start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1, num_sampled)
     # At most K_t classes can be capped, and they are the largest. All other classes are one entry.
     largest = density.topk(num_sampled).values
     num_others = num_classes - num_sampled

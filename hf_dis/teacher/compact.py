@@ -231,8 +231,5 @@ def unpack_integers(packed: Tensor, count: int, bits: int) -> Tensor:
         int64, ``[n, k]``.
     """
     first = torch.arange(count, device=packed.device) * bits
-    spanned = (bits + 14) // 8
-    padded = F.pad(packed, (0, spanned))
-    bytes_of = (padded.gather(1, (first // 8 + place).expand(len(packed), -1)) for place in range(spanned))
-    value = sum(part.long() << 8 * place for place, part in enumerate(bytes_of))
-    return value >> first % 8 & 2**bits - 1
+    eight = F.pad(packed, (0, 8)).unfold(1, 8, 1).index_select(1, first // 8)
+    return eight.view(torch.int64)[:, :, 0] >> first % 8 & 2**bits - 1

@@ -244,13 +244,14 @@ class TeacherTargets:
     def _mass_by_blocks(self, mass: Tensor | None) -> Tensor:
         """The mass of the counted items, with a mass that is added, in three launches per block."""
         size = block_items(self.logits, self._blocks)
-        mass = self._shares.new_zeros(self.logits.shape[1]) if mass is None else mass
+        beta, mass = (0, self._shares.new_empty(self.logits.shape[1])) if mass is None else (1, mass)
         counted = self.logits[self.counted], self._offsets[self.counted], self._shares
         for part, offset, share in zip(*(values.split(size) for values in counted), strict=True):
             exponentials = _shifted(part, offset, self.temperature).exp_()
             # Autocast would round a product without out.
             given = mass, exponentials.T, share
-            mass = torch.addmv(*given, alpha=self.items_per_counted, out=torch.empty_like(mass))
+            mass = torch.addmv(*given, alpha=self.items_per_counted, beta=beta, out=torch.empty_like(mass))
+            beta = 1
             del exponentials, given  # the next block is computed without this one in memory
         return mass
 
