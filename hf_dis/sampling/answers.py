@@ -66,10 +66,7 @@ class Logits(NamedTuple):
         """
         tails = of_label = columns = None
         if tail_ids.numel() and uses_triton(tail_ids.device):
-            from hf_dis.teacher.triton_ranking import answers_at
-
-            given = targets.logits, targets.highest, targets.log_normaliser, tail_ids, labels
-            columns = answers_at(*given, first_item, targets.temperature)
+            columns = targets.columns(tail_ids, labels, first_item)
         else:
             tails = at_tails(targets.logits, tail_ids, first_item)
             if labels is not None:
@@ -151,7 +148,10 @@ class Answers(NamedTuple):
             first_item = last_item
         for items_per_counted, counted in alike.items():
             ids, probs = (_cat([values[items] for items in counted]) for values in (self.ids, self.log_probs))
-            mass = mass.index_add(0, ids.flatten(), probs.exp().flatten(), alpha=-items_per_counted)
+            given = ids.flatten(), probs.exp().flatten()
+            # The mass of a single chunk is kept by its targets.
+            add = mass.index_add_ if len(parts) > 1 else mass.index_add
+            mass = add(0, *given, alpha=-items_per_counted)
         return mass.clamp_min_(0)
 
 

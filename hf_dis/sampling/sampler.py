@@ -162,11 +162,11 @@ class ClassSampler:
         parts, mass, first_item = [], None, 0
         for targets in teacher:
             temperature = targets.temperature
-            if wants_mass:
-                mass = targets.class_mass(mass)
             # Where all C ranks are sampled from, only the chunk can tell their classes.
             ranked = None if self.num_shared else self._sample_all_ranks(targets)
             parts.append(Logits.of(targets, tails.ids, labels, first_item, ranked))
+            if wants_mass:  # after the answers, of which the normaliser is a part
+                mass = targets.class_mass(mass)
             first_item += len(targets)
             del targets  # the next chunk is computed without this one in memory
         answers = Answers.of(parts, self.num_shared, temperature)

@@ -168,8 +168,6 @@ class TeacherTargets:
 
     Attributes:
         logits, temperature: as given.
-        candidates: the logits among which the m best-ranked ones are.
-        log_normaliser: log Σ exp(logit / τ), ``[n, 1]``, float32 or wider.
         counted: the items that :meth:`class_mass` counts: all on a CPU, every eighth in a batch of 1,024 or
             more elsewhere.
     """
@@ -187,28 +185,66 @@ class TeacherTargets:
         self.counted = slice(0, len(logits), 1 if on_cpu else max(1, min(MASS_STRIDE, num_items // MASS_ITEMS)))
         self._blocks = blocks
         self._mass: Tensor | None = None
-        depth = min(depth, logits.shape[1])
+        self._depth = min(depth, logits.shape[1])
+        self._found: tuple[Tensor, Candidates] | None = None
         if uses_triton(logits.device):
-            from hf_dis.teacher.triton_normaliser import log_normaliser
-
-            groups = num_groups(logits.shape[1], depth)
-            self.log_normaliser, maxima = log_normaliser(logits, temperature, groups, GROUP)
-            if groups and logits.dtype != torch.float64:
-                from hf_dis.teacher.triton_ranking import best_places, rank_groups
-
-                best = best_places(maxima, depth)
-                del maxima  # an eighth of the logits
-                ranked = rank_groups(logits, best, groups, GROUP)
-            else:
-                best = maxima.topk(depth, dim=1, sorted=False).indices if groups else None
-                ranked = top_ranked(logits, depth, best)
-            self.candidates = Candidates(*ranked, logits.shape[1])
-        elif on_cpu:
-            self.candidates = Candidates(*top_ranked(logits, depth), logits.shape[1])
-            self.log_normaliser = self._normalised_in_cache(widen(self.highest[:, :1]), block_items(logits))
+            return  # computed with the first answers that are asked for
+        if on_cpu:
+            candidates = Candidates(*top_ranked(logits, self._depth), logits.shape[1])
+            peaks, normalised = candidates.logits[:, :1], self._normalised_in_cache
         else:
-            self.candidates, peaks = self._best_candidates(depth)
-            self.log_normaliser = self._normalised_by_blocks(widen(peaks), block_items(logits, blocks))
+            candidates, peaks = self._best_candidates(self._depth)
+            normalised = self._normalised_by_blocks
+        self._found = normalised(widen(peaks), block_items(logits, blocks)), candidates
+
+    @property
+    def log_normaliser(self) -> Tensor:
+        """log Σ exp(logit / τ), ``[n, 1]``, float32 or wider."""
+        return self._answers[0]
+
+    @property
+    def candidates(self) -> Candidates:
+        """The logits among which the m best-ranked ones are."""
+        return self._answers[1]
+
+    @property
+    def _answers(self) -> tuple[Tensor, Candidates]:
+        if self._found is None:
+            self._found = self._found_by_kernels()
+        return self._found
+
+    def _found_by_kernels(self) -> tuple[Tensor, Candidates]:
+        from hf_dis.teacher.triton_normaliser import log_normaliser
+
+        logits, depth, groups = self.logits, self._depth, num_groups(self.logits.shape[1], self._depth)
+        normaliser, maxima = log_normaliser(logits, self.temperature, groups, GROUP)
+        if groups and logits.dtype != torch.float64:
+            from hf_dis.teacher.triton_ranking import best_places, rank_groups
+
+            best = best_places(maxima, depth)
+            del maxima  # an eighth of the logits
+            ranked = rank_groups(logits, best, groups, GROUP)
+        else:
+            best = maxima.topk(depth, dim=1, sorted=False).indices if groups else None
+            ranked = top_ranked(logits, depth, best)
+        return normaliser, Candidates(*ranked, logits.shape[1])
+
+    def columns(self, tail_ids: Tensor, labels: Tensor | None, first_item: int) -> Tensor:
+        """Computes by kernels the log-probabilities of ranked classes, shared tails and labels, side by side.
+
+        Args:
+            tail_ids: classes of each tail, ``[G, K_t]``; item i of all uses tail ``i mod G``.
+            labels: class ids of all items, ``[N]``, or None.
+            first_item: the number of the first of these items.
+        """
+        from hf_dis.teacher.triton_ranking import answers_at, answers_of_items
+
+        logits, temperature, asked = self.logits, self.temperature, (tail_ids, labels, first_item)
+        if self._found is None and num_groups(logits.shape[1], self._depth) and logits.dtype != torch.float64:
+            normaliser, _, _, *ranked, columns = answers_of_items(logits, temperature, self._depth, GROUP, *asked)
+            self._found = normaliser, Candidates(*ranked, logits.shape[1])
+            return columns
+        return answers_at(logits, self.highest, self.log_normaliser, *asked, temperature)
 
     def _best_candidates(self, depth: int) -> tuple[Candidates, Tensor]:
         """The candidates, ranked later for all chunks at a time, and the highest logit of each item, ``[n, 1]``."""
