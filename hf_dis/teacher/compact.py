@@ -231,5 +231,6 @@ def unpack_integers(packed: Tensor, count: int, bits: int) -> Tensor:
         int64, ``[n, k]``.
     """
     first = torch.arange(count, device=packed.device) * bits
-    eight = F.pad(packed, (0, 8)).unfold(1, 8, 1).index_select(1, first // 8)
-    return eight.view(torch.int64)[:, :, 0] >> first % 8 & 2**bits - 1
+    places = ((first // 8)[:, None] + torch.arange(8, device=packed.device)).flatten()
+    eight = F.pad(packed, (0, 8)).gather(1, places.expand(len(packed), -1))
+    return eight.view(torch.int64) >> first % 8 & 2**bits - 1
