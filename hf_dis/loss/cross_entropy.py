@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from hf_dis.kernels import uses_triton
 from hf_dis.loss.classes import ALL_CLASSES, Classes
-from hf_dis.loss.divergence import by_blocks, times_each, weighted_log_softmax
+from hf_dis.loss.divergence import by_blocks
+from hf_dis.loss.sampled_softmax import times_each, weighted_log_softmax
 from hf_dis.sampling.sample import ClassSample
 
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_dis.kernels import uses_triton
 from hf_dis.loss.classes import ALL_CLASSES, Classes
+from hf_dis.loss.sampled_softmax import above_minus_inf, sampled_log_softmax, times_each
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.targets import block_items
 
@@ -178,13 +179,6 @@ class _Sampled(torch.autograd.Function):
         return times_each(grad, gradient, ctx.dtype), None, None, None, None, None
 
 
-def times_each(factors: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiplies the gradient of each item by a factor, and rounds once: ``[N, R]`` in a type, in one launch."""
-    if gradient.dtype == dtype:
-        return factors[:, None] * gradient
-    return torch.mul(factors[:, None], gradient, out=torch.empty_like(gradient, dtype=dtype))
-
-
 def by_blocks(results: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Computes results by blocks of items and joins them: intermediate tensors have the size of a block.
 
@@ -323,44 +317,7 @@ def mix(distillation: Tensor, cross_entropy: Tensor | None, hard_label_weight: f
     return (1 - hard_label_weight) * distillation + hard_label_weight * cross_entropy
 
 
-def sampled_log_softmax(logits: Tensor, log_weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Estimates log s at sampled classes, with the normaliser from these classes.
-
-    Args:
-        logits: of the sampled classes, ``[n, K]``.
-        log_weights: log ω, ``[n, K]``.
-        temperature: τ > 0.
-
-    Returns:
-        log s, above minus infinity, and log ω s, ``[n, K]`` each.
-    """
-    log_shares, minus_normaliser = weighted_log_softmax(logits, log_weights, temperature)
-    return above_minus_inf(torch.add(minus_normaliser, logits, alpha=1 / temperature)), log_shares
-
-
-def weighted_log_softmax(logits: Tensor, log_weights: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Computes the logarithm of the shares in ``Σ ω exp(z / τ)``, and minus the logarithm of this sum.
-
-    Args:
-        logits: of the sampled classes, ``[n, K]``.
-        log_weights: log ω, float32 or wider, ``[n, K]``.
-        temperature: τ > 0.
-
-    Returns:
-        ``[n, K]`` and ``[n, 1]``.
-    """
-    weighted = torch.add(log_weights, logits, alpha=1 / temperature)  # widens in one launch
-    log_shares = weighted.log_softmax(1)
-    # logsumexp takes eight launches; the highest column tells the same number.
-    return log_shares, log_shares.amax(1, keepdim=True).sub_(weighted.amax(1, keepdim=True))
-
-
 def log_softmax(logits: Tensor, temperature: float, classes: Classes = ALL_CLASSES) -> Tensor:
     """log softmax(logits / τ) over all classes, ``[n, C]``, above minus infinity."""
     # At temperature 1 a division would only copy the largest tensor of an exact step.
     return above_minus_inf(classes.log_softmax(logits if temperature == 1 else logits / temperature))
-
-
-def above_minus_inf(values: Tensor) -> Tensor:
-    """Replaces the -inf of masked classes by the lowest number, so that 0 · log 0 is 0 and not NaN."""
-    return values.clamp_min(torch.finfo(values.dtype).min)

@@ -12,16 +12,8 @@ from torch import Tensor
 
 from hf_dis.arguments import DISArguments, check_divergence
 from hf_dis.loss.classes import ALL_CLASSES, Classes
-from hf_dis.loss.divergence import (
-    Divergence,
-    ForwardKL,
-    Results,
-    SampledLoss,
-    above_minus_inf,
-    by_blocks,
-    log_softmax,
-    sampled_log_softmax,
-)
+from hf_dis.loss.divergence import Divergence, ForwardKL, Results, SampledLoss, by_blocks, log_softmax
+from hf_dis.loss.sampled_softmax import above_minus_inf, sampled_log_softmax
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.targets import widen
 

@@ -8,8 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from hf_dis.kernels import uses_triton
 from hf_dis.loss.cross_entropy import cross_entropy_results
-from hf_dis.loss.divergence import FORWARD_KL, Divergence, ForwardKL, SampledLoss, times_each
+from hf_dis.loss.divergence import FORWARD_KL, Divergence, ForwardKL, SampledLoss
 from hf_dis.loss.objective import Losses
+from hf_dis.loss.sampled_softmax import times_each
 from hf_dis.sampling.sample import ClassSample
 
 

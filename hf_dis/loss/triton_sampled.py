@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_dis.kernels import sum_dtype, unit_columns
-from hf_dis.loss.divergence import times_each
+from hf_dis.loss.sampled_softmax import times_each
 from hf_dis.teacher.triton_normaliser import add_exponentials
 
 # Columns that a program reads at a time.

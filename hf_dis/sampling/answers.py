@@ -11,7 +11,8 @@ from torch import Tensor
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.sample import Stratum
 from hf_dis.sampling.tails import at_tails
-from hf_dis.teacher.targets import Candidates, TeacherTargets, log_probs
+from hf_dis.teacher.ranking import Candidates
+from hf_dis.teacher.targets import TeacherTargets, log_probs
 
 
 class Ranked(NamedTuple):

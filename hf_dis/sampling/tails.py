@@ -119,7 +119,7 @@ def sample_tails(density: Tensor, num_sampled: int, num_tails: int, generator: t
     largest = density.topk(num_sampled).values
     num_others = num_classes - num_sampled
     others = (density.sum() - largest.sum()).clamp_min(num_others * torch.finfo(dtype).tiny)
-    # 1 / κ of capping_scale: where all but j of the largest are capped, j classes share the sum of all others.
+    # 1 / κ of capping_scale: where all but j of the largest are capped, j classes share the sum of uncapped ones.
     numbers = torch.arange(1, num_sampled + 1, device=density.device)
     most = (torch.cat([others[None], largest.flip(0)]).cumsum(0)[1:] / numbers).amin()
     # In units of the density: the classes' shares end to end, and the points on them.

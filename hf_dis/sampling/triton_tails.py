@@ -184,7 +184,7 @@ def tail_ids(
         cumulative: running sum of the densities, each at most 1/κ, ``[C]``.
         density: ``[C]``.
         scale: of :func:`tail_scale`.
-        start: of the points of the first tail, within [0, 1); those of the others are evenly spaced.
+        start: of the points of the first tail, within [0, 1); the starts of the tails are evenly spaced.
         num_sampled: K_t.
         num_tails: G.
     """

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hf_dis.checks import require
 from hf_dis.kernels import uses_triton
-from hf_dis.teacher.targets import block_items, top_ranked, widen
+from hf_dis.teacher.ranking import top_ranked
+from hf_dis.teacher.targets import block_items, widen
 
 # The designs of a stored sample.
 STORED_DESIGNS = ("systematic", "independent")

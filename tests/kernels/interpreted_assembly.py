@@ -11,7 +11,8 @@ from hf_dis.kernels import VARIABLE
 from hf_dis.sampling import triton_assembly as kernels
 from hf_dis.sampling.designs import inclusion_probabilities
 from hf_dis.teacher import triton_ranking
-from hf_dis.teacher.targets import TeacherTargets, top_ranked
+from hf_dis.teacher.ranking import top_ranked
+from hf_dis.teacher.targets import TeacherTargets
 from hf_dis.teacher.triton_normaliser import class_mass, log_normaliser
 
 # Classes, items, m, K, K_t, G: a block of a tail is of 1,024 columns.
