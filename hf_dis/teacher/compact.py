@@ -231,6 +231,8 @@ def unpack_integers(packed: Tensor, count: int, bits: int) -> Tensor:
     Returns:
         int64, ``[n, k]``.
     """
+    if not count:  # torch refuses the view of no bytes as numbers
+        return packed.new_empty(len(packed), 0, dtype=torch.long)
     first = torch.arange(count, device=packed.device) * bits
     places = ((first // 8)[:, None] + torch.arange(8, device=packed.device)).flatten()
     eight = F.pad(packed, (0, 8)).gather(1, places.expand(len(packed), -1))
