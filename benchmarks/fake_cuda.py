@@ -124,7 +124,8 @@ class Counts(TorchDispatchMode):
         is_fake = is_fake or any(one.is_cuda for one in outputs)
         if is_fake and name not in NO_KERNEL and not func.is_view:
             self.launches[place] += KERNELS.get(name, 1)
-            self.moved[place] += _bytes(name, func._schema.is_mutable, args, inputs, outputs)
+            in_place = func._schema.is_mutable and "out" not in kwargs
+            self.moved[place] += _bytes(name, in_place, args, tensors_of(args), outputs)
         return out
 
     def _answer(

@@ -107,8 +107,10 @@ def token_items(
         else:
             is_item = mask != 0 if labels is None else labels != IGNORED
             positions, targets = _found_items(is_item.flatten(), stored)
+    elif stored is None or len(positions) == stored.shape[0] * stored.shape[1]:
+        targets = None if stored is None else stored.flatten(0, 1)  # no filler
     else:
-        targets = None if stored is None else _stored_at(stored, true_places(_is_stored(stored), len(positions)))
+        targets = _stored_at(stored, true_places(_is_stored(stored), len(positions)))
     return Items(num_examples, None if labels is None else labels.flatten()[positions], positions, length, targets)
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from hf_dis.distributed.exchange import OwnItems, SameItems
 from hf_dis.head.vocab_shard import VocabShard
-from hf_dis.teacher.targets import TeacherTargets, block_items, check_teacher_logits, log_probs, top_ranked, widen
+from hf_dis.sampling.tails import of_items
+from hf_dis.teacher.ranking import Candidates, top_ranked
+from hf_dis.teacher.targets import TeacherTargets, block_items, check_teacher_logits, log_probs, widen
 
 PRECISION = "Check these inputs, and the teacher's precision: a float16 teacher overflows at 65,504, so try bfloat16"
 
@@ -43,11 +45,14 @@ class ShardTargets(TeacherTargets):
         own, ids = (
             torch.cat([part[:, :width] for part, width in zip(values, widths, strict=True)], 1) for values in parts
         )
-        self.highest, places = own.topk(min(depth, sum(exchange.sizes)))
-        self.ids = ids.gather(1, places)
+        highest, places = own.topk(min(depth, sum(exchange.sizes)))
         self.of_everyone = self._normalised()
-        self.log_normaliser = exchange.own(self.of_everyone)
-        self.counted = slice(0, len(self.ids), 1)
+        ranked = Candidates(highest, ids.gather(1, places), sum(exchange.sizes))
+        self._found = exchange.own(self.of_everyone), ranked
+        self.counted = slice(0, len(highest), 1)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def _normalised(self) -> Tensor:
         """log Σ exp(logit / τ) over the classes of all shards, for all items, ``[M, 1]``."""
@@ -79,6 +84,13 @@ class ShardTargets(TeacherTargets):
         is_own = (ids >= 0) & (ids < self.logits.shape[1])
         found = self.logits.gather(1, ids.clamp(0, self.logits.shape[1] - 1))
         return self._exchange.joined(torch.where(is_own, found, 0))
+
+    def columns(self, tail_ids: Tensor, labels: Tensor | None, first_item: int) -> Tensor:
+        """As :meth:`TeacherTargets.columns`, without kernels."""
+        asked = [of_items(tail_ids, first_item, len(self))]
+        if labels is not None:
+            asked.append(labels[first_item : first_item + len(self), None])
+        return torch.cat([self.log_probs, self.log_prob(torch.cat(asked, 1))], 1)
 
     def log_prob(self, ids: Tensor) -> Tensor:
         """As :meth:`TeacherTargets.log_prob`."""

@@ -17,9 +17,9 @@ from hf_dis.precision import widest
 # Elements of the rows [n, d] that are stepped at a time on CPU: a chunk and its moments stay in the cache.
 CHUNK_ELEMENTS = 2**17
 
-# The same on an accelerator, where few launches matter: 256 MiB in float32 for each of the three copies of a chunk.
-# There are 4 chunks at most, so that launches do not grow with the rows.
-ACCELERATOR_CHUNK_ELEMENTS, ACCELERATOR_CHUNKS = 2**26, 4
+# The same on an accelerator, where few launches matter: 256 MiB in float32 for each of the two copies of a chunk.
+# At most 2 chunks, so that launches do not grow with the rows: two copies are then as large as the gradient.
+ACCELERATOR_CHUNK_ELEMENTS, ACCELERATOR_CHUNKS = 2**26, 2
 
 
 class RowSparseAdamW(torch.optim.AdamW):
@@ -134,30 +134,33 @@ def _step_touched(parameter: Tensor, state: dict[str, Any], group: dict[str, Any
     of_device = max(ACCELERATOR_CHUNK_ELEMENTS, -(-rows.numel() // ACCELERATOR_CHUNKS))
     elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else of_device
     chunk_rows = max(1, elements // max(1, rows[:1].numel()))
-    columns = (1,) * (rows.dim() - 1)
-    factors = [factor.to(rows.dtype).view(-1, *columns) for factor in _row_factors(state, group, ids)]
+    factors = [factor.view(-1, *(1,) * (rows.dim() - 1)) for factor in _row_factors(state, group, ids, rows.dtype)]
     for parts in zip(*(tensor.split(chunk_rows) for tensor in (ids, rows, *factors)), strict=True):
         _step_chunk(parameter, state, group, *parts)
 
 
-def _row_factors(state: dict[str, Any], group: dict[str, Any], ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _row_factors(
+    state: dict[str, Any], group: dict[str, Any], ids: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Counts a step of each row, marks its decay as done, and computes the factors of the step.
 
     Returns:
-        three values per row, in the device's widest type. The first is the share of the weight that the missed decay
-        leaves. The second is the factor of the root of the second moment (both bias corrections). The third is the
-        term to add to that product.
+        three values per row in a type, computed in the device's widest type. The first is the share of the weight that
+        the missed decay leaves. The other two are negative: the factor of the root of the second moment (both bias
+        corrections), and the term to add to that product.
     """
-    steps = state["step"].index_select(0, ids) + 1
-    kept = (state["log_decay"] - state["row_log_decay"].index_select(0, ids)).exp()
+    steps = state["step"].index_select(0, ids).add_(1)
+    missed = state["log_decay"] - state["row_log_decay"].index_select(0, ids)
     state["step"].index_copy_(0, ids, steps)
     state["row_log_decay"].index_fill_(0, ids, state["log_decay"])
-    # 1 - β^t for both β.
+    # β^t - 1 for both β.
     logs = [math.log(beta) if beta else -math.inf for beta in group["betas"]]
-    bias1, bias2 = torch._foreach_neg(
-        torch._foreach_expm1(torch._foreach_mul([steps.to(widest(ids.device))] * 2, logs))
-    )
-    return kept, bias1 / bias2.sqrt(), group["eps"] * bias1
+    bias1, bias2 = torch._foreach_expm1(torch._foreach_mul([steps.to(widest(ids.device))] * 2, logs))
+    kept, scale, eps = torch.empty(3, len(ids), dtype=dtype, device=ids.device).unbind()
+    torch.exp(missed, out=kept)  # each result is rounded as it is written
+    torch.mul(bias1, bias2.neg_().rsqrt_(), out=scale)
+    torch.mul(bias1, group["eps"], out=eps)
+    return kept, scale, eps
 
 
 def _step_chunk(
@@ -171,11 +174,11 @@ def _step_chunk(
     eps: Tensor,
 ) -> None:
     beta1, beta2 = group["betas"]
-    mean = state["exp_avg"].index_select(0, ids).lerp_(rows, 1 - beta1)
-    state["exp_avg"].index_copy_(0, ids, mean)
     square = state["exp_avg_sq"].index_select(0, ids).mul_(beta2).addcmul_(rows, rows, value=1 - beta2)
     state["exp_avg_sq"].index_copy_(0, ids, square)
-    # m / bias1 / (sqrt(v / bias2) + eps), as one division.
+    # -m / bias1 / (sqrt(v / bias2) + eps), as one division.
     denominator = square.sqrt_().mul_(scale).add_(eps)
-    weights = parameter.index_select(0, ids).mul_(kept).addcdiv_(mean, denominator, value=-group["lr"])
+    mean = state["exp_avg"].index_select(0, ids).lerp_(rows, 1 - beta1)
+    state["exp_avg"].index_copy_(0, ids, mean)
+    weights = parameter.index_select(0, ids).mul_(kept).addcdiv_(mean, denominator, value=group["lr"])
     parameter.index_copy_(0, ids, weights)

@@ -54,9 +54,10 @@ def clip_grad_norm_(
         norm = torch.linalg.vector_norm(dense[0]) if len(dense) == 1 else torch.nn.utils.get_total_norm(dense)
     else:
         norm = _norm_with_shards(parameters, shard, sharded)
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+    divisor = norm + 1e-6 if max_norm == 1 else (norm + 1e-6).div_(max_norm)
+    divisor = divisor.clamp_min_(1)
     for device, here in _by_device(dense).items():
-        torch._foreach_mul_(here, factor.to(device))  # a few launches for all parameters
+        torch._foreach_div_(here, divisor.to(device))  # a few launches for all parameters
     return norm
 
 
@@ -125,23 +126,23 @@ class TouchedRows:
         in_order, order = _sorted(ids)
         is_first = torch.ones_like(in_order, dtype=torch.bool)
         torch.ne(in_order[1:], in_order[:-1], out=is_first[1:])
-        place, weights = is_first.cumsum(0) - 1, None
-        if updates is not None and updates.number < (most := _most_classes(place)):
+        place = factors = None
+        if updates is not None and updates.number < len(ids):
+            place = is_first.cumsum(0) - 1
+        if place is not None and updates.number < (most := _most_classes(place)):
             sums = sizes.new_zeros(most).index_add_(0, place, sizes.index_select(0, order))
-            exists = None if ids.device.type == "cpu" else torch.arange(most, device=ids.device) <= place[-1:]
-            weights = updates.weights(sums, exists).index_select(0, place)
-            is_kept = weights != 0
+            count = None if ids.device.type == "cpu" else place[-1:] + 1
+            factors = updates.weights(sums, count).index_select(0, place)
+            is_kept = factors != 0
             number, contributions = _on_the_host((is_first & is_kept).sum(), is_kept.sum())
             kept = true_places(is_kept, contributions)
-            in_order, order, is_first, weights = (
-                values.index_select(0, kept) for values in (in_order, order, is_first, weights)
+            in_order, order, is_first, factors = (
+                values.index_select(0, kept) for values in (in_order, order, is_first, factors)
             )
-            place = is_first.cumsum(0) - 1
         else:
-            (number,) = _on_the_host(is_first.sum())
-        self._order, self._place = order, place
+            (number,) = is_first.sum()[None].tolist()
+        self._order, self._is_first, self._factors = order, is_first, factors
         self._starts = true_places(is_first, number)
-        self._weights = None if weights is None else weights.index_select(0, self._starts)
         self.ids = in_order.index_select(0, self._starts)
 
     def weight_rows(self, vectors: Tensor, which: Tensor, scales: Tensor) -> Tensor:
@@ -152,9 +153,7 @@ class TouchedRows:
             which: the vector of each contribution, ``[P]``.
             scales: the factor of the vector, ``[P]``.
         """
-        which, scales = (values.index_select(0, self._order) for values in (which, scales))
-        if self._weights is not None:
-            scales = (scales * self._weights.index_select(0, self._place)).to(vectors.dtype)
+        which, scales = which.index_select(0, self._order), self._weighted(scales).to(vectors.dtype)
         if uses_triton(vectors.device):
             from hf_dis.head.triton_rows import segment_rows
 
@@ -167,8 +166,8 @@ class TouchedRows:
         Args:
             values: of each contribution, ``[P]``, float32 or wider.
         """
-        sums = self._sums(values)
-        return sums if self._weights is None else sums * self._weights
+        values = self._weighted(values)
+        return values.new_zeros(len(self.ids)).index_add_(0, self._is_first.cumsum(0) - 1, values)
 
     def gradient(self, rows: Tensor, parameter_shape: torch.Size, sparse: bool) -> Tensor:
         """Makes the rows a gradient of a parameter: a coalesced sparse COO tensor, or dense and zero elsewhere."""
@@ -178,5 +177,7 @@ class TouchedRows:
             )
         return rows.new_zeros(parameter_shape).index_copy_(0, self.ids, rows)
 
-    def _sums(self, values: Tensor) -> Tensor:
-        return values.new_zeros(len(self.ids)).index_add_(0, self._place, values.index_select(0, self._order))
+    def _weighted(self, values: Tensor) -> Tensor:
+        """The values of the contributions that are kept, by class, times the weights of their classes."""
+        values = values.index_select(0, self._order)
+        return values if self._factors is None else values * self._factors

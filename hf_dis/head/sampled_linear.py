@@ -14,7 +14,7 @@ from hf_dis.head.row_gradients import TouchedRows
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import Updates
-from hf_dis.sampling.tails import by_item, by_tail, of_items
+from hf_dis.sampling.tails import at_tails, by_item, by_tail, in_turns
 
 # torch warns at the first CSR tensor, whatever the tensor is used for.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 # Elements of the gathered rows [n, K, d] that exist at a time. On a processor 1 MiB in float32 stays in its cache.
 GATHER_ELEMENTS = 2**18
 # Elsewhere at most this number of gathers, and more only beyond 2^28 elements, 1 GiB in float32.
-DEVICE_GATHERS, MOST_GATHERED = 8, 2**28
+DEVICE_GATHERS, MOST_GATHERED = 4, 2**28
 
 
 def sampled_logits(
@@ -67,7 +67,7 @@ def sampled_logits(
 
 def sampled_columns(logits: Tensor, item_ids: Tensor, tail_ids: Tensor) -> Tensor:
     """Selects the same columns from logits of all classes: ``[N, R + K_t]`` for ``[N, C]``."""
-    return torch.cat([logits.gather(1, item_ids), logits.gather(1, of_items(tail_ids, 0, len(logits)))], 1)
+    return torch.cat([logits.gather(1, item_ids), at_tails(logits, tail_ids)], 1)
 
 
 def weighted_rows(
@@ -94,8 +94,9 @@ class _SampledLinear(torch.autograd.Function):
     def forward(ctx, features, weight, bias, item_ids, tail_ids, row_sparse, updates):
         by_kernels = uses_triton(features.device)
         rows = _tail_rows(weight, tail_ids, features.dtype)
-        # Kept by kernels alone: a second gather costs an accelerator a launch.
-        ctx.save_for_backward(features, weight, item_ids, tail_ids, rows if by_kernels else None)
+        # Kept off the processor alone: a second gather costs an accelerator a launch.
+        on_cpu = features.device.type == "cpu" and not by_kernels
+        ctx.save_for_backward(features, weight, item_ids, tail_ids, None if on_cpu else rows)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.row_sparse, ctx.updates = row_sparse, updates
         num_own = item_ids.shape[1]
@@ -109,7 +110,7 @@ class _SampledLinear(torch.autograd.Function):
         else:
             logits = features.new_empty(len(features), num_own + tail_ids.shape[1])
             _item_products(features, weight, item_ids, out=logits[:, :num_own])
-            logits[:, num_own:] = by_item(tails, len(logits))
+            _write(logits[:, num_own:], tails)
         if bias is not None:
             logits[:, :num_own] += bias.take(item_ids)
         return logits
@@ -133,13 +134,13 @@ class _SampledLinear(torch.autograd.Function):
             return grad_features, grad_weight, grad_bias, None, None, None, None
         if wants_weight or wants_bias:
             of_head = _Contributions.of(features, item_ids, tail_ids, item_grad, tail_grad, weight.dtype)
-            sizes = None if ctx.updates is None else of_head.sizes()
-            touched = TouchedRows(of_head.ids, sizes, ctx.updates)
+            is_sampled = ctx.updates is not None and ctx.updates.number < len(of_head.ids)
+            touched = TouchedRows(of_head.ids, of_head.sizes() if is_sampled else None, ctx.updates)
         if wants_weight:
             rows = touched.weight_rows(of_head.vectors, of_head.which, of_head.scales)
             grad_weight = touched.gradient(rows, weight.shape, ctx.row_sparse)
         if wants_bias:
-            rows = touched.bias_rows(of_head.sums).to(ctx.bias_dtype)
+            rows = touched.bias_rows(of_head.sums()).to(ctx.bias_dtype)
             grad_bias = touched.gradient(rows, weight.shape[:1], ctx.row_sparse)
         return grad_features, grad_weight, grad_bias, None, None, None, None
 
@@ -155,14 +156,16 @@ class _Contributions(NamedTuple):
         vectors: the features of the items, then the vectors of the tails' classes, ``[N + G·K_t, d]``.
         which: the vector of each contribution, ``[P]``.
         scales: the factor of the vector, ``[P]``.
-        sums: the gradient on the logit, summed over items: the part in the bias, ``[P]``, float32 or wider.
+        alone: the gradient on the logits of single items' classes, ``[N·R]``.
+        tails: the gradient on the logits of the tails' classes, by tail, ``[G, n, K_t]``.
     """
 
     ids: Tensor
     vectors: Tensor
     which: Tensor
     scales: Tensor
-    sums: Tensor
+    alone: Tensor
+    tails: Tensor
 
     @classmethod
     def of(cls, features, item_ids, tail_ids, item_grad, tail_grad, dtype: torch.dtype) -> _Contributions:
@@ -172,20 +175,26 @@ class _Contributions(NamedTuple):
         vectors = torch.cat([features, of_tails.flatten(0, 1)]).to(dtype)
         numbers = torch.arange(len(vectors), device=vectors.device)
         alone = item_grad.flatten()
-        # A sum in bfloat16 stops growing at 256 times its terms.
-        wide = torch.promote_types(dtype, torch.float32)
-        sums = by_tails.sum(1, dtype=wide).flatten()
+        ones = alone.new_ones(tail_ids.numel(), dtype=dtype)
         return cls(
             ids=torch.cat([item_ids.flatten(), tail_ids.flatten()]),
             vectors=vectors,
             which=torch.cat([numbers[:num_items].repeat_interleave(num_columns), numbers[num_items:]]),
-            scales=torch.cat([alone.to(dtype), torch.ones_like(sums, dtype=dtype)]),
-            sums=torch.cat([alone.to(wide), sums]),
+            scales=torch.cat([alone, ones]),
+            alone=alone,
+            tails=by_tails,
         )
+
+    def sums(self) -> Tensor:
+        """Sums the gradient on the logits over items: the part in the bias, ``[P]``, float32 or wider."""
+        # A sum in bfloat16 stops growing at 256 times its terms.
+        wide = torch.promote_types(self.vectors.dtype, torch.float32)
+        return torch.cat([self.alone.to(wide), self.tails.sum(1, dtype=wide).flatten()])
 
     def sizes(self) -> Tensor:
         """Computes the length of each part of the weight's gradient, ``[P]``, float32 or wider."""
-        lengths = torch.linalg.vector_norm(self.vectors, dim=1, dtype=self.sums.dtype)
+        wide = torch.promote_types(self.vectors.dtype, torch.float32)
+        lengths = torch.linalg.vector_norm(self.vectors, dim=1, dtype=wide)
         return self.scales.abs() * lengths.index_select(0, self.which)
 
 
@@ -212,9 +221,11 @@ def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, out: Tens
         return
     wide = torch.promote_types(features.dtype, torch.float32)
     size = _gathered_items(len(item_ids), item_ids.shape[1] * weight.shape[1], features.device)
-    for ids, vectors, products in zip(item_ids.split(size), features.split(size), out.split(size), strict=True):
-        gathered = F.embedding(ids, weight).to(wide)
-        products.copy_(torch.bmm(gathered, vectors.to(wide)[:, :, None])[:, :, 0])
+    products = features.new_empty(*item_ids.shape, 1, dtype=wide)
+    parts = (values.split(size) for values in (item_ids, features.to(wide)[:, :, None], products))
+    for ids, vectors, part in zip(*parts, strict=True):
+        torch.bmm(F.embedding(ids, weight).to(wide), vectors, out=part)
+    out.copy_(products[:, :, 0])
 
 
 def _tail_rows(weight: Tensor, tail_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -237,8 +248,21 @@ def _features_gradient(scales: Tensor, weight: Tensor, item_ids: Tensor, tails: 
         from hf_dis.head.triton_products import features_gradient
 
         return features_gradient(scales, weight, item_ids, tails, scales.dtype)
-    own = F.embedding_bag(item_ids, weight, mode="sum", per_sample_weights=scales.to(weight.dtype)).to(scales.dtype)
-    return own.add_(by_item(tails, len(own)))
+    own = F.embedding_bag(item_ids, weight, mode="sum", per_sample_weights=scales.to(weight.dtype))
+    gradient, num_tails = scales.new_empty(own.shape), len(tails)
+    if len(own) % num_tails:
+        return torch.add(own, by_item(tails, len(own)), out=gradient)  # rounds once
+    by_turns = (in_turns(values, num_tails) for values in (own, gradient))
+    torch.add(next(by_turns), tails.transpose(0, 1), out=next(by_turns))
+    return gradient
+
+
+def _write(out: Tensor, tails: Tensor) -> None:
+    """Writes the columns of the tails, ``[G, n, K_t]``, into those of the items, ``[N, K_t]``."""
+    if len(out) % len(tails):
+        out.copy_(by_item(tails, len(out)))
+    else:
+        in_turns(out, len(tails)).copy_(tails.transpose(0, 1))  # no copy between
 
 
 def _gathered_items(num_items: int, elements: int, device: torch.device) -> int:

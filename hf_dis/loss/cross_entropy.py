@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_dis.kernels import uses_triton
 from hf_dis.loss.classes import ALL_CLASSES, Classes
+from hf_dis.loss.divergence import by_blocks
+from hf_dis.loss.sampled_softmax import times_each, weighted_log_softmax
 from hf_dis.sampling.sample import ClassSample
-from hf_dis.teacher.targets import widen
 
 
 def sampled_cross_entropy(logits: Tensor, sample: ClassSample) -> Tensor:
@@ -19,14 +21,51 @@ def sampled_cross_entropy(logits: Tensor, sample: ClassSample) -> Tensor:
         sample: made with labels.
 
     Returns:
-        the loss, ``[N]``, in float32 or wider.
+        the loss, ``[N]``, in float32 or wider, differentiable once in the logits.
+    """
+    return _Sampled.apply(logits, sample.log_weights, sample.label_column)
+
+
+class _Sampled(torch.autograd.Function):
+    """Loss and gradient in one pass."""
+
+    @staticmethod
+    def forward(ctx, logits, log_weights, label):
+        loss, gradient = cross_entropy_results(logits, log_weights, label)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return times_each(grad, gradient, ctx.dtype), None, None
+
+
+def cross_entropy_results(logits: Tensor, log_weights: Tensor, label: int) -> tuple[Tensor, Tensor]:
+    """The loss of :func:`sampled_cross_entropy` and its gradient.
+
+    Args:
+        logits: the student's, of the sampled classes, ``[N, R + K_t]``.
+        log_weights: log ω of these classes, ``[N, R + K_t]``.
+        label: the column of the label.
+
+    Returns:
+        the loss ``[N]`` and the gradient on the logits, ``[N, R + K_t]``, in float32 or wider.
     """
     if uses_triton(logits.device):
         from hf_dis.loss import triton_sampled
 
-        return triton_sampled.sampled_cross_entropy(logits, sample.log_weights, sample.label_column)
-    logits = widen(logits)
-    return (logits + sample.log_weights).logsumexp(1) - logits[:, sample.label_column]
+        return triton_sampled.cross_entropy(logits, log_weights, label)
+
+    def block(logits: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+        log_shares, minus_normaliser = weighted_log_softmax(logits, log_weights)
+        gradient = log_shares.exp_()
+        gradient[:, label].sub_(1)
+        return -(minus_normaliser[:, 0] + logits[:, label]), gradient
+
+    return by_blocks(block, logits, log_weights)
 
 
 def exact_cross_entropy(logits: Tensor, labels: Tensor, classes: Classes = ALL_CLASSES) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from hf_dis.kernels import uses_triton
 from hf_dis.loss.classes import ALL_CLASSES, Classes
+from hf_dis.loss.sampled_softmax import above_minus_inf, sampled_log_softmax, times_each
 from hf_dis.sampling.sample import ClassSample
-from hf_dis.teacher.targets import block_items, widen
+from hf_dis.teacher.targets import block_items
 
 # Loss [N], and signal, log s and gradient on the logits, [N, R + K_t] each.
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -75,8 +76,24 @@ class Divergence(ABC):
             temperature: τ > 0, the temperature of the sample.
         """
         given = sample.log_weights, sample.log_probs, sample.target
-        loss, signal, log_student = _Sampled.apply(logits, *given, temperature, self._results)
-        return SampledLoss(loss if self.scale_by_temperature else loss / temperature**2, signal, log_student)
+        return SampledLoss(*_Sampled.apply(logits, *given, temperature, self.results))
+
+    def results(
+        self, logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
+    ) -> Results:
+        """Computes the loss of every item on sampled classes, with its gradient.
+
+        Args:
+            logits: the student's, ``[N, R + K_t]``.
+            log_weights, log_probs, target: of the sample, ``[N, R + K_t]`` each.
+            temperature: τ > 0.
+
+        Returns:
+            the loss ``[N]``; the signal, log s, and the gradient on the logits, ``[N, R + K_t]`` each.
+        """
+        loss, signal, log_student, gradient = self._results(logits, log_weights, log_probs, target, temperature)
+        loss, gradient = self.scaled(loss, gradient, temperature)
+        return loss, signal, log_student, gradient
 
     def exact(
         self, logits: Tensor, teacher_logits: Tensor, temperature: float, classes: Classes = ALL_CLASSES
@@ -159,10 +176,7 @@ class _Sampled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):
         (gradient,) = ctx.saved_tensors
-        if gradient.dtype == ctx.dtype:
-            return grad[:, None] * gradient, None, None, None, None, None
-        scaled = torch.mul(grad[:, None], gradient, out=torch.empty_like(gradient, dtype=ctx.dtype))  # rounds once
-        return scaled, None, None, None, None, None
+        return times_each(grad, gradient, ctx.dtype), None, None, None, None, None
 
 
 def by_blocks(results: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -237,11 +251,11 @@ def sampled_forward_kl(logits: Tensor, sample: ClassSample, temperature: float) 
 def _forward_kl_block(
     logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
 ) -> Results:
-    log_student = sampled_log_softmax(logits, log_weights, temperature)
-    loss = temperature**2 * (target * (above_minus_inf(log_probs) - log_student)).sum(1)
-    signal = log_student.exp() - log_probs.exp()
+    log_student, log_shares = sampled_log_softmax(logits, log_weights, temperature)
+    loss = (above_minus_inf(log_probs) - log_student).mul_(target).sum(1).mul_(temperature**2)
+    signal = log_student.exp().sub_(log_probs.exp())
     # τ (ω s - p̂): the target sums to one.
-    gradient = (log_student + log_weights).exp_().sub_(target).mul_(temperature)
+    gradient = log_shares.exp_().sub_(target).mul_(temperature)
     return loss, signal, log_student, gradient.masked_fill_(logits.isneginf(), 0)
 
 
@@ -303,24 +317,7 @@ def mix(distillation: Tensor, cross_entropy: Tensor | None, hard_label_weight: f
     return (1 - hard_label_weight) * distillation + hard_label_weight * cross_entropy
 
 
-def sampled_log_softmax(logits: Tensor, log_weights: Tensor, temperature: float) -> Tensor:
-    """log s at sampled classes, ``[n, K]``, with the normaliser estimated from these classes.
-
-    Args:
-        logits: of the sampled classes, ``[n, K]``.
-        log_weights: log ω, ``[n, K]``.
-        temperature: τ > 0.
-    """
-    scaled = above_minus_inf(widen(logits) / temperature)
-    return scaled - (scaled + log_weights).logsumexp(1, keepdim=True)
-
-
 def log_softmax(logits: Tensor, temperature: float, classes: Classes = ALL_CLASSES) -> Tensor:
     """log softmax(logits / τ) over all classes, ``[n, C]``, above minus infinity."""
     # At temperature 1 a division would only copy the largest tensor of an exact step.
     return above_minus_inf(classes.log_softmax(logits if temperature == 1 else logits / temperature))
-
-
-def above_minus_inf(values: Tensor) -> Tensor:
-    """Replaces the -inf of masked classes by the lowest number, so that 0 · log 0 is 0 and not NaN."""
-    return values.clamp_min(torch.finfo(values.dtype).min)

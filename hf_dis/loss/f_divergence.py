@@ -12,16 +12,8 @@ from torch import Tensor
 
 from hf_dis.arguments import DISArguments, check_divergence
 from hf_dis.loss.classes import ALL_CLASSES, Classes
-from hf_dis.loss.divergence import (
-    Divergence,
-    ForwardKL,
-    Results,
-    SampledLoss,
-    above_minus_inf,
-    by_blocks,
-    log_softmax,
-    sampled_log_softmax,
-)
+from hf_dis.loss.divergence import Divergence, ForwardKL, Results, SampledLoss, by_blocks, log_softmax
+from hf_dis.loss.sampled_softmax import above_minus_inf, sampled_log_softmax
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.targets import widen
 
@@ -79,11 +71,9 @@ class FDivergence(Divergence):
         self, logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
     ) -> Results:
         def block(logits: Tensor, log_weights: Tensor, log_probs: Tensor) -> Results:
-            log_student, log_teacher = (
-                sampled_log_softmax(logits, log_weights, temperature),
-                above_minus_inf(widen(log_probs)),
-            )
-            weighted = ((log_values + log_weights).exp_() for log_values in (log_student, log_teacher))
+            log_student, log_shares = sampled_log_softmax(logits, log_weights, temperature)
+            log_teacher = above_minus_inf(widen(log_probs))
+            weighted = log_shares.exp_(), (log_teacher + log_weights).exp_()
             loss, centred, share = self._losses(_Densities(log_student, log_teacher, *weighted), temperature)
             signal = log_student.exp().mul_(centred)
             gradient = share.mul_(centred).mul_(temperature)

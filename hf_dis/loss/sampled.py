@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_dis.kernels import uses_triton
-from hf_dis.loss.cross_entropy import sampled_cross_entropy
-from hf_dis.loss.divergence import FORWARD_KL, Divergence, ForwardKL, SampledLoss, mix
+from hf_dis.loss.cross_entropy import cross_entropy_results
+from hf_dis.loss.divergence import FORWARD_KL, Divergence, ForwardKL, SampledLoss
 from hf_dis.loss.objective import Losses
+from hf_dis.loss.sampled_softmax import times_each
 from hf_dis.sampling.sample import ClassSample
 
 
@@ -31,17 +34,35 @@ def sampled_loss(
         the loss ``[N]``, which alone has a gradient; its terms ``kd_loss`` and, with labels, ``ce_loss``, ``[N]``; and
         KD with its signal.
     """
-    if sample.has_label and isinstance(divergence, ForwardKL) and uses_triton(logits.device):
+    if not sample.has_label:
+        result = divergence.sampled(logits, sample, temperature)
+        return result.loss, {"kd_loss": result.loss.detach()}, result
+    given = sample.log_weights, sample.log_probs, sample.target, sample.label_column
+    if isinstance(divergence, ForwardKL) and uses_triton(logits.device):
         from hf_dis.loss.triton_sampled import SampledMixture
 
-        given = sample.log_weights, sample.log_probs, sample.target, sample.label_column
         times = temperature**2 if divergence.scale_by_temperature else 1.0
         loss, kd, ce, *others = SampledMixture.apply(logits, *given, temperature, times, hard_label_weight)
-        return loss, {"kd_loss": kd, "ce_loss": ce}, SampledLoss(kd, *others)
-    result = divergence.sampled(logits, sample, temperature)
-    terms = {"kd_loss": result.loss.detach()}
-    if not sample.has_label:
-        return result.loss, terms, result
-    ce = sampled_cross_entropy(logits, sample)
-    terms["ce_loss"] = ce.detach()
-    return mix(result.loss, ce, hard_label_weight), terms, result
+    else:
+        loss, kd, ce, *others = _Mixture.apply(logits, *given, temperature, hard_label_weight, divergence)
+    return loss, {"kd_loss": kd, "ce_loss": ce}, SampledLoss(kd, *others)
+
+
+class _Mixture(torch.autograd.Function):
+    """Both losses and their gradient in forward, so that backward is one product."""
+
+    @staticmethod
+    def forward(ctx, logits, log_weights, log_probs, target, label, temperature, hard_label_weight, divergence):
+        kd, signal, log_student, gradient = divergence.results(logits, log_weights, log_probs, target, temperature)
+        ce, of_ce = cross_entropy_results(logits, log_weights, label)
+        loss = torch.lerp(kd, ce.to(kd.dtype), hard_label_weight)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(gradient.lerp_(of_ce.to(gradient.dtype), hard_label_weight))
+        ctx.mark_non_differentiable(kd, ce, signal, log_student)
+        return loss, kd, ce, signal, log_student
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        (gradient,) = ctx.saved_tensors
+        return times_each(grad, gradient, ctx.dtype), *(None,) * 7

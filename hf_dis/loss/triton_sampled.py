@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_dis.kernels import sum_dtype, unit_columns
+from hf_dis.loss.sampled_softmax import times_each
 from hf_dis.teacher.triton_normaliser import add_exponentials
 
 # Columns that a program reads at a time.
@@ -234,31 +235,6 @@ def _cross_entropy_results(logits: Tensor, log_weights: Tensor) -> tuple[Tensor,
     return logits.new_empty(len(logits), dtype=dtype), logits.new_empty(logits.shape, dtype=dtype)
 
 
-def sampled_cross_entropy(logits: Tensor, log_weights: Tensor, label: int) -> Tensor:
-    """-log softmax(z)_y estimated from sampled classes, ``[N]``, differentiable once in the logits.
-
-    Args:
-        logits, log_weights: of the sampled classes, ``[N, R]`` each.
-        label: the column of the label.
-    """
-    return _SampledCrossEntropy.apply(logits, log_weights, label)
-
-
-class _SampledCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, log_weights, label):
-        loss, gradient = cross_entropy(logits, log_weights, label)
-        ctx.dtype = logits.dtype
-        ctx.save_for_backward(gradient)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return scaled(grad, gradient, ctx.dtype), None, None
-
-
 @torch.library.custom_op("hf_dis::sampled_mixture", mutates_args=())
 def mixture(
     logits: Tensor,
@@ -302,11 +278,6 @@ def _mixture_results(logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, T
     return loss, torch.empty_like(loss), torch.empty_like(loss), *columns
 
 
-def scaled(factors: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiplies the gradient of each item by a factor, and rounds once: ``[N, R]`` in a type, in one launch."""
-    return torch.mul(factors[:, None], gradient, out=torch.empty_like(gradient, dtype=dtype))
-
-
 class SampledMixture(torch.autograd.Function):
     """The loss of :func:`mixture`, differentiable once in the logits, and its other results without gradient."""
 
@@ -324,4 +295,4 @@ class SampledMixture(torch.autograd.Function):
     def backward(ctx, grad, *_):
         """Scales the kept gradient by the gradient on the loss, ``[N]``."""
         (gradient,) = ctx.saved_tensors
-        return scaled(grad, gradient, ctx.dtype), *(None,) * 7
+        return times_each(grad, gradient, ctx.dtype), *(None,) * 7

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.sample import Stratum
-from hf_dis.sampling.tails import of_items
+from hf_dis.sampling.tails import at_tails, of_items
+from hf_dis.teacher.ranking import Candidates
 from hf_dis.teacher.targets import TeacherTargets, log_probs
 
 
@@ -27,8 +28,7 @@ class Logits(NamedTuple):
     All else is computed once for all items: on an accelerator a launch per chunk costs more than its work.
 
     Attributes:
-        ids: the m best-ranked classes of each item, ``[n, m]``.
-        highest: logits of these classes, ``[n, m]``.
+        candidates: the logits among which the m best-ranked ones of each item are.
         tails: logits of the classes of the item's shared tail, ``[n, K_t]``; None with ``columns``.
         labels: the label's logit, ``[n, 1]``; None without labels, and with ``columns``.
         log_normaliser: log Σ exp(logit / τ) over all classes, ``[n, 1]``.
@@ -38,8 +38,7 @@ class Logits(NamedTuple):
         columns: as :class:`Answers` has them, where a kernel computes them.
     """
 
-    ids: Tensor
-    highest: Tensor
+    candidates: Candidates
     tails: Tensor | None
     labels: Tensor | None
     log_normaliser: Tensor
@@ -67,18 +66,17 @@ class Logits(NamedTuple):
             ranked: the sampled ranks, where all C ranks are sampled from.
         """
         tails = of_label = columns = None
-        if targets.is_whole and tail_ids.numel() and uses_triton(tail_ids.device):
-            from hf_dis.teacher.triton_ranking import answers_at
-
-            given = targets.logits, targets.highest, targets.log_normaliser, tail_ids, labels
-            columns = answers_at(*given, first_item, targets.temperature)
+        if tail_ids.numel() and uses_triton(tail_ids.device):
+            columns = targets.columns(tail_ids, labels, first_item)
         else:
-            tails = targets.logits_at(of_items(tail_ids, first_item, len(targets)))
+            if targets.is_whole:
+                tails = at_tails(targets.logits, tail_ids, first_item)
+            else:
+                tails = targets.logits_at(of_items(tail_ids, first_item, len(targets)))
             if labels is not None:
                 of_label = targets.logits_at(labels[first_item : first_item + len(targets), None])
         return cls(
-            targets.ids,
-            targets.highest,
+            targets.candidates,
             tails,
             of_label,
             targets.log_normaliser,
@@ -98,7 +96,8 @@ class Answers(NamedTuple):
         tail_log_probs: log-probabilities of the classes of the item's shared tail, ``[N, K_t]``.
         label_log_probs: log-probability of the label, ``[N, 1]``; None without labels.
         ranked: the sampled ranks, where all C ranks are sampled from.
-        columns: all these log-probabilities side by side in this order, where a kernel computes them.
+        columns: all these log-probabilities side by side: of ranked classes, label and tail, or, where kernels compute
+            them, of ranked classes, tail and label.
     """
 
     ids: Tensor
@@ -106,7 +105,7 @@ class Answers(NamedTuple):
     tail_log_probs: Tensor
     label_log_probs: Tensor | None
     ranked: Ranked | None
-    columns: Tensor | None = None
+    columns: Tensor
 
     @classmethod
     def of(cls, parts: Sequence[Logits], num_shared: int, temperature: float) -> Answers:
@@ -118,21 +117,24 @@ class Answers(NamedTuple):
             temperature: τ > 0.
         """
         if parts[0].columns is not None:
-            ids, columns = _cat([part.ids for part in parts]), _cat([part.columns for part in parts])
+            ids, columns = _cat([part.candidates.places for part in parts]), _cat([part.columns for part in parts])
             ranked, tails, labels = columns.tensor_split([ids.shape[1], ids.shape[1] + num_shared], 1)
             return cls(ids, ranked, tails, labels if labels.shape[1] else None, None, columns)
-        normaliser = _cat([part.log_normaliser for part in parts])
-
-        def joined(logits: Sequence[Tensor]) -> Tensor:
-            return log_probs(_cat(logits), normaliser, temperature)
-
+        candidates, places, num_classes = zip(*(part.candidates for part in parts), strict=True)
+        highest, ids = Candidates(_cat(candidates), _cat(places), num_classes[0]).ranked()
+        has_label = parts[0].labels is not None
+        chosen = [(part.labels, part.tails) if has_label else (part.tails,) for part in parts]
+        logits = torch.cat([highest, *map(_cat, zip(*chosen, strict=True))], 1)
+        columns = log_probs(logits, _cat([part.log_normaliser for part in parts]), temperature)
+        own, labels, tails = columns.tensor_split([ids.shape[1], ids.shape[1] + has_label], 1)
         ranked = [part.ranked for part in parts]
         return cls(
-            _cat([part.ids for part in parts]),
-            joined([part.highest for part in parts]),
-            joined([part.tails for part in parts]),
-            None if parts[0].labels is None else joined([part.labels for part in parts]),
+            ids,
+            own,
+            tails,
+            labels if has_label else None,
             None if ranked[0] is None else _cat_ranked(ranked),
+            columns,
         )
 
     def unranked_mass(self, mass: Tensor, parts: Sequence[Logits]) -> Tensor:
@@ -145,12 +147,15 @@ class Answers(NamedTuple):
         first_item = 0
         alike: dict[float, list[slice]] = {}  # most chunks are of one size
         for part in parts:
-            last_item = first_item + len(part.ids)
+            last_item = first_item + len(part.log_normaliser)
             alike.setdefault(part.items_per_counted, []).append(slice(first_item, last_item, part.counted.step))
             first_item = last_item
         for items_per_counted, counted in alike.items():
             ids, probs = (_cat([values[items] for items in counted]) for values in (self.ids, self.log_probs))
-            mass = mass.index_add(0, ids.flatten(), probs.exp().flatten(), alpha=-items_per_counted)
+            given = ids.flatten(), probs.exp().flatten()
+            # The mass of a single chunk is kept by its targets.
+            add = mass.index_add_ if len(parts) > 1 else mass.index_add
+            mass = add(0, *given, alpha=-items_per_counted)
         return mass.clamp_min_(0)
 
 

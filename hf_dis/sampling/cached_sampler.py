@@ -21,7 +21,7 @@ from hf_dis.sampling.designs import ranks_to_classes, sample_ranks, systematic_p
 from hf_dis.sampling.proposal import Proposal, TeacherProposal
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.sampling.sampler import ClassSampler, make_proposal
-from hf_dis.sampling.tails import Tails, is_member
+from hf_dis.sampling.tails import Tails, is_outside
 from hf_dis.teacher.cached import UNKNOWN, CachedTargets
 from hf_dis.teacher.compact import TargetLayout
 
@@ -76,24 +76,23 @@ class CachedSampler(ClassSampler):
         if self.num_shared and uses_triton(targets.ids.device):
             return self._assembled(targets, tails, labels)
         rest = self._sample_rest(targets)
-        outside_top = ~is_member(targets.ids, tails.ids)
-        shared = _Columns(*tails.of_items(len(targets))).without(~outside_top)
+        outside_top = is_outside(targets.ids, tails.ids)
+        tail_log_weights, tail_certain = tails.columns(outside_top, labels)
         stored = _Columns(targets.ids, torch.zeros_like(targets.target), targets.used).without(~targets.used)
         own = [stored, rest]
         if labels is not None:
             label = labels[:, None]
             held = ((targets.ids == label) & targets.used).any(1, keepdim=True)
-            shared = shared.without(shared.ids == label)
             column = _Columns(label, torch.zeros_like(label, dtype=torch.float32), ~held).without(held)
             own = [stored, rest.without(rest.ids == label), column]
-        log_weights = torch.cat([part.log_weights for part in (*own, shared)], 1)
+        log_weights = torch.cat([*(part.log_weights for part in own), tail_log_weights], 1)
         num_ranked = self.num_stored + self.num_sampled
         unknown = log_weights.shape[1] - self.num_stored
         return ClassSample(
             item_ids=torch.cat([part.ids for part in own], 1),
             tail_ids=tails.ids,
             log_weights=log_weights,
-            certain=torch.cat([part.certain for part in (*own, shared)], 1),
+            certain=torch.cat([*(part.certain for part in own), tail_certain], 1),
             log_probs=F.pad(targets.log_probs, (0, unknown), value=UNKNOWN),
             target=F.pad(targets.target, (0, unknown)),
             ranks=self._places.expand(len(targets), -1),

@@ -76,10 +76,11 @@ class ClassMemory:
             shares = [(1 - floor) * signal_share, (1 - floor) * (1 - signal_share), floor / len(self.marginal)]
             return class_density(*means, class_sums(*means, dtype), shares)
         signal = self.squared_signal.sqrt()
-        share = (1 - floor) * signal_share / signal.sum(dtype=dtype).clamp_min(1e-30)
-        rest = (1 - floor) * (1 - signal_share) / self.marginal.sum(dtype=dtype).clamp_min(1e-30)
-        mixed = signal.mul_(share).addcmul_(self.marginal, rest.float())
-        return mixed.to(dtype).add_(floor / len(mixed))
+        sums = torch._foreach_clamp_min([signal.sum(dtype=dtype), self.marginal.sum(dtype=dtype)], 1e-30)
+        torch._foreach_reciprocal_(sums)
+        torch._foreach_mul_(sums, [(1 - floor) * signal_share, (1 - floor) * (1 - signal_share)])
+        mixed = signal.mul_(sums[0]).addcmul_(self.marginal, sums[1])
+        return torch.add(mixed, floor / len(mixed), out=torch.empty_like(mixed, dtype=dtype))
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
         """Sums over the items of a step.
@@ -121,8 +122,8 @@ class ClassMemory:
         self._sums.index_fill_(0, ids, 0)
         squared, items = sums.unbind(1)
         known = self.squared_signal.index_select(0, ids)
-        mean = torch.where(items > 0, squared / items.clamp_min(1), known)
-        self.squared_signal.index_copy_(0, ids, known.lerp(mean, self.RENEWAL))
+        renewal = items.clamp_max(self.RENEWAL)  # 0 without an item
+        self.squared_signal.index_copy_(0, ids, known.lerp_(squared / items.clamp_min(1), renewal))
         # The marginal is of the teacher alone: items without a finite signal count too.
         num_items = statistics["items"] + statistics["not_finite"]
         marginal = (mass / num_items.clamp_min(1)).float()

@@ -73,14 +73,14 @@ def systematic_starts(
     return to_device(below_one(starts, num_sampled), device)
 
 
-def unit_steps(start: Tensor, num_sampled: int, device: torch.device | str) -> Tensor:
-    """The points u, u+1, u+2, ... for starts u: ``[..., K]`` on a device for float64 ``[..., 1]`` on the CPU."""
-    return to_device(below_one(start, num_sampled), device) + torch.arange(num_sampled, device=device)
-
-
 def below_one(start: Tensor, num_sampled: int) -> Tensor:
     """Keeps starts so far below 1 that no point reaches the next whole number where a device rounds to float32."""
-    return start.clamp(max=1 - num_sampled * torch.finfo(torch.float32).eps)
+    return start.clamp(max=latest_start(num_sampled))
+
+
+def latest_start(num_sampled: int) -> float:
+    """The highest start of the points u, u+1, ... of which none reaches the next whole number."""
+    return 1 - num_sampled * torch.finfo(torch.float32).eps
 
 
 def independent_points(num_items: int, num_sampled: int, generator: torch.Generator) -> Tensor:
@@ -137,7 +137,8 @@ def sample_ranks(
         within_last = ((points - before_last) / expected[..., -1:]).long().clamp(0, last_size - 1)
         ranks = torch.where(entry == last, last + within_last, entry)
     certain = inclusion >= 1 if design == "pps" else torch.zeros_like(entry, dtype=torch.bool)
-    return ranks, inclusion.log_().neg_().float(), certain
+    log_weights = torch.log(inclusion, out=torch.empty_like(inclusion, dtype=torch.float32)).neg_()
+    return ranks, log_weights, certain
 
 
 class Updates(NamedTuple):
@@ -151,7 +152,7 @@ class Updates(NamedTuple):
     number: int
     start: float
 
-    def weights(self, sizes: Tensor, exists: Tensor | None = None) -> Tensor:
+    def weights(self, sizes: Tensor, count: Tensor | None = None) -> Tensor:
         """Samples by capped PPS: ω = 1/π of the classes that are kept, 0 of the dropped classes, ``[E]``.
 
         ``number`` classes are kept, or fewer where sizes are so uneven that further steps would cap more. All classes
@@ -159,27 +160,27 @@ class Updates(NamedTuple):
 
         Args:
             sizes: of the classes, non-negative, ``[E]``.
-            exists: false for entries that stand for no class, ``[E]``; None: there are none.
+            count: the number of classes, ``[1]``; entries from there on stand for no class. None: E.
         """
-        ones = torch.ones_like(sizes)
-        if self.number >= len(sizes):
-            return ones if exists is None else ones * exists
-        dtype = sizes.dtype
-        sizes = sizes.to(widest(sizes.device)).clamp_min(torch.finfo(sizes.dtype).tiny)
-        if exists is not None:
-            sizes = sizes * exists
-        scale = self.number / sizes.sum()
+        num_entries = len(sizes)
+        exists = torch.ones_like(sizes) if count is None else torch.arange(num_entries, device=sizes.device) < count
+        if self.number >= num_entries:
+            return exists.to(sizes.dtype)
+        both = torch.ones(2, num_entries, dtype=widest(sizes.device), device=sizes.device)
+        wide = torch.add(sizes, exists, alpha=torch.finfo(sizes.dtype).tiny, out=both[0])
+        largest = wide.sum() / self.number  # the size from which on classes are certain, 1 / κ
         for _ in range(CAPPING_STEPS):
-            free = scale * sizes < 1
-            scale = (self.number - len(sizes) + free.sum()) / (sizes * free).sum()
-        inclusion = (scale * sizes).clamp_(max=1)
+            total, num_free = both @ torch.lt(wide, largest, out=torch.empty_like(wide))
+            largest = total / (num_free + (self.number - num_entries))
+        tiny = torch.finfo(wide.dtype).tiny
+        if count is not None:
+            largest.masked_fill_(count[0] <= self.number, tiny)  # all are kept
+        inclusion = (wide / largest).clamp_(tiny, 1)
         # A place is kept where its stretch of the sum holds a point: no rounding keeps it twice.
-        passed = (inclusion.cumsum(0) + self.start).floor()
-        kept = passed.diff(prepend=passed.new_zeros(1)) != 0
-        weights = inclusion.reciprocal().to(dtype).masked_fill_(~kept, 0)
-        if exists is None:
-            return weights
-        return torch.where(exists.sum() <= self.number, ones, weights).masked_fill(~exists, 0)
+        passed = wide.new_zeros(num_entries + 1)
+        torch.cumsum(inclusion, 0, out=passed[1:])
+        passed.add_(self.start).floor_()
+        return torch.div(passed[1:] != passed[:-1], inclusion, out=torch.empty_like(sizes))
 
 
 def ranks_to_classes(ranks: Tensor, ranked_ids: Tensor) -> Tensor:

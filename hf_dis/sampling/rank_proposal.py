@@ -49,6 +49,8 @@ class RankProposal:
         self.weights = torch.full_like(self.scales, 1 / num_scales)
         self.squared_signal = torch.zeros_like(self.bin_sizes)
         self.observed = self.bin_sizes.new_zeros(())
+        self._one = torch.ones_like(self.observed)
+        self._tiny = torch.full_like(self.scales, 1e-12)  # keeps the weights constant while the signal is zero
 
     def _cumulative(self, ranks: Tensor) -> Tensor:
         """The probability that a component gives to the ranks before the given ones, ``[J, len(ranks)]``."""
@@ -98,11 +100,10 @@ class RankProposal:
             return
         renewal = (1 - self.decay) * (items > 0)  # a batch without a supervised token has no item
         self.squared_signal.lerp_(statistics["rank_squared"] / (items.clamp_min(1) * self.bin_sizes), renewal)
-        self.observed.lerp_(torch.ones_like(self.observed), renewal)
+        self.observed.lerp_(self._one, renewal)
         wanted = self.bin_sizes * self.profile()
-        proposed = self.weights @ self._masses + self._uniform
-        # The tiny term keeps the weights constant while the signal is zero.
-        weights = self.weights * (self._masses @ (wanted / proposed) + 1e-12)
+        proposed = torch.addmv(self._uniform, self._masses.T, self.weights)
+        weights = self.weights * torch.addmv(self._tiny, self._masses, wanted / proposed)
         self.weights = weights / weights.sum()
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ class Stratum(NamedTuple):
     """Columns of a sample among which the teacher's exact mass is known.
 
     Attributes:
-        ids: classes, ``[N, K]``.
+        ids: classes, ``[N, K]``, or of each tail, ``[G, K]``.
         log_weights: log ω, ``[N, K]``; 0 where certain, and ``-inf`` where a column is not used.
         certain: true where the class has the inclusion probability 1, ``[N, K]``.
         log_probs: the teacher's log-probabilities, ``[N, K]``.
@@ -118,10 +118,6 @@ class Stratum(NamedTuple):
     log_probs: Tensor
     mass: Tensor
 
-    def used_where(self, used: Tensor) -> Stratum:
-        """The stratum with weights of zero where false, ``[N, K]``."""
-        return self._replace(log_weights=self.log_weights.masked_fill(~used, -torch.inf))
-
     def without(self, label: Stratum, held: Tensor) -> Stratum:
         """Gives way to the label's own column: columns of the label's class are not used.
 
@@ -130,7 +126,7 @@ class Stratum(NamedTuple):
             held: true where the label's class is one of this stratum, ``[N]``; its mass is taken out there.
         """
         log_weights = self.log_weights.masked_fill(self.ids == label.ids, -torch.inf)
-        return self._replace(log_weights=log_weights, mass=self.mass - label.mass * held)
+        return self._replace(log_weights=log_weights, mass=torch.addcmul(self.mass, label.mass, held, value=-1))
 
     def target(self) -> Tensor:
         """The teacher's probabilities, estimated so that they sum to the mass, ``[N, K]``.
@@ -139,7 +135,11 @@ class Stratum(NamedTuple):
         ratio estimator). Where no sampled class can carry the rest, the rest is left out.
         """
         weighted = self.log_probs + self.log_weights  # log ω·p: log p of a certain class, -inf of an unused one
-        exact = torch.where(self.certain, weighted.exp(), 0)
+        exact = weighted.exp().mul_(self.certain)
         rest = (self.mass - exact.sum(1)).clamp_min_(0)
         share = weighted.masked_fill_(self.certain, -torch.inf).softmax(1).nan_to_num_(0)
         return torch.addcmul(exact, share, rest[:, None])
+
+    def exact_target(self) -> Tensor:
+        """The same where all classes are certain: no class can carry a rest."""
+        return (self.log_probs + self.log_weights).exp_()

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require, require_number
+from hf_dis.kernels import uses_triton
 from hf_dis.precision import check_sparse, widest
 from hf_dis.sampling.answers import Answers, Logits, Ranked
 from hf_dis.sampling.class_memory import sampled_mass
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, systematic_starts
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum
-from hf_dis.sampling.tails import Tails, is_member, sample_tails
+from hf_dis.sampling.tails import Tails, is_outside, sample_tails
 from hf_dis.teacher.targets import TeacherTargets
 
 
@@ -97,28 +98,33 @@ class ClassSampler:
 
     def _sample(self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None) -> ClassSample:
         answers, class_mass = self._answers(teacher, tails, labels)
-        if answers.columns is not None:
+        if self.num_shared and uses_triton(answers.ids.device):
             return self._assembled(answers, tails, labels, class_mass)
-        ranked, num_items = answers.ranked or self._sample_ranked(answers), len(answers.ids)
-        outside_top = ~is_member(answers.ids, tails.ids)
-        mass = 1 - ranked.stratum.mass
-        shared = Stratum(*tails.of_items(num_items), answers.tail_log_probs, mass).used_where(outside_top)
-        strata = [ranked.stratum, shared]
-        if labels is not None:
+        ranked, outside_top = answers.ranked or self._sample_ranked(answers), is_outside(answers.ids, tails.ids)
+        strata = [ranked.stratum]
+        if labels is None:
+            mass = 1 - strata[0].mass
+        else:
             own = _label_stratum(labels, answers.label_log_probs)
-            in_top = (answers.ids == own.ids).any(1) | (not self.num_shared)
-            strata = [ranked.stratum.without(own, in_top), own, shared.without(own, ~in_top)]
+            # All classes are ranked where no tail is shared.
+            in_top = (answers.ids == own.ids).any(1) if self.num_shared else torch.ones_like(labels, dtype=torch.bool)
+            strata = [ranked.stratum.without(own, in_top), own]
+            mass = 1 - strata[0].mass - own.mass
+        shared = Stratum(tails.ids, *tails.columns(outside_top, labels), answers.tail_log_probs, mass)
         # The label is the only class of its stratum, and certain: its target is the mass.
-        target = [strata[0].target(), *(one.mass[:, None] for one in strata[1:-1]), strata[-1].target()]
-        target = torch.cat(target, 1)
+        of_ranked = strata[0].exact_target() if self._samples_all_ranks else strata[0].target()
+        target = torch.cat([of_ranked, *(one.mass[:, None] for one in strata[1:]), shared.target()], 1)
+        columns = [*strata, shared]
         return ClassSample(
-            item_ids=torch.cat([stratum.ids for stratum in strata[:-1]], 1),
+            item_ids=torch.cat([stratum.ids for stratum in strata], 1),
             tail_ids=tails.ids,
-            log_weights=torch.cat([stratum.log_weights for stratum in strata], 1),
-            certain=torch.cat([stratum.certain for stratum in strata], 1),
-            log_probs=torch.cat([stratum.log_probs for stratum in strata], 1),
+            log_weights=torch.cat([stratum.log_weights for stratum in columns], 1),
+            certain=torch.cat([stratum.certain for stratum in columns], 1),
+            log_probs=answers.columns
+            if self._samples_all_ranks
+            else torch.cat([stratum.log_probs for stratum in columns], 1),
             # All zero where the teacher gives every sampled class the probability 0: the item then has no loss.
-            target=target / target.sum(1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny),
+            target=target.div_(target.sum(1, keepdim=True).clamp_min_(torch.finfo(target.dtype).tiny)),
             ranks=ranked.ranks,
             rank_weights=ranked.stratum.log_weights.exp(),
             outside_top=outside_top,
@@ -127,13 +133,21 @@ class ClassSampler:
             with_replacement=self.design == "replacement",
         )
 
+    @property
+    def _samples_all_ranks(self) -> bool:
+        """Each item samples all its m ranks, in their order."""
+        return self.num_shared > 0 and self.design == "pps" and self.num_sampled == self.num_ranks
+
     def _assembled(self, answers: Answers, tails: Tails, labels: Tensor | None, class_mass: Tensor) -> ClassSample:
         """The same sample by kernels, which make all columns of an item at a time."""
         from hf_dis.sampling.triton_assembly import assemble, rank_inclusion
 
         density = self.proposal.rank_density(answers)
         inclusion = rank_inclusion(density.view(-1, density.shape[-1]), self.num_sampled)
-        starts = systematic_starts(len(answers.ids), self.num_sampled, self.generator, density.device)
+        if self._samples_all_ranks:  # from any start; the generator is left as without kernels
+            starts = density.new_zeros(len(answers.ids), 1)
+        else:
+            starts = systematic_starts(len(answers.ids), self.num_sampled, self.generator, density.device)
         given = answers.ids, answers.columns, *tails, *inclusion, starts, labels
         names = ("item_ids", "log_weights", "certain", "log_probs", "target", "ranks", "rank_weights", "outside_top")
         columns = zip(names, assemble(*given, self.num_sampled), strict=True)
@@ -148,11 +162,11 @@ class ClassSampler:
         parts, mass, first_item = [], None, 0
         for targets in teacher:
             temperature = targets.temperature
-            if wants_mass:
-                mass = targets.class_mass(mass)
             # Where all C ranks are sampled from, only the chunk can tell their classes.
             ranked = None if self.num_shared else self._sample_all_ranks(targets)
             parts.append(Logits.of(targets, tails.ids, labels, first_item, ranked))
+            if wants_mass:  # after the answers, of which the normaliser is a part
+                mass = targets.class_mass(mass)
             first_item += len(targets)
             del targets  # the next chunk is computed without this one in memory
         answers = Answers.of(parts, self.num_shared, temperature)
@@ -162,10 +176,18 @@ class ClassSampler:
 
     def _sample_ranked(self, answers: Answers) -> Ranked:
         """K of each item's m ranks."""
+        mass = answers.log_probs.exp().sum(1)
+        if self._samples_all_ranks:
+            ranks = torch.arange(self.num_ranks, device=mass.device).repeat(len(mass), 1)
+            log_weights, certain = (
+                torch.zeros_like(ranks, dtype=torch.float32),
+                torch.ones_like(ranks, dtype=torch.bool),
+            )
+            return Ranked(ranks, Stratum(answers.ids, log_weights, certain, answers.log_probs, mass))
         ranks, log_weights, certain = self._sample_ranks(answers)
         # Above the resolved depth a rank is a place in the ranking.
         ids, log_probs = (values.gather(1, ranks) for values in (answers.ids, answers.log_probs))
-        return Ranked(ranks, Stratum(ids, log_weights, certain, log_probs, answers.log_probs.exp().sum(1)))
+        return Ranked(ranks, Stratum(ids, log_weights, certain, log_probs, mass))
 
     def _sample_all_ranks(self, targets: TeacherTargets) -> Ranked:
         """K of all C ranks, for each item of a chunk."""

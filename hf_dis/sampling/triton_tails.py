@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_dis.kernels import block_size
+from hf_dis.sampling.designs import latest_start
 
 # Classes of a program.
 BLOCK = 4096
@@ -74,11 +75,13 @@ def tail_ids_kernel(
     cumulative,
     density,
     scale,
-    starts,
     ids,
     inclusion,
     num_classes,
     num_sampled,
+    num_tails,
+    start: tl.float64,
+    latest: tl.float64,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -86,7 +89,9 @@ def tail_ids_kernel(
     tail = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(scale)
-    point = (tl.load(starts + tail) + column) / factor
+    own = tl.cast(start, tl.float64) + tail.to(tl.float64) / num_tails
+    own = tl.minimum(own - tl.floor(own), tl.cast(latest, tl.float64))
+    point = (own.to(factor.dtype) + column) / factor
     low = tl.zeros((BLOCK,), tl.int64)
     high = low + num_classes
     for _ in range(STEPS):  # the first class whose sum is above the point lies in low..high
@@ -171,7 +176,7 @@ def _(largest, total, num_classes):
 
 @torch.library.custom_op("hf_dis::tail_ids", mutates_args=())
 def tail_ids(
-    cumulative: Tensor, density: Tensor, scale: Tensor, starts: Tensor, num_sampled: int
+    cumulative: Tensor, density: Tensor, scale: Tensor, start: float, num_sampled: int, num_tails: int
 ) -> tuple[Tensor, Tensor]:
     """Finds the classes of evenly spaced points, and their inclusion probabilities: ``[G, K_t]`` each.
 
@@ -179,23 +184,33 @@ def tail_ids(
         cumulative: running sum of the densities, each at most 1/κ, ``[C]``.
         density: ``[C]``.
         scale: of :func:`tail_scale`.
-        starts: of the points of each tail, within [0, 1), ``[G]``.
+        start: of the points of the first tail, within [0, 1); the starts of the tails are evenly spaced.
         num_sampled: K_t.
+        num_tails: G.
     """
-    ids, inclusion = _tail_ids(density, starts, num_sampled)
-    sizes, steps = (len(density), num_sampled), len(density).bit_length() + 1
+    ids, inclusion = _tail_ids(density, num_sampled, num_tails)
+    sizes, steps = (len(density), num_sampled, num_tails), len(density).bit_length() + 1
     with torch.cuda.device_of(density):
-        tail_ids_kernel[len(starts), triton.cdiv(num_sampled, 256)](
-            cumulative, density, scale, starts, ids, inclusion, *sizes, STEPS=steps, BLOCK=256
+        tail_ids_kernel[num_tails, triton.cdiv(num_sampled, 256)](
+            cumulative,
+            density,
+            scale,
+            ids,
+            inclusion,
+            *sizes,
+            start,
+            latest_start(num_sampled),
+            STEPS=steps,
+            BLOCK=256,
         )
     return ids, inclusion
 
 
 @tail_ids.register_fake
-def _(cumulative, density, scale, starts, num_sampled):
-    return _tail_ids(density, starts, num_sampled)
+def _(cumulative, density, scale, start, num_sampled, num_tails):
+    return _tail_ids(density, num_sampled, num_tails)
 
 
-def _tail_ids(density: Tensor, starts: Tensor, num_sampled: int) -> tuple[Tensor, Tensor]:
-    inclusion = density.new_empty(len(starts), num_sampled)
+def _tail_ids(density: Tensor, num_sampled: int, num_tails: int) -> tuple[Tensor, Tensor]:
+    inclusion = density.new_empty(num_tails, num_sampled)
     return torch.empty_like(inclusion, dtype=torch.long), inclusion

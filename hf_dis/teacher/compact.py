@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hf_dis.checks import require
 from hf_dis.kernels import uses_triton
-from hf_dis.teacher.targets import block_items, top_ranked, widen
+from hf_dis.teacher.ranking import top_ranked
+from hf_dis.teacher.targets import block_items, widen
 
 # The designs of a stored sample.
 STORED_DESIGNS = ("systematic", "independent")
@@ -230,9 +231,9 @@ def unpack_integers(packed: Tensor, count: int, bits: int) -> Tensor:
     Returns:
         int64, ``[n, k]``.
     """
+    if not count:  # torch refuses the view of no bytes as numbers
+        return packed.new_empty(len(packed), 0, dtype=torch.long)
     first = torch.arange(count, device=packed.device) * bits
-    spanned = (bits + 14) // 8
-    padded = F.pad(packed, (0, spanned))
-    bytes_of = (padded.gather(1, (first // 8 + place).expand(len(packed), -1)) for place in range(spanned))
-    value = sum(part.long() << 8 * place for place, part in enumerate(bytes_of))
-    return value >> first % 8 & 2**bits - 1
+    places = ((first // 8)[:, None] + torch.arange(8, device=packed.device)).flatten()
+    eight = F.pad(packed, (0, 8)).gather(1, places.expand(len(packed), -1))
+    return eight.view(torch.int64) >> first % 8 & 2**bits - 1

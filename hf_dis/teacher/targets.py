@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from hf_dis.kernels import uses_triton
+from hf_dis.teacher.ranking import GROUP, Candidates, best_groups, group_members, num_groups, top_ranked
 
 # Elements of the [n, C] logits of a chunk: 64 MiB in float32.
 CHUNK_ELEMENTS = 2**24
@@ -15,16 +18,13 @@ BLOCK_ELEMENTS = 2**18
 
 # Elsewhere the number of parts is fixed, so that launches do not grow with the work, between the least and the most
 # elements of a part. 2^26 elements keep a device busy; 2^30 are 2 GiB in bfloat16.
-DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK = 6, 16, 2
+DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK = 6, 14, 2
 LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**30
-ITEMS_OF_PART = 8  # a multiple of the usual numbers of tails, so that a part starts with the first tail
+ITEMS_OF_CHUNK = 8  # a multiple of the usual numbers of tails, so that a chunk starts with the first tail
 
 # Items of which one is counted in the class mass on an accelerator, where a pass over all logits is what a step costs.
 # Enough items remain: the class mass shapes a proposal that is a running mean over steps.
 MASS_STRIDE, MASS_ITEMS = 8, 128
-
-# Classes per group in top_ranked: the highest logit of a group shows if the group can hold a best-ranked class.
-GROUP = 8
 
 
 def widen(logits: Tensor) -> Tensor:
@@ -59,51 +59,13 @@ def chunk_items(num_items: int, num_classes: int, device: torch.device) -> int:
     """
     if device.type == "cpu":
         return max(1, CHUNK_ELEMENTS // num_classes)
-    return _part(num_items, num_classes, DEVICE_CHUNKS)
+    return -(-_part(num_items, num_classes, DEVICE_CHUNKS) // ITEMS_OF_CHUNK) * ITEMS_OF_CHUNK
 
 
 def _part(num_items: int, num_classes: int, number: int) -> int:
-    """Divides items into parts of a multiple of 8, as many as given or fewer; more where a part would be too large."""
+    """Divides items into parts, as many as given or fewer; more where a part would be too large."""
     least, most = (max(1, elements // max(1, num_classes)) for elements in (LEAST_ELEMENTS, MOST_ELEMENTS))
-    return -(-min(max(least, -(-num_items // number)), most) // ITEMS_OF_PART) * ITEMS_OF_PART
-
-
-def top_ranked(logits: Tensor, depth: int, highest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Finds the highest logits of each item and their classes, best first: as ``topk``, and several times faster.
-
-    The m highest logits lie in the m groups with the highest maxima.
-
-    Args:
-        logits: ``[n, C]``.
-        depth: m, at most C.
-        highest: the m groups with the highest maxima, of ``num_groups(C, m)``, in any order, ``[n, m]``; found here if
-            None.
-
-    Returns:
-        logits and class ids, ``[n, m]`` each.
-    """
-    num_items, num_classes = logits.shape
-    groups = num_groups(num_classes, depth)
-    if not groups:
-        return logits.topk(depth, dim=1)
-    if highest is None:
-        # Maxima are taken between contiguous stretches of memory.
-        maxima = logits[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1)
-        highest = maxima.topk(depth, dim=1, sorted=False).indices
-    members = highest[:, :, None] + torch.arange(0, groups * GROUP, groups, device=logits.device)
-    left_over = torch.arange(groups * GROUP, num_classes, device=logits.device)
-    candidates = torch.cat([members.flatten(1), left_over.expand(num_items, -1)], 1)
-    top, places = logits.gather(1, candidates).topk(depth, dim=1)
-    return top, candidates.gather(1, places)
-
-
-def num_groups(num_classes: int, depth: int) -> int:
-    """Counts the groups G of :data:`GROUP` classes that a ranking looks at first; 0: it looks at all classes.
-
-    Class c is in group c mod G. The classes from ``GROUP · G`` on are in none.
-    """
-    groups = num_classes // GROUP
-    return groups if groups >= 2 * depth else 0
+    return min(max(least, -(-num_items // number)), most)
 
 
 class TeacherTargets:
@@ -118,9 +80,6 @@ class TeacherTargets:
 
     Attributes:
         logits, temperature: as given.
-        ids: the m best-ranked classes, best first, ``[n, m]``.
-        highest: the logits of these classes, in the type of the logits, ``[n, m]``.
-        log_normaliser: log Σ exp(logit / τ), ``[n, 1]``, float32 or wider.
         counted: the items that :meth:`class_mass` counts: all on a CPU, every eighth in a batch of 1,024 or
             more elsewhere.
         is_whole: the logits of all classes are on this process.
@@ -139,45 +98,130 @@ class TeacherTargets:
         self.logits, self.temperature = logits, temperature
         on_cpu, num_items = logits.device.type == "cpu", num_items or len(logits)
         self.counted = slice(0, len(logits), 1 if on_cpu else max(1, min(MASS_STRIDE, num_items // MASS_ITEMS)))
+        self._blocks = blocks
         self._mass: Tensor | None = None
-        depth = min(depth, logits.shape[1])
+        self._depth = min(depth, logits.shape[1])
+        self._found: tuple[Tensor, Candidates] | None = None
         if uses_triton(logits.device):
-            from hf_dis.teacher.triton_normaliser import log_normaliser
-
-            groups = num_groups(logits.shape[1], depth)
-            self.log_normaliser, maxima = log_normaliser(logits, temperature, groups, GROUP)
-            if groups and logits.dtype != torch.float64:
-                from hf_dis.teacher.triton_ranking import best_places, rank_groups
-
-                best = best_places(maxima, depth)
-                del maxima  # an eighth of the logits
-                self.highest, self.ids = rank_groups(logits, best, groups, GROUP)
-            else:
-                best = maxima.topk(depth, dim=1, sorted=False).indices if groups else None
-                self.highest, self.ids = top_ranked(logits, depth, best)
+            return  # computed with the first answers that are asked for
+        if on_cpu:
+            candidates = Candidates(*top_ranked(logits, self._depth), logits.shape[1])
+            peaks, normalised = candidates.logits[:, :1], self._normalised_in_cache
         else:
-            self.highest, self.ids = top_ranked(logits, depth)
-            self.log_normaliser = self._normalised_by_blocks(widen(self.highest[:, :1]), blocks)
+            candidates, peaks = self._best_candidates(self._depth)
+            normalised = self._normalised_by_blocks
+        self._found = normalised(widen(peaks), block_items(logits, blocks)), candidates
 
-    def _normalised_by_blocks(self, highest: Tensor, blocks: int) -> Tensor:
+    @property
+    def log_normaliser(self) -> Tensor:
+        """log Σ exp(logit / τ), ``[n, 1]``, float32 or wider."""
+        return self._answers[0]
+
+    @property
+    def candidates(self) -> Candidates:
+        """The logits among which the m best-ranked ones are."""
+        return self._answers[1]
+
+    @property
+    def _answers(self) -> tuple[Tensor, Candidates]:
+        if self._found is None:
+            self._found = self._found_by_kernels()
+        return self._found
+
+    def _found_by_kernels(self) -> tuple[Tensor, Candidates]:
+        from hf_dis.teacher.triton_normaliser import log_normaliser
+
+        logits, depth, groups = self.logits, self._depth, num_groups(self.logits.shape[1], self._depth)
+        normaliser, maxima = log_normaliser(logits, self.temperature, groups, GROUP)
+        if groups and logits.dtype != torch.float64:
+            from hf_dis.teacher.triton_ranking import best_places, rank_groups
+
+            best = best_places(maxima, depth)
+            del maxima  # an eighth of the logits
+            ranked = rank_groups(logits, best, groups, GROUP)
+        else:
+            best = maxima.topk(depth, dim=1, sorted=False).indices if groups else None
+            ranked = top_ranked(logits, depth, best)
+        return normaliser, Candidates(*ranked, logits.shape[1])
+
+    def columns(self, tail_ids: Tensor, labels: Tensor | None, first_item: int) -> Tensor:
+        """Computes by kernels the log-probabilities of ranked classes, shared tails and labels, side by side.
+
+        Args:
+            tail_ids: classes of each tail, ``[G, K_t]``; item i of all uses tail ``i mod G``.
+            labels: class ids of all items, ``[N]``, or None.
+            first_item: the number of the first of these items.
+        """
+        from hf_dis.teacher.triton_ranking import answers_at, answers_of_items
+
+        logits, temperature, asked = self.logits, self.temperature, (tail_ids, labels, first_item)
+        if self._found is None and num_groups(logits.shape[1], self._depth) and logits.dtype != torch.float64:
+            normaliser, _, _, *ranked, columns = answers_of_items(logits, temperature, self._depth, GROUP, *asked)
+            self._found = normaliser, Candidates(*ranked, logits.shape[1])
+            return columns
+        return answers_at(logits, self.highest, self.log_normaliser, *asked, temperature)
+
+    def _best_candidates(self, depth: int) -> tuple[Candidates, Tensor]:
+        """The candidates, ranked later for all chunks at a time, and the highest logit of each item, ``[n, 1]``."""
+        logits, num_classes = self.logits, self.logits.shape[1]
+        if not num_groups(num_classes, depth):
+            ranked = logits.topk(depth, dim=1)
+            return Candidates(*ranked, num_classes), ranked[0][:, :1]
+        maxima, best = best_groups(logits, depth)
+        members = group_members(logits, best)
+        return Candidates(members, best, num_classes), (
+            members.amax(1, keepdim=True) if num_classes % GROUP else maxima[:, :1]
+        )
+
+    def _normalised_in_cache(self, highest: Tensor, items: int) -> Tensor:
         """A single pass of exponentials over all classes gives the normaliser and the mass of each class."""
-        logits, temperature, stride = self.logits, self.temperature, self.counted.step
-        items = stride * -(-block_items(logits, blocks) // stride)
-        self._mass, totals = highest.new_zeros(logits.shape[1]), []
-        peaks = highest / temperature
-        for part, logit, peak in zip(*(values.split(items) for values in (logits, highest, peaks)), strict=True):
-            if logits.device.type == "cpu":
-                exponentials = (widen(part) / temperature).sub_(peak).exp_()
-            else:  # the subtraction widens: one launch and no copy
-                exponentials = (part - logit).div_(temperature).exp_()
+        self._mass, totals, peaks = highest.new_zeros(self.logits.shape[1]), [], highest / self.temperature
+        for part, peak in zip(self.logits.split(items), peaks.split(items), strict=True):
+            exponentials = (widen(part) / self.temperature).sub_(peak).exp_()
             totals.append(exponentials.sum(1))
-            counted, total = exponentials[::stride], totals[-1][::stride]
-            self._mass.addmv_(counted.T, total.reciprocal(), alpha=self.items_per_counted)
-            del exponentials, counted  # the next block is computed without this one in memory
+            self._mass.addmv_(exponentials.T, totals[-1].reciprocal())
+            del exponentials  # the next block is computed without this one in memory
         return peaks + torch.cat(totals)[:, None].log_()
 
+    def _normalised_by_blocks(self, peaks: Tensor, items: int) -> Tensor:
+        """The normaliser in three launches per block; keeps what the class mass takes of it."""
+        totals, self._offsets = peaks.new_empty(len(peaks)), peaks * (-1 / self.temperature)
+        parts = (values.split(items) for values in (self.logits, self._offsets, totals))
+        for part, offset, total in zip(*parts, strict=True):
+            torch.sum(_shifted(part, offset, self.temperature).exp_(), 1, out=total)
+        self._shares = totals[self.counted].reciprocal()
+        return totals.log_()[:, None] - self._offsets
+
+    def _mass_by_blocks(self, mass: Tensor | None) -> Tensor:
+        """The mass of the counted items, with a mass that is added, in three launches per block."""
+        size = block_items(self.logits, self._blocks)
+        beta, mass = (0, self._shares.new_empty(self.logits.shape[1])) if mass is None else (1, mass)
+        counted = self.logits[self.counted], self._offsets[self.counted], self._shares
+        for part, offset, share in zip(*(values.split(size) for values in counted), strict=True):
+            exponentials = _shifted(part, offset, self.temperature).exp_()
+            # Autocast would round a product without out.
+            given = mass, exponentials.T, share
+            mass = torch.addmv(*given, alpha=self.items_per_counted, beta=beta, out=torch.empty_like(mass))
+            beta = 1
+            del exponentials, given  # the next block is computed without this one in memory
+        return mass
+
+    @cached_property
+    def _ranked(self) -> tuple[Tensor, Tensor]:
+        return self.candidates.ranked()
+
+    @property
+    def highest(self) -> Tensor:
+        """Logits of the m best-ranked classes, best first, in the type of the logits, ``[n, m]``."""
+        return self._ranked[0]
+
+    @property
+    def ids(self) -> Tensor:
+        """The m best-ranked classes, best first, ``[n, m]``."""
+        return self._ranked[1]
+
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.logits)
 
     @property
     def items_per_counted(self) -> float:
@@ -207,15 +251,18 @@ class TeacherTargets:
         Args:
             added: the mass of other items, ``[C]``, which is added.
         """
-        if self._mass is None:
+        if self._mass is not None:
+            return self._mass if added is None else added + self._mass
+        if uses_triton(self.logits.device):
             from hf_dis.teacher.triton_normaliser import class_mass
 
             counted = (values[self.counted] for values in (self.logits, self.log_normaliser))
             mass = class_mass(*counted, self.temperature, self.items_per_counted, added)
-            if added is None:  # kept for targets that serve several steps
-                self._mass = mass
-            return mass
-        return self._mass if added is None else added + self._mass
+        else:
+            mass = self._mass_by_blocks(added)
+        if added is None:  # kept for targets that serve several steps
+            self._mass = mass
+        return mass
 
 
 def log_probs(logits: Tensor, log_normaliser: Tensor, temperature: float) -> Tensor:
@@ -226,7 +273,14 @@ def log_probs(logits: Tensor, log_normaliser: Tensor, temperature: float) -> Ten
         log_normaliser: log Σ exp(logit / τ) over all classes, ``[n, 1]``, float32 or wider.
         temperature: τ > 0.
     """
-    return widen(logits) / temperature - log_normaliser
+    if logits.device.type == "cpu":
+        return widen(logits) / temperature - log_normaliser
+    return _shifted(logits, -log_normaliser, temperature)
+
+
+def _shifted(logits: Tensor, offset: Tensor, temperature: float) -> Tensor:
+    """Computes ``logits / τ + offset`` in the type of the offset, in one launch that widens."""
+    return torch.add(offset, logits, alpha=1 / temperature)
 
 
 def check_support(logits: Tensor, first_item: int = 0) -> None:

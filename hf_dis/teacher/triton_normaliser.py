@@ -9,6 +9,9 @@ from torch import Tensor
 
 from hf_dis.kernels import sum_dtype, unit_columns
 
+# Logits of an item that a program reads at a time.
+BLOCK = 8192
+
 
 @triton.jit
 def add_exponentials(peak, total, values):
@@ -115,7 +118,7 @@ def log_normaliser(logits: Tensor, temperature: float, num_groups: int = 0, grou
             logits.stride(0),
             temperature,
             GROUP=group,
-            BLOCK=8192,
+            BLOCK=BLOCK,
             num_warps=8,
         )
     return out, maxima

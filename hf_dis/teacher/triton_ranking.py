@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_dis.kernels import block_size, sum_dtype, unit_columns
+from hf_dis.teacher.triton_normaliser import BLOCK as NORMALISER_BLOCK
+from hf_dis.teacher.triton_normaliser import log_normaliser_kernel
 
 
 @triton.jit
@@ -97,6 +99,26 @@ def answers_kernel(
         logit = tl.load(logits + own, (column >= depth) & (column < width), 0)
         logit = tl.where(column < depth, ranked, logit).to(dtype)
         tl.store(out + item * width + column, logit * factor - normaliser, column < width)
+
+
+@triton.jit
+def item_kernel(
+    logits, log_normaliser, maxima, best, top, ids, tail_ids, labels, out,
+    num_classes, num_grouped, num_groups, depth, num_shared, num_tails, first_item, stride, temperature: tl.float64,
+    GROUP: tl.constexpr, HAS_LABEL: tl.constexpr, LOWEST_BIT: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_RANKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A program runs the kernels of an item in turn; each reads what the one before has written."""
+    log_normaliser_kernel(logits, log_normaliser, maxima, num_classes, num_grouped, stride, temperature, GROUP, BLOCK)
+    tl.debug_barrier()  # all threads of the program see what one of them wrote
+    best_kernel(maxima, best, num_groups, depth, num_groups, LOWEST_BIT, BLOCK_GROUPS)
+    tl.debug_barrier()
+    rank_kernel(logits, best, top, ids, num_classes, num_groups, depth, stride, GROUP, BLOCK_RANKS)
+    tl.debug_barrier()
+    answers_kernel(
+        logits, top, log_normaliser, tail_ids, labels, out, depth, num_shared, num_tails, first_item,
+        stride, depth, temperature, HAS_LABEL, BLOCK_COLUMNS,
+    )  # fmt: skip
 
 
 # The bits of a float32 below which a number of a narrower type has none.
@@ -197,3 +219,75 @@ def _(logits, highest, log_normaliser, tail_ids, labels, first_item, temperature
 def _answers(logits: Tensor, highest: Tensor, tail_ids: Tensor, labels: Tensor | None) -> Tensor:
     width = highest.shape[1] + tail_ids.shape[1] + (labels is not None)
     return logits.new_empty(len(logits), width, dtype=sum_dtype(logits))
+
+
+@torch.library.custom_op("hf_dis::answers_of_items", mutates_args=())
+def answers_of_items(
+    logits: Tensor,
+    temperature: float,
+    depth: int,
+    group: int,
+    tail_ids: Tensor,
+    labels: Tensor | None,
+    first_item: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Computes in one launch what the operations above and the normaliser compute of a chunk.
+
+    Args:
+        logits: of the teacher, ``[n, C]``, float32 or narrower.
+        temperature: τ > 0.
+        depth: m, at most the number of groups.
+        group: the classes of a group, a power of two.
+        tail_ids, labels, first_item: as for :func:`answers_at`.
+
+    Returns:
+        log Σ exp(logit / τ), ``[n, 1]``; the maxima of the groups, ``[n, G]``, and the best groups, ``[n, m]``; the
+        highest logits and their class ids, ``[n, m]`` each; and the log-probabilities of :func:`answers_at`.
+    """
+    logits = unit_columns(logits)
+    results = _item_results(logits, depth, group, tail_ids, labels)
+    log_normaliser, maxima, best, top, ids, out = results
+    num_classes, num_groups = logits.shape[1], maxima.shape[1]
+    sizes = num_classes, num_groups * group, num_groups, depth, tail_ids.shape[1], len(tail_ids), first_item
+    blocks = {
+        "BLOCK": NORMALISER_BLOCK,
+        "BLOCK_GROUPS": block_size(num_groups, 4096),
+        "BLOCK_RANKS": block_size(group * depth + num_classes - group * num_groups, 2**20),
+        "BLOCK_COLUMNS": 1024,
+    }
+    with torch.cuda.device_of(logits):
+        item_kernel[(len(logits),)](
+            logits,
+            log_normaliser,
+            maxima,
+            best,
+            top,
+            ids,
+            tail_ids.contiguous(),
+            labels,
+            out,
+            *sizes,
+            logits.stride(0),
+            temperature,
+            GROUP=group,
+            HAS_LABEL=labels is not None,
+            LOWEST_BIT=LOWEST_BITS[logits.dtype],
+            **blocks,
+            num_warps=8,
+        )
+    return results
+
+
+@answers_of_items.register_fake
+def _(logits, temperature, depth, group, tail_ids, labels, first_item):
+    return _item_results(logits, depth, group, tail_ids, labels)
+
+
+def _item_results(
+    logits: Tensor, depth: int, group: int, tail_ids: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    number, wide = len(logits), sum_dtype(logits)
+    top = logits.new_empty(number, depth)
+    best, ids = (torch.empty_like(top, dtype=torch.long) for _ in range(2))
+    maxima = logits.new_empty(number, logits.shape[1] // group)
+    return logits.new_empty(number, 1, dtype=wide), maxima, best, top, ids, _answers(logits, top, tail_ids, labels)

@@ -11,8 +11,9 @@ from hf_dis.kernels import VARIABLE
 from hf_dis.sampling import triton_assembly as kernels
 from hf_dis.sampling.designs import inclusion_probabilities
 from hf_dis.teacher import triton_ranking
-from hf_dis.teacher.targets import TeacherTargets, top_ranked
-from hf_dis.teacher.triton_normaliser import class_mass
+from hf_dis.teacher.ranking import top_ranked
+from hf_dis.teacher.targets import TeacherTargets
+from hf_dis.teacher.triton_normaliser import class_mass, log_normaliser
 
 # Classes, items, m, K, K_t, G: a block of a tail is of 1,024 columns.
 CASES = {
@@ -49,7 +50,8 @@ def sampled(name, case, proposal, labelled, dtype, scale, steps, monkeypatch):
         chunks = [TeacherTargets(part, 2.0, depth) for part in (logits[:first], logits[first:])]
         for chunk, ids in zip(chunks, (whole.ids[:first], whole.ids[first:]), strict=True):
             assert torch.equal(chunk.logits.gather(1, chunk.ids), chunk.logits.gather(1, ids))
-            chunk.ids = ids  # equal logits may be ranked in another order
+            # Equal logits may be ranked in another order.
+            chunk._found = chunk.log_normaliser, chunk.candidates._replace(places=ids)
         sample = sampler.sample(chunks, labels)
         samples.append(sample)
         sampler.learn(sample, torch.rand(sample.log_weights.shape, generator=generator))
@@ -122,6 +124,25 @@ def test_the_best_places_are_those_of_topk(width, depth, dtype):
     assert torch.equal(found.nan_to_num(99), values.topk(depth, dim=1).values.nan_to_num(99))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("num_classes", "depth", "num_shared"), [(203, 12, 30), (48, 1, 5)])
+def test_all_answers_of_an_item_are_those_of_the_single_kernels(num_classes, depth, num_shared, labelled, dtype):
+    wider = torch.randn(5, num_classes + 3).to(dtype)
+    logits, first_item = wider[:, 1:-2], 3
+    logits[0, ::3] = -torch.inf
+    tails = torch.stack([torch.randperm(num_classes)[:num_shared].sort().values for _ in range(4)])
+    labels = torch.randint(num_classes, (first_item + 5,)) if labelled else None
+    given = tails, labels, first_item
+    normaliser, maxima, best, *ranked, columns = triton_ranking.answers_of_items(logits, 0.7, depth, 8, *given)
+    expected, of_groups = log_normaliser(logits, 0.7, num_classes // 8, 8)
+    assert torch.equal(normaliser, expected) and torch.equal(maxima, of_groups)
+    assert torch.equal(best, triton_ranking.best_places(maxima, depth))
+    for found, single in zip(ranked, triton_ranking.rank_groups(logits, best, num_classes // 8, 8), strict=True):
+        assert torch.equal(found, single)
+    assert torch.equal(columns, triton_ranking.answers_at(logits, ranked[0], normaliser, *given, 0.7))
+
+
 def test_a_mass_is_added():
     logits, normaliser, added = torch.randn(5, 300), torch.zeros(5, 1), torch.rand(300)
     alone = class_mass(logits, normaliser, 2.0, 3.0)
@@ -134,6 +155,7 @@ def test_the_operations_are_well_formed():
     normaliser = logits.logsumexp(1, keepdim=True)
     opcheck(triton_ranking.best_places, (logits, 3))
     opcheck(triton_ranking.rank_groups, (logits, torch.tensor([[0, 1, 4]] * 4), 5, 8))
+    opcheck(triton_ranking.answers_of_items, (logits, 2.0, 2, 8, tails, labels, 0))
     density = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     opcheck(kernels.rank_inclusion, (density, 2))
     inclusion, starts = torch.full((2, 2), 0.5, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)

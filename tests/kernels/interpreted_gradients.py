@@ -71,7 +71,7 @@ def test_the_sample_of_the_classes_is_that_of_updates(start):
         starts, ids = kernels.class_starts(count), torch.arange(10, 5010)
         kept, kept_ids, weights, found = kernels.kept_classes(*points, count, starts, ids)
         assert torch.equal(kept_ids[: int(found)], ids[starts[kept[: int(found)]]])
-        expected = Updates(number, start).weights(sizes, torch.arange(5000) < 4000)
+        expected = Updates(number, start).weights(sizes, torch.tensor([4000]))
         assert torch.equal(kept[: int(found)], expected.nonzero()[:, 0])
         torch.testing.assert_close(weights[: int(found)].float(), expected[expected != 0], rtol=1e-5, atol=0)
 

@@ -48,5 +48,5 @@ def test_the_operations_are_well_formed():
     opcheck(kernels.class_sums, (*means, torch.float64))
     opcheck(kernels.class_density, (*means, kernels.class_sums(*means, torch.float64), [0.4, 0.4, 0.1]))
     opcheck(kernels.tail_scale, (density[:3].sort(descending=True).values, density.sum(), 9))
-    scale, starts = torch.tensor([2.0, 0.5], dtype=torch.float64), torch.tensor([0.1, 0.6], dtype=torch.float64)
-    opcheck(kernels.tail_ids, (density.cumsum(0), density, scale, starts, 3))
+    scale = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    opcheck(kernels.tail_ids, (density.cumsum(0), density, scale, 0.1, 3, 2))

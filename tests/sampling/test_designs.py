@@ -14,8 +14,10 @@ from hf_dis.sampling.designs import Updates, inclusion_probabilities, ranks_to_c
 def kept_by(updates, sizes):
     """The places that are kept, and their weights; entries that stand for no class change nothing."""
     weights = updates.weights(sizes)
-    padded, exists = torch.cat([sizes, torch.zeros(3)]), torch.arange(len(sizes) + 3) < len(sizes)
-    torch.testing.assert_close(updates.weights(padded, exists), torch.cat([weights, torch.zeros(3)]), equal_nan=True)
+    padded, count = torch.cat([sizes, torch.zeros(3)]), torch.tensor([len(sizes)])
+    of_padded, of_none = updates.weights(padded, count).split([len(sizes), 3])
+    torch.testing.assert_close(of_padded, weights, equal_nan=True)
+    assert not of_none.any() or not weights.isfinite().all()
     places = weights.nonzero()[:, 0]
     return places, weights[places]
 

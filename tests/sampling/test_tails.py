@@ -5,7 +5,7 @@ import itertools
 import torch
 from by_definition import capped_slowly, frequencies, generator, within_five_sigma
 
-from hf_dis.sampling.tails import is_member, sample_tails
+from hf_dis.sampling.tails import is_outside, sample_tails
 
 
 def test_the_shared_tail_holds_classes_with_their_probability():
@@ -35,11 +35,11 @@ def test_a_tail_as_large_as_all_classes_is_all_classes():
     assert ids.tolist() == [list(range(7))] and (probability == 1).all()
 
 
-def test_is_member_is_set_membership():
+def test_is_outside_is_set_membership():
     for num_shared, num_tails in itertools.product((0, 1, 7, 20), (1, 3)):
         ids, shared = torch.rand(30, 20).argsort(1)[:, :6], torch.rand(num_tails, 20).argsort(1)[:, :num_shared]
         shared = shared.sort(1).values
         expected = [
-            [c in item for c in shared[number % num_tails].tolist()] for number, item in enumerate(ids.tolist())
+            [c not in item for c in shared[number % num_tails].tolist()] for number, item in enumerate(ids.tolist())
         ]
-        assert is_member(ids, shared).tolist() == expected
+        assert is_outside(ids, shared).tolist() == expected

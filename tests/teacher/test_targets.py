@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from hf_dis import SamplerSpec, make_sampler
 from hf_dis.teacher import targets as teacher_targets
-from hf_dis.teacher.targets import GROUP, TeacherTargets, top_ranked
+from hf_dis.teacher.ranking import GROUP, top_ranked
+from hf_dis.teacher.targets import TeacherTargets, widen
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -58,3 +60,41 @@ def test_top_ranked_finds_neighbours_and_the_last_classes():
         logits = torch.zeros(1, num_classes)
         logits[0, list(highest)] = torch.arange(1.0, len(highest) + 1)
         assert top_ranked(logits, len(highest))[1].tolist() == [list(highest)[::-1]]
+
+
+def as_on_an_accelerator(logits, temperature, depth, items, stride):
+    """Targets as an accelerator without kernels computes them: by blocks, ranked later, some items counted."""
+    targets = TeacherTargets(logits, temperature, depth)
+    targets.counted, targets._mass = slice(0, len(logits), stride), None
+    candidates, peaks = targets._best_candidates(depth)
+    targets._found = targets._normalised_by_blocks(widen(peaks), items), candidates
+    return targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_classes", [20, 12 * GROUP, 12 * GROUP + 5])
+def test_blocks_of_an_accelerator_give_the_same(num_classes, dtype, monkeypatch):
+    monkeypatch.setattr(teacher_targets, "BLOCK_ELEMENTS", 2 * num_classes)
+    logits = torch.rand(9, num_classes).argsort(1).div(4).to(dtype)  # distinct
+    logits[:, 1] = -torch.inf
+    logits[2, -1] = 40  # in no group, where there is a rest
+    p, tolerance = (logits.double() / 0.7).softmax(1), 1e-12 if dtype == torch.float64 else 1e-5
+    targets = as_on_an_accelerator(logits, 0.7, 5, items=4, stride=3)
+    assert torch.equal(targets.ids, p.topk(5, dim=1).indices)
+    torch.testing.assert_close(targets.log_probs.double().exp(), p.topk(5, dim=1).values, rtol=tolerance, atol=0)
+    mass, added = 3 * p[::3].sum(0), torch.rand(num_classes, dtype=targets.log_normaliser.dtype)
+    torch.testing.assert_close(targets.class_mass(added).double(), added + mass, rtol=tolerance, atol=tolerance)
+    for _ in range(2):  # kept for another step
+        torch.testing.assert_close(targets.class_mass().double(), mass, rtol=tolerance, atol=tolerance)
+
+
+def test_chunks_that_are_ranked_together_give_the_same_sample():
+    logits, labels = torch.randn(10, 200), torch.arange(10)
+    spec = SamplerSpec(num_sampled_classes=4, num_shared_classes=12, num_tails=2, rank_depth=6)
+    chunks = [as_on_an_accelerator(part, 2.0, 6, items=3, stride=1) for part in logits.split(4)]
+    found, expected = (
+        make_sampler(200, spec).sample(teacher, labels) for teacher in (chunks, [TeacherTargets(logits, 2.0, 6)])
+    )
+    assert torch.equal(found.item_ids, expected.item_ids) and torch.equal(found.tail_ids, expected.tail_ids)
+    for name in ("log_weights", "log_probs", "target", "class_mass"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
