@@ -1,4 +1,4 @@
-"""The loss in quality where few bytes are kept of a teacher's answers: four designs at equal bytes, on two tasks.
+"""The loss in quality where few bytes are kept of a teacher's targets: four designs at equal bytes, on two tasks.
 
     python benchmarks/cache_quality.py --teacher runs/glyphs/teacher --json cache_quality.json
 
@@ -45,7 +45,7 @@ COUNT_BITS, NUM_SAMPLES = 7, 8
 
 
 class Design(NamedTuple):
-    """The stored part of a teacher's answer.
+    """The stored part of a teacher's targets.
 
     Attributes:
         layout: in bytes.

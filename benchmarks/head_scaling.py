@@ -20,7 +20,7 @@ With --device the tensors are made on the device, and steps are timed by its eve
 runs in bfloat16 autocast: the weight and its moments are float32, and the teacher's logits and head are bfloat16.
 --dtype float32 turns both off. On a processor everything is float32 by default.
 
-peak_mb is the memory that a step takes beyond the memory in use between steps (weight, moments, teacher's answers). On
+peak_mb is the memory that a step takes beyond the memory in use between steps (weight, moments, teacher's targets). On
 a processor it is the highest resident size over two steps, in a fresh process for each method, less the resident size
 before them, on Linux only. On a device it is the most that tensors held over two steps, less what they held before.
 Beyond --dense_up_to classes the methods with a dense gradient are not run; exact is extrapolated in proportion to C.
@@ -54,7 +54,7 @@ LAYOUTS = {
 
 
 class GivenTargets(TeacherTargets):
-    """A teacher's answers, all of them computed beforehand; arguments as for ``TeacherTargets``."""
+    """A teacher's targets, all of them computed beforehand; arguments as for ``TeacherTargets``."""
 
     def __init__(self, logits: Tensor, temperature: float, depth: int):
         super().__init__(logits, temperature, depth)

@@ -12,7 +12,7 @@ exact                 exact distillation by the library, whose gradient is compu
                       floor: headless and the teacher's bare forward
 exact (materialised)  the same with a loss by autograd, which earlier tables call exact; floor: as for exact
 dis_online            row_sparse_head, teacher included; floor: headless and the teacher's bare forward
-dis_given_targets     row_sparse_head, the teacher's answers computed beforehand; floor: headless
+dis_given_targets     row_sparse_head, the teacher's targets computed beforehand; floor: headless
 dis_cached            row_sparse_head, from a cache of the teacher's targets, look-up included; floor: headless
 
 The cache has its default of 300 bytes per item: 32 ranked classes and, of 100,000, 75 samples of the tail.
@@ -92,7 +92,7 @@ class HeadlessTrainer(DISDistillationTrainer):
 
 
 class MaterialisedTrainer(DISDistillationTrainer):
-    """The same trainer with the exact loss by autograd, chunk by chunk of the teacher's answers."""
+    """The same trainer with the exact loss by autograd, chunk by chunk of the teacher's targets."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         teacher, items = self.distiller.online_teacher, Items(len(inputs["pixel_values"]))

@@ -55,7 +55,7 @@ MARGIN = 1.2
 
 
 class HeadCosts(NamedTuple):
-    """Milliseconds of a head step: loss and gradients, the teacher's answers given.
+    """Milliseconds of a head step: loss and gradients, the teacher's targets given.
 
     Attributes:
         exact: with all classes.
@@ -175,7 +175,7 @@ class _HeadSteps:
         loss.sum().backward()
 
     def _answers(self) -> Iterator[Tensor | CachedTargets]:
-        """The teacher's answers on the classes of the exact step, chunk by chunk."""
+        """The teacher's targets on the classes of the exact step, chunk by chunk."""
         part = len(self.exact_weight)
         for chunk in slices(self.num_items, self.chunk_items):
             size = chunk.stop - chunk.start

@@ -33,7 +33,7 @@ BLOCK_ELEMENTS = 2**24
 
 
 class ShardedTeacher(OnlineTeacher):
-    """Ranks the answers of a teacher whose output head is spread over the processes; all of them call it together.
+    """Ranks the logits of a teacher whose output head is spread over the processes; all of them call it together.
 
     Args:
         model, num_classes, temperature, depth, context, may_mask: as for :class:`OnlineTeacher`.

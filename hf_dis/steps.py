@@ -90,14 +90,14 @@ class ExactStep:
         return {}
 
     def _teacher(self) -> Iterator[Tensor | CachedTargets] | None:
-        """The teacher's answer on all classes; None where only the labels count."""
+        """The teacher's targets on all classes; None where only the labels count."""
         distiller, request = self.distiller, self.request
         if distiller.arguments.hard_label_weight == 1 and self.items.labels is not None:
             return None
         return distiller.teacher.all_classes(request.teacher_inputs, self.items, request.check_values)
 
     def _exact(self, outputs: Any) -> LogitsLoss | HeadLoss:
-        """The loss on all classes, to which the teacher's answers are to be added."""
+        """The loss on all classes, to which the teacher's targets are to be added."""
         distiller, settings = self.distiller, self.distiller.arguments
         objective = Objective(
             distiller.num_classes,

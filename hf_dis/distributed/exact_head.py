@@ -101,7 +101,7 @@ class _Everyone:
         return self.by_process(values)[self.shard.index, : self.num_items]
 
     def answers(self, teacher: Iterable[Tensor | CachedTargets]) -> Iterator[Tensor | tuple[Tensor, ...]]:
-        """The teacher's answers about each block, from those about the items of this process.
+        """The teacher's targets for each block, from those for the items of this process.
 
         Raises:
             ValueError: if the teacher has targets of more or fewer than N items.
@@ -148,7 +148,7 @@ class ShardedHeadLoss(HeadLoss):
         head: the rows of this process, and the input of the head for its items.
         layer: the head.
         objective: the loss, of the items of this process; C counts the classes of all processes.
-        again: gives the teacher's answers about the items of this process once more, as for :class:`HeadLoss`.
+        again: gives the teacher's targets for the items of this process once more, as for :class:`HeadLoss`.
         with_kl: as for :class:`hf_dis.loss.exact.ExactTerms`.
         factors: as for :class:`HeadLoss`.
 

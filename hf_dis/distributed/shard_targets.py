@@ -1,4 +1,4 @@
-"""The answers of a teacher whose classes are spread over processes: ranked, or on all classes."""
+"""The targets of a teacher whose classes are spread over processes: ranked, or on all classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRECISION = "Check these inputs, and the teacher's precision: a float16 teacher 
 
 
 class ShardTargets(TeacherTargets):
-    """Ranks the answers of a teacher whose classes are spread over processes, at a temperature.
+    """Ranks the logits of a teacher whose classes are spread over processes, at a temperature.
 
     All processes have to make it, and to call each method, together.
 

@@ -72,7 +72,7 @@ class Divergence(ABC):
 
         Args:
             logits: the student's, of the sampled classes, ``[N, R + K_t]``.
-            sample: the classes, their weights and the teacher's answers.
+            sample: the classes, their weights and the teacher's targets.
             temperature: τ > 0, the temperature of the sample.
         """
         given = sample.log_weights, sample.log_probs, sample.target

@@ -78,7 +78,7 @@ class ExactTerms(ABC):
         """Computes the loss of the next items.
 
         Args:
-            chunk: the teacher's answer: logits ``[n, C]``, or stored targets; None: all items, without a teacher.
+            chunk: the teacher's targets: logits ``[n, C]``, or stored targets; None: all items, without a teacher.
 
         Raises:
             ValueError: if the teacher has targets of more than N items.

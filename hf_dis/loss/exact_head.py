@@ -66,7 +66,7 @@ class HeadLoss(ExactTerms):
     Args:
         head: the student's head and its input.
         objective: the loss.
-        again: gives the teacher's answers once more. They are needed in backward if the items count differently, as
+        again: gives the teacher's targets once more. They are needed in backward if the items count differently, as
             the gradient of the weight is a sum over items.
         factors: the gradient of every item is multiplied by, ``[N]``; None: by one.
     """

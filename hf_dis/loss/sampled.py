@@ -25,7 +25,7 @@ def sampled_loss(
 
     Args:
         logits: the student's, of the sampled classes, ``[N, R + K_t]``.
-        sample: the classes, their weights and the teacher's answers.
+        sample: the classes, their weights and the teacher's targets.
         temperature: τ > 0, the temperature of the sample.
         hard_label_weight: λ in [0, 1].
         divergence: of the student from the teacher, KD.

@@ -1,4 +1,4 @@
-"""The part of a teacher's answers that a sample is made from."""
+"""The part of a teacher's targets that a sample is made from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Ranked(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """A teacher's answers to a chunk of items: all that a sample needs of the chunk, and no more.
+    """A teacher's targets for a chunk of items: all that a sample needs of the chunk, and no more.
 
     All else is computed once for all items: on an accelerator a launch per chunk costs more than its work.
 
@@ -88,7 +88,7 @@ class Logits(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The part of a teacher's answers that a sample is made from.
+    """The part of a teacher's targets that a sample is made from.
 
     Attributes:
         ids: the m best-ranked classes of each item, ``[N, m]``.

@@ -1,4 +1,4 @@
-"""The sample of one training step: classes, importance weights and the teacher's answers.
+"""The sample of one training step: classes, importance weights and the teacher's targets.
 
 A sample is made of up to three strata: classes sampled from each item's teacher ranking, the item's label, and a tail
 that items share. A stratum carries importance weights ω = 1/π and the teacher's exact mass, so that the losses need

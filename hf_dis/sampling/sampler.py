@@ -157,7 +157,7 @@ class ClassSampler:
     def _answers(
         self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None
     ) -> tuple[Answers, Tensor]:
-        """The teacher's answers, and the class mass as :class:`ClassSample` has it."""
+        """The teacher's targets, and the class mass as :class:`ClassSample` has it."""
         wants_mass = self.num_shared and self.proposal.wants_class_mass
         parts, mass, first_item = [], None, 0
         for targets in teacher:

@@ -1,4 +1,4 @@
-"""Triton kernels: the sample of an item from the teacher's answers, a program per item."""
+"""Triton kernels: the sample of an item from the teacher's targets, a program per item."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def assemble(
     labels: Tensor | None,
     num_sampled: int,
 ) -> Columns:
-    """Makes the sample of every item from the teacher's answers, with all columns of the strata.
+    """Makes the sample of every item from the teacher's targets, with all columns of the strata.
 
     Args:
         ids: the m best-ranked classes of each item, ``[N, m]``.

@@ -84,7 +84,7 @@ class CachedTargets:
         return cls(CompactTargets(*map(torch.cat, joined)), parts[0].num_classes)
 
     def all_classes(self) -> CachedTargets:
-        """Returns the teacher's answers for a loss on all classes: the stored classes stand for all."""
+        """Returns the teacher's targets for a loss on all classes: the stored classes stand for all."""
         return self
 
     def thinned(self, points: Tensor) -> CachedTargets:

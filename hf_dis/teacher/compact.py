@@ -1,4 +1,4 @@
-"""A teacher's answer in a few bytes: the ranked classes, and an unbiased stored sample of all other classes.
+"""A teacher's targets in a few bytes: the ranked classes, and an unbiased stored sample of all other classes.
 
 The m best-ranked classes keep their probability. T classes stand for the rest of the mass, the tail. Systematic
 sampling lays the probabilities of the tail end to end, and reads T equally spaced points with one random start. Then
@@ -25,7 +25,7 @@ STORED_DESIGNS = ("systematic", "independent")
 
 
 class CompactTargets(NamedTuple):
-    """The part of a teacher's answers that a cache keeps, at a temperature.
+    """The part of a teacher's targets that a cache keeps, at a temperature.
 
     Attributes:
         ids: the m best-ranked classes, best first, ``[n, m]``.

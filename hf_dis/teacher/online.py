@@ -18,7 +18,7 @@ from hf_dis.teacher.targets import BLOCKS_OF_CHUNK, TeacherTargets, check_suppor
 
 
 class OnlineTeacher:
-    """Ranks the answers of a teacher that runs beside the student, chunk by chunk.
+    """Ranks the logits of a teacher that runs beside the student, chunk by chunk.
 
     No ``[N, C]`` tensor outlives a chunk. The model is frozen, in evaluation mode, and never saved.
 

@@ -69,7 +69,7 @@ def _part(num_items: int, num_classes: int, number: int) -> int:
 
 
 class TeacherTargets:
-    """Ranks the answers of a teacher to a depth, at a temperature.
+    """Ranks the logits of a teacher to a depth, at a temperature.
 
     Args:
         logits: of the teacher, ``[n, C]``.
@@ -234,7 +234,7 @@ class TeacherTargets:
         return log_probs(self.highest, self.log_normaliser, self.temperature)
 
     def all_classes(self) -> Tensor:
-        """Returns the teacher's answers for a loss on all classes: the logits, ``[n, C]``."""
+        """Returns the teacher's targets for a loss on all classes: the logits, ``[n, C]``."""
         return self.logits
 
     def logits_at(self, ids: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def check_support(logits: Tensor, first_item: int = 0) -> None:
 
 
 def check_teacher_logits(logits: Tensor, num_classes: int, first_item: int = 0, check_finite: bool = True) -> None:
-    """Checks the answers of a teacher. Classes may be masked: their logits are -inf.
+    """Checks the logits of a teacher. Classes may be masked: their logits are -inf.
 
     Args:
         logits: of consecutive items, ``[n, C]``.
