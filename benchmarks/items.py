@@ -2,6 +2,7 @@
 
     python benchmarks/items.py --interactions beauty.txt --json beauty.jsonl
     python benchmarks/items.py --simulate 1000000 --batch_users 16 --steps 100 --test_users 4000 --json million.jsonl
+    python benchmarks/items.py --json beauty.jsonl  # prints and plots what the file has
 
 The task is that of examples/run_next_item.py, on a file of a user and an item per line, or on users simulated by a
 hidden Markov model. The teacher is trained first, on labels by sampled softmax with logQ, and kept in --folder. A rate
@@ -277,7 +278,7 @@ def _first_to_last(records: list[dict], name: str) -> str | None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     made = parser(__doc__)
-    source = made.add_mutually_exclusive_group(required=True)
+    source = made.add_mutually_exclusive_group()
     source.add_argument("--interactions", help="a file with a user and an item per line, in time order")
     source.add_argument("--simulate", type=int, metavar="N_ITEMS", help="simulate users of so many items")
     made.add_argument("--users", type=int, default=100_000, help="of --simulate")
@@ -298,35 +299,46 @@ def arguments() -> argparse.Namespace:
     given = parse(made)
     if given.json is None:
         made.error("--json is needed: the file of the records, which a later call goes on with")
+    if not (given.interactions or given.simulate or given.json.exists()):
+        made.error(f"{given.json} has no records to print: give --interactions or --simulate to train students")
     return given
+
+
+def wanted_students(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The keys of all students that a command line asks for; none without a source of the data."""
+    if not (given.interactions or given.simulate):
+        return []
+    data = Path(given.interactions).name if given.interactions else f"simulated {given.simulate:,}"
+    return [
+        dict(zip(KEY, (data, given.width, given.batch_users, given.steps, rate, method, seed), strict=True))
+        for seed in given.seeds
+        for rate in given.rates
+        for method in (one for one in run_next_item.METHODS if one in given.methods)
+    ]
 
 
 def main() -> None:
     given = arguments()
     logging.set_verbosity_error()
     print(machine(given.device), flush=True)
-    data = Path(given.interactions).name if given.interactions else f"simulated {given.simulate:,}"
-    wanted = [
-        dict(zip(KEY, (data, given.width, given.batch_users, given.steps, rate, method, seed), strict=True))
-        for seed in given.seeds
-        for rate in given.rates
-        for method in (one for one in run_next_item.METHODS if one in given.methods)
-    ]
     done = [{name: one[name] for name in KEY} for one in read(given.json)]
-    wanted = [key for key in wanted if key not in done]
+    wanted = [key for key in wanted_students(given) if key not in done]
     catalogue = Catalogue(given) if wanted else None
     for key in wanted:
         steps = given.steps
         if key["method"] in item_task.IN_TIME:
             steps = steps_in_time(read(given.json), key, clock_of(given.device.type))
         record = catalogue.trained(key["method"], key["rate"], key["seed"], steps)
-        append(given.json, {**key, "command": " ".join(sys.argv), **record}, given.device)
+        command = " ".join(["benchmarks/items.py", *sys.argv[1:]])
+        append(given.json, {**key, "command": command, **record}, given.device)
     records = read(given.json)
     print_table(records)
     if given.plot:
         first = records[0]["seed"], records[0]["rate"]
         alike = [one for one in records if (one["seed"], one["rate"]) == first]
-        clm_plots.plot_curves(given.plot, alike, run_next_item.QUALITIES, is_logarithmic=False)
+        clock = clock_of(records[0]["device"])
+        qualities = {"ndcg10": "NDCG@10 in validation"}
+        clm_plots.plot_curves(given.plot, alike, qualities, is_logarithmic=False, clock=clock)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ COLOURS = {
     "labels_in_cached_time": TEAL,
     "topk": RED,
 }
+CLOCKS = {"seconds": "seconds of training", "cpu_seconds": "seconds of training, of one processor core"}
 QUALITIES = {"kl": "KL to teacher", "perplexity": "perplexity"}
 
 
@@ -70,7 +71,11 @@ def write_lines(output: Path, records: list[dict], lines: list[str]) -> None:
 
 
 def plot_curves(
-    path: Path, records: list[dict], qualities: dict[str, str] = QUALITIES, is_logarithmic: bool = True
+    path: Path,
+    records: list[dict],
+    qualities: dict[str, str] = QUALITIES,
+    is_logarithmic: bool = True,
+    clock: str = "seconds",
 ) -> None:
     """Plots what is measured on held-out data against steps and against seconds of training.
 
@@ -79,17 +84,18 @@ def plot_curves(
         records: of the students, each with its ``curve``.
         qualities: what to plot of the curves, and their titles.
         is_logarithmic: the scale of the qualities.
+        clock: what to plot against besides steps, one of ``CLOCKS``.
     """
     size = {"figsize": (9, 3 * len(qualities)), "layout": "constrained", "sharey": "row", "squeeze": False}
     with plotted():
         figure, axes = plt.subplots(len(qualities), 2, **size)
         for line, (quality, title) in zip(axes, qualities.items(), strict=True):
-            for axis, progress in zip(line, ("step", "seconds"), strict=True):
+            for axis, progress in zip(line, ("step", clock), strict=True):
                 for record in records:
                     points = [[point[name] for point in record["curve"]] for name in (progress, quality)]
                     look = {"color": COLOURS[record["method"]], "label": TITLES[record["method"]]}
                     axis.plot(*points, "o-", markersize=3, **look)
-                axis.set(xlabel="steps" if progress == "step" else "seconds of training", ylabel=title)
+                axis.set(xlabel=CLOCKS.get(progress, "steps"), ylabel=title)
                 axis.set_yscale("log" if is_logarithmic else "linear")
                 axis.grid(alpha=0.3, which="both")
         axes[0, 0].legend()

@@ -32,12 +32,12 @@ MAPPINGS = (
 )
 # Bytes that a step reads and writes per teacher's logit, all passes together: on all classes, and where the logits are
 # ranked and classes sampled.
-EXACT_BYTES, RANKED_BYTES = 240, 32
+EXACT_BYTES, RANKED_BYTES = 240, 24
 # Bytes held per logit. Plain autograd holds two tensors in the type of the models and four in float32. The other
 # values are for a block (its logits become their own gradient), the teacher's ranked chunk, and the sampled logits.
 TENSOR_BYTES, BLOCK_HELD, CHUNK_HELD, SAMPLED_HELD = 20, 10, 4, 32
 # Kernels that a step launches: one block of the exact step, and the sampled step; and seconds of a launch.
-BLOCK_LAUNCHES, SAMPLED_LAUNCHES, LAUNCH = 500, 550, 5e-6
+BLOCK_LAUNCHES, SAMPLED_LAUNCHES, LAUNCH = 500, 420, 5e-6
 # Bytes of a parameter: in the models' type, as a gradient, in training (weight, gradient and AdamW's moments in
 # float32), and what AdamW reads and writes of it.
 WEIGHT, GRADIENT, TRAINED, STEPPED = 2, 4, 16, 28
