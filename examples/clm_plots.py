@@ -98,6 +98,6 @@ def plot_curves(
                 axis.set(xlabel=CLOCKS.get(progress, "steps"), ylabel=title)
                 axis.set_yscale("log" if is_logarithmic else "linear")
                 axis.grid(alpha=0.3, which="both")
-        axes[0, 0].legend()
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     write_svg(figure, path)
     plt.close(figure)
