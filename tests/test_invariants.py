@@ -36,7 +36,7 @@ MATHS = (
     *("distributed", "head", "loss", "sampling"),
     *("models/after_head.py", "models/head_features.py", "models/spread.py", "models/ties.py"),
     *("report/diagnostics.py", "report/gradient_error.py"),
-    *("teacher/cached.py", "teacher/compact.py", "teacher/targets.py"),
+    *("teacher/cached.py", "teacher/compact.py", "teacher/ranking.py", "teacher/targets.py"),
     *("teacher/triton_normaliser.py", "teacher/triton_ranking.py", "teacher/triton_stored.py"),
 )
 MATHS_FILES = sorted(

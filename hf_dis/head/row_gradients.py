@@ -104,7 +104,8 @@ def _most_classes(place: Tensor) -> int:
 
 def _on_the_host(*numbers: Tensor) -> list[int]:
     """Reads whole numbers in a single wait for the device."""
-    return torch.stack(numbers).tolist()
+    joined = torch.stack(numbers) if len(numbers) > 1 else numbers[0][None]  # a stack is a launch
+    return joined.tolist()
 
 
 class TouchedRows:
@@ -140,7 +141,7 @@ class TouchedRows:
                 values.index_select(0, kept) for values in (in_order, order, is_first, factors)
             )
         else:
-            (number,) = is_first.sum()[None].tolist()
+            (number,) = _on_the_host(is_first.sum())
         self._order, self._is_first, self._factors = order, is_first, factors
         self._starts = true_places(is_first, number)
         self.ids = in_order.index_select(0, self._starts)
