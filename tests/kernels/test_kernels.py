@@ -230,7 +230,7 @@ def test_the_kernels_in_the_interpreter(file):
         cwd=HERE.parent.parent,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1200,
     )
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
     assert " passed" in finished.stdout
