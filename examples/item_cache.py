@@ -38,9 +38,10 @@ def stored_targets(teacher: LlamaForCausalLM, windows: Dataset, temperature: flo
         temperature: of the distillation.
         folder: of the cache; the time of writing stands in ``written.json`` beside it.
     """
-    # Alike lengths in a batch save padding, and a cache does not depend on the order.
-    order = sorted(range(len(windows)), key=lambda at: len(windows[at]["input_ids"]))
     started = time.perf_counter(), time.process_time()
+    # Alike lengths in a batch save padding, and a cache does not depend on the order.
+    lengths = [len(one) for one in windows["input_ids"]]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     cache = cache_teacher_targets(
         teacher,
         windows.select(order),

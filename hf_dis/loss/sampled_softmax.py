@@ -34,7 +34,7 @@ def weighted_log_softmax(logits: Tensor, log_weights: Tensor, temperature: float
     """
     weighted = torch.add(log_weights, logits, alpha=1 / temperature)  # widens in one launch
     log_shares = weighted.log_softmax(1)
-    # logsumexp takes eight launches; the highest column tells the same number.
+    # logsumexp takes eight launches; the highest column of each gives the same number.
     return log_shares, log_shares.amax(1, keepdim=True).sub_(weighted.amax(1, keepdim=True))
 
 

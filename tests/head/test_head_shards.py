@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 import transformers as hf
+from fake_processes import one_of_four
 from peft import LoraConfig, get_peft_model
 from tiny_models import bart, gpt2, images, llama, vit
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_dis import DISLoss, ShardedHead, VocabShard, make_sampler, shard_head
 from hf_dis.head.check import check_sharded_head
@@ -23,9 +23,8 @@ C = 40
 @pytest.fixture
 def four_processes():
     """This process takes itself for the second of four; nothing is sent."""
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
-    yield
-    torch.distributed.destroy_process_group()
+    with one_of_four(rank=1):
+        yield
 
 
 def test_a_model_computes_the_same_with_its_head_sharded():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from fake_processes import one_of_four
 from tiny_models import llama, vit
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_dis import DISArguments, VocabShard, shard_head
 from hf_dis.head.tensor_parallel import check_same_sample, check_tensor_parallel, is_tensor_parallel, own_rows
@@ -18,9 +18,8 @@ C = 41
 @pytest.fixture
 def four_processes():
     """This process takes itself for the last of four; nothing is sent."""
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
-    yield
-    torch.distributed.destroy_process_group()
+    with one_of_four(rank=3):
+        yield
 
 
 def spread(processes=4, placement=None, num_classes=C):
