@@ -1,13 +1,18 @@
-"""Students of DIS against students of exact distillation at the same learning rates: two tasks from scratch.
+"""Students of DIS against students of exact distillation at the same learning rates: five tasks.
 
     python benchmarks/parity.py --teacher runs/glyphs/teacher --json parity.jsonl --seeds 0 1 2
     python benchmarks/parity.py --tasks text --text_teacher runs/clm/_teacher --json parity.jsonl --seeds 0 1 2
 
-glyphs: the task of examples/run_glyphs.py, 3,375 characters, 4 epochs. text: that of examples/run_clm.py, 32,000
-tokens, 180 steps. A rate is the head's learning rate as a multiple of the body's. All else is the default, and all
-methods of a task have the same batches. A line is written for each student. A run that is in the file already is not
-run again. Every call prints the table of the file's records: means over seeds, and the difference to exact
-distillation.
+glyphs: the task of examples/run_glyphs.py, 3,375 characters, 4 epochs. glyphs_cached: the same without augmentation,
+from stored targets; exact distillation has the loaded teacher. text: the task of examples/run_clm.py, 32,000 tokens,
+180 steps. A rate of these tasks is the head's learning rate as a multiple of the body's.
+
+text_trained: text, 80 steps, from a student that was trained on labels for 360 steps. text_tied: the same with a tied
+head. A rate of these tasks is the learning rate of all parameters.
+
+All else is the default, and all methods of a task have the same batches. A line is written for each student. A run
+that is in the file already is not run again. Every call prints the table of the file's records: means over seeds, and
+the difference to exact distillation.
 
 --settings tries other settings of DISConfig in place of the defaults. They are a method of their own, by --name.
 """
@@ -18,95 +23,24 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from common import append, header, machine, parse, parser, read, row
-from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator, set_seed
+from parity_tasks import MakeTrainer, glyphs, glyphs_cached, text, text_tied, text_trained
+from transformers import set_seed
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import clm_task
-import glyph_task
-import run_clm
-
-from hf_dis import DISConfig, DISDistillationTrainer
-
-RATES = {"glyphs": (1.0, 5.0, 20.0), "text": (1.0, 8.0, 32.0)}
+TASKS = {"glyphs": glyphs, "glyphs_cached": glyphs_cached, "text": text}
+TASKS |= {"text_trained": text_trained, "text_tied": text_tied}
+HEAD_RATES, ALL_RATES = (1.0, 5.0, 20.0), (3e-4, 1e-3)
+RATES = {"glyphs": HEAD_RATES, "glyphs_cached": (1.0, 20.0), "text": (1.0, 8.0, 32.0)}
+RATES |= {"text_trained": ALL_RATES, "text_tied": ALL_RATES}
 METHODS = {
     "exact": {"head_mode": "exact"},
     "dis": {},
     "dis row-sparse": {"row_sparse_head": True},
 }
-# Settings of run_clm.py besides those of the sample.
-TEXT_SETTINGS = (
-    "max_steps",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "learning_rate",
-    "warmup_steps",
-    "lr_scheduler_type",
-    "temperature",
-    "hard_label_weight",
-    "head_mode",
-)
-BLOCK_TOKENS, EVAL_BLOCKS = 128, 32
-
-# Makes the trainer of a student from a head rate and settings of DISConfig.
-MakeTrainer = Callable[..., DISDistillationTrainer]
-
-
-def glyphs(teacher: str | None, folder: str) -> MakeTrainer:
-    """The trainers of the glyph task.
-
-    Args:
-        teacher: saved by run_glyphs.py; None: it is trained first, into ``folder``.
-        folder: for the teacher.
-    """
-    task = glyph_task.load_task()
-    if teacher:
-        model = glyph_task.load_teacher(teacher)
-    else:
-        model = glyph_task.build_teacher(len(task[2]))
-        glyph_task.train_teacher(model, task[0], 8, folder)
-        model.save_pretrained(folder)
-    return lambda rate, **settings: glyph_task.student_trainer(model, task, rate, **settings)
-
-
-def text(teacher: str | None, folder: str) -> MakeTrainer:
-    """The trainers of the text task.
-
-    Args:
-        teacher: saved with its tokenizer, by run_clm.py; None: it is trained first, into ``folder``.
-        folder: for the teacher.
-    """
-    texts = clm_task.load_texts()
-    if teacher:
-        tokenizer, model = AutoTokenizer.from_pretrained(teacher), AutoModelForCausalLM.from_pretrained(teacher)
-    else:
-        tokenizer = clm_task.train_tokenizer(texts["train"], 32_000)
-    blocks = clm_task.tokenized(texts, tokenizer, BLOCK_TOKENS)
-    if not teacher:
-        args = DISConfig(output_dir=folder, disable_tqdm=True, report_to="none", use_cpu=True)
-        model = clm_task.train_teacher(blocks["train"], tokenizer, run_clm.ClmArguments().teacher_steps, args)
-    common = {name: run_clm.FROM_SCRATCH[name] for name in TEXT_SETTINGS}
-
-    def make(rate: float, **settings: Any) -> DISDistillationTrainer:
-        rates = {"head_learning_rate": rate * common["learning_rate"], "save_strategy": "no", "report_to": "none"}
-        return DISDistillationTrainer(
-            model=clm_task.build_student(len(tokenizer)),
-            teacher_model=model,
-            args=DISConfig(**{**common, **rates, **settings}),
-            train_dataset=blocks["train"],
-            eval_dataset=blocks["validation"].take(EVAL_BLOCKS),
-            processing_class=tokenizer,
-            data_collator=default_data_collator,
-        )
-
-    return make
 
 
 def train(make: MakeTrainer, rate: float, settings: dict[str, Any], seed: int, use_cpu: bool) -> dict[str, Any]:
@@ -124,7 +58,7 @@ def train(make: MakeTrainer, rate: float, settings: dict[str, Any], seed: int, u
 
 def print_table(records: list[dict]) -> None:
     """Means over seeds, and the difference to exact distillation over the seeds that both have."""
-    print(header("task", "head rate", "method", "logits", "seeds", "top-1", "KL", "top-1 - exact", "KL / exact"))
+    print(header("task", "rate", "method", "logits", "seeds", "top-1", "KL", "top-1 - exact", "KL / exact"))
     cells = {}
     for record in records:
         key = record["task"], record["rate"], record["method"]
@@ -139,7 +73,8 @@ def print_table(records: list[dict]) -> None:
             against = [_points(mine, theirs), f"{_mean(mine, 'kl') / _mean(theirs, 'kl'):.3f}"]
         logits = next(iter(runs.values()))["logits"]
         quality = None if top1 is None else f"{top1:.1%}", f"{kl:.4f}"
-        print(row(task, f"x{rate:g}", method, f"{logits:.1%}", len(runs), *quality, *against))
+        at = f"x{rate:g}" if rate >= 1 else f"{rate:g}"
+        print(row(task, at, method, f"{logits:.1%}", len(runs), *quality, *against))
 
 
 def _mean(records: Any, name: str) -> float | None:
@@ -164,7 +99,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--seeds", nargs="+", type=int, default=[0])
     made.add_argument("--name", help="of the method that --settings describe")
     made.add_argument("--settings", type=json.loads, help="of DISConfig, as JSON; in place of --methods")
-    made.add_argument("--folder", default="runs/parity", help="for teachers that are trained first")
+    made.add_argument("--folder", default="runs/parity", help="for teachers and students that are trained first")
     given = parse(made)
     if (given.settings is None) != (given.name is None):
         made.error("--settings and --name belong together: give both or neither")
@@ -189,13 +124,14 @@ def main() -> None:
         ]
         if not wanted:
             continue
-        teachers = {"glyphs": given.teacher, "text": given.text_teacher}
-        make = {"glyphs": glyphs, "text": text}[task](teachers[task], f"{given.folder}/{task}_teacher")
+        teacher = given.teacher if task.startswith("glyphs") else given.text_teacher
+        make = TASKS[task](teacher, given.folder)
         for key in wanted:
             _, rate, method, seed = key
             record = train(make, rate, methods[method], seed, given.device.type == "cpu")
             described = dict(zip(("task", "rate", "method", "seed"), key, strict=True))
-            append(given.json, {**described, **record}, given.device)
+            command = " ".join(["benchmarks/parity.py", *sys.argv[1:]])
+            append(given.json, {**described, "command": command, **record}, given.device)
     print_table(read(given.json))
 
 

@@ -36,7 +36,7 @@ def test_flags_that_belong_together_are_asked_for(flags, monkeypatch, capsys, tm
 def test_a_student_that_is_in_the_file_is_not_trained_again(monkeypatch, capsys, tmp_path):
     path, trained = tmp_path / "records.jsonl", []
     path.write_text(json.dumps(record("exact", 0, 0.2, 0.6)) + "\n")
-    monkeypatch.setattr(parity, "glyphs", lambda teacher, folder: None)
+    monkeypatch.setitem(parity.TASKS, "glyphs", lambda teacher, folder: None)
     monkeypatch.setattr(
         parity, "train", lambda make, rate, settings, seed, cpu: trained.append(settings) or {**RESULT, "kl": 0.3}
     )
