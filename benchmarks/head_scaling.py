@@ -48,7 +48,7 @@ from hf_dis.teacher.targets import TeacherTargets, widen
 
 TEMPERATURE, ITEMS, FEATURES, CHUNK_ITEMS, PARTIAL_FC_SHARE = 2.0, 128, 256, 32, 0.1
 LAYOUTS = {
-    "default": SamplerSpec(num_sampled_classes=32, num_shared_classes=512, num_tails=4, num_updated_classes=16),
+    "default": SamplerSpec().resolved(row_sparse=True),
     "per item": SamplerSpec(num_sampled_classes=128, num_shared_classes=0, num_tails=1),
 }
 

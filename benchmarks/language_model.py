@@ -61,8 +61,9 @@ from hf_dis.precision import widest
 from hf_dis.teacher.targets import TeacherTargets, chunk_items, widen
 
 CONTEXT, TEACHER_WIDTH, SPREAD, WARM_STEPS, LEARNING_RATE = 64, 512, 1.5, 50, 5e-3
-SAMPLED, SHARED = 16, 1024
-SPEC = SamplerSpec(num_sampled_classes=SAMPLED, num_shared_classes=SHARED, num_tails=4, rank_depth=SAMPLED)
+# The default; all sampled tokens update the head.
+SPEC = SamplerSpec().resolved(is_lm=True)
+SAMPLED, SHARED = SPEC.num_sampled_classes, SPEC.num_shared_classes
 # TRL's and Liger's beta of each divergence.
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 # The one kind of teacher that a method can take.

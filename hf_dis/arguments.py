@@ -32,7 +32,7 @@ class SamplerSpec:
             0 is the layout of arXiv 1812.00914: all K classes of an item come from all C ranks. None: 512, 1,024 for
             language models, 0 with ``design="replacement"`` or ``proposal="topk"``.
         num_tails: G >= 1, shared tails per step; item i uses tail ``i mod G``. More tails make the gradient of a batch
-            less noisy and touch up to G·K_t rows of the head. None: 4, 1 without shared tails.
+            less noisy and touch up to G·K_t rows of the head. None: 16, 1 without shared tails.
         num_updated_classes: U >= 1. At most U·N of the distinct sampled classes update a row-sparse head; they are
             sampled in backward in proportion to the size of their gradient, which stays unbiased. None: 16, 32 for
             language models, all classes where the head is dense or there is no shared tail.
@@ -58,7 +58,7 @@ class SamplerSpec:
         "Classes of a shared tail; 0: no shared tail, all classes are sampled item by item. "
         "If not given 512, or 1,024 for language models.",
     )
-    num_tails: int | None = _setting(None, "Shared tails per step, used by the items in turn; if not given 4.")
+    num_tails: int | None = _setting(None, "Shared tails per step, used by the items in turn; if not given 16.")
     num_updated_classes: int | None = _setting(
         None, "Classes per item that update a row-sparse head; if not given 16, or 32 for language models."
     )
@@ -138,7 +138,7 @@ class SamplerSpec:
             self,
             num_sampled_classes=num_sampled,
             num_shared_classes=num_shared,
-            num_tails=self.num_tails or (4 if num_shared else 1),
+            num_tails=self.num_tails or (16 if num_shared else 1),
             num_updated_classes=num_updated,
             rank_depth=depth,
         )

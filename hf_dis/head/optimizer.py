@@ -21,6 +21,9 @@ CHUNK_ELEMENTS = 2**17
 # At most 2 chunks, so that launches do not grow with the rows: two copies are then as large as the gradient.
 ACCELERATOR_CHUNK_ELEMENTS, ACCELERATOR_CHUNKS = 2**26, 2
 
+# Sums of each row up to its last step, in the state of a parameter.
+ROW_SUMS = ("row_log_decay", "row_path")
+
 
 class RowSparseAdamW(torch.optim.AdamW):
     """Steps all parameters of a model by AdamW: as torch does, or lazily by row where a gradient is sparse.
@@ -31,9 +34,11 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     - each row has its own moments, and its own step count for the bias correction;
     - a row first gets the decay of all steps since it was last in a gradient, Π (1 - lr_t λ_t), under any schedule;
+    - with ``catch_up`` its step has the length of all these steps, Σ lr_t in place of lr, as far as one step changes a
+      logit by at most about 1: the length is at most 1/d for rows of d weights, or lr where lr is larger;
     - all other rows stay as they are.
 
-    docs/optimizer.md compares this with dense AdamW.
+    docs/optimizer.md compares the optimizer with dense AdamW, and derives both rules. They are this project's.
 
     Args:
         params: as for ``torch.optim.AdamW``.
@@ -41,6 +46,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         betas: as for ``torch.optim.AdamW``.
         eps: as for ``torch.optim.AdamW``.
         weight_decay: as for ``torch.optim.AdamW``.
+        catch_up: let rows make up for the steps that they missed; False: a row moves by lr in each of its own steps.
         foreach: choice of torch's implementation of the dense steps.
         fused: choice of torch's implementation of the dense steps.
 
@@ -58,10 +64,14 @@ class RowSparseAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        catch_up: bool = True,
         foreach: bool | None = None,
         fused: bool | None = None,
     ):
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
+        self.defaults["catch_up"] = catch_up
+        for group in self.param_groups:
+            group.setdefault("catch_up", catch_up)
         # A GradScaler lets torch's fused kernel unscale gradients and skip a step that overflowed. The steps by row do
         # neither, so the scaler has to do both itself.
         self._step_supports_amp_scaling = False
@@ -103,14 +113,16 @@ class RowSparseAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros(len(parameter), device=device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-            # Σ log(1 - lr λ) over the steps of the parameter up to now, and up to the last step of each row.
-            state["log_decay"] = 0.0
-            state["row_log_decay"] = torch.zeros(len(parameter), dtype=widest(device), device=device)
+            # Σ log(1 - lr λ) and Σ lr over the steps of the parameter up to now, and up to the last step of each row.
+            state["log_decay"] = state["path"] = 0.0
+            for name in ROW_SUMS:
+                state[name] = torch.zeros(len(parameter), dtype=widest(device), device=device)
         state["log_decay"] += math.log1p(-decay)
+        state["path"] += group["lr"]
         _step_touched(parameter, state, group, gradient._indices()[0], gradient._values())
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Loads a state as torch does; the decay that rows have had stays in the device's widest type.
+        """Loads a state as torch does; the sums of rows stay in the device's widest type.
 
         torch casts the state to the type of the parameter.
         """
@@ -119,48 +131,71 @@ class RowSparseAdamW(torch.optim.AdamW):
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, parameter in zip(numbers, parameters, strict=True):
             saved = state_dict["state"].get(number, {})
-            if "row_log_decay" in saved:
-                device = parameter.device
-                self.state[parameter]["row_log_decay"] = saved["row_log_decay"].to(device, widest(device))
+            for name in ROW_SUMS:
+                if name in saved:
+                    self.state[parameter][name] = saved[name].to(parameter.device, widest(parameter.device))
 
 
 def _step_touched(parameter: Tensor, state: dict[str, Any], group: dict[str, Any], ids: Tensor, rows: Tensor) -> None:
     """Steps the rows ``ids`` by their gradient ``rows``, and counts the step in the state."""
+    width = math.prod(rows.shape[1:])
+    longest = longest_step(group, width)
     if uses_triton(parameter.device) and parameter.is_contiguous():
         from hf_dis.head import triton_adamw
 
-        triton_adamw.adamw(parameter, state, group, ids, rows)
+        triton_adamw.adamw(parameter, state, group, ids, rows, longest)
         return
     of_device = max(ACCELERATOR_CHUNK_ELEMENTS, -(-rows.numel() // ACCELERATOR_CHUNKS))
     elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else of_device
-    chunk_rows = max(1, elements // max(1, rows[:1].numel()))
-    factors = [factor.view(-1, *(1,) * (rows.dim() - 1)) for factor in _row_factors(state, group, ids, rows.dtype)]
+    chunk_rows = max(1, elements // max(1, width))
+    factors = _row_factors(state, group, ids, longest, rows.dtype)
+    factors = [factor.view(-1, *(1,) * (rows.dim() - 1)) for factor in factors]
     for parts in zip(*(tensor.split(chunk_rows) for tensor in (ids, rows, *factors)), strict=True):
         _step_chunk(parameter, state, group, *parts)
 
 
+def longest_step(group: dict[str, Any], width: int) -> float:
+    """Finds the largest learning rate of a row that missed steps, for rows of ``width`` weights.
+
+    Adam moves each weight of a row by up to the learning rate. So the step changes a logit by up to d times that for
+    features of size 1, as behind a layer norm, and by the learning rate for a bias.
+    """
+    return max(group["lr"], 1 / width) if group["catch_up"] else group["lr"]
+
+
 def _row_factors(
-    state: dict[str, Any], group: dict[str, Any], ids: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts a step of each row, marks its decay as done, and computes the factors of the step.
+    state: dict[str, Any], group: dict[str, Any], ids: Tensor, longest: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts a step of each row, marks its sums as done, and computes the factors of the step.
+
+    Args:
+        state, group: of the parameter in the optimizer.
+        ids: the rows, ``[n]``.
+        longest: of :func:`longest_step`.
+        dtype: of the factors.
 
     Returns:
-        three values per row in a type, computed in the device's widest type. The first is the share of the weight that
-        the missed decay leaves. The other two are negative: the factor of the root of the second moment (both bias
-        corrections), and the term to add to that product.
+        four values per row in a type, computed in the device's widest type. The first two are the share of the weight
+        that the missed decay leaves, and the learning rate. The other two are negative: the factor of the root of the
+        second moment (both bias corrections), and the term to add to that product.
     """
     steps = state["step"].index_select(0, ids).add_(1)
-    missed = state["log_decay"] - state["row_log_decay"].index_select(0, ids)
+    decay, path = (
+        state[of_all] - state[of_row].index_select(0, ids)
+        for of_all, of_row in zip(("log_decay", "path"), ROW_SUMS, strict=True)
+    )
     state["step"].index_copy_(0, ids, steps)
-    state["row_log_decay"].index_fill_(0, ids, state["log_decay"])
+    for of_all, of_row in zip(("log_decay", "path"), ROW_SUMS, strict=True):
+        state[of_row].index_fill_(0, ids, state[of_all])
     # β^t - 1 for both β.
     logs = [math.log(beta) if beta else -math.inf for beta in group["betas"]]
     bias1, bias2 = torch._foreach_expm1(torch._foreach_mul([steps.to(widest(ids.device))] * 2, logs))
-    kept, scale, eps = torch.empty(3, len(ids), dtype=dtype, device=ids.device).unbind()
-    torch.exp(missed, out=kept)  # each result is rounded as it is written
+    kept, rates, scale, eps = torch.empty(4, len(ids), dtype=dtype, device=ids.device).unbind()
+    torch.exp(decay, out=kept)  # each result is rounded as it is written
+    rates.copy_(path.clamp_(group["lr"], longest))
     torch.mul(bias1, bias2.neg_().rsqrt_(), out=scale)
     torch.mul(bias1, group["eps"], out=eps)
-    return kept, scale, eps
+    return kept, rates, scale, eps
 
 
 def _step_chunk(
@@ -170,6 +205,7 @@ def _step_chunk(
     ids: Tensor,
     rows: Tensor,
     kept: Tensor,
+    rates: Tensor,
     scale: Tensor,
     eps: Tensor,
 ) -> None:
@@ -180,5 +216,5 @@ def _step_chunk(
     denominator = square.sqrt_().mul_(scale).add_(eps)
     mean = state["exp_avg"].index_select(0, ids).lerp_(rows, 1 - beta1)
     state["exp_avg"].index_copy_(0, ids, mean)
-    weights = parameter.index_select(0, ids).mul_(kept).addcdiv_(mean, denominator, value=group["lr"])
+    weights = parameter.index_select(0, ids).mul_(kept).addcdiv_(mean.mul_(rates), denominator)
     parameter.index_copy_(0, ids, weights)

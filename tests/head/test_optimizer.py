@@ -100,7 +100,7 @@ def test_a_row_counts_the_steps_that_it_takes():
     """A row touched at some steps is a parameter of its own that has a gradient at those steps alone."""
     touched = [[0, 3], [3], [1, 3], [], [0, 1, 2, 3, 4, 5], [0, 6]]
     params = parameters()
-    optimizer = RowSparseAdamW(params, **SETTINGS | {"weight_decay": 0.0})
+    optimizer = RowSparseAdamW(params, **SETTINGS | {"weight_decay": 0.0}, catch_up=False)
     for step, ids in enumerate(touched):
         take_step(optimizer, params, step, ids)
     for row in range(C):
@@ -111,6 +111,54 @@ def test_a_row_counts_the_steps_that_it_takes():
                 alone.grad = gradients(step)[0][row]
                 reference.step()
         torch.testing.assert_close(params[0].detach()[row], alone.detach(), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("times", [1.0, 8.0, 40.0], ids=["all steps", "some steps", "no step"])
+def test_a_row_makes_up_for_the_steps_it_missed(times):
+    """The row's step has the missed learning rates, at most 1/d together, at least its own rate."""
+    touched, rates = [[0, 3], [3], [1, 3], [], [0, 1, 2, 3, 4, 5], [0, 6]], [0.02, 0.005, 0.04, 0.03, 0.01, 0.02]
+    rates = [times * rate for rate in rates]
+    settings = SETTINGS | {"weight_decay": 0.0}
+    for start, most in zip(parameters()[:2], (1 / D, 1.0), strict=True):
+        weight = torch.nn.Parameter(start.detach().clone())
+        optimizer, made_up = RowSparseAdamW([weight], **settings), []
+        for step, ids in enumerate(touched):
+            optimizer.param_groups[0]["lr"] = rates[step]
+            weight.grad = rows_of(gradients(step)[weight.dim() == 1], ids)
+            optimizer.step()
+        for row in range(C):
+            alone, since = torch.nn.Parameter(start.detach()[row].clone()), 0
+            reference = torch.optim.AdamW([alone], **settings)
+            for step in (step for step, ids in enumerate(touched) if row in ids):
+                missed = sum(rates[since : step + 1])
+                reference.param_groups[0]["lr"] = max(rates[step], min(missed, most))
+                made_up.append(missed <= most)
+                alone.grad, since = gradients(step)[weight.dim() == 1][row], step + 1
+                reference.step()
+            torch.testing.assert_close(weight.detach()[row], alone.detach(), rtol=1e-13, atol=1e-14)
+        assert weight.dim() == 1 or all(made_up) == (times == 1)
+
+
+def test_a_row_of_a_steady_gradient_keeps_up_with_a_row_of_every_step():
+    """Sampled in one step of four with four times the gradient, as an importance weight makes it."""
+    weight = torch.nn.Parameter(torch.empty(2, D, dtype=torch.float64))
+    for catch_up, expected in ((True, 1.0), (False, 0.25)):
+        with torch.no_grad():
+            weight.fill_(5.0)
+        optimizer = RowSparseAdamW([weight], lr=1e-3, weight_decay=0.0, catch_up=catch_up)
+        for step in range(40):
+            rows = torch.tensor([[1.0], [4.0]], dtype=torch.float64).expand(2, D)
+            weight.grad = rows_of(rows, [0, 1] if step % 4 == 3 else [0])
+            optimizer.step()
+        every, some = (5.0 - weight.detach()).mean(1)
+        assert some / every == pytest.approx(expected, rel=1e-6)
+
+
+def test_catch_up_is_of_the_group_and_is_saved():
+    weight, bias, _ = parameters()
+    optimizer = RowSparseAdamW([{"params": [weight], "catch_up": False}, {"params": [bias]}], **SETTINGS)
+    saved = optimizer.state_dict()
+    assert [group["catch_up"] for group in saved["param_groups"]] == [False, True]
 
 
 def test_a_touched_row_gets_the_decay_of_the_steps_it_missed():
@@ -167,7 +215,7 @@ def test_a_loaded_state_goes_on_to_the_bit(torchs, dtype):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[two][name])), name
 
 
-def test_a_device_without_float64_keeps_the_decay_in_float32(monkeypatch):
+def test_a_device_without_float64_keeps_the_sums_in_float32(monkeypatch):
     """As MPS: also where the state comes from a device with float64."""
     expected, found = parameters(torch.float32), parameters(torch.float32)
     wide = RowSparseAdamW(expected, **SETTINGS)

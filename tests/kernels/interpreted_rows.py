@@ -140,7 +140,8 @@ def test_steps_are_those_of_torch(shape, dtype, monkeypatch):
     for name in ("exp_avg", "exp_avg_sq"):
         torch.testing.assert_close(state[name], plain[name], rtol=tolerance, atol=tolerance)
     assert torch.equal(state["step"], plain["step"]) and state["log_decay"] == plain["log_decay"]
-    assert torch.equal(state["row_log_decay"], plain["row_log_decay"])
+    for name in ("row_log_decay", "row_path"):
+        assert torch.equal(state[name], plain[name])
 
 
 def stepped_not_at_all(shape, dtype):
@@ -185,9 +186,10 @@ def test_the_operations_are_well_formed():
     opcheck(segment_pieces, given)
     opcheck(join_pieces, (*given, segment_pieces(*given), torch.float32))
     ids, weight = torch.tensor([1, 4]), torch.randn(7, 3)
-    steps, decay = torch.zeros(7), torch.zeros(7, dtype=torch.float64)
+    of_rows = torch.zeros(7), *torch.zeros(2, 7, dtype=torch.float64).unbind()
     betas = [0.75, 0.9375]
-    opcheck(row_factors, (steps, decay, ids, betas, 1e-8, -0.5, torch.float32))
-    factors = list(row_factors(steps, decay, ids, betas, 1e-8, -0.5, torch.float32))
+    others = ids, betas, 1e-8, [-0.5, 0.3], [0.1, 0.2], torch.float32
+    opcheck(row_factors, (*map(torch.clone, of_rows), *others))
+    factors = list(row_factors(*of_rows, *others))
     moments = [torch.zeros(7, 3), torch.zeros(7, 3)]
-    opcheck(step_rows, (copy.copy(weight), *moments, ids, torch.randn(2, 3), factors, 0.1, betas))
+    opcheck(step_rows, (copy.copy(weight), *moments, ids, torch.randn(2, 3), factors, betas))
