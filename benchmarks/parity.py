@@ -10,6 +10,7 @@ from stored targets; exact distillation has the loaded teacher. text: the task o
 text_trained: text, 80 steps, from a student that was trained on labels for 360 steps. text_tied: the same with a tied
 head. A rate of these tasks is the learning rate of all parameters.
 
+exact: all classes. dis: the defaults, by which the head is row-sparse. dis dense: the same with a dense head.
 All else is the default, and all methods of a task have the same batches. A line is written for each student. A run
 that is in the file already is not run again. Every call prints the table of the file's records: means over seeds, and
 the difference to exact distillation.
@@ -39,7 +40,7 @@ RATES |= {"text_trained": ALL_RATES, "text_tied": ALL_RATES}
 METHODS = {
     "exact": {"head_mode": "exact"},
     "dis": {},
-    "dis row-sparse": {"row_sparse_head": True},
+    "dis dense": {"row_sparse_head": False},
 }
 
 

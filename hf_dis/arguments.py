@@ -200,8 +200,9 @@ class DISArguments:
         head_learning_rate: learning rate of the output head; None: ``learning_rate``. A sampled head needs a rate
             several times larger, and exact distillation gains from it too (docs/how-it-works.md).
         row_sparse_head: give the head gradients of the sampled rows only and step only these rows with
-            :class:`hf_dis.RowSparseAdamW`, a lazy AdamW (docs/optimizer.md). Trainers need ``optim`` to be
-            ``adamw_torch`` or ``adamw_torch_fused``.
+            :class:`hf_dis.RowSparseAdamW`, a lazy AdamW (docs/optimizer.md). None: True in a trainer that makes its
+            optimizer, if ``optim`` is ``adamw_torch`` or ``adamw_torch_fused`` and the head allows row-sparse
+            gradients. False in a loop of your own.
         exact_warmup_steps: steps at the start that compute all classes while the proposals learn; below 1 a share of
             all steps. These steps cost the time and memory of exact distillation (docs/choosing-k.md).
         probe_steps: steps between two comparisons of the sampled loss and gradient with the exact ones; 0: never.
@@ -241,8 +242,10 @@ class DISArguments:
     head_learning_rate: float | None = _setting(
         None, "Learning rate of the output head; if not given, that of all other parameters."
     )
-    row_sparse_head: bool = _setting(
-        False, "Gradients and optimizer steps for the sampled rows of the head only (lazy AdamW)."
+    row_sparse_head: bool | None = _setting(
+        None,
+        "Gradients and optimizer steps for the sampled rows of the head only (lazy AdamW); if not given, wherever "
+        "optimizer and head allow it.",
     )
     exact_warmup_steps: float = _setting(
         0.0, "Steps at the start that compute all classes; below 1: a share of all steps."
@@ -279,10 +282,10 @@ class DISArguments:
             )
         self.sampler_spec()
         require(
-            self.num_updated_classes is None or self.row_sparse_head,
+            self.num_updated_classes is None or self.row_sparse_head is not False,
             "num_updated_classes",
             self.num_updated_classes,
-            "None without row_sparse_head=True: a dense gradient touches every row of the head anyway",
+            "None with row_sparse_head=False: a dense gradient touches every row of the head anyway",
         )
 
     def settings(self) -> DISArguments:

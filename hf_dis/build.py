@@ -54,6 +54,7 @@ def build_distiller(
     label_names: Sequence[str] = ("labels",),
     is_sharded: bool = False,
     num_items: int | None = None,
+    steps_rows: bool = False,
 ) -> Distiller:
     """Makes a :class:`hf_dis.Distiller` from models and arguments; run it on every process, once these are joined.
 
@@ -70,6 +71,7 @@ def build_distiller(
         label_names: columns of a batch that the student is not given.
         is_sharded: the student's parameters are sharded by FSDP or DeepSpeed.
         num_items: of a batch, for the choice of ``head_mode="auto"``; None: 128 examples, or 2,048 tokens.
+        steps_rows: the optimizer is a :class:`hf_dis.RowSparseAdamW`; decides where ``row_sparse_head`` is None.
 
     Raises:
         ValueError, TypeError: if models, caches and arguments do not fit; names value, expectation and remedy.
@@ -79,8 +81,11 @@ def build_distiller(
     width = num_outputs(student, task)
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
-    spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed, device, student)
-    mode, costs = _choose_mode(student, width, num_classes, num_items, arguments, spec, caches[0], device, context)
+    why_dense = _why_dense(student, width, arguments, is_sharded, steps_rows)
+    row_sparse = why_dense is None
+    spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed, device, student, row_sparse)
+    given = student, width, num_classes, num_items, arguments, spec, caches[0], device, context
+    mode, costs = _choose_mode(*given, row_sparse)
     layers = _find_head(student, width, arguments, mode)
     _check_spread(student, teacher, layers, arguments, mode, is_sharded)
     return Distiller(
@@ -91,7 +96,7 @@ def build_distiller(
         sampler=sampler,
         head_layers=layers,
         mode=mode,
-        **_row_sparse(student, layers, arguments, mode, is_sharded),
+        **_row_sparse(student, layers, arguments, mode, is_sharded, why_dense),
         **_teachers(student, teacher, caches, num_classes, arguments, sampler, device, context),
         student_stream=_student_stream(student, width, layers, is_sharded, context),
         label_names=label_names,
@@ -183,13 +188,14 @@ def _make_sampler(
     seed: int,
     device: torch.device,
     student: nn.Module,
+    row_sparse: bool,
 ) -> tuple[SamplerSpec, ClassSampler]:
     """The specification with the defaults of the task, and its sampler."""
     seed += 0 if is_tensor_parallel(student) else process_index()
     stored = None if cache is None else cache.header.layout
     spec = arguments.sampler_spec().resolved(
         is_lm=task.is_lm,
-        row_sparse=arguments.row_sparse_head,
+        row_sparse=row_sparse,
         stored_sample_size=None if stored is None else stored.sample_size,
     )
     if stored is None:
@@ -200,14 +206,43 @@ def _make_sampler(
     return spec, sampler
 
 
+def _why_dense(
+    student: nn.Module, width: int, arguments: DISArguments, is_sharded: bool, steps_rows: bool
+) -> str | None:
+    """The reason for a dense gradient of a head that is sampled, or None: the gradient is row-sparse."""
+    if arguments.row_sparse_head is not None:
+        return None if arguments.row_sparse_head else "row_sparse_head is False"
+    try:
+        if not steps_rows:
+            raise ValueError("the optimizer may not step sparse gradients")
+        if is_tensor_parallel(student):
+            raise ValueError("the student is tensor-parallel")
+        check_row_sparse_head(student, find_head_layers(student, width, arguments.head_name), is_sharded)
+        return None
+    except ValueError as error:
+        if arguments.num_updated_classes is not None:
+            raise ValueError(
+                f"num_updated_classes is {arguments.num_updated_classes}, and the gradient of the head is dense, "
+                f"since {error}: leave num_updated_classes out"
+            ) from error
+        return str(error)
+
+
 def _row_sparse(
-    student: nn.Module, layers: Sequence[str], arguments: DISArguments, mode: str, is_sharded: bool
+    student: nn.Module,
+    layers: Sequence[str],
+    arguments: DISArguments,
+    mode: str,
+    is_sharded: bool,
+    why_dense: str | None,
 ) -> dict[str, bool | tuple[str, ...]]:
     """Keywords of a Distiller: the choice of row-sparse gradients, and the embeddings that get them too."""
-    if not arguments.row_sparse_head:
-        return {}
     if mode == "exact":
-        logger.warning("row_sparse_head has no effect: all classes are computed, and the head trains densely")
+        if arguments.row_sparse_head:
+            logger.warning("row_sparse_head has no effect: all classes are computed, and the head trains densely")
+        return {}
+    if why_dense is not None:
+        logger.info(f"the gradient of the head is dense: {why_dense}")
         return {}
     check_row_sparse_head(student, layers, is_sharded)
     return {"row_sparse": True, "tied_embeddings": find_tied_embeddings(student, layers)}
@@ -223,6 +258,7 @@ def _choose_mode(
     cache: TeacherCache | None,
     device: torch.device,
     context: Context,
+    row_sparse: bool,
 ) -> tuple[str, HeadCosts | None]:
     """The mode, and the costs where they were timed."""
     num_sampled = spec.num_sampled_classes
@@ -253,7 +289,7 @@ def _choose_mode(
             spec,
             num_items=num_items or (TOKENS if find_task(student).has_token_items else ITEMS),
             stored=None if cache is None else cache.header.layout,
-            row_sparse=arguments.row_sparse_head,
+            row_sparse=row_sparse,
             device=device,
             context=context,
         )

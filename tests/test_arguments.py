@@ -52,12 +52,12 @@ def test_defaults_depend_on_the_task_and_the_teacher():
         found = SamplerSpec(num_shared_classes=shared, design=design).resolved(**given)
         return tuple(getattr(found, f"num_{name}") for name in ("sampled_classes", "shared_classes", "tails"))
 
-    assert sizes() == (32, 512, 4) and sizes(is_lm=True) == (16, 1024, 4)
+    assert sizes() == (32, 512, 16) and sizes(is_lm=True) == (16, 1024, 16)
     assert sizes(shared=0) == sizes(design="replacement") == (128, 0, 1)
     assert sizes(shared=0, is_lm=True) == (16, 0, 1)
     assert sizes(shared=0, stored_sample_size=9) == sizes(shared=0, stored_sample_size=9, is_lm=True) == (512, 0, 1)
-    assert sizes(stored_sample_size=9) == (9, 512, 4)  # the whole stored sample
-    assert sizes(is_lm=True, stored_sample_size=9) == (9, 1024, 4) and sizes(stored_sample_size=0) == (1, 512, 4)
+    assert sizes(stored_sample_size=9) == (9, 512, 16)  # the whole stored sample
+    assert sizes(is_lm=True, stored_sample_size=9) == (9, 1024, 16) and sizes(stored_sample_size=0) == (1, 512, 16)
     given = SamplerSpec(num_sampled_classes=3, num_tails=2).resolved(stored_sample_size=9)
     assert (given.num_sampled_classes, given.num_tails) == (3, 2)
 

@@ -46,7 +46,6 @@ CONFIG = [
     ("num_tails", 1.5, TypeError, "a whole number"),
     ("num_updated_classes", 0, ValueError, "1 or more"),
     ("num_updated_classes", 1.5, TypeError, "a whole number"),
-    ("num_updated_classes", 8, ValueError, "row_sparse_head=True"),
     ("rank_depth", 0, ValueError, "1 or more"),
     ("rank_depth", 1.5, TypeError, "a whole number"),
     ("proposal_floor", 0.0, ValueError, "0.05 is usual"),

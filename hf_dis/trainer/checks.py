@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_dis.distributed.processes import num_processes
 from hf_dis.head.optimizer import RowSparseAdamW
 from hf_dis.head.tensor_parallel import is_tensor_parallel
+from hf_dis.trainer.optimizer import OptimizerHooks
 
 if TYPE_CHECKING:
     from hf_dis.trainer.mixin import DISTrainerMixin
@@ -170,6 +171,17 @@ def check_sharded_student(trainer: DISTrainerMixin) -> None:
         )
 
 
+def steps_rows(trainer: DISTrainerMixin) -> bool:
+    """Returns True if the optimizer of a trainer is, or will be, a RowSparseAdamW."""
+    kind = _kind_of_optimizer(trainer)
+    return trainer.args.optim in ROW_SPARSE_OPTIMS if kind is None else issubclass(kind, RowSparseAdamW)
+
+
+def makes_row_optimizer(trainer: DISTrainerMixin) -> bool:
+    """Returns True if :func:`steps_rows` holds, and no subclass makes an optimizer of its own."""
+    return steps_rows(trainer) and type(trainer).create_optimizer is OptimizerHooks.create_optimizer
+
+
 def check_optimizer(trainer: DISTrainerMixin) -> None:
     """Checks that the optimizer can step a row-sparse head.
 
@@ -179,19 +191,23 @@ def check_optimizer(trainer: DISTrainerMixin) -> None:
     Raises:
         ValueError: if the optimizer is not RowSparseAdamW; names the remedy.
     """
-    if not trainer.distiller.row_sparse:
+    if not trainer.distiller.row_sparse or steps_rows(trainer):
         return
-    optimizer, optim = trainer.optimizer, trainer.args.optim
-    if isinstance(optimizer, AcceleratedOptimizer):  # of an earlier training, which the host continues
-        optimizer = optimizer.optimizer
-    kind = type(optimizer) if optimizer is not None else (trainer.optimizer_cls_and_kwargs or (None,))[0]
-    if kind is not None and not issubclass(kind, RowSparseAdamW):
+    kind, optim = _kind_of_optimizer(trainer), trainer.args.optim
+    if kind is not None:
         raise ValueError(
             f"row_sparse_head is set, but the optimizer is {kind.__name__}, which cannot step sparse gradients as "
             "AdamW: use hf_dis.RowSparseAdamW, or set row_sparse_head=False"
         )
-    if kind is None and optim not in ROW_SPARSE_OPTIMS:
-        raise ValueError(
-            f"row_sparse_head is set, but optim is {optim.value!r}: it has to be one of "
-            f"{', '.join(ROW_SPARSE_OPTIMS)}, of which RowSparseAdamW is the lazy form; or set row_sparse_head=False"
-        )
+    raise ValueError(
+        f"row_sparse_head is set, but optim is {optim.value!r}: it has to be one of "
+        f"{', '.join(ROW_SPARSE_OPTIMS)}, of which RowSparseAdamW is the lazy form; or set row_sparse_head=False"
+    )
+
+
+def _kind_of_optimizer(trainer: DISTrainerMixin) -> type | None:
+    """The class of the optimizer that a trainer has, or was given to make; None where the host makes one by name."""
+    optimizer = trainer.optimizer
+    if isinstance(optimizer, AcceleratedOptimizer):  # of an earlier training, which the host continues
+        optimizer = optimizer.optimizer
+    return type(optimizer) if optimizer is not None else (trainer.optimizer_cls_and_kwargs or (None,))[0]

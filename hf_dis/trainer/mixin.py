@@ -31,6 +31,7 @@ from hf_dis.trainer.checks import (
     check_processes,
     check_sharded_student,
     check_trainer_arguments,
+    makes_row_optimizer,
 )
 from hf_dis.trainer.evaluation import Evaluation
 from hf_dis.trainer.expected import expected_items
@@ -213,6 +214,7 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
             label_names=self.label_names,
             is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
             num_items=timed_items(self),
+            steps_rows=makes_row_optimizer(self),
         )
 
     def _expected_items(self) -> int | None:

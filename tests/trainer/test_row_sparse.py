@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import assert_near, labelled_images, patched_modules, resnet, vit
 
-from hf_dis import RowSparseAdamW
+from hf_dis import DISDistillationTrainer, RowSparseAdamW
 from hf_dis.distributed.processes import kept_from_ddp
 from hf_dis.distributed.sums import average_rows
 from hf_dis.head.check import check_row_sparse_head
@@ -37,6 +37,36 @@ def test_with_all_classes_sampled_it_is_dense_adamw(make_trainer, build, num_tai
     assert sparse.optimizer.state[sparse.head.module.weight]["step"].tolist() == [6.0] * 40
     norms = [[log["grad_norm"] for log in one.state.log_history if "loss" in log] for one in (dense, sparse)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4) and max(norms[0]) > 0.05
+
+
+def test_it_is_the_default_where_the_trainer_makes_an_adamw(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    assert trainer.distiller.row_sparse
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is RowSparseAdamW
+    assert trainer.optimizer.param_groups[0]["catch_up"]
+
+
+@pytest.mark.parametrize("case", ["another optimizer", "an optimizer of the user's", "a method of the user's"])
+def test_elsewhere_the_default_is_dense(make_trainer, monkeypatch, case):
+    def own(self, model=None):
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        return self.optimizer
+
+    if case == "a method of the user's":
+        monkeypatch.setattr(DISDistillationTrainer, "create_optimizer", own)
+    settings = {"optim": "sgd"} if case == "another optimizer" else {}
+
+    def make(**more):
+        student = vit(40)
+        given = {"optimizers": (torch.optim.AdamW(student.parameters()), None)} if "optimizer of" in case else {}
+        return make_trainer(student, max_steps=1, **given, **settings, **more)
+
+    trainer = make()
+    assert not trainer.distiller.row_sparse
+    trainer.train()
+    with pytest.raises(ValueError, match=r"num_updated_classes is 4, and .* dense, since the optimizer .*: leave"):
+        make(num_updated_classes=4)
 
 
 def test_only_sampled_rows_are_touched(make_trainer):

@@ -126,7 +126,7 @@ def test_predictions_are_of_all_classes_and_tokens(make_trainer):
 def test_the_layout_of_language_models(make_trainer):
     layout = dict.fromkeys(("num_sampled_classes", "num_shared_classes", "num_tails", "rank_depth"))
     sampler = make_trainer(llama(5000), llama(5000, seed=1), train_dataset=data(), **layout).distiller.sampler
-    assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared, sampler.num_tails) == (16, 16, 1024, 4)
+    assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared, sampler.num_tails) == (16, 16, 1024, 16)
     deeper = make_trainer(
         llama(5000), llama(5000), train_dataset=data(), **{**layout, "num_shared_classes": 0}
     ).distiller.sampler
