@@ -57,7 +57,9 @@ class CommandParser(HfArgumentParser):
             text = path.read_text(encoding="utf-8")
             values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise DataError(f"--config {path} cannot be read as YAML or JSON: {error}") from error
+            raise DataError(
+                f"--config {path} cannot be read as YAML or JSON: {error}; give a file of names and values"
+            ) from error
         if not isinstance(values, dict):
             raise DataError(f"--config {path} holds a {type(values).__name__}: it has to hold names and values")
         known = {one.name for one in fields(self.kind)}

@@ -83,7 +83,8 @@ def _loaded(dataset: str, split: str, column: str) -> Dataset:
         found = datasets.load_from_disk(dataset) if is_saved else datasets.load_dataset(dataset)
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise DataError(
-            f"the dataset {dataset!r} cannot be loaded: {error} Give the name of a dataset on the Hub, or a folder"
+            f"the dataset {dataset!r} cannot be loaded: {str(error).strip().rstrip('.')}. Give the name of a dataset on the Hub, or a "
+            "folder"
         ) from error
     if isinstance(found, DatasetDict):
         if split not in found:

@@ -103,6 +103,12 @@ def test_input_that_cannot_be_used(text_teacher, texts, tmp_path, capsys):
         return refused(capsys, *(word for pair in words.items() for word in pair))
 
     assert "the teacher 'absent' cannot be loaded" in told(teacher="absent")
+    student = llama(50)
+    student.config.save_pretrained(tmp_path / "config")
+    assert "has under 'architectures' no class: load the teacher yourself" in told(teacher=str(tmp_path / "config"))
+    student.save_pretrained(tmp_path / "config")
+    (tmp_path / "config" / "model.safetensors").unlink()
+    assert "config' cannot be loaded: " in told(teacher=str(tmp_path / "config"))
     assert "cannot be loaded" in told(dataset=str(tmp_path / "absent"))
     assert "has no split 'test': it has train; set --split" in told(split="test")
     assert "has no column 'words': it has text; set --column" in told(column="words")

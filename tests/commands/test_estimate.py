@@ -165,6 +165,14 @@ def test_configs_without_a_vocabulary_or_labels(saved, llamas, capsys):
         assert folder in err and ("neither a vocabulary nor labels" in err or "no language model or" in err)
 
 
+def test_sizes_that_no_model_can_have(saved, llamas, capsys):
+    labels = saved("labels", hf.ViTConfig(num_labels=0), "ViTForImageClassification")
+    assert "has 0 classes: num_labels or vocab_size" in told(capsys, "--teacher", labels, "--student", llamas[1])
+    words = saved("words", hf.BertConfig(vocab_size=0), "BertForMaskedLM")
+    err = told(capsys, "--teacher", words, "--student", llamas[1])
+    assert "a BertForMaskedLM that cannot be made: " in err and "correct its sizes" in err
+
+
 def test_models_of_different_tasks_and_classes(saved, llamas, capsys):
     images = [saved(f"vit{n}", hf.ViTConfig(num_labels=n), "ViTForImageClassification") for n in (10, 20)]
     assert "both have to be of one kind" in told(capsys, "--teacher", images[0], "--student", llamas[1])

@@ -54,6 +54,10 @@ def test_values_at_their_thresholds_are_not_told(values):
     assert advice(GOOD | values) == []
 
 
+def test_values_that_are_not_numbers_are_not_judged():
+    assert advice({"kd_loss": [1.0], "dis/ess": "small", "dis/coverage": None, "probe/relative_error": {}}) == []
+
+
 def test_coverage_that_nothing_was_compared_with_asks_for_a_probe():
     (line,) = advice({"dis/coverage": 0.41, "dis/certain": 0.5})
     assert "num_shared_classes" in line and "probe_steps" in line
