@@ -82,9 +82,9 @@ def _loaded(dataset: str, split: str, column: str) -> Dataset:
     try:
         found = datasets.load_from_disk(dataset) if is_saved else datasets.load_dataset(dataset)
     except (OSError, ValueError, DatasetGenerationError) as error:
+        cause = str(error).strip().rstrip(".")
         raise DataError(
-            f"the dataset {dataset!r} cannot be loaded: {str(error).strip().rstrip('.')}. Give the name of a dataset on the Hub, or a "
-            "folder"
+            f"the dataset {dataset!r} cannot be loaded: {cause}. Give the name of a dataset on the Hub, or a folder"
         ) from error
     if isinstance(found, DatasetDict):
         if split not in found:
