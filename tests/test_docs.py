@@ -237,7 +237,8 @@ def test_links_out_of_the_docs_become_links_between_pages(hooks):
     assert hooks.relinked(text, "docs/cache.md", "cache.md") == expected
     deeper = "[a](../../README.md) [b](../trl.md)"
     assert hooks.relinked(deeper, "docs/reference/cache.md", "reference/cache.md") == "[a](../index.md) [b](../trl.md)"
-    assert hooks.relinked("[a](docs/trl.md)", "CHANGELOG.md", "changelog.md") == "[a](trl.md)"
+    text = "[a](docs/trl.md) ![b](docs/images/b.svg)"
+    assert hooks.relinked(text, "README.md", "index.md") == "[a](trl.md) ![b](images/b.svg)"
 
 
 @pytest.fixture
