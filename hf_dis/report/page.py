@@ -47,7 +47,7 @@ PANELS = (
     ),
     Panel("Gradient direction", ("probe/cosine",), "Cosine of the sampled and the exact gradient; 1 is best."),
     Panel("Loss of the probe", ("probe/exact_kd_loss", "probe/sampled_kd_loss"), "The same batch, computed twice."),
-    Panel("Student logits per item", ("logits_per_item",), "Classes whose logits a step computes for each item."),
+    Panel("Student logits per item", ("logits_per_item",), "Classes that a step computes for each item."),
     Panel(
         "Class coverage",
         ("dis/coverage", "dis/certain"),
