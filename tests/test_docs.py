@@ -121,7 +121,7 @@ def test_an_added_term_is_counted_once_per_optimizer_step_and_in_evaluation(subc
 
 
 def test_a_window_of_the_loop_is_one_large_batch(subclassing, tmp_path):
-    """All classes are sampled for certain, so nothing depends on how the items are split."""
+    """All classes are sampled with certainty, so nothing depends on how the items are split."""
     examples, weights = labelled_images(9, 40), []
     for sizes in ([9], [5, 4], [2, 6, 1]):
         student = vit(40)

@@ -38,7 +38,7 @@ def llamas(saved):
 
 
 def told(capsys, *words):
-    """What a command that is refused tells: one line, and nothing on stdout."""
+    """The error of a command that is refused: one line, and nothing on stdout."""
     try:
         code = main(["estimate", *words])
     except SystemExit as error:  # of argparse

@@ -1,4 +1,4 @@
-"""Advice on logged values: bad ones are told, and those at their thresholds are not."""
+"""Advice on logged values: bad ones have advice, and those at their thresholds are not."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What cannot be distilled is refused before training, with the value and the remedy."""
+"""Models, data and settings that are refused before training, with the value and the remedy."""
 
 import logging
 from functools import partial
