@@ -151,9 +151,10 @@ def test_prose_and_comments_of_a_notebook_are_read(found):
     assert ": page: 'data set'" in page and ": comment: 'data set'" in comment
 
 
-TEMPLATE = (
-    "<style>\ndata set {}</style><p>{% if x %}\nA <b>data</b> set of {{ data set }}.</p>\n<script>'data set'</script>"
-)
+TEMPLATE = """<style>
+data set {}</style><p>{% if x %}
+A <b>data</b> set of {{ data set }}.</p>
+<script>'data set'</script>"""
 
 
 def test_a_template_is_read_without_its_code(found):
