@@ -173,7 +173,8 @@ def outline(name: str) -> Outline:
         name: of a checkpoint, on the Hub or a folder.
 
     Raises:
-        DataError: if there is no such configuration, or its model has neither a vocabulary nor labels.
+        DataError: if there is no such configuration, its model cannot be made, or its model has neither a vocabulary
+            nor labels.
     """
     try:
         config = AutoConfig.from_pretrained(name)

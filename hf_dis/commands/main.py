@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not words or words[0] not in COMMANDS:
         found = f"{words[0]!r} is not a command" if words else "no command is given"
-        print(f"hf-dis: error: {found}: it has to be one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"hf-dis: error: {found}: it has to be one of {', '.join(COMMANDS)}; see hf-dis --help", file=sys.stderr)
         return 2
     try:
         COMMANDS[words[0]].run(words[1:])
