@@ -110,6 +110,7 @@ def test_docstrings_and_comments_are_read(found, folder, code, kind):
         'logger.warning("the data set %s is empty", x)\n',
         'x: int = field(default=1, metadata={"help": "Size of the data set."})\n',
         'MESSAGE = "the data set is empty"\n',
+        'PART = f\'<p id="a">the data <b class="{x}">set</b> of {y}</p> is empty\'\n',
     ],
 )
 @pytest.mark.parametrize("folder", ["hf_dis", "demo", "examples"])

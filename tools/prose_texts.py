@@ -188,9 +188,9 @@ def strings(path: Path, tree: ast.Module) -> Iterator[Text]:
         content = "".join(
             part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else CODE for part in parts
         )
-        for paragraph in re.split(r"\n+", content):
-            if len(re.findall(r"[^\W\d_]{2,}", paragraph)) >= MESSAGE_WORDS and "<" not in paragraph:
-                yield Text(path, node.lineno, "message", _spans(paragraph))
+        for paragraph in re.split(r"\n+", re.sub(r"</?[a-z][^<>]*>", " ", content)):
+            if len(re.findall(r"[^\W\d_]{2,}", paragraph)) >= MESSAGE_WORDS:
+                yield Text(path, node.lineno, "message", _spans(" ".join(paragraph.split())))
 
 
 def _spans(text: str) -> str:
