@@ -193,7 +193,7 @@ def _facts(found: Any) -> dict[str, Any]:
     """The facts of a record; raises a KeyError or TypeError if one is missing or of a different kind."""
     for name, kind in FACTS.items():
         if not isinstance(found[name], kind):
-            raise TypeError(f"{name} is {found[name]!r}")
+            raise TypeError(f"the fact {name} is {found[name]!r}")
     return found
 
 
