@@ -14,13 +14,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-# The page of the site for each file of the repository outside docs/.
+# The page of the site for each file of the repository outside docs/; a notebook is a download.
 PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "examples/README.md": "examples.md",
+    "examples/quickstart.ipynb": "quickstart.ipynb",
 }
 LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
 
@@ -42,7 +43,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def relinked(markdown: str, source: str, page: str) -> str:
     """Rewrites the links and the images of a page.
 
-    A link to a file that the site does not have, such as a script or a notebook, becomes its text.
+    A link to a file that the site does not have, such as a script, becomes its text.
 
     Args:
         markdown: the page.

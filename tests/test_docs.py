@@ -232,13 +232,14 @@ def test_links_lead_somewhere(page):
 
 
 def test_links_out_of_the_docs_become_links_between_pages(hooks):
-    text = "[a](../README.md#top), [b](trl.md), [c](../examples/quickstart.ipynb), [d](../no.md), ![e](images/e.svg)"
+    text = "[a](../README.md#top), [b](trl.md), [c](../examples/run_clm.py), [d](../no.md), ![e](images/e.svg)"
     expected = "[a](index.md#top), [b](trl.md), c, [d](../no.md), ![e](images/e.svg)"
     assert hooks.relinked(text, "docs/cache.md", "cache.md") == expected
     deeper = "[a](../../README.md) [b](../trl.md)"
     assert hooks.relinked(deeper, "docs/reference/cache.md", "reference/cache.md") == "[a](../index.md) [b](../trl.md)"
-    text = "[a](docs/trl.md) ![b](docs/images/b.svg)"
-    assert hooks.relinked(text, "README.md", "index.md") == "[a](trl.md) ![b](images/b.svg)"
+    text = "[a](docs/trl.md) ![b](docs/images/b.svg) [c](examples/quickstart.ipynb)"
+    expected = "[a](trl.md) ![b](images/b.svg) [c](quickstart.ipynb)"
+    assert hooks.relinked(text, "README.md", "index.md") == expected
 
 
 @pytest.fixture
