@@ -119,6 +119,21 @@ def test_input_that_cannot_be_used(text_teacher, texts, tmp_path, capsys):
     assert "is a BertForMaskedLM: hf-dis cache takes" in told(teacher=str(tmp_path / "masked"))
 
 
+def test_columns_and_models_that_do_not_fit(text_teacher, texts, images, tmp_path, capsys):
+    def told(teacher, dataset, *more):
+        words = ["--teacher", str(teacher), "--dataset", str(dataset), "--output_dir", str(tmp_path / "cache")]
+        return refused(capsys, *words, *more)
+
+    unread, bare = tmp_path / "no_tokenizer", tmp_path / "no_processor"
+    llama(50).save_pretrained(unread)
+    vit(40).save_pretrained(bare)
+    assert "has no tokenizer that can be loaded: " in told(unread, texts)
+    assert "has no image processor that can be loaded: " in told(bare, images)
+    assert "holds values of the type int: they have to be images" in told(bare, images, "--column", "label")
+    Dataset.from_dict({"text": [1, 2]}).save_to_disk(tmp_path / "numbers")
+    assert "holds values of the type int: they have to be text" in told(text_teacher, tmp_path / "numbers")
+
+
 def test_another_teacher_in_the_same_folder_is_refused(text_teacher, texts, tmp_path, capsys):
     words = ["--dataset", texts, "--output_dir", str(tmp_path / "cache"), "--block_size", "16", "--teacher"]
     assert main(["cache", *words, text_teacher]) == 0
