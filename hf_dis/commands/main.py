@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``hf-dis``. None: those of the process.
 
     Returns:
-        the exit code: 0, or 2 if the input cannot be used; then stderr has one line with the cause.
+        the exit code: 0; 2 if the input cannot be used, then stderr has one line with the cause; 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["--version"], ["--help"], ["-h"]):
@@ -41,4 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"hf-dis {words[0]}: error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            f"hf-dis {words[0]}: stopped; give the command again, a cache continues where it stopped", file=sys.stderr
+        )
+        return 130
     return 0
