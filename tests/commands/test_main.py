@@ -32,7 +32,11 @@ def test_help_and_version(capsys):
     for name in ("estimate", "cache", "report"):
         with pytest.raises(SystemExit) as ended:
             main([name, "--help"])
-        assert ended.value.code == 0 and "--config" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert ended.value.code == 0 and "--config" in shown and "default: None" not in shown
+    with pytest.raises(SystemExit):
+        main(["cache", "--help"])
+    assert "Tokens per block of text. (default: 1024)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_unknown_commands(capsys):
