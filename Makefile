@@ -80,10 +80,10 @@ $(DEEPSPEED)/.installed: Makefile $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --upgrade --target $(DEEPSPEED) einops hjson msgpack ninja py-cpuinfo pydantic
 	touch $@
 
-## Gradio for demo/, apart since gradio 6.31 takes no Pillow 13; all else comes from the other environment
+## Gradio for demo/, and Trackio, which needs Gradio; apart since gradio 6.31 takes no Pillow 13; all else comes from the other environment
 $(DEMO)/.installed: setup.cfg Makefile $(VENV)/.installed
 	$(PYTHON) -m venv $(DEMO)
-	$(DEMO)/bin/python -m pip install --quiet "gradio>=6.31"
+	$(DEMO)/bin/python -m pip install --quiet "gradio>=6.31" trackio
 	$(DEMO)/bin/python -c 'import sys, sysconfig; open(sysconfig.get_path("purelib") + "/hf_dis.pth", "w").write(sys.argv[1])' \
 		"import site; site.addsitedir('$$($(BIN)/python -c 'import os, sysconfig; print(os.path.abspath(sysconfig.get_path("purelib")))')')"
 	touch $@

@@ -68,8 +68,8 @@ def checked_device(name: str) -> torch.device:
     if name not in there:
         raise ValueError(
             f"--device is {name!r}, and torch {torch.__version__} finds {' and '.join(there)} on this machine: give "
-            "one of these, without a number, or install a driver and a torch for the device; of several cards "
-            "CUDA_VISIBLE_DEVICES chooses one"
+            "one of these, without a number, or install a driver and a torch for the device. Of several "
+            "cards CUDA_VISIBLE_DEVICES chooses one"
         )
     return torch.device(name)
 

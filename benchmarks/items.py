@@ -298,7 +298,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--plot", type=Path, help="an image of the curves of the file's first seed and rate")
     given = parse(made)
     if given.json is None:
-        made.error("--json is needed: the file of the records, which a later call goes on with")
+        made.error("--json is needed: the file of the records, which a later call continues")
     if not (given.interactions or given.simulate or given.json.exists()):
         made.error(f"{given.json} has no records to print: give --interactions or --simulate to train students")
     return given

@@ -33,7 +33,7 @@ MAKE_TEXT = "accelerate launch --num_processes 1 examples/run_clm.py --output_di
 
 
 class Item(NamedTuple):
-    """What is asked for items, and the answers of both models.
+    """Items, and the answers of both models to them.
 
     Attributes:
         features: input of the student's head, ``[N, d]``.
@@ -131,7 +131,7 @@ class Glyphs:
 
 @dataclass
 class Texts:
-    """A teacher and its student that go on with a text.
+    """A teacher and its student that continue a text.
 
     Attributes:
         teacher, student: the models.
@@ -193,19 +193,19 @@ def _pixels(images: np.ndarray) -> dict[str, Tensor]:
 
 
 def drawn(ink: np.ndarray) -> np.ndarray:
-    """Makes the image of a model from a drawing.
+    """Makes the image of a model from a sketch.
 
     Args:
         ink: from 0 to 255, uint8 ``[H, W]``.
 
     Returns:
-        uint8 ``[32, 32]``, each pixel the mean of its part of the drawing.
+        uint8 ``[32, 32]``, each pixel the mean of its part of the sketch.
 
     Raises:
         ValueError: if there is no ink.
     """
     if not ink.any():
-        raise ValueError("the drawing is empty: draw a character, or choose an example")
+        raise ValueError("the sketch is empty: draw a character, or choose an example")
     return np.asarray(Image.fromarray(ink).resize((SIZE, SIZE), Image.Resampling.BOX))
 
 

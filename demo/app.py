@@ -1,4 +1,4 @@
-"""A page that shows distillation by sampled classes on a character that you draw, or on a text that you type.
+"""A page that shows distillation by sampled classes on a character that you sketch, or on a text that you type.
 
     python demo/app.py [--folder runs/glyphs] [--text_folder runs/clm]
 
@@ -92,14 +92,14 @@ def shown(models: Models, asked: Asked | None, num_sampled: float) -> list[str]:
 
 
 def ask_drawing(glyphs: Glyphs, drawing: dict[str, Any] | None) -> Asked:
-    """Asks for a drawing.
+    """Asks for a sketch.
 
     Args:
         glyphs: the models.
         drawing: of the sketchpad, whose layers have ink in their alpha channel.
 
     Raises:
-        gradio.Error: if the drawing is empty.
+        gradio.Error: if the sketch is empty.
     """
     layers = [np.asarray(layer)[..., 3] for layer in (drawing or {}).get("layers", [])]
     try:

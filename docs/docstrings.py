@@ -59,7 +59,7 @@ def _resolved(name: str, owner: griffe.Object) -> str | None:
 
 
 def _has(scope: griffe.Object | griffe.Alias, name: str) -> bool:
-    """Tells if a name can be reached from a scope through members, inherited and imported ones included."""
+    """Returns True if a name can be reached from a scope through members, inherited and imported ones included."""
     for part in name.split("."):
         members = scope.all_members if scope.is_class else scope.members
         if part not in members:

@@ -14,36 +14,36 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-# The page of the site for each file of the repository outside docs/.
+# The page of the site for each file of the repository outside docs/; a notebook is a download.
 PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "examples/README.md": "examples.md",
+    "examples/quickstart.ipynb": "quickstart.ipynb",
 }
-LINK = re.compile(r"(?<!!)\[((?:[^][]|\[[^][]*\])*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that lie outside docs/; index.md has a file of its own there."""
+    """Adds the pages that lie outside docs/."""
     for source, page in PAGES.items():
-        if page != "index.md":
-            files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Rewrites links to files of the repository as links between pages."""
     name = page.file.src_uri
-    source = {there: here for here, there in PAGES.items() if there != "index.md"}.get(name, f"docs/{name}")
+    source = {there: here for here, there in PAGES.items()}.get(name, f"docs/{name}")
     return relinked(markdown, source, name)
 
 
 def relinked(markdown: str, source: str, page: str) -> str:
-    """Rewrites the links of a page.
+    """Rewrites the links and the images of a page.
 
-    A link to a file that the site does not have, such as a script or a notebook, becomes its text.
+    A link to a file that the site does not have, such as a script, becomes its text.
 
     Args:
         markdown: the page.

@@ -38,7 +38,7 @@ class CacheArguments:
     )
     sample_size: int | None = field(
         default=None,
-        metadata={"help": "Classes sampled from the others; by default as many as fit into 300 bytes, text 60."},
+        metadata={"help": "Classes sampled from the rest; by default as many as fit into 300 bytes, text 60."},
     )
     batch_size: int = field(default=64, metadata={"help": "Examples per forward of the teacher."})
     num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches, per process of the run."})

@@ -173,27 +173,31 @@ def outline(name: str) -> Outline:
         name: of a checkpoint, on the Hub or a folder.
 
     Raises:
-        DataError: if there is no such configuration, or its model has neither a vocabulary nor labels.
+        DataError: if there is no such configuration, its model cannot be made, or its model has neither a vocabulary
+            nor labels.
     """
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().partition("\n")[0]
+        first = str(error).strip().partition("\n")[0].rstrip(".")
         raise DataError(
-            f"the config of {name!r} cannot be read: {first} Give the name of a model on the Hub, or a folder with a "
+            f"the config of {name!r} cannot be read: {first}. Give the name of a model on the Hub, or a folder with a "
             "config.json of transformers"
         ) from error
     kind = _class_of(config, name)
-    with torch.device("meta"):
-        model = kind(config).eval()
+    model = _laid_out(kind, config, name)
     try:
         task = find_task(model)
         num_classes = num_outputs(model, task)
     except (ValueError, AttributeError) as error:
         raise DataError(
             f"the config of {name!r} is of a {kind.__name__}, which has neither a vocabulary nor labels: give a "
-            f"language model or a classifier ({error})"
+            "language model or a classifier"
         ) from error
+    if num_classes < 1:
+        raise DataError(
+            f"the config of {name!r} has {num_classes} classes: num_labels or vocab_size has to be 1 or more"
+        )
     heads = [model.get_submodule(head) for head in find_heads(model, num_classes)]
     embeddings = _input_embeddings(model)
     outside = {id(one) for head in heads for one in head.parameters()} | {id(one) for one in embeddings}
@@ -221,6 +225,17 @@ def _class_of(config: transformers.PreTrainedConfig, name: str) -> type[PreTrain
             "classifier of this name: give another model, or add its class under 'architectures' in config.json"
         )
     return kind
+
+
+def _laid_out(kind: type[PreTrainedModel], config: transformers.PreTrainedConfig, name: str) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return kind(config).eval()
+    except Exception as error:  # each model checks its sizes in a way of its own, or not at all
+        raise DataError(
+            f"the config of {name!r} describes a {kind.__name__} that cannot be made: {error}; correct its sizes, "
+            "such as vocab_size"
+        ) from error
 
 
 def _input_embeddings(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -17,7 +17,7 @@ def fixed_seed():
 
 @pytest.fixture(autouse=True)
 def warnings_told_anew():
-    """What an earlier test was warned of once, the next test is warned of again."""
+    """Repeats in the next test the warnings that are given once."""
     logging.warning_once.cache_clear()
 
 

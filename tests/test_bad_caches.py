@@ -37,7 +37,7 @@ def edited(name, edit):
 
 
 def of_format(version):
-    """Gives the header the number of another format."""
+    """Gives the header the number of a different format."""
     here, there = (f'"version": {number}'.encode() for number in (FORMAT_VERSION, version))
     return edited(HEADER, lambda content: content.replace(here, there))
 

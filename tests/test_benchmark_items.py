@@ -1,4 +1,4 @@
-"""benchmarks/items.py: its table, a call that goes on with the records of another, and the shares of the sample."""
+"""benchmarks/items.py: its table, a call that continues earlier records, and the shares of the sample."""
 
 import json
 import sys

@@ -67,7 +67,7 @@ def test_a_drawing_becomes_an_image():
     ink[100:120, 50:60] = 255
     found = drawn(ink)
     assert found.shape == (32, 32) and found[10, 5] == found[11, 5] == 255 and found.sum() == 2 * 255
-    with pytest.raises(ValueError, match="the drawing is empty: draw a character"):
+    with pytest.raises(ValueError, match="the sketch is empty: draw a character"):
         drawn(np.zeros((320, 320), np.uint8))
 
 

@@ -1,4 +1,4 @@
-"""The demo in Chromium: a drawing and an example are answered, and the budget moves the error."""
+"""The demo in Chromium: a sketch and an example are answered, and the budget moves the error."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_a_drawing_is_answered(address):
     with browsed(address, viewport={"width": 1200, "height": 900}) as page:
         button = page.get_by_role("button", name="Ask teacher and student").first
         button.click()
-        page.get_by_text("the drawing is empty").wait_for()
+        page.get_by_text("the sketch is empty").wait_for()
         page.get_by_role("button", name="Brush").click()
         box = page.locator("canvas:visible").first.bounding_box()
         across, down = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2

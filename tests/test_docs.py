@@ -121,7 +121,7 @@ def test_an_added_term_is_counted_once_per_optimizer_step_and_in_evaluation(subc
 
 
 def test_a_window_of_the_loop_is_one_large_batch(subclassing, tmp_path):
-    """All classes are sampled for certain, so nothing depends on how the items are split."""
+    """All classes are sampled with certainty, so nothing depends on how the items are split."""
     examples, weights = labelled_images(9, 40), []
     for sizes in ([9], [5, 4], [2, 6, 1]):
         student = vit(40)
@@ -232,12 +232,14 @@ def test_links_lead_somewhere(page):
 
 
 def test_links_out_of_the_docs_become_links_between_pages(hooks):
-    text = "[a](../README.md#top), [b](trl.md), [c](../examples/quickstart.ipynb), [d](../no.md), ![e](images/e.svg)"
+    text = "[a](../README.md#top), [b](trl.md), [c](../examples/run_clm.py), [d](../no.md), ![e](images/e.svg)"
     expected = "[a](index.md#top), [b](trl.md), c, [d](../no.md), ![e](images/e.svg)"
     assert hooks.relinked(text, "docs/cache.md", "cache.md") == expected
     deeper = "[a](../../README.md) [b](../trl.md)"
     assert hooks.relinked(deeper, "docs/reference/cache.md", "reference/cache.md") == "[a](../index.md) [b](../trl.md)"
-    assert hooks.relinked("[a](docs/trl.md)", "CHANGELOG.md", "changelog.md") == "[a](trl.md)"
+    text = "[a](docs/trl.md) ![b](docs/images/b.svg) [c](examples/quickstart.ipynb)"
+    expected = "[a](trl.md) ![b](images/b.svg) [c](quickstart.ipynb)"
+    assert hooks.relinked(text, "README.md", "index.md") == expected
 
 
 @pytest.fixture

@@ -56,3 +56,22 @@ def test_reliability_names_the_lowest_versions_of_the_package():
     lowest = dict(requirement.split(">=") for requirement in required)
     page = (ROOT / "docs" / "reliability.md").read_text()
     assert f"{lowest['transformers']} with {lowest['accelerate']} is the lowest tried pair" in page
+
+
+def test_contributing_has_a_place_for_every_module_and_folder():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    modules = [path for path in (ROOT / "hf_dis").iterdir() if path.suffix in ("", ".py") and path.stem[0] != "_"]
+    names = [f"hf_dis/{path.name}{'/' * path.is_dir()}" for path in modules if path.name != "version.py"]
+    folders = [f"{name}/" for name in ("benchmarks", "demo", "docs", "examples", "tests", "tools")]
+    assert len(names) > 20 and [name for name in [*names, *folders] if f"`{name}`" not in text] == []
+
+
+def test_the_changelog_keeps_its_form():
+    """Keep a Changelog 1.1.0: versions from the newest on, each with kinds of changes in their order."""
+    kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    versions = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    assert versions[0].startswith("[Unreleased]\n")
+    assert all(re.match(r"\[\d+\.\d+\.\d+\] - \d{4}-\d{2}-\d{2}\n", version) for version in versions[1:])
+    for version in versions:
+        found = re.findall(r"^### (.*)$", version, re.MULTILINE)
+        assert found == [kind for kind in kinds if kind in found]

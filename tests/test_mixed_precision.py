@@ -87,7 +87,7 @@ def test_a_narrow_head_is_near_one_in_float64(spec, dtype, row_sparse):
 
 
 def test_a_step_that_grad_scaler_skips_leaves_head_and_proposals():
-    """The student's logits overflow in float16: nothing but the teacher's marginal is learnt."""
+    """The student's logits overflow in float16: only the teacher's marginal is learnt."""
     sampler = make_sampler(C, SPECS["shared tails"])
     dis_loss, (features, weight, bias) = DISLoss(sampler, row_sparse_head=True), inputs_of(torch.float32)
     optimizer = RowSparseAdamW([weight, bias], lr=0.1)

@@ -1,4 +1,4 @@
-"""benchmarks/parity.py: its table, its command line, and a call that goes on with the records of another."""
+"""benchmarks/parity.py: its table, its command line, and a call that continues earlier records."""
 
 import json
 import sys

@@ -81,7 +81,9 @@ def test_each_listed_word_has_a_remedy():
     assert len(word_list()) > 20 and all(remedy.strip() for _, remedy in word_list())
 
 
-@pytest.mark.parametrize("folder", ["hf_dis", "examples", "benchmarks"])
+@pytest.mark.parametrize(
+    "folder", ["hf_dis", "demo", "docs", "examples", "benchmarks", "tools", "tests", "tests/cache"]
+)
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
@@ -108,11 +110,17 @@ def test_docstrings_and_comments_are_read(found, folder, code, kind):
         'logger.warning("the data set %s is empty", x)\n',
         'x: int = field(default=1, metadata={"help": "Size of the data set."})\n',
         'MESSAGE = "the data set is empty"\n',
+        'PART = f\'<p id="a">the data <b class="{x}">set</b> of {y}</p> is empty\'\n',
     ],
 )
-def test_errors_warnings_logs_and_help_of_the_package_are_read(found, code):
-    (line,) = found("hf_dis/module.py", code)
-    assert line.startswith("hf_dis/module.py:1: message: 'data set': write dataset")
+@pytest.mark.parametrize("folder", ["hf_dis", "demo", "examples"])
+def test_errors_warnings_logs_and_help_are_read(found, folder, code):
+    (line,) = found(f"{folder}/module.py", code)
+    assert line.startswith(f"{folder}/module.py:1: message: 'data set': write dataset")
+
+
+def test_strings_of_tests_are_not_messages(found):
+    assert not found("tests/test_module.py", 'x = "the data set is empty"\n')
 
 
 def test_short_strings_and_values_are_not_messages(found):
@@ -138,7 +146,28 @@ def test_released_entries_of_the_changelog_stay_as_they_are(found):
     assert found("CHANGELOG.md", text.replace("A thing", "A data set"))
 
 
-def test_a_notebook_is_read(found):
+def test_prose_and_comments_of_a_notebook_are_read(found):
     cells = '[{"cell_type": "markdown", "source": ["A data set."]}, {"cell_type": "code", "source": ["# data set"]}]'
-    (line,) = found("examples/notebook.ipynb", f'{{"cells": {cells}}}')
-    assert "'data set'" in line
+    page, comment = found("examples/notebook.ipynb", f'{{"cells": {cells}}}')
+    assert ": page: 'data set'" in page and ": comment: 'data set'" in comment
+
+
+TEMPLATE = """<style>
+data set {}</style><p>{% if x %}
+A <b>data</b> set of {{ data set }}.</p>
+<script>'data set'</script>"""
+
+
+def test_a_template_is_read_without_its_code(found):
+    (line,) = found("hf_dis/report/page.html", TEMPLATE)
+    assert line.startswith("hf_dis/report/page.html:3: page: 'data set'")
+    table = f"<table><tr><td>{SHORT[:-1]}</td><td>{SHORT}</td></tr></table>"
+    assert not found("hf_dis/report/page.html", table)
+    assert len(found("hf_dis/report/page.html", table.replace(SHORT, LONG))) == 1
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", ".github/ISSUE_TEMPLATE/bug.md", "demo/README.md", "docs/reference/page.md"]
+)
+def test_pages_of_every_folder_are_read(found, page):
+    assert len(found(page, "A data set.\n")) == 1

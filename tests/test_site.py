@@ -66,7 +66,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, address):
-    """Opens a page of the latest version; it may ask for nothing but files of the site."""
+    """Opens a page of the latest version; it may ask for files of the site only."""
 
     def visit(name, **options):
         return visited(browser, address + name, address.removesuffix("latest/"), **options)

@@ -25,12 +25,17 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
+    ".github/**/*.md",
+    "demo/*.md",
     "docs/**/*.md",
     "examples/*.md",
     "examples/*.ipynb",
     "hf_dis/**/*.md",
+    "hf_dis/**/*.html",
 ]
-CODE = ["hf_dis/**/*.py", "examples/*.py", "benchmarks/*.py", "tools/*.py"]
+CODE = ["hf_dis/**/*.py", "demo/*.py", "docs/*.py", "examples/*.py", "benchmarks/*.py", "tools/*.py"]
+# Docstrings and comments are read there, strings are not.
+TESTS = ["tests/**/*.py"]
 # A dash between two words stands for a missing sentence. "s - p" and "(sampled - exact)" are differences.
 DASH = re.compile(r"(?<![\w(])\w{2,},? (?:-|–|—) \w{2,}|\w—\w")
 # A heading of the changelog below which entries stay as they were published.
@@ -63,9 +68,9 @@ def findings(text: Text, words: list[tuple[re.Pattern, str]]) -> Iterator[str]:
 
 def texts(root: Path) -> Iterator[Text]:
     """Every text of the project at a folder."""
-    for pattern in [*PAGES, *CODE]:
+    for pattern in [*PAGES, *CODE, *TESTS]:
         for path in sorted(root.glob(pattern)):
-            yield from texts_of(path, messages=pattern.startswith("hf_dis"))
+            yield from texts_of(path, messages=pattern not in TESTS)
     changelog = root / "CHANGELOG.md"
     if changelog.is_file():
         released = RELEASED.search(changelog.read_text())

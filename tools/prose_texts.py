@@ -1,6 +1,6 @@
-"""Texts that people read, taken from Markdown pages, notebooks and Python files.
+"""Texts that people read, taken from Markdown pages, notebooks, templates of HTML and Python files.
 
-Code is left out: a code span or a value of an f-string becomes the word ``Code``.
+Code is left out: a code span, or a value of an f-string or a template, becomes the word ``Code``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -24,6 +26,8 @@ MESSAGE_WORDS = 4
 DIRECTIVES = ("noqa", "type:", "fmt:", "pragma", "fragment", "!")
 # A heading of a docstring's section, such as "Args:".
 SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Source|Example|Examples|Note):")
+# Tags that are inside a sentence, and tags whose content is not text.
+INLINE, NOT_TEXT = {"a", "b", "code", "em", "i", "output", "span", "strong"}, {"script", "style"}
 # The names of arguments or errors in a section; outside, the mark of a list item or the first column of a table.
 NAMES = re.compile(r"\*{0,2}\w+(?:, \*{0,2}\w+)*(?: \([^)]*\))?: ")
 LISTED = re.compile(r"[-*] |\S+(?: \S+)* {2,}")
@@ -43,17 +47,24 @@ def texts_of(path: Path, messages: bool) -> list[Text]:
     """Texts of a file in the order of its lines.
 
     Args:
-        path: a file that ends with .md, .ipynb or .py.
+        path: a file that ends with .md, .ipynb, .html or .py.
         messages: includes the strings of a Python file.
     """
     if path.suffix == ".md":
         return list(page_texts(path, path.read_text()))
     if path.suffix == ".ipynb":
+        readers = {"markdown": page_texts, "code": partial(code_texts, messages=messages)}
         cells = json.loads(path.read_text())["cells"]
-        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
-        return [text for source in sources for text in page_texts(path, source)]
-    tree = ast.parse(path.read_text())
-    found = [*docstrings(path, tree), *comments(path)]
+        return [text for cell in cells for text in readers[cell["cell_type"]](path, "".join(cell["source"]))]
+    if path.suffix == ".html":
+        return Template(path).texts
+    return code_texts(path, path.read_text(), messages)
+
+
+def code_texts(path: Path, source: str, messages: bool) -> list[Text]:
+    """Docstrings and comments of Python code, and its strings where ``messages`` is true."""
+    tree = ast.parse(source)
+    found = [*docstrings(path, tree), *comments(path, source)]
     if messages:
         found += strings(path, tree)
     return sorted(found, key=lambda text: text.line)
@@ -75,6 +86,44 @@ def _plain(tokens: list[Token]) -> str:
     return "".join(
         shown.get(token.type, token.content) for token in tokens if token.type not in ("image", "html_inline")
     )
+
+
+class Template(HTMLParser):
+    """Reads the texts of a template of Jinja: the content of each element that is not inside a sentence.
+
+    Args:
+        path: of the template.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.texts: list[Text] = []
+        self._path, self._collected, self._is_text = path, "", True
+        source = re.sub(r"{%.*?%}", "", path.read_text())
+        self.feed(re.sub(r"{{.*?}}", CODE, source))
+        self._end()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Ends the text before a tag."""
+        if tag not in INLINE:
+            self._end()
+        self._is_text = tag not in NOT_TEXT
+
+    def handle_endtag(self, tag: str) -> None:
+        """Ends the text of an element."""
+        if tag not in INLINE:
+            self._end()
+        self._is_text = True
+
+    def handle_data(self, data: str) -> None:
+        """Collects a text."""
+        if self._is_text:
+            self._collected += data
+
+    def _end(self) -> None:
+        if text := " ".join(self._collected.split()):
+            self.texts.append(Text(self._path, self.getpos()[0], "page", text))
+        self._collected = ""
 
 
 def docstrings(path: Path, tree: ast.Module) -> Iterator[Text]:
@@ -111,10 +160,10 @@ def paragraphs(docstring: str) -> Iterator[tuple[int, str]]:
             collected.append(text[entry.end() :] if entry else text)
 
 
-def comments(path: Path) -> Iterator[Text]:
+def comments(path: Path, source: str) -> Iterator[Text]:
     """Comments; those on neighbouring lines are one text."""
     lines: list[tuple[int, int, str]] = []
-    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
         content = token.string.lstrip("# ").rstrip()
         if token.type == tokenize.COMMENT and content and not content.startswith(DIRECTIVES):
             lines.append((*token.start, content))
@@ -139,9 +188,9 @@ def strings(path: Path, tree: ast.Module) -> Iterator[Text]:
         content = "".join(
             part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else CODE for part in parts
         )
-        for paragraph in re.split(r"\n+", content):
-            if len(re.findall(r"[^\W\d_]{2,}", paragraph)) >= MESSAGE_WORDS and "<" not in paragraph:
-                yield Text(path, node.lineno, "message", _spans(paragraph))
+        for paragraph in re.split(r"\n+", re.sub(r"</?[a-z][^<>]*>", " ", content)):
+            if len(re.findall(r"[^\W\d_]{2,}", paragraph)) >= MESSAGE_WORDS:
+                yield Text(path, node.lineno, "message", _spans(" ".join(paragraph.split())))
 
 
 def _spans(text: str) -> str:

@@ -17,7 +17,7 @@ import xxhash
 
 from hf_dis.cache.card import cache_card
 from hf_dis.cache.header import HEADER, CacheHeader, Shard, shard_file
-from hf_dis.cache.reader import SCHEMA, checksum
+from hf_dis.cache.reader import SCHEMA, checked, checksum
 from hf_dis.errors import DataError
 
 
@@ -32,8 +32,11 @@ class CacheFolder:
     def __init__(self, path: Path, header: CacheHeader):
         self.path, self.header = path, header
 
-    def begin(self) -> None:
+    def begin(self, show_progress: bool = True) -> None:
         """Writes a header without shards, and a note beside each shard that is whole; call it on one process.
+
+        Args:
+            show_progress: show a progress bar while the shards that are there are checked.
 
         Raises:
             DataError: if the folder holds another cache, or shards without a header.
@@ -54,9 +57,11 @@ class CacheFolder:
                 "written). Give another output_dir, or empty the folder"
             )
         listed = {shard.file: shard for shard in found.shards}
-        for number in range(self.header.num_shards):
-            shard = self._noted(number) or listed.get(shard_file(number))
-            if shard is not None and self._is_whole(shard):
+        noted = [self._noted(number) or listed.get(shard_file(number)) for number in range(self.header.num_shards)]
+        there = [shard for shard in noted if shard is not None]
+        whole = {shard.file for shard in checked(there, show_progress) if self._is_whole(shard)}
+        for number, shard in enumerate(noted):
+            if shard is not None and shard.file in whole:
                 self._write_note(number, shard)
             else:
                 self._note(number).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ A cache is a folder that ``datasets.load_dataset`` opens and that the Hub stores
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,17 @@ import torch
 import xxhash
 from huggingface_hub import HfApi
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from hf_dis.cache.header import CacheHeader, Shard
 from hf_dis.cache.keys import content_keys, is_joined, restarts
+from hf_dis.distributed.processes import process_index
 from hf_dis.errors import DataError
 from hf_dis.items import FILLER
 from hf_dis.teacher.cached import TARGETS
 
+# Seconds until a progress bar of checks appears: a small cache has none.
+DELAY = 2.0
 SCHEMA = pa.schema({"key": pa.int64(), "targets": pa.binary()})
 # The remedy where a training packs examples and the cache holds unpacked ones.
 PACKED = (
@@ -59,7 +63,8 @@ class TeacherCache:
                 "cache_teacher_targets again with the same arguments: it continues where it stopped"
             )
         item_bytes = self.header.layout.item_bytes
-        self._shards = [_ShardReader(self.path, shard, item_bytes, verify) for shard in self.header.shards]
+        shards = checked(self.header.shards) if verify else self.header.shards
+        self._shards = [_ShardReader(self.path, shard, item_bytes, verify) for shard in shards]
         keys = np.concatenate([shard.keys for shard in self._shards])
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
@@ -172,6 +177,20 @@ class CachedCollator:
             )
         batch[TARGETS] = torch.cat([self.cache.look_up(self.collate([feature])) for feature in features], 1)
         return batch
+
+
+def checked(shards: Sequence[Shard], show_progress: bool = True) -> Iterator[Shard]:
+    """Yields shards whose checksums are compared, with a progress bar of their bytes on the first process.
+
+    Args:
+        shards: to be yielded; the bar counts a shard when the next one is asked for.
+        show_progress: show the bar, where the checks take more than two seconds.
+    """
+    total, hidden = sum(shard.num_bytes for shard in shards), not show_progress or process_index() != 0
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Checking the cache", delay=DELAY, disable=hidden) as bar:
+        for shard in shards:
+            yield shard
+            bar.update(shard.num_bytes)
 
 
 class _ShardReader:

@@ -179,7 +179,7 @@ def _write(
     """
     is_first, together = process_index() == 0, is_spread(teacher)
     if is_first:
-        folder.begin()
+        folder.begin(show_progress)
     wait_for_everyone()
     missing = folder.missing()
     wait_for_everyone()  # no process writes before all of them have divided the same shards

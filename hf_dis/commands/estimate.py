@@ -1,4 +1,4 @@
-"""``hf-dis estimate``: time and memory of a distillation from two configurations, and if sampling pays."""
+"""``hf-dis estimate``: time and memory of a distillation from two configurations, and whether sampling pays."""
 
 from __future__ import annotations
 

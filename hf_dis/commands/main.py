@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``hf-dis``. None: those of the process.
 
     Returns:
-        the exit code: 0, or 2 if the input cannot be used; then stderr has one line with the cause.
+        the exit code: 0; 2 if the input cannot be used, then stderr has one line with the cause; 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["--version"], ["--help"], ["-h"]):
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not words or words[0] not in COMMANDS:
         found = f"{words[0]!r} is not a command" if words else "no command is given"
-        print(f"hf-dis: error: {found}: it has to be one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"hf-dis: error: {found}: it has to be one of {', '.join(COMMANDS)}; see hf-dis --help", file=sys.stderr)
         return 2
     try:
         COMMANDS[words[0]].run(words[1:])
@@ -41,4 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"hf-dis {words[0]}: error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            f"hf-dis {words[0]}: stopped; give the command again, a cache continues where it stopped", file=sys.stderr
+        )
+        return 130
     return 0

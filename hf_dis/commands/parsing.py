@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +13,13 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_dis.errors import DataError
+
+
+class _Help(ArgumentDefaultsHelpFormatter):
+    """Help with the defaults; an argument whose default is None says in words what that means, or is required."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class CommandParser(HfArgumentParser):
@@ -24,7 +32,7 @@ class CommandParser(HfArgumentParser):
     """
 
     def __init__(self, kind: type, prog: str, description: str | None = None):
-        super().__init__(kind, prog=prog, description=description, allow_abbrev=False)
+        super().__init__(kind, prog=prog, description=description, allow_abbrev=False, formatter_class=_Help)
         self.kind = kind
         self.add_argument("--config", help="A YAML or JSON file of arguments; flags have priority over the file.")
 
@@ -57,7 +65,9 @@ class CommandParser(HfArgumentParser):
             text = path.read_text(encoding="utf-8")
             values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise DataError(f"--config {path} cannot be read as YAML or JSON: {error}") from error
+            raise DataError(
+                f"--config {path} cannot be read as YAML or JSON: {error}; give a file of names and values"
+            ) from error
         if not isinstance(values, dict):
             raise DataError(f"--config {path} holds a {type(values).__name__}: it has to hold names and values")
         known = {one.name for one in fields(self.kind)}

@@ -123,7 +123,7 @@ class Cifar100Config(ContentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data_dir is None:
-            raise DataError(f"Cifar100 needs data_dir=, the path of {ARCHIVE} from {HOMEPAGE}.")
+            raise DataError(f"data_dir is None: Cifar100 needs data_dir=, the path of {ARCHIVE} from {HOMEPAGE}.")
         self.digest = _content_digest(_locate(self.data_dir), self.verify_checksum)
 
 

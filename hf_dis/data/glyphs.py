@@ -93,7 +93,7 @@ class GlyphsConfig(ContentConfig):
         if self.size < MIN_SIZE:
             raise DataError(f"size={self.size} pixels is too small to recognise characters: use {MIN_SIZE} or more.")
         if self.min_faces < 1:
-            raise DataError(f"min_faces={self.min_faces} should be 1 or more.")
+            raise DataError(f"min_faces={self.min_faces}: it has to be 1 or more.")
         for name in ("font_files", "test_faces"):
             if isinstance(getattr(self, name), str):
                 raise DataError(f"{name} should be a list, got the string {getattr(self, name)!r}: put it in a list.")

@@ -97,7 +97,9 @@ class Market1501Config(ContentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data_dir is None:
-            raise DataError(f"Market1501 needs data_dir=, the path of {ARCHIVE}, which {HOMEPAGE} links to.")
+            raise DataError(
+                f"data_dir is None: Market1501 needs data_dir=, the path of {ARCHIVE}, which {HOMEPAGE} links to."
+            )
         self.digest = _content_digest(_locate(self.data_dir))
 
 

@@ -207,7 +207,10 @@ def check_first_backward(gradient: object | None) -> None:
         RuntimeError: if it is None.
     """
     if gradient is None:
-        raise RuntimeError("the exact loss was differentiated twice: its gradient is kept for one backward pass")
+        raise RuntimeError(
+            "the exact loss was differentiated twice: its gradient is kept for one backward pass; compute the loss "
+            "again"
+        )
 
 
 def exact_loss(

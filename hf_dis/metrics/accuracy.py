@@ -62,7 +62,7 @@ def check_ranked(ranked: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
             "one for each item of the predictions."
         )
     if len(references) == 0:
-        raise ValueError("There are no predictions to score.")
+        raise ValueError("there are no predictions to score: add batches with items that have labels.")
     if references.min() < 0:
         raise ValueError(f"references hold {references.min()}: leave out ignored positions (-100) first.")
     return ranked, references

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 # A trainer logs numbers; metrics of the user may be of any type.
@@ -33,8 +34,10 @@ def advice(values: Log) -> list[str]:
     """Advice on logged values that are bad, a sentence or two for each; empty if all of them are good.
 
     Args:
-        values: by log name, as ``DISDistillationTrainer`` logs them. Missing names are not judged.
+        values: by log name, as ``DISDistillationTrainer`` logs them. Missing names, and values that are not numbers,
+            are not judged.
     """
+    values = {name: value for name, value in values.items() if isinstance(value, Real)}
     found = [
         f"{name} is {value}: training has diverged. Lower learning_rate or head_learning_rate, set max_grad_norm, and "
         "check the teacher's precision."

@@ -47,8 +47,13 @@ PANELS = (
     ),
     Panel("Gradient direction", ("probe/cosine",), "Cosine of the sampled and the exact gradient; 1 is best."),
     Panel("Loss of the probe", ("probe/exact_kd_loss", "probe/sampled_kd_loss"), "The same batch, computed twice."),
-    Panel("Student logits per item", ("logits_per_item",), "Columns of the head that a step computes."),
-    Panel("Class coverage", ("dis/coverage", "dis/certain"), "Teacher's probability of the sampled classes."),
+    Panel("Student logits per item", ("logits_per_item",), "Classes that a step computes for each item."),
+    Panel(
+        "Class coverage",
+        ("dis/coverage", "dis/certain"),
+        "Teacher's probability of the sampled classes, and the share of the ranked classes that are sampled with "
+        "certainty.",
+    ),
     Panel(
         "Effective sample size",
         ("dis/ess",),

@@ -20,6 +20,22 @@ from hf_dis.report.advice import Log
 
 FOLDER, RECORDS, PAGE = "report", "records.jsonl", "report.html"
 KINDS = ("run", "log", "proposal", "seconds", "end")
+# What a run has to state about itself.
+FACTS: dict[str, type] = {
+    "task": str,
+    "num_classes": int,
+    "mode": str,
+    "student": str,
+    "teacher": str,
+    "logits_per_item": int,
+    "max_steps": int,
+    "method": dict,
+    "training": dict,
+    "command": str,
+    "versions": dict,
+    "device": str,
+    "processes": int,
+}
 # Metrics that are not numbers are cut to this length.
 TEXT_LENGTH = 200
 
@@ -97,12 +113,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}; restore or delete the file") from error
     found = []
     for number, line in enumerate(lines[:-1], 1):  # the text after the last newline is cut short, or empty
         try:
             one = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"line {number} of {path} is not a record: {error}; restore or delete the file") from error
         if not isinstance(one, dict) or one.get("kind") not in KINDS:
             raise DataError(
@@ -154,20 +170,36 @@ def to_run(records: Iterable[dict[str, Any]], name: str) -> Run:
     run = Run(name)
     for number, one in enumerate(records, 1):
         try:
-            run.last_time = one["time"]
+            run.last_time = str(one["time"])
             if one["kind"] == "run":
-                run.facts = dict(one["facts"])
+                run.facts = _facts(one["facts"])
             elif one["kind"] == "log":
                 run.logs.append({**one["values"], "step": int(one["step"])})
             elif one["kind"] == "proposal":
-                run.proposals.append({name: one[name] for name in ("step", "edges", "measured", "fitted")})
+                run.proposals.append(_proposal(one))
             elif one["kind"] == "seconds":
                 run.seconds = {part: float(seconds) for part, seconds in one["parts"].items()}
             run.has_ended = one["kind"] == "end" or (run.has_ended and one["kind"] == "log")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"record {number} of the run {name} is damaged: {error!r}; restore or delete it"
             ) from error
     if not run.logs:
         raise DataError(f"the run {name} has logged no value yet: make its report after the first logging_steps")
     return run
+
+
+def _facts(found: Any) -> dict[str, Any]:
+    """The facts of a record; raises a KeyError or TypeError if one is missing or of a different kind."""
+    for name, kind in FACTS.items():
+        if not isinstance(found[name], kind):
+            raise TypeError(f"the fact {name} is {found[name]!r}")
+    return found
+
+
+def _proposal(one: dict[str, Any]) -> dict[str, Any]:
+    """The snapshot of a record; raises a KeyError, TypeError or ValueError if it is not one."""
+    edges, measured, fitted = ([float(value) for value in one[name]] for name in ("edges", "measured", "fitted"))
+    if not len(edges) == len(measured) + 1 == len(fitted) + 1:
+        raise ValueError(f"{len(edges)} edges do not fit {len(measured)} and {len(fitted)} values")
+    return {"step": int(one["step"]), "edges": edges, "measured": measured, "fitted": fitted}

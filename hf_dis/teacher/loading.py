@@ -89,6 +89,19 @@ def _not_in_pieces() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config())
 
 
+@contextmanager
+def _explained(name_or_path: str) -> Iterator[None]:
+    """Turns an error of loading into one that names the teacher and the remedy."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        cause = str(error).strip().rstrip(".")
+        raise OSError(
+            f"the teacher {name_or_path!r} cannot be loaded: {cause}. It has to be a folder with a checkpoint of "
+            "transformers (config.json and weights), or the name of a checkpoint on the Hub"
+        ) from error
+
+
 def load_teacher(name_or_path: str) -> PreTrainedModel:
     """Loads a teacher as the class that its checkpoint names, whole on each process.
 
@@ -96,23 +109,19 @@ def load_teacher(name_or_path: str) -> PreTrainedModel:
         name_or_path: of a transformers checkpoint.
 
     Raises:
-        OSError: if there is no such checkpoint.
+        OSError: if there is no such checkpoint, or it has no weights.
         ValueError: if the checkpoint names no class of transformers.
     """
-    try:
-        architectures = AutoConfig.from_pretrained(name_or_path).architectures or ["none"]
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"the teacher {name_or_path!r} cannot be loaded: {error}. It has to be a folder with a checkpoint of "
-            "transformers (config.json and weights), or the name of a checkpoint on the Hub"
-        ) from error
+    with _explained(name_or_path):
+        architectures = AutoConfig.from_pretrained(name_or_path).architectures or [""]
     teacher_class = getattr(transformers, architectures[0], None)
     if teacher_class is None:
+        named = f"{architectures[0]}, which transformers does not have" if architectures[0] else "no class"
         raise ValueError(
-            f"the checkpoint {name_or_path} names the architecture {architectures[0]}, which transformers does not "
-            "have: load the teacher yourself and pass the model"
+            f"the config of {name_or_path} has under 'architectures' {named}: load the teacher yourself and pass the "
+            "model"
         )
-    with _not_in_pieces():
+    with _explained(name_or_path), _not_in_pieces():
         teacher = teacher_class.from_pretrained(name_or_path)
     # The model card names the commit, which from_pretrained does not keep.
     teacher.config._commit_hash = extract_commit_hash(cached_file(name_or_path, CONFIG_NAME), None)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Classes per group in top_ranked: the highest logit of a group shows if the group can hold a best-ranked class.
+# Classes per group in top_ranked: the highest logit of a group shows whether the group can hold a best-ranked class.
 GROUP = 8
 
 

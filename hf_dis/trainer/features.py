@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_dis.models.head_features import head_features
 
@@ -33,7 +34,8 @@ def extract_features(trainer: DISTrainerMixin, dataset: Any) -> Tensor:
     if not distiller.head_layers:
         raise ValueError("the output head was not found: name it with head_name")
     features = []
-    for inputs in trainer.get_test_dataloader(dataset):
+    hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+    for inputs in tqdm(trainer.get_test_dataloader(dataset), desc="Features", disable=hidden):
         inputs = trainer._prepare_inputs(inputs)
         dropped = {*trainer.label_names, *distiller.teacher_columns}
         inputs = {name: value for name, value in inputs.items() if name not in dropped}

@@ -66,7 +66,10 @@ def load_model(model: PreTrainedModel, folder: str | Path) -> None:
     wrong = model.load_state_dict(state, strict=False)
     missing = [key for key in wrong.missing_keys if not key.startswith(f"{name}.")]
     if missing or wrong.unexpected_keys:
-        raise RuntimeError(f"{folder} lacks {missing[:5]} and has {wrong.unexpected_keys[:5]} of a different model")
+        raise RuntimeError(
+            f"{folder} lacks {missing[:5]} and has {wrong.unexpected_keys[:5]} of a different model: load it into a "
+            "model of the class that was saved"
+        )
 
 
 def save_moments(head: ShardedHead, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:

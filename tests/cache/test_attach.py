@@ -237,7 +237,7 @@ def test_a_path_will_do_and_damage_is_seen(make, cache):
 
 
 def test_targets_that_no_teacher_gave_are_refused(make, cache):
-    """In training and in evaluation: class ids beyond C, as 40 classes take 6 bits; probabilities of another sum."""
+    """In training and in evaluation: class ids beyond C, as 40 classes take 6 bits; probabilities with a wrong sum."""
     trainer = make(cache, eval_teacher_cache=cache, eval_dataset=labelled_images(32, C))
     layout, look_up = cache.header.layout, cache.look_up
 

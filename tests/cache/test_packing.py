@@ -65,7 +65,7 @@ def answers(teacher, batch):
 )
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_packed_examples_find_their_targets(lm, unpacked, strategy, collator, batch_size, tmp_path):
-    """In any order, one by one and joined; the teacher sees each sequence of a packed example alone."""
+    """In any order, one by one and joined; the teacher is given each sequence of a packed example alone."""
     dataset = packed(unpacked, strategy)
     assert 1 < len(dataset) < len(unpacked)
     cache = write(lm, dataset, tmp_path, collator, batch_size=2)

@@ -26,7 +26,7 @@ from hf_dis.cache.header import HEADER
 from hf_dis.errors import DataError
 from hf_dis.items import Items, stored_items
 
-C, ITEMS = 40, 6  # 40 is no power of two: an id may be out of range
+C, ITEMS = 40, 6  # 40 is not a power of two: an id may be out of range
 NUMBERS = st.sampled_from([0, 1, -1, 2, 5, 2**31, 2**63, 10**400, 0.0, -1.0, 1e-320, 1e308, math.inf, math.nan, True])
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(NAMES),
@@ -53,7 +53,7 @@ def sealed(content: dict) -> str:
 
 @st.composite
 def headers(draw, content: dict) -> str:
-    """A header in which some values are others, or missing; or in which bytes are."""
+    """A header with changed or missing values, or with changed bytes."""
     if not draw(st.integers(0, 3)):
         return draw(damaged(json.dumps(content).encode())).decode(errors="replace")
     changed = json.loads(json.dumps(content))
@@ -104,7 +104,7 @@ def caches(draw, whole: Path) -> dict[str, bytes | None]:
 
 
 def check(whole: Path, files: dict[str, bytes | None]) -> bool:
-    """Returns True if a cache with these files opens and answers; checks that others are refused as documented."""
+    """Returns True if a cache with these files opens and answers; otherwise checks the documented refusal."""
     with tempfile.TemporaryDirectory() as name:
         folder = shutil.copytree(whole, Path(name) / "cache")
         for file, content in files.items():

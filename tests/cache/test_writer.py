@@ -1,4 +1,4 @@
-"""Writing caches: a stopped run goes on, nothing is mixed or written over, and bad arguments are refused."""
+"""Writing caches: a stopped run continues, nothing is mixed or written over, and bad arguments are refused."""
 
 import json
 import os

@@ -103,6 +103,12 @@ def test_input_that_cannot_be_used(text_teacher, texts, tmp_path, capsys):
         return refused(capsys, *(word for pair in words.items() for word in pair))
 
     assert "the teacher 'absent' cannot be loaded" in told(teacher="absent")
+    student = llama(50)
+    student.config.save_pretrained(tmp_path / "config")
+    assert "has under 'architectures' no class: load the teacher yourself" in told(teacher=str(tmp_path / "config"))
+    student.save_pretrained(tmp_path / "config")
+    (tmp_path / "config" / "model.safetensors").unlink()
+    assert "config' cannot be loaded: " in told(teacher=str(tmp_path / "config"))
     assert "cannot be loaded" in told(dataset=str(tmp_path / "absent"))
     assert "has no split 'test': it has train; set --split" in told(split="test")
     assert "has no column 'words': it has text; set --column" in told(column="words")
@@ -111,6 +117,21 @@ def test_input_that_cannot_be_used(text_teacher, texts, tmp_path, capsys):
     assert "temperature is -1.0" in told(temperature="-1", block_size="16")
     bert_mlm(50).save_pretrained(tmp_path / "masked")
     assert "is a BertForMaskedLM: hf-dis cache takes" in told(teacher=str(tmp_path / "masked"))
+
+
+def test_columns_and_models_that_do_not_fit(text_teacher, texts, images, tmp_path, capsys):
+    def told(teacher, dataset, *more):
+        words = ["--teacher", str(teacher), "--dataset", str(dataset), "--output_dir", str(tmp_path / "cache")]
+        return refused(capsys, *words, *more)
+
+    unread, bare = tmp_path / "no_tokenizer", tmp_path / "no_processor"
+    llama(50).save_pretrained(unread)
+    vit(40).save_pretrained(bare)
+    assert "has no tokenizer that can be loaded: " in told(unread, texts)
+    assert "has no image processor that can be loaded: " in told(bare, images)
+    assert "holds values of the type int: they have to be images" in told(bare, images, "--column", "label")
+    Dataset.from_dict({"text": [1, 2]}).save_to_disk(tmp_path / "numbers")
+    assert "holds values of the type int: they have to be text" in told(text_teacher, tmp_path / "numbers")
 
 
 def test_another_teacher_in_the_same_folder_is_refused(text_teacher, texts, tmp_path, capsys):

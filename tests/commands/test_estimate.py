@@ -38,7 +38,7 @@ def llamas(saved):
 
 
 def told(capsys, *words):
-    """What a command that is refused tells: one line, and nothing on stdout."""
+    """The error of a command that is refused: one line, and nothing on stdout."""
     try:
         code = main(["estimate", *words])
     except SystemExit as error:  # of argparse
@@ -163,6 +163,14 @@ def test_configs_without_a_vocabulary_or_labels(saved, llamas, capsys):
         folder = saved(name, config, architecture)
         err = told(capsys, "--teacher", folder, "--student", llamas[1])
         assert folder in err and ("neither a vocabulary nor labels" in err or "no language model or" in err)
+
+
+def test_sizes_that_no_model_can_have(saved, llamas, capsys):
+    labels = saved("labels", hf.ViTConfig(num_labels=0), "ViTForImageClassification")
+    assert "has 0 classes: num_labels or vocab_size" in told(capsys, "--teacher", labels, "--student", llamas[1])
+    words = saved("words", hf.BertConfig(vocab_size=0), "BertForMaskedLM")
+    err = told(capsys, "--teacher", words, "--student", llamas[1])
+    assert "a BertForMaskedLM that cannot be made: " in err and "correct its sizes" in err
 
 
 def test_models_of_different_tasks_and_classes(saved, llamas, capsys):

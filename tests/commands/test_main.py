@@ -7,6 +7,7 @@ import pytest
 from pages import OTHER_PAGES, PAGES, commands
 from runs import facts, write_run
 
+from hf_dis.commands import cache
 from hf_dis.commands.main import main
 from hf_dis.commands.parsing import CommandParser
 from hf_dis.version import __version__
@@ -31,12 +32,25 @@ def test_help_and_version(capsys):
     for name in ("estimate", "cache", "report"):
         with pytest.raises(SystemExit) as ended:
             main([name, "--help"])
-        assert ended.value.code == 0 and "--config" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert ended.value.code == 0 and "--config" in shown and "default: None" not in shown
+    with pytest.raises(SystemExit):
+        main(["cache", "--help"])
+    assert "Tokens per block of text. (default: 1024)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_unknown_commands(capsys):
     assert "no command is given: it has to be one of estimate, cache, report" in refused(capsys)
     assert "'train' is not a command" in refused(capsys, "train")
+
+
+def test_a_command_that_is_stopped(capsys, monkeypatch):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "run", stop)
+    assert main(["cache"]) == 130
+    assert capsys.readouterr().err.startswith("hf-dis cache: stopped; give the command again")
 
 
 class Understood(Exception):

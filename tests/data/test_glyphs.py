@@ -207,7 +207,7 @@ def test_a_font_without_unicode_characters(fonts, load):
     "options, message",
     [
         ({"size": 7}, "size=7 pixels is too small .* 8 or more"),
-        ({"min_faces": 0}, "min_faces=0 should be 1 or more"),
+        ({"min_faces": 0}, "min_faces=0: it has to be 1 or more"),
         ({"min_faces": 4}, "No character is in min_faces=4 of the 3 font files"),
         ({"test_faces": ["One", "Four"]}, "'Four', which font_files lacks. The faces given are One, Two, Three"),
         ({"test_faces": None}, "'DejaVuSerif-Bold', which font_files lacks. The faces given are One, Two, Three"),

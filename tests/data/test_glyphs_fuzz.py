@@ -40,7 +40,7 @@ def damage(draw, font: Path) -> bytes:
 
 
 def check(fonts: list[Path], content: bytes) -> bool:
-    """Whether a font of this content loads beside a whole one; if not, it is refused as documented."""
+    """Returns True if a font of this content loads beside a whole one; otherwise checks the documented refusal."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "Damaged.ttf").write_bytes(content)

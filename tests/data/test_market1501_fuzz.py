@@ -77,7 +77,7 @@ def archives(draw) -> bytes:
 
 
 def check(write) -> bool:
-    """Whether what ``write`` puts into a folder loads; if not, it is refused as documented."""
+    """Returns True if a folder that ``write`` fills loads; checks that it is otherwise refused as documented."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data_dir = write(folder)

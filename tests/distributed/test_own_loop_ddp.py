@@ -25,7 +25,7 @@ def alone(tmp_path_factory):
 
 
 def tolerance(case, step):
-    """A proposal learns from sums in float32, which are of another order where items are split."""
+    """A proposal learns from sums in float32, whose order differs where items are split."""
     return 1e-10 if step == 0 or case not in worker.LEARNS else 1e-6
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of sharded heads: resumed by as many processes or others, and loaded by ``from_pretrained``."""
+"""Checkpoints of sharded heads: resumed by any number of processes, and loaded by ``from_pretrained``."""
 
 import json
 import re

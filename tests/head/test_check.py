@@ -1,4 +1,4 @@
-"""The check of a head: honest heads pass and are left as they were, others are refused with a remedy."""
+"""The check of a head: honest heads pass and are left as they were, dishonest ones are refused with a remedy."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ NAMES = ["single", "foreach", "fused"]
 
 
 def parameters(dtype=torch.float64, seed=0):
-    """A weight, a bias, and something that is no head."""
+    """A weight, a bias, and a parameter outside the head."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(C, D), (C,), (4, 2)]
     return [torch.nn.Parameter(torch.randn(shape, dtype=dtype, generator=generator)) for shape in shapes]

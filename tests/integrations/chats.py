@@ -23,7 +23,7 @@ TEMPLATE = (
     "{% else %}<user> {{ message.content }} {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
-# What a test sets where it does not matter; all classes are sampled for certain.
+# What a test sets where it does not matter; all classes are sampled with certainty.
 DEFAULTS = {
     "max_steps": 3,
     "max_length": 32,

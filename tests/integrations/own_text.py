@@ -31,7 +31,7 @@ HOST = {
 OF_GKD = {name: value for name, value in HOST.items() if name != "max_completion_length"}
 OF_GKD |= {"max_length": 32, "max_new_tokens": 8, "train_sampling_strategy": "sequential"}
 METHOD = {"head_mode": "sampled", "num_sampled_classes": 6, "num_shared_classes": 8, "rank_depth": 10}
-# All classes are sampled for certain.
+# All classes are sampled with certainty.
 ALL = {"num_sampled_classes": 10, "num_shared_classes": chats.V}
 
 

@@ -1,4 +1,4 @@
-"""What the tests of exactness run in one process and, started by torchrun, in two: SFT with the step of the method.
+"""Trainings of SFT that the tests of exactness run in one process and, started by torchrun, in two.
 
 Each run keeps its batches as SFT's collator made them, the loss of each, the gradient of each step, and the student.
 """

@@ -1,4 +1,4 @@
-"""benchmarks/on_policy.py: its table, a call that goes on with the records of another, and times of small steps."""
+"""benchmarks/on_policy.py: its table, a call that continues earlier records, and times of small steps."""
 
 import json
 import sys

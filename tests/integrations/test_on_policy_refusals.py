@@ -1,4 +1,4 @@
-"""What the on-policy hosts cannot do is refused with the remedy; what they do against expectation is told."""
+"""Refusals of the on-policy hosts, with their remedies, and warnings about unexpected data."""
 
 import importlib
 import sys
@@ -34,7 +34,7 @@ def test_trl_is_missing(monkeypatch, module):
         importlib.import_module(f"hf_dis.integrations.{module}")
 
 
-# One home for the divergence and for the temperature
+# One place for the divergence and for the temperature
 
 
 @pytest.mark.parametrize(

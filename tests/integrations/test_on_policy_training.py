@@ -1,4 +1,4 @@
-"""What a user of the on-policy hosts relies on: resume, evaluation, adapters, streams, tools, the mixture of GKD."""
+"""Trainings of the on-policy hosts: resume, evaluation, adapters, streams, tools, the mixture of GKD."""
 
 import chats
 import own_text

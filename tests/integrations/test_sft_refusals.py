@@ -1,4 +1,4 @@
-"""What SFT with the step of the method cannot do is refused before training, with the remedy."""
+"""Settings that SFT with the step of the method refuses before training, with the remedy."""
 
 import importlib
 import sys
@@ -93,7 +93,7 @@ def test_no_teacher(tmp_path):
 
 
 def test_a_head_that_an_adapter_wraps(tmp_path):
-    """Trainable tokens of tied weights reach the head too, which then is no linear layer."""
+    """Trainable tokens of tied weights reach the head too, which then is not a linear layer."""
     student = chats.student(tie_word_embeddings=True)
     config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[4, 5], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match=r"output head 'base_model.model.lm_head' is a peft.*leave it out of"):

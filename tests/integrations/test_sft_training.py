@@ -1,4 +1,4 @@
-"""What a user of SFT relies on: resume, evaluation, logs, adapters, streams, caches, the model card."""
+"""Trainings of SFT: resume, evaluation, logs, adapters, streams, caches, the model card."""
 
 import copy
 

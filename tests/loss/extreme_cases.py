@@ -20,7 +20,7 @@ SHAPES = {
 
 @st.composite
 def cases(pick, layouts=("per item", "strata"), designs=("pps", "replacement")):
-    """How classes are sampled, a temperature, a teacher's logits, and a student."""
+    """The layout of a sample, a temperature, a teacher's logits, and a student."""
     num_classes = pick(st.one_of(st.integers(1, 6), st.integers(1, 80)))
     layout, design = pick(st.sampled_from(layouts)), pick(st.sampled_from(designs))
     num_sampled = pick(st.integers(1, 90))

@@ -24,7 +24,7 @@ def head_of(after_head=AFTER["nothing"], has_bias=True, num_items=N, dtype=torch
 
 
 def teacher_of(kind, num_items=N):
-    """The teacher's answers in chunks of another width than blocks, and target and log-probabilities, dense."""
+    """The teacher's answers in chunks of a different size than blocks, and target and log-probabilities, dense."""
     logits, size = 3 * torch.randn(num_items, C, dtype=torch.float64), max(1, num_items - 2)
     if kind == "none":
         return None, None, None
@@ -88,7 +88,7 @@ def test_loss_and_gradients_are_those_of_autograd(kind, labelled, after_head, bl
 @pytest.mark.parametrize("after_head", AFTER.values(), ids=AFTER)
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_items_may_count_differently(kind, after_head, monkeypatch):
-    """The gradient of the weight is a sum over items: it is computed anew, with the factors."""
+    """The gradient of the weight is a sum over items: it is computed again, with the factors."""
     monkeypatch.setattr("hf_dis.loss.exact_head.BLOCK_BYTES", 2 * C * 8)
     labels, (teacher, target, log_probs) = torch.randint(C, (N,)), teacher_of(kind)
     head = head_of(after_head)

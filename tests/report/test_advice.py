@@ -1,4 +1,4 @@
-"""Advice on logged values: bad ones are told, and those at their thresholds are not."""
+"""Advice on logged values: bad ones have advice, and those at their thresholds are not."""
 
 import pytest
 
@@ -52,6 +52,10 @@ def test_bad_values_are_told(values, said):
 )
 def test_values_at_their_thresholds_are_not_told(values):
     assert advice(GOOD | values) == []
+
+
+def test_values_that_are_not_numbers_are_not_judged():
+    assert advice({"kd_loss": [1.0], "dis/ess": "small", "dis/coverage": None, "probe/relative_error": {}}) == []
 
 
 def test_coverage_that_nothing_was_compared_with_asks_for_a_probe():

@@ -1,11 +1,14 @@
 """The report of a training: its files and times, its records, and the numbers that loggers get without it."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from demo_server import ROOT, interpreter
 from tiny_models import labelled_images, vit
 
 import hf_dis.report
@@ -228,3 +231,12 @@ def test_trackio_gets_every_scalar(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(trackio, "log", lambda values, *args, **kwargs: logged.append(values))
     make_trainer(report_to="trackio", logging_steps=1, max_steps=1).train()
     assert any("train/dis/coverage" in values for values in logged)
+
+
+@pytest.mark.slow
+def test_trackio_gets_every_scalar_beside_gradio():
+    """Runs the test above in the environment of the demo: Trackio needs Gradio."""
+    command = [interpreter(), "-m", "pytest", "-q", "-k", test_trackio_gets_every_scalar.__name__, __file__]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "-m", "not slow"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, f"install trackio beside gradio: {done.stdout[-2000:]}"

@@ -21,7 +21,7 @@ def student(seconds):
 
 @pytest.fixture
 def seconds(monkeypatch):
-    """A time that goes on by the given seconds."""
+    """A time that advances by the given seconds."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 

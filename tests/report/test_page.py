@@ -96,15 +96,34 @@ def test_a_single_run_has_its_page_beside_the_records(tmp_path):
         ('{"kind": "other"}\n', "line 1 of .* is not a record of a report"),
         ("{]\n", "line 1 of .* is not a record"),
         ('{"kind": "log", "time": "x", "step": 1}\n', "record 1 of the run a is damaged"),
-        ("\xff", "cannot be read"),
+        ("\xff", "cannot be read: .*; restore or delete the file"),
+        ("[" * 100_000 + "\n", "line 1 of .* is not a record"),
+        ('{"kind": "log", "time": "x", "step": 1e400, "values": {}}\n', "record 1 of the run a is damaged"),
     ],
-    ids=["empty", "no object", "kind", "no JSON", "part missing", "no text"],
+    ids=["empty", "no object", "kind", "no JSON", "part missing", "no text", "too deep", "infinite step"],
 )
 def test_damaged_records_are_refused(tmp_path, content, told):
     folder = write_run(tmp_path / "a")
     (folder / "report" / "records.jsonl").write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=told):
         read_run(folder)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_classes": "many"}, {"versions": "2.13"}, {"max_steps": None}, {"method": [1]}]
+)
+def test_facts_of_a_different_kind_are_refused(tmp_path, wrong):
+    (name,) = wrong
+    with pytest.raises(DataError, match=f"record 1 of the run a is damaged: .*{name} is .*; restore or delete it"):
+        read_run(write_run(tmp_path / "a", facts=facts() | wrong))
+    with pytest.raises(DataError, match="record 1 of the run b is damaged"):
+        read_run(write_run(tmp_path / "b", facts={one: value for one, value in facts().items() if one != name}))
+
+
+@pytest.mark.parametrize("wrong", [{"edges": None}, {"edges": "x"}, {"measured": [1.0]}, {"step": "</script>"}])
+def test_snapshots_that_are_not_densities_are_refused(tmp_path, wrong):
+    with pytest.raises(DataError, match="record 5 of the run a is damaged"):
+        read_run(write_run(tmp_path / "a", proposals=[proposal(1) | wrong]))
 
 
 def test_a_folder_without_records_is_refused(tmp_path):

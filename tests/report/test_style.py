@@ -46,7 +46,7 @@ def test_a_figure_is_transparent_has_these_colours_only_and_is_written_alike_twi
 
 
 def colours(svg):
-    """The colours of an SVG; black is the default of what has no style, and matplotlib styles all that it draws."""
+    """The colours of an SVG; black is the default of what has no style, and matplotlib styles all that it plots."""
     return set(re.findall(r"#[0-9a-f]{6}\b", re.sub(r'(?:xlink:)?href="[^"]*"|id="[^"]*"|url\([^)]*\)', "", svg)))
 
 

@@ -76,7 +76,7 @@ def test_an_item_with_nan_or_inf_is_as_if_it_were_not_there(spec, column, bad):
 
 @pytest.mark.parametrize("spec", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_batch_of_nan_renews_no_running_mean_but_the_marginal(spec):
-    """The weights of the ranks go on to what was known before."""
+    """The weights of the ranks move on to the values that were known before."""
     sampler = make_sampler(C, spec)
     for _ in range(3):
         sample = sample_of(sampler)

@@ -36,7 +36,7 @@ def test_mass_that_no_sampled_class_could_carry_is_left_out():
         (7, True, [0.0, 0.2, 0.2, 0.0]),  # certain: its own mass goes
         (5, True, [0.4, 0.0, 0.2, 0.0]),  # random: the other takes what is left
         (9, True, [0.4, 0.1, 0.1, 0.0]),  # not sampled here, but of this stratum
-        (9, False, [0.4, 0.2, 0.2, 0.0]),  # of another stratum
+        (9, False, [0.4, 0.2, 0.2, 0.0]),  # of a different stratum
     ],
 )
 def test_a_stratum_gives_way_to_the_label(label, held, expected):

@@ -22,7 +22,7 @@ def compact(logits, dtype=torch.float32):
 
 
 def certain_teacher(*ranked):
-    """Logits of items that are certain of a few classes: all others underflow beside them."""
+    """Logits of items that are certain of a few classes: all remaining ones underflow beside them."""
     logits = torch.full((len(ranked), C), -1000.0)
     for item, classes in enumerate(ranked):
         logits[item, list(classes)] = torch.arange(len(classes), 0, -1.0)

@@ -41,7 +41,7 @@ def make(folder: Path, name: str, teacher: str | None = None, **keywords) -> DIS
 
 
 def failure(do, *args, **kwargs) -> str:
-    """What the error that is expected says."""
+    """The message of the error that is expected."""
     try:
         do(*args, **kwargs)
     except RuntimeError as error:

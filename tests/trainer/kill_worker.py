@@ -22,7 +22,7 @@ LONG = {"max_steps": 90, "save_steps": 1, "save_total_limit": 3}
 
 
 def trainer(output_dir: Path, student: int = 0, **keywords) -> DISDistillationTrainer:
-    """Dropout, momentum and a schedule: everything that has to go on where it was."""
+    """Dropout, momentum and a schedule: everything that has to continue where it was."""
     defaults = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,

@@ -33,7 +33,7 @@ def checkpoint_of(trainer, step):
 )
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(make_trainer, build, layout):
-    """Five steps of four in an epoch, stopped at step 2, resumed by another process with another student."""
+    """Five steps of four in an epoch, stopped at step 2, resumed by a second process with a second student."""
     whole = make_trainer(build(), max_steps=5, head_learning_rate=3e-2, **EVERY_OTHER, **layout)
     whole.train()
     resumed = make_trainer(build(seed=7), max_steps=5, head_learning_rate=3e-2, **EVERY_OTHER, **layout)

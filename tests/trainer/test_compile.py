@@ -47,7 +47,7 @@ def test_bfloat16_is_float32_within_its_precision(make_trainer, task, mode):
 
 
 def test_a_step_that_overflows_is_skipped_and_scaled_down():
-    """What ``fp16=True`` does on an accelerator: unscaled gradients are the plain ones, and Inf skips the step."""
+    """The effect of ``fp16=True`` on an accelerator: unscaled gradients are the plain ones, and Inf skips the step."""
     from hf_dis import DISLoss, make_sampler
 
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def test_a_step_that_overflows_is_skipped_and_scaled_down():
 
 
 class Graphs(TrainerCallback):
-    """How many graphs dynamo has compiled after each step."""
+    """The number of graphs that dynamo has compiled after each step."""
 
     def __init__(self):
         self.counts = []
@@ -88,7 +88,7 @@ class Graphs(TrainerCallback):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("task", BUILDS)
 def test_a_compiled_student_is_the_eager_one_with_few_graphs(make_trainer, task, backend):
-    """Batches of another number of supervised tokens: at first each is another graph, then one for any number."""
+    """Batches with different numbers of supervised tokens: at first a graph for each, then one for all numbers."""
     eager = trained(make_trainer, task, max_steps=8)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -136,7 +136,7 @@ class Own(DISDistillationTrainer):
 
 
 def of_kind(kind, trainer):
-    """A trainer of another class that is made of the same arguments."""
+    """A trainer of a different class that is made of the same arguments."""
     teacher, data = trainer.distiller.teacher.model, trainer.eval_dataset
     return kind(trainer.model, teacher, trainer.args, train_dataset=trainer.train_dataset, eval_dataset=data)
 

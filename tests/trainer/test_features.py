@@ -24,6 +24,13 @@ def test_they_are_what_the_head_is_given(trainer, when):
     torch.testing.assert_close(trainer.head.module(features), logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_progress(make_trainer, capsys, disable_tqdm):
+    trainer = make_trainer(disable_tqdm=disable_tqdm, per_device_eval_batch_size=2)
+    trainer.extract_features(labelled_images(6, 40))
+    assert ("Features: 100%" in capsys.readouterr().err) == (not disable_tqdm)
+
+
 def test_the_head_is_not_computed(trainer, monkeypatch):
     monkeypatch.setattr(trainer.head.module, "forward", lambda *args: pytest.fail("the head was called"))
     trainer.extract_features(labelled_images(4, 40))

@@ -10,7 +10,7 @@ from tiny_models import assert_near, labelled_tokens, llama, t5, vit
 from transformers import LlamaForCausalLM
 
 V = 50
-# All classes are sampled for certain, so the sampled loss is the exact one.
+# All classes are sampled with certainty, so the sampled loss is the exact one.
 ALL = {"num_sampled_classes": 10, "rank_depth": 10, "num_shared_classes": V, "head_mode": "sampled"}
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 ADAPTERS = {

@@ -262,7 +262,9 @@ def test_the_teachers_name_and_revision(make_trainer):
 def test_what_is_not_known_is_unknown_and_not_left_out(make_trainer):
     card = card_of(make_trainer())
     assert facts(card)["Dataset"] == "unknown"
-    assert "Unknown: the two were not compared (`probe_steps=0`)" in card.text and "None was logged" in card.text
+    assert (
+        "Unknown: the two were not compared (`probe_steps=0`)" in card.text and "No evaluation was logged" in card.text
+    )
     assert card.data.eval_results is None and card.data.license is None and card.data.datasets is None
 
 

@@ -1,4 +1,4 @@
-"""What cannot be distilled is refused before training, with the value and the remedy."""
+"""Models, data and settings that are refused before training, with the value and the remedy."""
 
 import logging
 from functools import partial
@@ -269,5 +269,5 @@ def test_a_checkpoint_of_an_unknown_class(tmp_path):
     config = vit(40).config
     config.architectures = ["MyViT"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path} names the architecture MyViT.*pass the model"):
+    with pytest.raises(ValueError, match=f"{tmp_path} has under .architectures. MyViT, .*pass the model"):
         load_teacher(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Interrupted runs: killed at any moment, resumed from what is whole, by the same run or by another."""
+"""Interrupted runs: killed at any moment, resumed from what is whole, by the same run or by a new one."""
 
 import logging
 import random
@@ -90,7 +90,7 @@ def test_with_nothing_whole_it_is_refused(make_trainer):
 
 
 def test_a_checkpoint_of_another_trainer_is_taken_with_a_warning(output_dir, caplog):
-    """What Trainer saved is there; what hf_dis adds is not."""
+    """A checkpoint with the files of Trainer, and without those of hf_dis."""
     for name in (MANIFEST, "dis_state_0.safetensors"):
         (output_dir / "checkpoint-4" / name).unlink()
     trainer = kill_worker.trainer(output_dir, save_steps=2)
@@ -164,7 +164,7 @@ def test_another_teacher_is_told_by_its_fingerprint(make_trainer, caplog):
 
 
 def test_other_numbers_of_processes_share_the_proposal(output_dir, caplog):
-    """As if two processes had saved it: the first goes on with its own samples, and reports the second."""
+    """As if two processes had saved it: the first continues with its own samples, and reports the second."""
     checkpoint = output_dir / "checkpoint-4"
     manifest = (checkpoint / MANIFEST).read_text()
     (checkpoint / MANIFEST).write_text(manifest.replace('"processes": 1', '"processes": 2'))
@@ -180,7 +180,7 @@ def test_other_numbers_of_examples_in_a_step_are_told(output_dir, caplog):
 
 
 def test_a_process_that_is_new_samples_from_its_own_seed(output_dir, monkeypatch):
-    """One more process than saved: the proposal of the first, and a generator that none of the others has."""
+    """One more process than saved: the proposal of the first, and a generator that no earlier process has."""
     checkpoint = output_dir / "checkpoint-4"
     saved = load_file(checkpoint / "dis_state_0.safetensors")
     save_file({name: value + 1 for name, value in saved.items()}, checkpoint / "dis_state_1.safetensors")  # stale

@@ -10,7 +10,7 @@ from tiny_models import SMALL, assert_near, bart, bert_mlm, gpt2, labelled_token
 from hf_dis.models.ties import find_tied_embeddings
 
 V = 50
-# All classes are sampled for certain, so every row is in every gradient, and lazy AdamW is dense AdamW.
+# All classes are sampled with certainty, so every row is in every gradient, and lazy AdamW is dense AdamW.
 ALL = {"num_sampled_classes": 10, "rank_depth": 10, "num_shared_classes": V}
 FEW = {"num_sampled_classes": 2, "num_shared_classes": 0, "rank_depth": 2, "proposal": "topk"}
 CALM = {"adam_epsilon": 1e-3, "weight_decay": 0.1}

@@ -1,4 +1,4 @@
-"""The teacher is another model: its inputs, its weights where they are offloaded, and its own parameters."""
+"""The teacher is a model of its own: its inputs, its weights where they are offloaded, and its own parameters."""
 
 import copy
 import json

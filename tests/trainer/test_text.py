@@ -30,7 +30,7 @@ V = 50
 CAUSAL, MASKED = {"llama": llama, "gpt2": gpt2}, {"bert": bert_mlm, "bert_tokens": bert_tokens}
 SEQ2SEQ = {"t5": t5, "bart": bart}
 TOKEN_MODELS = CAUSAL | MASKED | SEQ2SEQ
-# All classes are sampled for certain, so the sampled loss is the exact one.
+# All classes are sampled with certainty, so the sampled loss is the exact one.
 ALL = {"num_sampled_classes": 10, "rank_depth": 10, "num_shared_classes": V, "head_mode": "sampled"}
 SGD = {
     "optim": "sgd",

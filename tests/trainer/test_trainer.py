@@ -41,7 +41,7 @@ def test_the_student_learns_from_sampled_classes(make_trainer, build, layout):
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
 @pytest.mark.parametrize("build", [vit, resnet])
 def test_sampling_all_classes_trains_as_exact_distillation_does(make_trainer, build, labelled):
-    """The whole path - sample, switched head, loss, backward, optimizer - against head_mode="exact"."""
+    """The whole path (sample, switched head, loss, backward, optimizer) against head_mode="exact"."""
     items = labelled_images(32, 40)
     if not labelled:
         items = [{"pixel_values": item["pixel_values"]} for item in items]

@@ -158,7 +158,7 @@ def test_a_second_training_goes_on_with_what_the_proposal_learnt(make_trainer):
 
 
 def test_the_logs_of_a_second_training_are_its_own(make_trainer):
-    """A mean over steps of both trainings would not be that of the loss, which Trainer starts anew."""
+    """A mean over steps of both trainings would not be that of the loss, which Trainer starts again."""
     trainer = make_trainer(**SETTINGS)
     trainer.train()
     trainer.train()
