@@ -34,8 +34,8 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     - each row has its own moments, and its own step count for the bias correction;
     - a row first gets the decay of all steps since it was last in a gradient, Π (1 - lr_t λ_t), under any schedule;
-    - with ``catch_up`` its step has the length of all these steps, Σ lr_t in place of lr, as far as one step changes a
-      logit by at most about 1: the length is at most 1/d for rows of d weights, or lr where lr is larger;
+    - with ``catch_up`` the learning rate of its step is the sum of those of all these steps, Σ lr_t. The sum is cut to
+      1/d for rows of d weights, or lr where lr is larger, so that a step changes a logit by at most about 1;
     - all other rows stay as they are.
 
     docs/optimizer.md compares the optimizer with dense AdamW, and derives both rules. They are this project's.

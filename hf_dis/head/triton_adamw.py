@@ -113,8 +113,9 @@ def row_factors(
         dtype: of the factors.
 
     Returns:
-        the share of the weight that the missed decay leaves, the learning rate, the factor of the root of the second
-        moment, and the term to add to that product, ``[U]`` each.
+        four values per row, ``[U]`` each. The first two are the share of the weight that the missed decay leaves, and
+        the learning rate. The other two are the factor of the root of the second moment, and the term to add to that
+        product.
     """
     kept, rates, scale, added = (ids.new_empty(len(ids), dtype=dtype) for _ in range(4))
     with torch.cuda.device_of(ids):
