@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,40 +83,41 @@ def build_distiller(
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
     why_dense = _why_dense(student, width, arguments, is_sharded, steps_rows)
-    row_sparse = why_dense is None
-    spec, sampler = _make_sampler(arguments, task, num_classes, caches[0], seed, device, student, row_sparse)
+    given = arguments, task, num_classes, caches[0], seed, device, student
+    spec, sampler = _make_sampler(*given, row_sparse=why_dense is None)
     given = student, width, num_classes, num_items, arguments, spec, caches[0], device, context
-    mode, costs = _choose_mode(*given, row_sparse)
-    layers = _find_head(student, width, arguments, mode)
-    _check_spread(student, teacher, layers, arguments, mode, is_sharded)
+    mode, costs = _choose_mode(*given, row_sparse=why_dense is None)
+    head = _head(student, teacher, width, arguments, mode, is_sharded, why_dense)
     return Distiller(
         student,
         arguments,
         task=task,
         num_classes=num_classes,
         sampler=sampler,
-        head_layers=layers,
         mode=mode,
-        **_row_sparse(student, layers, arguments, mode, is_sharded, why_dense),
+        **head,
         **_teachers(student, teacher, caches, num_classes, arguments, sampler, device, context),
-        student_stream=_student_stream(student, width, layers, is_sharded, context),
+        student_stream=_student_stream(student, width, head["head_layers"], is_sharded, context),
         label_names=label_names,
         precision=precision,
         costs=costs,
     )
 
 
-def _check_spread(
+def _head(
     student: nn.Module,
     teacher: nn.Module | None,
-    layers: tuple[str, ...],
+    width: int,
     arguments: DISArguments,
     mode: str,
     is_sharded: bool,
-) -> None:
-    """Checks that models which are spread over processes can be trained together."""
+    why_dense: str | None,
+) -> dict[str, Any]:
+    """Keywords of a Distiller: the layers of the head, and its gradients; checks that models on processes fit."""
+    layers = _find_head(student, width, arguments, mode)
     check_sharded_head(student, teacher, layers, is_sharded)
     check_tensor_parallel(student, teacher, layers, arguments, mode)
+    return {"head_layers": layers, **_row_sparse(student, layers, arguments, mode, is_sharded, why_dense)}
 
 
 def _count_classes(
@@ -212,20 +214,22 @@ def _why_dense(
     """The reason for a dense gradient of a head that is sampled, or None: the gradient is row-sparse."""
     if arguments.row_sparse_head is not None:
         return None if arguments.row_sparse_head else "row_sparse_head is False"
-    try:
-        if not steps_rows:
-            raise ValueError("the optimizer may not step sparse gradients")
-        if is_tensor_parallel(student):
-            raise ValueError("the student is tensor-parallel")
-        check_row_sparse_head(student, find_head_layers(student, width, arguments.head_name), is_sharded)
-        return None
-    except ValueError as error:
-        if arguments.num_updated_classes is not None:
-            raise ValueError(
-                f"num_updated_classes is {arguments.num_updated_classes}, and the gradient of the head is dense, "
-                f"since {error}: leave num_updated_classes out"
-            ) from error
-        return str(error)
+    cause = None
+    if not steps_rows:
+        cause = "the optimizer may not step sparse gradients"
+    elif is_tensor_parallel(student):
+        cause = "the student is tensor-parallel"
+    else:
+        try:
+            check_row_sparse_head(student, find_head_layers(student, width, arguments.head_name), is_sharded)
+        except ValueError as error:
+            cause = str(error)
+    if cause is not None and arguments.num_updated_classes is not None:
+        raise ValueError(
+            f"num_updated_classes is {arguments.num_updated_classes}, and the gradient of the head is dense, since "
+            f"{cause}: leave num_updated_classes out"
+        )
+    return cause
 
 
 def _row_sparse(
@@ -235,7 +239,7 @@ def _row_sparse(
     mode: str,
     is_sharded: bool,
     why_dense: str | None,
-) -> dict[str, bool | tuple[str, ...]]:
+) -> dict[str, Any]:
     """Keywords of a Distiller: the choice of row-sparse gradients, and the embeddings that get them too."""
     if mode == "exact":
         if arguments.row_sparse_head:

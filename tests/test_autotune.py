@@ -9,7 +9,7 @@ from hf_dis.autotune import HeadCosts, Limits, measure_costs
 from hf_dis.loss.exact_head import HeadLoss
 from hf_dis.teacher.compact import TargetLayout
 
-LAYOUT = {"num_sampled_classes": 4, "num_shared_classes": 6}
+LAYOUT = {"num_sampled_classes": 4, "num_shared_classes": 6, "num_tails": 4}
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_the_items_of_the_run_are_timed_up_to_a_limit(clock):
 
 def test_stored_targets_are_not_ranked(clock):
     layout = TargetLayout(1_600, 6, 4)
-    costs = measure_costs(1_600, 8, SamplerSpec(num_shared_classes=6, num_sampled_classes=4), stored=layout)
+    costs = measure_costs(1_600, 8, SamplerSpec(**LAYOUT), stored=layout)
     assert costs == HeadCosts(exact=8, sampled=2 + 8)
     assert set(clock) == {"exact", "sampled", "fill"}
 

@@ -14,7 +14,7 @@ def test_sampled_classes(make_trainer):
     trainer = make_trainer(exact_warmup_steps=2)
     trainer.add_callback(DISReportCallback(trainer))
     line = opening_line(trainer)
-    assert line.startswith("hf_dis: 14 of 40 classes per item are sampled, of which 8 in 4 shared tails; ")
+    assert line.startswith("hf_dis: 14 of 40 classes per item are sampled, of which 8 in 16 shared tails; ")
     assert "kernels: torch" in line and "the first 2 steps compute all classes" in line
     expected = estimate_head(8, 40, 16, 14)
     speed = expected.blocks.seconds / expected.sampled.seconds
