@@ -132,9 +132,9 @@ class TimedStream:
     def __init__(self, stream: LogitStream, watch: Stopwatch):
         self.stream, self.watch, self.milliseconds = stream, watch, 0.0
 
-    def __call__(self, inputs: dict[str, Tensor], items: Items) -> Iterator[Tensor]:
+    def __call__(self, inputs: dict[str, Tensor], items: Items, chunks: int) -> Iterator[Tensor]:
         self.watch.start()
-        for chunk in self.stream(inputs, items):
+        for chunk in self.stream(inputs, items, chunks):
             self.milliseconds += self.watch.stop()
             yield chunk
             self.watch.start()

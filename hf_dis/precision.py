@@ -36,6 +36,11 @@ def product_type(features: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
 
 
+def widens_products(device: torch.device) -> bool:
+    """Returns True if a device can write a product of matrices in bfloat16 as float32: NVIDIA's can."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def check_sparse(device: torch.device | str, wanted: str, remedy: str) -> None:
     """Checks that a device can hold sparse tensors.
 
