@@ -210,7 +210,7 @@ class Gradients:
             self.weight[self._num_classes :] = 0
         if total.dtype == left.dtype:
             torch.addmm(total, left, right, beta=0 if self._is_empty else 1, out=total)
-        elif widens_products(total.device):
+        elif widens_products(left, total.dtype):
             add = 0 if self._is_empty else 1
             torch.addmm(total, left, right, out_dtype=total.dtype, beta=add, out=total)
         else:
@@ -222,7 +222,7 @@ class Gradients:
             if self._is_empty:
                 total[rows] = left[rows] @ right
             else:
-                total[rows] += left[rows] @ right
+                total[rows].add_(left[rows] @ right)
 
     def scale(self, factors: Tensor) -> None:
         """Scales the gradients in place.
@@ -263,8 +263,10 @@ class _GivenGradients(torch.autograd.Function):
 
 def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Writes a product of matrices, rounded once where the device can."""
-    if widens_products(out.device) and out.dtype != left.dtype:
+    if widens_products(left, out.dtype):
         torch.mm(left, right, out_dtype=out.dtype, out=out)
+    elif left.device.type != "cpu" and left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
     else:
         out.copy_(left @ right)
 

@@ -159,6 +159,7 @@ def exact_terms(
     source = 1 if teacher is not None else 2 if stored else 0
     stored = [values.contiguous() for values in stored] or [None] * 3
     out, num_stored = _terms(sums), stored[0].shape[1] if source == 2 else 0
+    labels, factors = (None if one is None else one.contiguous() for one in (labels, factors))
     given = logits, teacher, *stored, labels, factors, sums, means, out, slopes
     strides = (0 if one is None else one.stride(0) for one in (logits, teacher, slopes))
     chosen = {"KIND": kind, "TEACHER": source, "HARD": 0 if numbers[0] == 1 and source else 2}

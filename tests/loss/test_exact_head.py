@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from fake_cuda import fake_cuda
 
-from hf_dis.loss.exact_head import HeadInput, HeadLoss
+from hf_dis.loss.exact_head import Gradients, HeadInput, HeadLoss
 from hf_dis.loss.objective import Objective
 from hf_dis.models.after_head import AfterHead
 from hf_dis.teacher.cached import CachedTargets
@@ -195,6 +195,27 @@ def test_a_second_backward_raises():
     loss.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice: its gradient is kept for one backward pass"):
         loss.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hip", "launches"),
+    [(torch.float32, None, 2), (torch.bfloat16, None, 2), (torch.float64, None, 8), (torch.float32, "6.4", 8)],
+    ids=str,
+)
+def test_products_of_an_nvidia_device_are_written_in_float32(dtype, hip, launches, monkeypatch):
+    """Other types, and other devices, add the product of some rows at a time to a sum of a wider type."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr("hf_dis.loss.exact_head.ADDED_ELEMENTS", 20 * 64)  # 3 parts of 50 classes
+    with fake_cuda() as counts:
+        features, weight = (torch.empty(size, 64, device="cuda", dtype=dtype, requires_grad=True) for size in (8, 50))
+        head = HeadInput(features, weight, None, torch.bfloat16)
+        gradients, slopes = Gradients(head, 50, True), torch.empty(8, 50, device="cuda", dtype=torch.bfloat16)
+        used = head.detached(50)
+        gradients.add(slice(0, 8), slopes, used)  # the first one is written, not added
+        counts.start()
+        gradients.add(slice(0, 8), slopes, used)
+    assert gradients.features.dtype == dtype and gradients.weight.dtype == torch.promote_types(dtype, torch.float32)
+    assert sum(counts.launches.values()) == launches
 
 
 # Memory
