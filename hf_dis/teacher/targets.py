@@ -22,7 +22,7 @@ DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK = 6, 14, 2
 # Chunks for a loss on all classes, which holds a block of the student's logits beside each.
 ALL_CLASSES_CHUNKS = 8
 LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**30
-ITEMS_OF_CHUNK = 8  # a multiple of the usual numbers of tails, so that a chunk starts with the first tail
+ITEMS_OF_CHUNK = 16  # a multiple of the usual numbers of tails, so that a chunk starts with the first tail
 
 # Items of which one is counted in the class mass on an accelerator, where a pass over all logits is what a step costs.
 # Enough items remain: the class mass shapes a proposal that is a running mean over steps.

@@ -126,7 +126,7 @@ def test_the_products_of_bfloat16_are_near(monkeypatch):
 
 
 def of_logits(kernels, logits, teacher, labels, divergence, monkeypatch):
-    """Loss and gradient of logits of which the last columns are no classes."""
+    """Loss and gradient of logits, whose last columns stand for nothing."""
     monkeypatch.setenv("HF_DIS_KERNELS", kernels)
     logits = logits.detach().requires_grad_()
     loss, terms = exact_loss(logits, teacher.shape[1], [teacher], labels, 2.0, 0.25, divergence)

@@ -47,7 +47,7 @@ def test_a_step_by_the_kernels_is_that_of_plain_torch(layout, labelled, monkeypa
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """What each kernel would be compiled for: its constants, and the types of its arguments."""
+    """Collects the constants of each kernel, and the types of its arguments: a kernel is compiled for both."""
     found, own = defaultdict(set), InterpretedFunction.run
 
     def run(kernel, *args, grid, warmup, **constants):
