@@ -315,24 +315,20 @@ def estimate_head(
         ranks_teacher: the sampled step ranks the teacher's logits; False for stored targets.
     """
     logits, head = num_items * num_classes, num_classes * num_features
-    columns, flops = min(num_classes, num_sampled + num_shared), 6 * logits * num_features
+    columns = min(num_classes, num_sampled + num_shared)
+    flops, sampled_flops = 6 * logits * num_features, 6 * num_items * columns * num_features
     blocks = max(1, -(-logits * WEIGHT // DEVICE_BLOCK_BYTES))
-    # A block reads the head twice, and adds to the gradient.
-    block_bytes = EXACT_BYTES * logits + blocks * (2 * WEIGHT + 2 * GRADIENT) * head
+    block_bytes = EXACT_BYTES * logits + blocks * (2 * WEIGHT + 2 * GRADIENT) * head  # W twice, and its sum
     rows = num_items * min(num_classes, num_sampled) * num_features
     sampled_bytes = ranks_teacher * RANKED_BYTES * logits + ROW_BYTES * rows + GRADIENT * head
     plain_bytes = PLAIN_BYTES * logits + (WEIGHT + 2 * GRADIENT) * head
+    launches, block = EXACT_LAUNCHES + blocks * BLOCK_LAUNCHES, min(logits, DEVICE_BLOCK_BYTES // WEIGHT)
     chunk = min(num_items, chunk_items(num_items, num_classes, torch.device("cuda"))) * num_classes
+    held = ranks_teacher * CHUNK_HELD * chunk + SAMPLED_HELD * num_items * columns
+    tensor = HeadCost(_seconds(device, flops, plain_bytes), TENSOR_BYTES * logits)
+    in_blocks = HeadCost(_seconds(device, flops, block_bytes, launches), BLOCK_HELD * block)
     return HeadEstimate(
-        tensor=HeadCost(_seconds(device, flops, plain_bytes), TENSOR_BYTES * logits),
-        blocks=HeadCost(
-            _seconds(device, flops, block_bytes, EXACT_LAUNCHES + blocks * BLOCK_LAUNCHES),
-            BLOCK_HELD * min(logits, DEVICE_BLOCK_BYTES // WEIGHT),
-        ),
-        sampled=HeadCost(
-            _seconds(device, 6 * num_items * columns * num_features, sampled_bytes, SAMPLED_LAUNCHES),
-            ranks_teacher * CHUNK_HELD * chunk + SAMPLED_HELD * num_items * columns,
-        ),
+        tensor, in_blocks, HeadCost(_seconds(device, sampled_flops, sampled_bytes, SAMPLED_LAUNCHES), held)
     )
 
 
