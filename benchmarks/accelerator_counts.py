@@ -6,8 +6,8 @@ A step is the head's: teacher's targets, sample, student's head, loss, backward,
 student and teacher are an embedding and a layer norm, whose few launches count. Shapes, on fake CUDA tensors
 (benchmarks/fake_cuda.py): ``lm`` has 8,192 tokens, 151,936 classes and 2,048 features, ``classifier`` 1,024 examples,
 1,000,000 classes and 512 features. The teacher's logits are given, stored in a cache, or computed by a teacher of the
-same width. Head modes are ``sampled``, with row-sparse gradients of the head, and ``exact``, with dense ones and no
-kernels of Triton. Dense parameters are stepped by torch's fused AdamW.
+same width. Head modes are ``sampled``, with row-sparse gradients of the head, and ``exact``, with dense ones. Dense
+parameters are stepped by torch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def main() -> None:
     print("| " + " | ".join(names) + " |")
     print("|" + "---|" * len(names))
     for shape in SHAPES.values():
-        for targets, (mode, kernels) in product(TARGETS_KINDS, (*product(["sampled"], KERNELS), ("exact", "torch"))):
+        for targets, mode, kernels in product(TARGETS_KINDS, MODES, KERNELS):
             record = count(shape, targets, kernels=kernels, mode=mode)
             print("| " + " | ".join(str(record[name]) for name in names) + " |", flush=True)
             if arguments.json:

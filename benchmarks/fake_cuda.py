@@ -50,6 +50,8 @@ ROWS_OF = {
     "weight_rows": ((0,), 1),
     "step_rows": ((0, 1, 2), 3),
 }
+# Kernels of Triton that write an argument and do not read it.
+WRITES_ARGUMENT = {"exact_terms"}
 # Kernels that read single elements of their first argument, and the number of these elements.
 ELEMENTS_OF = {
     "rank_groups": lambda args: args[1].numel() * args[3],
@@ -58,6 +60,8 @@ ELEMENTS_OF = {
 # Of the first argument only what is addressed is read, or written.
 READS_ROWS = {"embedding", "index_select", "gather", "take", "index", "_embedding_bag"}
 WRITES_ROWS = {"index_copy_", "index_fill_", "scatter_", "index_add_", "scatter_add_"}
+# References to a gradient in :func:`backward` where nothing else holds the gradient.
+ALONE = 4
 _TOLIST = FakeTensor.tolist
 # A pageable copy of more bytes makes the host wait; a smaller one is staged by the driver.
 PAGEABLE = 2**16
@@ -124,7 +128,7 @@ class Counts(TorchDispatchMode):
         is_fake = is_fake or any(one.is_cuda for one in outputs)
         if is_fake and name not in NO_KERNEL and not func.is_view:
             self.launches[place] += KERNELS.get(name, 1)
-            in_place = func._schema.is_mutable and "out" not in kwargs
+            in_place = func._schema.is_mutable and "out" not in kwargs and name not in WRITES_ARGUMENT
             self.moved[place] += _bytes(name, in_place, args, tensors_of(args), outputs)
         return out
 
@@ -299,8 +303,9 @@ def backward(loss: Tensor) -> None:
                 if gradient.layout is torch.strided:
                     gradient = gradient if gradient.shape == wanted.shape else gradient.sum_to_size(wanted.shape)
                     gradient = gradient.to(wanted.dtype)
-                elif hasattr(following, "variable") and wanted.grad is None:
-                    wanted.grad = gradient  # the engine takes a sparse gradient as it is
+                is_alone = gradient.layout is not torch.strided or sys.getrefcount(gradient) <= ALONE
+                if is_alone and hasattr(following, "variable") and wanted.grad is None:
+                    wanted.grad = gradient  # the engine takes a gradient as it is where nothing else holds it
                     continue
                 slot = pending.setdefault(following, {})
                 slot[i] = slot[i] + gradient if i in slot else gradient

@@ -48,6 +48,7 @@ from head_step import materialised_loss
 
 from hf_dis import DISConfig, DISDistillationTrainer, TeacherCache, cache_teacher_targets
 from hf_dis.items import Items
+from hf_dis.teacher.targets import ALL_CLASSES_CHUNKS
 
 ITEMS, FEATURES, TEMPERATURE = 128, 256, 2.0
 PER_ITEM = {"num_shared_classes": 0}
@@ -97,7 +98,7 @@ class MaterialisedTrainer(DISDistillationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         teacher, items = self.distiller.online_teacher, Items(len(inputs["pixel_values"]))
         logits = model(**inputs).logits
-        parts = logits.split(teacher.stream.items_of_chunk(len(items), logits.device))
+        parts = logits.split(teacher.stream.items_of_chunk(len(items), logits.device, ALL_CLASSES_CHUNKS))
         chunks = zip(parts, teacher.all_classes(inputs, items), strict=True)
         return sum(materialised_loss(part, chunk, TEMPERATURE).sum() for part, chunk in chunks) / len(items)
 

@@ -1,7 +1,7 @@
 """Time and memory of a distillation step from two configurations: no weight is loaded and nothing is timed.
 
-The estimate counts operations, bytes and launches. ``benchmarks/accelerator_counts.py`` counts the same for two
-shapes, and docs/accelerators.md has its table, from which the constants are taken.
+The estimate is of a device that has the kernels of Triton. It counts operations, bytes and launches.
+``benchmarks/accelerator_counts.py`` counts the same for two shapes, and the constants are taken from its counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto as auto
 from hf_dis.arguments import SamplerSpec
 from hf_dis.autotune import MARGIN
 from hf_dis.errors import DataError
-from hf_dis.loss.exact_head import BLOCK_BYTES
+from hf_dis.loss.exact_head import DEVICE_BLOCK_BYTES
 from hf_dis.models.head_search import find_heads
 from hf_dis.models.tasks import Task, find_task, num_outputs
 from hf_dis.teacher.targets import chunk_items
@@ -30,14 +30,14 @@ MAPPINGS = (
     auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )
-# Bytes that a step reads and writes per teacher's logit, all passes together: on all classes, and where the logits are
-# ranked and classes sampled.
-EXACT_BYTES, RANKED_BYTES = 240, 24
+# Bytes that a step reads and writes per teacher's logit: in passes of plain torch over all classes, in blocks on all
+# classes, and where the logits are ranked. The last one is per feature of each row of the head that an item samples.
+PLAIN_BYTES, EXACT_BYTES, RANKED_BYTES, ROW_BYTES = 165, 16, 3, 28
 # Bytes held per logit. Plain autograd holds two tensors in the type of the models and four in float32. The other
-# values are for a block (its logits become their own gradient), the teacher's ranked chunk, and the sampled logits.
-TENSOR_BYTES, BLOCK_HELD, CHUNK_HELD, SAMPLED_HELD = 20, 10, 4, 32
-# Kernels that a step launches: one block of the exact step, and the sampled step; and seconds of a launch.
-BLOCK_LAUNCHES, SAMPLED_LAUNCHES, LAUNCH = 500, 420, 5e-6
+# values are for a block (with the teacher's), the teacher's ranked chunk, and the sampled logits.
+TENSOR_BYTES, BLOCK_HELD, CHUNK_HELD, SAMPLED_HELD = 20, 4, 4, 32
+# Kernels that a step launches: the exact step and each of its blocks, and the sampled step; and seconds of a launch.
+EXACT_LAUNCHES, BLOCK_LAUNCHES, SAMPLED_LAUNCHES, LAUNCH = 22, 6, 110, 5e-6
 # Bytes of a parameter: in the models' type, as a gradient, in training (weight, gradient and AdamW's moments in
 # float32), and what AdamW reads and writes of it.
 WEIGHT, GRADIENT, TRAINED, STEPPED = 2, 4, 16, 28
@@ -279,8 +279,8 @@ def estimate(
     tokens = batch_size * sequence_length
     num_items = tokens if student.task.has_token_items else batch_size
     spec = SamplerSpec().resolved(is_lm=student.task.is_lm)
-    columns = min(num_classes, spec.num_sampled_classes + spec.num_shared_classes)
-    heads = estimate_head(num_items, num_classes, student.num_features, columns, device)
+    sample = spec.num_sampled_classes, spec.num_shared_classes
+    heads = estimate_head(num_items, num_classes, student.num_features, *sample, device)
     logits = num_items * num_classes
     common = (
         _seconds(device, teacher.flops(tokens, batch_size), WEIGHT * teacher.body)
@@ -298,7 +298,8 @@ def estimate_head(
     num_items: int,
     num_classes: int,
     num_features: int,
-    columns: int,
+    num_sampled: int,
+    num_shared: int,
     device: Device = A100,
     ranks_teacher: bool = True,
 ) -> HeadEstimate:
@@ -308,26 +309,26 @@ def estimate_head(
         num_items: N.
         num_classes: C.
         num_features: d, the width of the features.
-        columns: student logits of the sampled step per item.
+        num_sampled: K, classes that the sampled step computes for one item alone.
+        num_shared: K_t, classes that it computes for all items of a tail.
         device: its speed.
         ranks_teacher: the sampled step ranks the teacher's logits; False for stored targets.
     """
     logits, head = num_items * num_classes, num_classes * num_features
-    blocks = max(1, -(-logits * WEIGHT // BLOCK_BYTES))
-    flops, exact_bytes = 6 * logits * num_features, EXACT_BYTES * logits
-    block_bytes = exact_bytes + blocks * (WEIGHT + 2 * GRADIENT) * head
-    sampled_bytes = ranks_teacher * RANKED_BYTES * logits + 2 * GRADIENT * head
+    columns = min(num_classes, num_sampled + num_shared)
+    flops, sampled_flops = 6 * logits * num_features, 6 * num_items * columns * num_features
+    blocks = max(1, -(-logits * WEIGHT // DEVICE_BLOCK_BYTES))
+    block_bytes = EXACT_BYTES * logits + blocks * (2 * WEIGHT + 2 * GRADIENT) * head  # W twice, and its sum
+    rows = num_items * min(num_classes, num_sampled) * num_features
+    sampled_bytes = ranks_teacher * RANKED_BYTES * logits + ROW_BYTES * rows + GRADIENT * head
+    plain_bytes = PLAIN_BYTES * logits + (WEIGHT + 2 * GRADIENT) * head
+    launches, block = EXACT_LAUNCHES + blocks * BLOCK_LAUNCHES, min(logits, DEVICE_BLOCK_BYTES // WEIGHT)
     chunk = min(num_items, chunk_items(num_items, num_classes, torch.device("cuda"))) * num_classes
+    held = ranks_teacher * CHUNK_HELD * chunk + SAMPLED_HELD * num_items * columns
+    tensor = HeadCost(_seconds(device, flops, plain_bytes), TENSOR_BYTES * logits)
+    in_blocks = HeadCost(_seconds(device, flops, block_bytes, launches), BLOCK_HELD * block)
     return HeadEstimate(
-        tensor=HeadCost(_seconds(device, flops, exact_bytes + (WEIGHT + 2 * GRADIENT) * head), TENSOR_BYTES * logits),
-        blocks=HeadCost(
-            _seconds(device, flops, block_bytes, int(blocks) * BLOCK_LAUNCHES),
-            BLOCK_HELD * min(logits, BLOCK_BYTES // WEIGHT),
-        ),
-        sampled=HeadCost(
-            _seconds(device, 6 * num_items * columns * num_features, sampled_bytes, SAMPLED_LAUNCHES),
-            ranks_teacher * CHUNK_HELD * chunk + SAMPLED_HELD * num_items * columns,
-        ),
+        tensor, in_blocks, HeadCost(_seconds(device, sampled_flops, sampled_bytes, SAMPLED_LAUNCHES), held)
     )
 
 

@@ -36,6 +36,17 @@ def product_type(features: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
 
 
+def widens_products(factor: torch.Tensor, product: torch.dtype) -> bool:
+    """Returns True if a device can write a product of matrices in a wider type: NVIDIA's write float32.
+
+    Args:
+        factor: one of the matrices, of the type of both.
+        product: the type of the product.
+    """
+    is_nvidia = factor.device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and factor.dtype in (torch.bfloat16, torch.float16) and product == torch.float32
+
+
 def check_sparse(device: torch.device | str, wanted: str, remedy: str) -> None:
     """Checks that a device can hold sparse tensors.
 

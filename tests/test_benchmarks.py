@@ -95,7 +95,7 @@ def test_the_students_side_of_a_step_is_all_but_the_teachers():
         nonlocal now
         now += seconds
 
-    def chunks(inputs, items):
+    def chunks(inputs, items, number):
         for seconds in (3, 4):
             work(seconds)
             yield seconds

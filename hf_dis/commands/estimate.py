@@ -88,7 +88,7 @@ def described(teacher: Outline, student: Outline, found: Estimate, arguments: Es
         "",
         f"Assumed: {arguments.tflops:g} TFLOP/s and {arguments.bandwidth:g} GB/s reached (--tflops, --bandwidth), "
         "bfloat16 products, dense AdamW in float32,",
-        "2 operations per parameter and token in a body of text, counted ones for images, plain torch kernels.",
+        "2 operations per parameter and token in a body of text, counted ones for images, kernels of Triton.",
         f"Besides: {weights[0]} for the teacher's weights, {weights[1]} for the student's weights, gradients and "
         "AdamW, and the activations of the student.",
         'The estimate can be wrong by a factor of two: head_mode="auto" times both steps on your device.',

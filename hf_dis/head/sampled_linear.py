@@ -21,8 +21,9 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 
 # Elements of the gathered rows [n, K, d] that exist at a time. On a processor 1 MiB in float32 stays in its cache.
 GATHER_ELEMENTS = 2**18
-# Elsewhere at most this number of gathers, and more only beyond 2^28 elements, 1 GiB in float32.
-DEVICE_GATHERS, MOST_GATHERED = 4, 2**28
+# Elsewhere at most this number of gathers of so many elements and more, 128 MiB in float32; and more gathers only
+# beyond 2^28 elements each.
+DEVICE_GATHERS, LEAST_GATHERED, MOST_GATHERED = 5, 2**25, 2**28
 
 
 def sampled_logits(
@@ -269,4 +270,5 @@ def _gathered_items(num_items: int, elements: int, device: torch.device) -> int:
     """Counts the items whose rows are gathered at a time, for the number of elements of an item."""
     if device.type == "cpu":
         return max(1, GATHER_ELEMENTS // elements)
-    return min(-(-num_items // DEVICE_GATHERS), max(1, MOST_GATHERED // elements))
+    least, most = (max(1, size // elements) for size in (LEAST_GATHERED, MOST_GATHERED))
+    return min(max(least, -(-num_items // DEVICE_GATHERS)), most)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_dis.kernels import uses_triton
+from hf_dis.loss.classes import ALL_CLASSES
 from hf_dis.loss.divergence import FORWARD_KL, Divergence
-from hf_dis.loss.objective import Answer, Losses, Objective, mixture, objective_losses
+from hf_dis.loss.objective import Answer, Losses, Objective, at_temperature_one, mixture, objective_losses
 from hf_dis.models.after_head import AfterHead
 from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.targets import block_items, widen
@@ -48,6 +50,7 @@ class ExactTerms(ABC):
         block_items: items of a block.
         with_kl: add the divergence at temperature 1, as far as the teacher is known at that temperature.
         after_head: computed on the logits of a block before the loss; None: the logits are the student's.
+        factors: the gradient of every item is multiplied by, ``[N]``; None: by one.
     """
 
     def __init__(
@@ -57,9 +60,10 @@ class ExactTerms(ABC):
         block_items: int,
         with_kl: bool = False,
         after_head: AfterHead | None = None,
+        factors: Tensor | None = None,
     ):
         self.objective, self.num_items, self._block_items = objective, num_items, max(1, block_items)
-        self._with_kl, self._after_head = with_kl, after_head
+        self._with_kl, self._after_head, self._factors = with_kl, after_head, factors
         self._first, self._parts = 0, []
         self._block: Block | None = None
 
@@ -130,8 +134,11 @@ class ExactTerms(ABC):
         return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
 
     def _passes(self, block: Block, first: int, answer: Answer, size: int) -> None:
-        """Computes the terms of items of a block in passes over some of them, and their gradient."""
+        """Computes the terms of items of a block and their gradient, by kernels or in passes over some items."""
         num_classes = self.objective.num_classes
+        by_kernels = self.objective.classes is ALL_CLASSES and uses_triton(block.logits.device)
+        if by_kernels and self._by_kernels(block, slice(first, first + size), answer):
+            return
         for part in slices(size, self._pass_items(block.logits)):
             here = slice(first + part.start, first + part.stop)
             rows = slice(here.start - block.items.start, here.stop - block.items.start)
@@ -142,6 +149,30 @@ class ExactTerms(ABC):
             if block.slopes is not None:
                 block.slopes[rows, :num_classes] = self._slope(slope, values, here)
 
+    def _by_kernels(self, block: Block, here: slice, answer: Answer) -> bool:
+        """As :meth:`_passes`, at once; returns False where the kernels lack the divergence."""
+        from hf_dis.loss.triton_exact import block_losses, has_kernels
+
+        if not has_kernels(answer, self.objective.divergence):
+            return False
+        rows, classes = (
+            slice(here.start - block.items.start, here.stop - block.items.start),
+            self.objective.num_classes,
+        )
+        logits = block.logits[rows, :classes]
+        slopes = None if block.slopes is None else block.slopes[rows, :classes]
+        given = here, self._after_head or AfterHead()
+        losses = block_losses(logits, answer, self.objective, *given, self._factors, slopes)
+        if self._with_kl and answer is not None:
+            at_one = self.objective._replace(temperature=1.0, labels=None)
+
+            def loss_of(divergence: Divergence) -> Tensor:
+                return block_losses(logits, answer, at_one._replace(divergence=divergence), *given)["kd_loss"]
+
+            losses |= at_temperature_one(loss_of, answer, self.objective, losses["kd_loss"])
+        self._parts.append(losses)
+        return True
+
     def _pass_items(self, logits: Tensor) -> int:
         """Items that a pass takes at a time: as many as stay in a processor's cache, elsewhere ``PASS_ELEMENTS``."""
         in_cache = logits.device.type == "cpu"
@@ -149,7 +180,8 @@ class ExactTerms(ABC):
 
     def _slope(self, slope: Tensor, values: Tensor, items: slice) -> Tensor:
         """The gradient on the logits before the operations after the head."""
-        return slope if self._after_head is None else self._after_head.gradient(slope, values)
+        slope = slope if self._after_head is None else self._after_head.gradient(slope, values)
+        return slope if self._factors is None else slope * self._factors[items, None]
 
 
 class LogitsLoss(ExactTerms):

@@ -19,12 +19,14 @@ from hf_dis.loss.divergence import FORWARD_KL, Divergence
 from hf_dis.loss.exact import Block, ExactTerms, check_first_backward, slices
 from hf_dis.loss.objective import Losses, Objective, mixture
 from hf_dis.models.after_head import AfterHead
-from hf_dis.precision import product_type
+from hf_dis.precision import product_type, widens_products
 from hf_dis.teacher.cached import CachedTargets
 
 # Of the [n, C] logits of a block. Each block reads the whole head and adds to a gradient of its size. A processor took
 # 28% longer with blocks of 16 items than with 67, at a million classes.
 BLOCK_BYTES = 2**28
+# The most of them on an accelerator.
+DEVICE_BLOCK_BYTES = 5 * 2**26
 # Elements of a product that is added to a gradient of a wider type.
 ADDED_ELEMENTS = 2**24
 
@@ -74,10 +76,10 @@ class HeadLoss(ExactTerms):
     def __init__(
         self, head: HeadInput, objective: Objective, again: Callable[[], Teacher], factors: Tensor | None = None
     ):
-        size = BLOCK_BYTES // (objective.num_classes * head.dtype.itemsize)
+        size = block_items(len(head.features), objective.num_classes, head)
         after_head = head.after_head if head.after_head != AfterHead() else None
-        super().__init__(objective, len(head.features), size, after_head=after_head)
-        self._head, self._again, self._factors = head, again, factors
+        super().__init__(objective, len(head.features), size, after_head=after_head, factors=factors)
+        self._head, self._again = head, again
         self._used = head.detached(objective.num_classes)
         # Gradients with factors are computed in backward, where autograd is off.
         self.gradients = Gradients(head, objective.num_classes, torch.is_grad_enabled() or factors is not None)
@@ -95,10 +97,6 @@ class HeadLoss(ExactTerms):
     def _as_cast(self) -> torch.autocast:
         """The types are those of the products: autocast would cast them once more, and keep the copy."""
         return torch.autocast(self._used.features.device.type, enabled=False)
-
-    def _slope(self, slope: Tensor, values: Tensor, items: slice) -> Tensor:
-        slope = super()._slope(slope, values, items)
-        return slope if self._factors is None else slope * self._factors[items, None]
 
     def result(self) -> tuple[Tensor, Losses]:
         """The loss ``[N]``, and its terms ``kd_loss`` and ``ce_loss`` ``[N]``, without gradient."""
@@ -145,6 +143,20 @@ def exact_head_loss(
     return exact.result()
 
 
+def block_items(num_items: int, num_classes: int, head: HeadInput) -> int:
+    """Counts the items of a block of logits; on an accelerator all blocks are of one size.
+
+    Args:
+        num_items: N.
+        num_classes: C.
+        head: the head.
+    """
+    item_bytes = num_classes * head.dtype.itemsize
+    if head.features.device.type == "cpu":
+        return BLOCK_BYTES // item_bytes
+    return -(-num_items // max(1, -(-num_items * item_bytes // DEVICE_BLOCK_BYTES)))
+
+
 def _weighted_gradients(
     head: HeadInput, objective: Objective, again: Callable[[], Teacher], factors: Tensor
 ) -> Gradients:
@@ -184,7 +196,7 @@ class Gradients:
             used: the head of these classes.
         """
         if self.features is not None:
-            self.features[items] = slopes @ used.weight
+            _product(self.features[items], slopes, used.weight)
         if self.weight is not None:
             self._add_product(slopes.T, used.features[items])
         if self.bias is not None:
@@ -198,12 +210,19 @@ class Gradients:
             self.weight[self._num_classes :] = 0
         if total.dtype == left.dtype:
             torch.addmm(total, left, right, beta=0 if self._is_empty else 1, out=total)
-            return
+        elif widens_products(left, total.dtype):
+            add = 0 if self._is_empty else 1
+            torch.addmm(total, left, right, out_dtype=total.dtype, beta=add, out=total)
+        else:
+            self._add_rows(total, left, right)
+
+    def _add_rows(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Adds a product to a sum of a wider type, some rows at a time."""
         for rows in slices(len(total), max(1, ADDED_ELEMENTS // total.shape[1])):
             if self._is_empty:
                 total[rows] = left[rows] @ right
             else:
-                total[rows] += left[rows] @ right
+                total[rows].add_(left[rows] @ right)
 
     def scale(self, factors: Tensor) -> None:
         """Scales the gradients in place.
@@ -240,6 +259,16 @@ class _GivenGradients(torch.autograd.Function):
             gradients = weighted(grad)
         found = zip((gradients.features, gradients.weight, gradients.bias), ctx.dtypes, strict=True)
         return *(None if value is None else value.to(dtype) for value, dtype in found), None, None, None
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Writes a product of matrices, rounded once where the device can."""
+    if widens_products(left, out.dtype):
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    elif left.device.type != "cpu" and left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
 
 
 def _sum_type(parameter: Tensor) -> torch.dtype:

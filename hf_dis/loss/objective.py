@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -67,7 +68,12 @@ def objective_losses(
         )
         slopes.append(slope)
         if with_kl:
-            losses |= _at_temperature_one(logits, answer, objective, losses["kd_loss"])
+            losses |= at_temperature_one(
+                lambda divergence: _divergence(logits, answer, 1.0, divergence, objective.classes)[0],
+                answer,
+                objective,
+                losses["kd_loss"],
+            )
     if objective.labels is not None:
         losses["ce_loss"], slope = exact_cross_entropy(logits, objective.labels[items], objective.classes)
         slopes.append(slope)
@@ -84,13 +90,22 @@ def _divergence(
     return divergence.exact(logits, answer.to(logits.dtype), temperature, classes)
 
 
-def _at_temperature_one(logits: Tensor, answer: Answer, objective: Objective, kd_loss: Tensor) -> Losses:
-    """KL(p ‖ s) and the objective's divergence at temperature 1, ``[n]``, as far as the teacher is known there."""
+def at_temperature_one(
+    loss_of: Callable[[Divergence], Tensor], answer: Answer, objective: Objective, kd_loss: Tensor
+) -> Losses:
+    """KL(p ‖ s) and the objective's divergence at temperature 1, ``[n]``, as far as the teacher is known there.
+
+    Args:
+        loss_of: computes a divergence at temperature 1, ``[n]``.
+        answer: of the teacher about these items.
+        objective: the loss of all items.
+        kd_loss: the objective's divergence, ``[n]``.
+    """
     chosen, losses = objective.divergence, {}
     for divergence in (FORWARD_KL, chosen):
         name = "kl" if divergence.name == FORWARD_KL.name else divergence.name
         if objective.temperature == 1 and divergence.name == chosen.name:
             losses[name] = kd_loss
         elif isinstance(answer, Tensor) and name not in losses:
-            losses[name], _ = _divergence(logits, answer, 1.0, divergence, objective.classes)
+            losses[name] = loss_of(divergence)
     return losses

@@ -20,7 +20,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _above_minus_inf(values):
+def above_minus_inf(values):
     """Replaces -inf by the lowest number, so that 0 · log 0 is 0 and not NaN."""
     lowest: tl.constexpr = -1.7976931348623157e308 if values.dtype == tl.float64 else -3.4028234663852886e38
     return tl.where(values == float("-inf"), lowest, values)
@@ -35,7 +35,7 @@ def _log_sum(logits, log_weights, width, factor, BLOCK: tl.constexpr):
         column = start + tl.arange(0, BLOCK)
         logit = tl.load(logits + column, column < width, 0).to(factor.dtype)
         log_weight = tl.load(log_weights + column, column < width, float("-inf")).to(factor.dtype)
-        peak, total = add_exponentials(peak, total, _above_minus_inf(logit * factor) + log_weight)
+        peak, total = add_exponentials(peak, total, above_minus_inf(logit * factor) + log_weight)
     return peak + tl.log(total)
 
 
@@ -75,8 +75,8 @@ def forward_kl_kernel(
         log_weight = tl.load(log_weights + column, used, 0).to(dtype)
         log_prob = tl.load(log_probs + column, used, 0).to(dtype)
         wanted = tl.load(target + column, used, 0).to(dtype)
-        log_share = _above_minus_inf(logit * factor) - normaliser
-        divergence += tl.sum(wanted * (_above_minus_inf(log_prob) - log_share), 0)
+        log_share = above_minus_inf(logit * factor) - normaliser
+        divergence += tl.sum(wanted * (above_minus_inf(log_prob) - log_share), 0)
         slope = (tl.exp(log_share + log_weight) - wanted) * tau
         out = item * width + column
         tl.store(signal + out, tl.exp(log_share) - tl.exp(log_prob), used)
@@ -156,8 +156,8 @@ def mixed_kernel(
         log_weight = tl.load(log_weights + column, used, 0).to(dtype)
         log_prob = tl.load(log_probs + column, used, 0).to(dtype)
         wanted = tl.load(target + column, used, 0).to(dtype)
-        log_share = _above_minus_inf(logit * factor) - normaliser
-        sum_of_terms += tl.sum(wanted * (_above_minus_inf(log_prob) - log_share), 0)
+        log_share = above_minus_inf(logit * factor) - normaliser
+        sum_of_terms += tl.sum(wanted * (above_minus_inf(log_prob) - log_share), 0)
         slope = (tl.exp(log_share + log_weight) - wanted) * soft
         slope = tl.where(logit == float("-inf"), 0.0, slope)
         slope += hard * (tl.exp(logit + log_weight - hard_normaliser) - tl.where(column == label, 1.0, 0.0))

@@ -155,5 +155,7 @@ def _tail_sums(signal: Tensor, outside_top: Tensor, finite: Tensor | None, num_t
         return tail_sums(signal, outside_top, finite, num_tails)
     met = outside_top if finite is None else outside_top & finite[:, None]
     squared = signal.square().masked_fill(~met, 0)
-    sums = [by_tail(values, num_tails).sum(1, dtype=torch.float32).flatten() for values in (squared, met)]
-    return torch.stack(sums, 1)
+    sums = torch.empty(2, num_tails, signal.shape[1], dtype=torch.float32, device=signal.device)
+    for values, total in zip((squared, met), sums, strict=True):
+        torch.sum(by_tail(values, num_tails), 1, dtype=torch.float32, out=total)
+    return sums.flatten(1).T

@@ -14,7 +14,14 @@ from hf_dis.items import Items
 from hf_dis.models.provenance import stored_values
 from hf_dis.models.tasks import base_model, find_task, num_outputs
 from hf_dis.teacher.stream import LogitStream
-from hf_dis.teacher.targets import BLOCKS_OF_CHUNK, TeacherTargets, check_support, check_teacher_logits
+from hf_dis.teacher.targets import (
+    ALL_CLASSES_CHUNKS,
+    BLOCKS_OF_CHUNK,
+    DEVICE_CHUNKS,
+    TeacherTargets,
+    check_support,
+    check_teacher_logits,
+)
 
 
 class OnlineTeacher:
@@ -51,7 +58,7 @@ class OnlineTeacher:
     def __call__(self, inputs: dict[str, Tensor], items: Items, check_values: bool = True) -> Iterator[TeacherTargets]:
         """Yields the ranked targets of each chunk of items, in order; takes the arguments of :meth:`all_classes`."""
         # map keeps no chunk while the next one is computed, as the variable of a loop would.
-        return map(partial(self._rank, len(items)), self.all_classes(inputs, items, check_values))
+        return map(partial(self._rank, len(items)), self._logits(inputs, items, check_values, DEVICE_CHUNKS))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,8 +96,11 @@ class OnlineTeacher:
                 the student has, unless the teacher may.
             FloatingPointError: if the logits hold NaN or Inf; names the items.
         """
+        return self._logits(inputs, items, check_values, ALL_CLASSES_CHUNKS)
+
+    def _logits(self, inputs: dict[str, Tensor], items: Items, check_values: bool, chunks: int) -> Iterator[Tensor]:
         first_item = 0
-        for logits in self.stream(inputs, items):
+        for logits in self.stream(inputs, items, chunks):
             check_teacher_logits(logits, self.num_outputs, first_item, check_values)
             logits = logits[:, : self.num_classes]
             if check_values and not self.may_mask:

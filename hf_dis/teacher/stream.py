@@ -61,12 +61,15 @@ class LogitStream:
         return AfterHead.of(base_model(self.model))
 
     @torch.no_grad()
-    def __call__(self, inputs: dict[str, Tensor], items: Items) -> Iterator[Tensor]:
+    def __call__(
+        self, inputs: dict[str, Tensor], items: Items, chunks: int = targets.DEVICE_CHUNKS
+    ) -> Iterator[Tensor]:
         """Yields the logits of the items in order, ``[n, C]`` per chunk; without items one empty chunk.
 
         Args:
             inputs: of the model, without labels.
             items: the items wanted.
+            chunks: as for :meth:`items_of_chunk`.
         """
         if not self.splits(inputs, items):
             if self._why is not None:
@@ -74,12 +77,12 @@ class LogitStream:
                     f"{type(self.model).__name__} cannot be split before its output layer ({self._why}): it runs on "
                     "chunks of examples, whose logits exist at the same time"
                 )
-            return self._by_examples(inputs, items)
+            return self._by_examples(inputs, items, chunks)
         features = self.features(inputs, items)
         with self.context():
             weights = _cast(self._head, features.device)
-        chunks = features.split(self.items_of_chunk(len(items), features.device))
-        return (self.of_features(chunk, weights) for chunk in chunks)
+        parts = features.split(self.items_of_chunk(len(items), features.device, chunks))
+        return (self.of_features(part, weights) for part in parts)
 
     @torch.no_grad()
     def features(self, inputs: dict[str, Tensor], items: Items) -> Tensor:
@@ -95,9 +98,15 @@ class LogitStream:
                 features = features.to(product_type(features))  # once, where autocast would cast each chunk
         return features
 
-    def items_of_chunk(self, num_items: int, device: torch.device) -> int:
-        """Counts the items of a chunk, for the number of items of a batch and the device of their logits."""
-        return self.chunk_items or targets.chunk_items(num_items, self.num_outputs, device)
+    def items_of_chunk(self, num_items: int, device: torch.device, chunks: int = targets.DEVICE_CHUNKS) -> int:
+        """Counts the items of a chunk.
+
+        Args:
+            num_items: of the batch.
+            device: of the logits.
+            chunks: the most of them on an accelerator, where the number of items per chunk is not set.
+        """
+        return self.chunk_items or targets.chunk_items(num_items, self.num_outputs, device, chunks)
 
     @torch.no_grad()
     def splits(self, inputs: dict[str, Tensor], items: Items) -> bool:
@@ -126,9 +135,9 @@ class LogitStream:
             logits = self.after_head(functional_call(self._head, weights, here) if weights else self._head(here))
         return logits.to(features.device)
 
-    def _by_examples(self, inputs: dict[str, Tensor], items: Items) -> Iterator[Tensor]:
+    def _by_examples(self, inputs: dict[str, Tensor], items: Items, chunks: int) -> Iterator[Tensor]:
         num_answers = items.num_examples * items.length
-        chunk_examples = max(1, self.items_of_chunk(num_answers, _device(inputs)) // items.length)
+        chunk_examples = max(1, self.items_of_chunk(num_answers, _device(inputs), chunks) // items.length)
         first_position = 0
         for chunk in split_examples(inputs, items.num_examples, chunk_examples):
             with torch.no_grad(), self.context():

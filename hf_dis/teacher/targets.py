@@ -19,8 +19,10 @@ BLOCK_ELEMENTS = 2**18
 # Elsewhere the number of parts is fixed, so that launches do not grow with the work, between the least and the most
 # elements of a part. 2^26 elements keep a device busy; 2^30 are 2 GiB in bfloat16.
 DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK = 6, 14, 2
+# Chunks for a loss on all classes, which holds a block of the student's logits beside each.
+ALL_CLASSES_CHUNKS = 8
 LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**30
-ITEMS_OF_CHUNK = 8  # a multiple of the usual numbers of tails, so that a chunk starts with the first tail
+ITEMS_OF_CHUNK = 16  # a multiple of the usual numbers of tails, so that a chunk starts with the first tail
 
 # Items of which one is counted in the class mass on an accelerator, where a pass over all logits is what a step costs.
 # Enough items remain: the class mass shapes a proposal that is a running mean over steps.
@@ -47,19 +49,20 @@ def block_items(values: Tensor, blocks: int = DEVICE_BLOCKS) -> int:
     return _part(num_items, num_classes, blocks)
 
 
-def chunk_items(num_items: int, num_classes: int, device: torch.device) -> int:
+def chunk_items(num_items: int, num_classes: int, device: torch.device, chunks: int = DEVICE_CHUNKS) -> int:
     """Counts the items of a chunk of logits that exist at a time.
 
-    On a CPU a chunk has 2^24 logits. Elsewhere there are at most 6 chunks up to a size of 2^30.
+    On a CPU a chunk has 2^24 logits. Elsewhere their number has a bound up to a size of 2^30.
 
     Args:
         num_items: N.
         num_classes: C.
         device: of the logits.
+        chunks: the most of them on an accelerator.
     """
     if device.type == "cpu":
         return max(1, CHUNK_ELEMENTS // num_classes)
-    return -(-_part(num_items, num_classes, DEVICE_CHUNKS) // ITEMS_OF_CHUNK) * ITEMS_OF_CHUNK
+    return -(-_part(num_items, num_classes, chunks) // ITEMS_OF_CHUNK) * ITEMS_OF_CHUNK
 
 
 def _part(num_items: int, num_classes: int, number: int) -> int:

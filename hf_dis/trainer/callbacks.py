@@ -81,7 +81,8 @@ def _gains(trainer: DISTrainerMixin) -> list[str]:
         num_items,
         distiller.num_classes,
         _num_features(trainer),
-        distiller.sampler.columns,
+        distiller.sampler.columns - distiller.sampler.num_shared,
+        distiller.sampler.num_shared,
         ranks_teacher=trainer.teacher_cache is None,
     )
     if distiller.costs is None:

@@ -60,7 +60,7 @@ def settings(folder, **changed):
 
 
 def trainer_of(folder, targets, **changed):
-    args = DISConfig(**settings(folder, **SAMPLE, **changed))
+    args = DISConfig(**settings(folder, **{**SAMPLE, **changed}))
     collator = with_stored_targets(default_data_collator) if targets == "cached" else default_data_collator
     dataset = labelled_tokens(64, V, LENGTH)
     return DISDistillationTrainer(student(), student(1), args, train_dataset=dataset, data_collator=collator)
@@ -133,6 +133,18 @@ def test_waits(tmp_path, counts, host, targets, row_sparse, precision):
     trainer = HOSTS[host](tmp_path, targets, row_sparse_head=row_sparse, **PRECISIONS[precision])
     _, waits = steps_of(prepared(trainer, targets), counts)
     assert sum(waits.values()) <= WINDOW + SCALER_WAITS[precision], waits
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["triton", "torch"])
+@pytest.mark.parametrize("targets", ["online", "cached"])
+def test_waits_of_an_exact_step(tmp_path, counts, monkeypatch, targets, kernels):
+    """None: the losses of a batch are summed. By kernels the loss is two launches per chunk of the teacher."""
+    monkeypatch.setattr("hf_dis.kernels.obstacle", lambda device: None if kernels else "only torch is counted")
+    trainer = trainer_of(tmp_path, targets, head_mode="exact", bf16=True)
+    _, waits = steps_of(prepared(trainer, targets), counts)
+    assert sum(waits.values()) == 0, waits
+    passes = sum(number for place, number in counts.launches.items() if place.startswith("loss/triton_exact"))
+    assert passes == kernels * WINDOW * 2
 
 
 # Launches of a batch beyond those of a plain Trainer and of the teacher's forward.

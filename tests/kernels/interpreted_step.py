@@ -1,10 +1,14 @@
-"""Steps of DISLoss and RowSparseAdamW by the kernels, run in Triton's interpreter: those of plain torch."""
+"""Steps by the kernels, run in Triton's interpreter: those of plain torch, and compiled once for all batches."""
+
+from collections import defaultdict
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from hf_dis import DISLoss, RowSparseAdamW, SamplerSpec, make_sampler
 from hf_dis.kernels import VARIABLE
+from hf_dis.loss.exact_head import exact_head_loss
 
 N, C, D = 6, 40, 5
 LAYOUTS = {
@@ -39,3 +43,41 @@ def test_a_step_by_the_kernels_is_that_of_plain_torch(layout, labelled, monkeypa
     monkeypatch.setenv(VARIABLE, "triton")
     for found, wanted in zip(trained(layout, labelled), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Collects the constants of each kernel, and the types of its arguments: a kernel is compiled for both."""
+    found, own = defaultdict(set), InterpretedFunction.run
+
+    def run(kernel, *args, grid, warmup, **constants):
+        kinds = tuple(one.dtype if isinstance(one, torch.Tensor) else type(one) for one in args)
+        found[kernel.fn.__name__].add((kinds, tuple(sorted(constants.items()))))
+        return own(kernel, *args, grid=grid, warmup=warmup, **constants)
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    return found
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "exact"])
+def test_a_batch_with_another_number_of_items_compiles_no_kernel(layout, labelled, monkeypatch, compiled):
+    monkeypatch.setenv(VARIABLE, "triton")
+    weight, bias = torch.nn.Parameter(torch.randn(C, D)), torch.nn.Parameter(torch.randn(C))
+    first = None
+    if layout != "exact":
+        dis_loss = DISLoss(make_sampler(C, LAYOUTS[layout]), 2.0, 0.3, row_sparse_head=True)
+        optimizer = RowSparseAdamW([weight, bias], lr=0.1)
+    for number in (8, 2, 7, 19):
+        features, logits = torch.randn(number, D, requires_grad=True), torch.randn(number, C)
+        labels = torch.randint(C, (number,)) if labelled else None
+        if layout == "exact":
+            loss = exact_head_loss(features, weight, bias, lambda logits=logits: [logits], labels, 2.0, 0.3)[0].sum()
+        else:
+            loss = dis_loss(features, weight, bias, logits, labels)
+        loss.backward()
+        if layout != "exact":
+            optimizer.step()
+        weight.grad = bias.grad = None
+        first = first or {name: set(variants) for name, variants in compiled.items()}
+    assert compiled == first and len(first) > 1

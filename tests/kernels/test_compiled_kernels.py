@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from hf_dis.head import triton_adamw, triton_contributions, triton_products, triton_rows  # noqa: E402
-from hf_dis.loss import triton_sampled  # noqa: E402
+from hf_dis.loss import triton_exact, triton_exact_sums, triton_sampled  # noqa: E402
 from hf_dis.sampling import triton_assembly, triton_cached, triton_learning, triton_tails  # noqa: E402
 from hf_dis.teacher import triton_normaliser, triton_ranking, triton_stored  # noqa: E402
 
@@ -25,8 +25,11 @@ STEP = {"BLOCK_ROWS": 2, "BLOCK_WIDTH": 512}
 WIDE = {"WIDE": triton.language.float32}
 ASSEMBLY = {"HAS_LABEL": True, "STEPS": 6, "BLOCK_RANKS": 32, "BLOCK_DEPTH": 64, "BLOCK": 512}
 INCLUSION = {"STEPS": 4, "BLOCK": 4096}
+PARTS = {"HAS_CAP": True, "PART": 2**15, "BLOCK": 4096}
+TERMS = {"HARD": 2} | PARTS | {"BLOCK_PARTS": 32, "BLOCK_STORED": 32}
 # A letter an argument: pointers to float32, bfloat16, float16, float64, int64, int32, bytes; an integer; a number in
-# float64.
+# float64; - is None and 1 the integer 1, which are compiled in.
+CONSTANTS = {"-": None, "1": 1}
 CASES = {
     "products": (
         triton_products.products_kernel,
@@ -100,6 +103,48 @@ CASES = {
     "rank steps": (triton_learning.step_ranks_kernel, ["dldddddd"], "iin", {"BLOCK_SCALES": 8, "BLOCK_BINS": 16}),
     "class steps": (triton_learning.step_classes_kernel, ["lff"], "in", {"BLOCK": 256}),
     "marginal": (triton_learning.step_marginal_kernel, ["fllf"], "in", {"BLOCK": 1024}),
+    "part sums": (
+        triton_exact_sums.part_sums_kernel,
+        ["bbf", "fbf", "hhf", "ddd"],
+        "iiiinnn",
+        {"TEACHER": 1, "HAS_LABEL": True} | PARTS,
+    ),
+    "mean slopes": (
+        triton_exact_sums.mean_slopes_kernel,
+        ["bbff", "fbff", "dddd"],
+        "iiiinnnn",
+        {"KIND": 2} | PARTS | {"BLOCK_PARTS": 32},
+    ),
+    "terms of logits": (
+        triton_exact.terms_kernel,
+        ["bblffl" + "ffffb", "ffldfl" + "fffff", "hhlffl" + "fffff", "ddlddl" + "ddddd"],
+        "iiiiiinnnnnnn",
+        {"KIND": 3, "TEACHER": 1} | TERMS,
+    ),
+    "terms of stored targets": (
+        triton_exact.terms_kernel,
+        ["bblffl" + "ffffb", "ffldfl" + "fffff"],
+        "iiiiiinnnnnnn",
+        {"KIND": 0, "TEACHER": 2} | TERMS,
+    ),
+    "terms without labels": (
+        triton_exact.terms_kernel,
+        ["bb----ff-fb"],
+        "ii1iiinnnnnnn",
+        {"KIND": 0, "TEACHER": 1} | TERMS,
+    ),
+    "terms alone": (
+        triton_exact.terms_kernel,
+        ["b----l-f-f-"],
+        "i11i11nnnnnnn",
+        {"KIND": 0, "TEACHER": 0} | TERMS,
+    ),
+    "sums of a part": (
+        triton_exact_sums.part_sums_kernel,
+        ["b-f"],
+        "i1iinnn",
+        {"TEACHER": 2, "HAS_LABEL": False} | PARTS,
+    ),
     "cross-entropy": (triton_sampled.cross_entropy_kernel, ["ffff", "bfff"], "iiii", {"BLOCK": 1024}),
 }
 # A product of two 32-bit integers in Triton's intermediate language.
@@ -113,9 +158,10 @@ def compiles_anew(tmp_path, monkeypatch):
 
 
 def compiled(kernel, letters, constants, capability):
-    types = [NAMES[letter] for letter in letters]
+    types = [NAMES.get(letter, "constexpr") for letter in letters]
     signature = dict(zip(kernel.arg_names, types + ["constexpr"] * len(constants), strict=True))
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    places |= {(place,): CONSTANTS[letter] for place, letter in enumerate(letters) if letter in CONSTANTS}
     return triton.compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", capability, 32))
 
 

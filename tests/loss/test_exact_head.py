@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from fake_cuda import fake_cuda
 
-from hf_dis.loss.exact_head import HeadInput, HeadLoss
+from hf_dis.loss.exact_head import Gradients, HeadInput, HeadLoss
 from hf_dis.loss.objective import Objective
 from hf_dis.models.after_head import AfterHead
 from hf_dis.teacher.cached import CachedTargets
@@ -197,6 +197,27 @@ def test_a_second_backward_raises():
         loss.sum().backward()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "hip", "launches"),
+    [(torch.float32, None, 2), (torch.bfloat16, None, 2), (torch.float64, None, 8), (torch.float32, "6.4", 8)],
+    ids=str,
+)
+def test_products_of_an_nvidia_device_are_written_in_float32(dtype, hip, launches, monkeypatch):
+    """Other types, and other devices, add the product of some rows at a time to a sum of a wider type."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr("hf_dis.loss.exact_head.ADDED_ELEMENTS", 20 * 64)  # 3 parts of 50 classes
+    with fake_cuda() as counts:
+        features, weight = (torch.empty(size, 64, device="cuda", dtype=dtype, requires_grad=True) for size in (8, 50))
+        head = HeadInput(features, weight, None, torch.bfloat16)
+        gradients, slopes = Gradients(head, 50, True), torch.empty(8, 50, device="cuda", dtype=torch.bfloat16)
+        used = head.detached(50)
+        gradients.add(slice(0, 8), slopes, used)  # the first one is written, not added
+        counts.start()
+        gradients.add(slice(0, 8), slopes, used)
+    assert gradients.features.dtype == dtype and gradients.weight.dtype == torch.promote_types(dtype, torch.float32)
+    assert sum(counts.launches.values()) == launches
+
+
 # Memory
 
 
@@ -225,14 +246,14 @@ def test_on_an_accelerator_it_takes_less_than_15_gb_for_a_language_model():
 
 
 @pytest.mark.parametrize(
-    ("device", "product"),
+    ("device", "product", "num_items"),
     [
-        pytest.param("cpu", torch.float32, marks=pytest.mark.slow, id="cpu"),
-        pytest.param("cuda", torch.bfloat16, id="cuda"),
+        pytest.param("cpu", torch.float32, 4_096, marks=pytest.mark.slow, id="cpu"),
+        pytest.param("cuda", torch.bfloat16, 16_384, id="cuda"),  # blocks of one size, and close to the largest
     ],
 )
-def test_memory_does_not_grow_with_the_items(device, product):
+def test_memory_does_not_grow_with_the_items(device, product, num_items):
     """But by the gradient of the features, and a number per item."""
-    once, twice = (peak(size, 50_000, 64, device, product) for size in (4_096, 8_192))
-    assert twice - once <= 4_096 * (2 * 64 * 4 + 64)
+    once, twice = (peak(size, 50_000, 64, device, product) for size in (num_items, 2 * num_items))
+    assert twice - once <= num_items * (2 * 64 * 4 + 64)
     assert once > 1_000_000

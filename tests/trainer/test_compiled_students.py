@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from tiny_models import bart, images, llama, tokens, vit
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_dis.head.switch import SampledHead
+from hf_dis.items import Items
 from hf_dis.models.head_search import find_head_layers
 
 C = 23
@@ -63,6 +65,30 @@ def test_batches_with_other_numbers_of_supervised_tokens_are_not_compiled_anew(b
     )  # before the head, after it, and that for any number of items
     assert breaks_at_the_head_only()
     assert compiled(**inputs).logits.shape == (4, 8, C)
+
+
+def exact_step(model, head, inputs, num_items, is_held):
+    """Logits of a training step on all classes, from the features that the head keeps or by the head."""
+    items = Items(4, positions=torch.arange(num_items), length=8)
+    held = head.hold_in_training(items) if is_held else head.set_positions(items)
+    logits = model(**inputs).logits
+    head.clear()
+    return F.linear(held.features, head.module.weight) if is_held else logits
+
+
+@pytest.mark.parametrize("is_held", [True, False], ids=["held", "at positions"])
+def test_steps_on_all_classes_are_not_compiled_anew(is_held):
+    model, inputs = llama(C, spread=10), text(llama)
+    head = SampledHead(model, find_head_layers(model, C))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, graphs = torch.compile(model, backend=counter), []
+    for num_items in (20, 13, 17, 9, 21):
+        found, expected = (exact_step(one, head, inputs, num_items, is_held) for one in (compiled, model))
+        assert found.shape == (num_items, C)
+        torch.testing.assert_close(found, expected)
+        graphs.append(counter.frame_count)
+    assert graphs[1:] == [graphs[1]] * 4 and graphs[1] <= 3
+    assert breaks_at_the_head_only()
 
 
 def test_a_classifier_is_compiled_once():

@@ -16,7 +16,7 @@ def test_sampled_classes(make_trainer):
     line = opening_line(trainer)
     assert line.startswith("hf_dis: 14 of 40 classes per item are sampled, of which 8 in 16 shared tails; ")
     assert "kernels: torch" in line and "the first 2 steps compute all classes" in line
-    expected = estimate_head(8, 40, 16, 14)
+    expected = estimate_head(8, 40, 16, 6, 8)
     speed = expected.blocks.seconds / expected.sampled.seconds
     assert f"a head step {speed:.2g} times as fast as with all classes (estimated for an NVIDIA A100 80GB); " in line
     sampled, exact = expected.sampled.memory, expected.blocks.memory
@@ -57,7 +57,7 @@ def test_stored_targets_are_not_ranked(make_trainer, tmp_path):
     teacher = vit(40, seed=1, spread=30)
     cache = cache_teacher_targets(teacher, labelled_images(32, 40), tmp_path / "cache", show_progress=False)
     trainer = make_trainer(teacher_cache=cache, num_shared_classes=0, rank_depth=None)
-    sizes = 8, 40, 16, trainer.distiller.sampler.columns
+    sizes = 8, 40, 16, trainer.distiller.sampler.columns, 0
     expected = estimate_head(*sizes, ranks_teacher=False).sampled.memory
     assert f"of 8 items take {expected / 1e6:.3g} MB" in opening_line(trainer)
     assert expected < estimate_head(*sizes).sampled.memory
