@@ -31,7 +31,7 @@ from head_step import time_head_steps
 from hf_dis import SamplerSpec
 from hf_dis.autotune import measure_costs
 
-BASE = {"features": 256, "items": 128, "sampled": 32, "shared": 512, "tails": 4}
+BASE = {"features": 256, "items": 128, "sampled": 32, "shared": 512, "tails": 16}
 PER_ITEM = {**BASE, "sampled": 128, "shared": 0, "tails": 1}
 SETTINGS = [
     BASE,

@@ -299,7 +299,7 @@ def _choose_mode(
         )
     )
     mode = "sampled" if costs.sampling_pays else "exact"
-    logger.warning(f"head_mode='auto' chose {mode!r} for {num_classes:,} classes: {costs}")
+    logger.info(f"head_mode='auto' chose {mode!r} for {num_classes:,} classes: {costs}")
     return mode, costs
 
 

@@ -65,7 +65,8 @@ def opening_line(trainer: DISTrainerMixin) -> str:
 
 def _classes(distiller: Distiller) -> str:
     if distiller.mode == "exact":
-        return f"all {distiller.num_classes:,} classes are computed (exact distillation)"
+        timed = "" if distiller.costs is None else f"; timed: {distiller.costs}"
+        return f"all {distiller.num_classes:,} classes are computed (exact distillation{timed})"
     sampler = distiller.sampler
     shared = f", of which {sampler.num_shared:,} in {sampler.num_tails} shared tails" if sampler.num_shared else ""
     return f"{sampler.columns:,} of {distiller.num_classes:,} classes per item are sampled{shared}"

@@ -5,7 +5,7 @@ from tiny_models import labelled_images, llama, vit
 from transformers.utils import logging
 
 from hf_dis import DISReportCallback, cache_teacher_targets
-from hf_dis.autotune import TOKENS
+from hf_dis.autotune import TOKENS, HeadCosts
 from hf_dis.estimate import estimate_head
 from hf_dis.trainer.callbacks import OpeningLine, opening_line
 
@@ -39,6 +39,12 @@ def test_exact_distillation(make_trainer):
     assert "all 40 classes are computed" in opening_line(make_trainer(head_mode="exact"))
     assert "report:" not in opening_line(make_trainer(head_mode="exact"))
     assert "times as fast" not in opening_line(make_trainer(head_mode="exact"))
+
+
+def test_exact_distillation_by_the_clock(make_trainer, monkeypatch):
+    monkeypatch.setattr("hf_dis.build.measure_costs", lambda *args, **layout: HeadCosts(1.0, 2.0))
+    line = opening_line(make_trainer(head_mode="auto"))
+    assert line.startswith(f"hf_dis: all 40 classes are computed (exact distillation; timed: {HeadCosts(1.0, 2.0)}); ")
 
 
 def test_for_items_that_are_not_known_a_usual_number_is_taken(make_trainer):
