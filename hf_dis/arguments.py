@@ -14,9 +14,9 @@ HEAD_MODES = ("auto", "sampled", "exact")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 
 
-def _setting(default: Any, text: str) -> Any:
-    """A field with a help text for the command line."""
-    return field(default=default, metadata={"help": text})
+def _setting(default: Any, text: str, **of_parser: Any) -> Any:
+    """A field with a help text, and further arguments of argparse, for the command line."""
+    return field(default=default, metadata={"help": text, **of_parser})
 
 
 @dataclass(frozen=True)
@@ -246,6 +246,8 @@ class DISArguments:
         None,
         "Gradients and optimizer steps for the sampled rows of the head only (lazy AdamW); if not given, wherever "
         "optimizer and head allow it.",
+        nargs="?",  # a flag alone is True
+        const=True,
     )
     exact_warmup_steps: float = _setting(
         0.0, "Steps at the start that compute all classes; below 1: a share of all steps."

@@ -88,19 +88,16 @@ def build_distiller(
     given = student, width, num_classes, num_items, arguments, spec, caches[0], device, context
     mode, costs = _choose_mode(*given, row_sparse=why_dense is None)
     head = _head(student, teacher, width, arguments, mode, is_sharded, why_dense)
+    parts = {"task": task, "num_classes": num_classes, "sampler": sampler, "mode": mode, "costs": costs}
     return Distiller(
         student,
         arguments,
-        task=task,
-        num_classes=num_classes,
-        sampler=sampler,
-        mode=mode,
+        **parts,
         **head,
         **_teachers(student, teacher, caches, num_classes, arguments, sampler, device, context),
         student_stream=_student_stream(student, width, head["head_layers"], is_sharded, context),
         label_names=label_names,
         precision=precision,
-        costs=costs,
     )
 
 

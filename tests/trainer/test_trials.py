@@ -91,7 +91,7 @@ def test_a_row_sparse_head_needs_its_optimizer_in_later_trainings_too(make_train
     trainer.train()
     with pytest.raises(ValueError, match=r"optim is 'sgd': it has to be one of adamw_torch"):
         run_trial(trainer, row_sparse_head=True)
-    going_on = make_trainer(max_steps=1)
+    going_on = make_trainer(max_steps=1, row_sparse_head=False)
     going_on.train()
     going_on.args.row_sparse_head = True
     with pytest.raises(ValueError, match=r"the optimizer is AdamW.*use hf_dis.RowSparseAdamW"):
