@@ -49,7 +49,7 @@ from on_policy_task import prompts_of, quality
 from hf_dis.integrations.on_policy import DISOnPolicyConfig, DISOnPolicyTrainer
 
 DIVERGENCES = ("reverse_kl", "jsd")
-EXAMPLE = ("num_shared_classes", "row_sparse_head", "exact_warmup_steps")
+EXAMPLE = ("num_shared_classes", "num_tails", "row_sparse_head", "exact_warmup_steps")
 METHODS = {
     "exact": {"head_mode": "exact"},
     "dis": {"head_mode": "sampled"},

@@ -55,6 +55,7 @@ FROM_SCRATCH = {
     "hard_label_weight": 0.0,
     "head_mode": "sampled",
     "num_shared_classes": 4096,
+    "num_tails": 4,
     "row_sparse_head": True,
     "exact_warmup_steps": 0.1,
     "probe_steps": 60,

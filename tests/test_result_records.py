@@ -1,0 +1,40 @@
+"""Figures of the pages against the records in benchmarks/results; parity.py and items.py have tests of their own."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LAYOUTS = {(32, 512, 16): "the default", (32, 512, 1): "one tail", (128, 0, 1): "item by item"}
+
+
+def records(name):
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def page(name):
+    return (ROOT / name).read_text()
+
+
+def test_the_sizes_from_which_sampling_is_faster():
+    text, found = page("docs/when-it-pays.md"), 0
+    for one in records("crossover"):
+        layout = LAYOUTS.get((one["sampled"], one["shared"], one["tails"]))
+        if layout is None or (one["features"], one["items"]) != (256, 128):
+            continue
+        sizes = f"| {one['sampled']} | {one['shared']} | {one['tails'] if one['shared'] else ''} |"
+        times = f" {one['exact_ms']:.0f} | {one['dis_ms']:.0f} | {one['ratio']:.1f} | {one['auto']} |"
+        assert f"| {one['classes']:,} | {layout} {sizes}{times}\n" in text
+        found += 1
+    assert found == text.count("| exact |\n") + text.count("| sampled |\n") == 13
+
+
+def test_the_language_model():
+    names = {"exact": "exact KD", "dis": "DIS", "exact_in_time": "exact KD in DIS's time"}
+    text, readme = page("docs/language-models.md"), page("README.md")
+    for one in records("clm"):
+        error = f"{one['gradient_error']:.1%}" if one["gradient_error"] else "0"
+        sizes = f"{one['sampled']:,} | {one['steps']} | {one['exact_steps']}"
+        quality = f"{one['seconds']:.0f} | {one['perplexity']:.1f} | {one['kl']:.3f} | {error}"
+        assert f"| {names[one['method']]} | {sizes} | {quality} |\n" in text
+        if one["method"] != "exact_in_time":
+            assert f"{one['kl']:.3f}, perplexity {one['perplexity']:.1f}, {one['seconds']:.0f} s" in readme
