@@ -236,7 +236,7 @@ def run(folder: Path) -> None:
         with mock.patch.object(ShardedHead, "forward", autospec=True, side_effect=ShardedHead.forward) as whole_logits:
             results["exact", task, True] = train(folder / "out", task, True, head_mode="exact")
         results["whole logits", task] = whole_logits.call_count
-        warm = {"exact_warmup_steps": STEPS, "proposal": "uniform"}
+        warm = {"exact_warmup_steps": STEPS, "proposal": "uniform", "row_sparse_head": False}
         results["warm-up", task] = train(folder / "out", task, True, **warm)
         if processes == 1:
             one_sample = {**ONE_SAMPLE, "divergence": "reverse_kl", **GRADIENTS["row-sparse"]}
