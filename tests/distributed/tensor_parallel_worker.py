@@ -149,6 +149,7 @@ def train(folders: dict[str, Path], folder: Path, case: tuple[bool, str, str, st
         "learning_rate": 0.02,
         "adam_epsilon": 1e-3,
         "max_grad_norm": 0.5,  # clips
+        "row_sparse_head": False,  # a tensor-parallel head is dense
         "logging_steps": 1,
         "save_strategy": "no",
         "save_steps": 1,
