@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import is_saved
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -112,7 +112,8 @@ def _trained(teacher: str | None, folder: str, tied: bool) -> MakeTrainer:
     path = Path(folder) / ("tied_student" if tied else "untied_student")
     if not is_saved(path):
         student = clm_task.build_model(len(tokenizer), width=128, num_layers=2, seed=1, tied=tied)
-        _train_on_labels(student, blocks["train"], str(path), model.device.type == "cpu")
+        args = DISConfig(output_dir=folder, disable_tqdm=True, report_to="none", use_cpu=model.device.type == "cpu")
+        clm_task.train_on_labels(student, blocks["train"], tokenizer, LABEL_STEPS, args, str(path), LABEL_SEED)
 
     def make(rate: float, **settings: Any) -> DISDistillationTrainer:
         rates = {"learning_rate": rate, "max_steps": TRAINED_STEPS}
@@ -145,23 +146,3 @@ def _text_trainer(student: Any, teacher: Any, tokenizer: Any, blocks: Any, setti
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-
-
-def _train_on_labels(student: Any, blocks: Any, path: str, use_cpu: bool) -> None:
-    args = TrainingArguments(
-        output_dir=path,
-        max_steps=LABEL_STEPS,
-        per_device_train_batch_size=4,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.05,
-        seed=LABEL_SEED,
-        save_strategy="no",
-        use_cpu=use_cpu,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    trainer = Trainer(model=student, args=args, train_dataset=blocks, data_collator=default_data_collator)
-    trainer.train()
-    trainer.save_model()

@@ -151,9 +151,33 @@ def train_teacher(train_dataset: Dataset, tokenizer: PreTrainedTokenizerBase, st
     Returns:
         the teacher.
     """
-    teacher = build_teacher(len(tokenizer))
-    teacher_args = TrainingArguments(
-        output_dir=str(Path(args.output_dir) / "_teacher"),  # push_to_hub leaves out names that start with _
+    folder = str(Path(args.output_dir) / "_teacher")  # push_to_hub leaves out names that start with _
+    return train_on_labels(build_teacher(len(tokenizer)), train_dataset, tokenizer, steps, args, folder)
+
+
+def train_on_labels(
+    model: LlamaForCausalLM,
+    train_dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+    args: TrainingArguments,
+    output_dir: str,
+    seed: int = 42,
+):
+    """Trains a model on the texts with the stock Trainer, and saves it with its tokenizer.
+
+    Args:
+        model: that is trained.
+        train_dataset, tokenizer, steps: as for :func:`train_teacher`.
+        args: device and precision.
+        output_dir: for the model.
+        seed: of the order of the texts.
+
+    Returns:
+        the model.
+    """
+    own_args = TrainingArguments(
+        output_dir=output_dir,
         max_steps=steps,
         per_device_train_batch_size=4,
         learning_rate=2e-3,
@@ -161,6 +185,7 @@ def train_teacher(train_dataset: Dataset, tokenizer: PreTrainedTokenizerBase, st
         warmup_steps=0.1,
         weight_decay=0.05,
         logging_steps=25,
+        seed=seed,
         save_strategy="no",
         use_cpu=args.use_cpu,
         bf16=args.bf16,
@@ -168,8 +193,8 @@ def train_teacher(train_dataset: Dataset, tokenizer: PreTrainedTokenizerBase, st
         report_to=args.report_to,
     )
     trainer = Trainer(
-        model=teacher,
-        args=teacher_args,
+        model=model,
+        args=own_args,
         train_dataset=train_dataset,
         processing_class=tokenizer,
         data_collator=default_data_collator,

@@ -245,7 +245,8 @@ def _row_sparse(
     if why_dense is not None:
         logger.info(f"the gradient of the head is dense: {why_dense}")
         return {}
-    check_row_sparse_head(student, layers, is_sharded)
+    if arguments.row_sparse_head:  # else it was checked as it was chosen
+        check_row_sparse_head(student, layers, is_sharded)
     return {"row_sparse": True, "tied_embeddings": find_tied_embeddings(student, layers)}
 
 

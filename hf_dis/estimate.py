@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from hf_dis.arguments import SamplerSpec
 from hf_dis.autotune import MARGIN
-from hf_dis.errors import DataError
+from hf_dis.errors import DataError, first_line
 from hf_dis.loss.exact_head import DEVICE_BLOCK_BYTES
 from hf_dis.models.head_search import find_heads
 from hf_dis.models.tasks import Task, find_task, num_outputs
@@ -179,10 +179,9 @@ def outline(name: str) -> Outline:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().partition("\n")[0].rstrip(".")
         raise DataError(
-            f"the config of {name!r} cannot be read: {first}. Give the name of a model on the Hub, or a folder with a "
-            "config.json of transformers"
+            f"the config of {name!r} cannot be read: {first_line(error)}. Give the name of a model on the Hub, or a "
+            "folder with a config.json of transformers"
         ) from error
     kind = _class_of(config, name)
     model = _laid_out(kind, config, name)

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_dis.errors import DataError
+from hf_dis.errors import DataError, first_line
 
 
 def prepared_texts(
@@ -90,10 +90,9 @@ def _beside(model: str, load: Callable[[str], Any], kind: str) -> Any:
     try:
         return load(model)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().partition("\n")[0].rstrip(".")
         raise DataError(
-            f"the model {model!r} has no {kind} that can be loaded: {first}. Save its {kind} into its folder by "
-            "save_pretrained"
+            f"the model {model!r} has no {kind} that can be loaded: {first_line(error)}. Save its {kind} into its "
+            "folder by save_pretrained"
         ) from error
 
 

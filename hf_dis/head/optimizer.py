@@ -21,8 +21,8 @@ CHUNK_ELEMENTS = 2**17
 # At most 2 chunks, so that launches do not grow with the rows: two copies are then as large as the gradient.
 ACCELERATOR_CHUNK_ELEMENTS, ACCELERATOR_CHUNKS = 2**26, 2
 
-# Sums of each row up to its last step, in the state of a parameter.
-ROW_SUMS = ("row_log_decay", "row_path")
+# In the state of a parameter: sums of each row up to its last step, and the same sums up to now.
+ROW_SUMS = {"row_log_decay": "log_decay", "row_path": "path"}
 
 
 class RowSparseAdamW(torch.optim.AdamW):
@@ -125,12 +125,20 @@ class RowSparseAdamW(torch.optim.AdamW):
         """Loads a state as torch does; the sums of rows stay in the device's widest type.
 
         torch casts the state to the type of the parameter.
+
+        Raises:
+            ValueError: if the state is of an earlier version, without the sums of learning rates.
         """
         super().load_state_dict(state_dict)
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, parameter in zip(numbers, parameters, strict=True):
             saved = state_dict["state"].get(number, {})
+            if "row_log_decay" in saved and "row_path" not in saved:
+                raise ValueError(
+                    "the optimizer's state is of an earlier version, and lacks the sums of learning rates: load the "
+                    "checkpoint as the student of a new run"
+                )
             for name in ROW_SUMS:
                 if name in saved:
                     self.state[parameter][name] = saved[name].to(parameter.device, widest(parameter.device))
@@ -180,13 +188,10 @@ def _row_factors(
         second moment (both bias corrections), and the term to add to that product.
     """
     steps = state["step"].index_select(0, ids).add_(1)
-    decay, path = (
-        state[of_all] - state[of_row].index_select(0, ids)
-        for of_all, of_row in zip(("log_decay", "path"), ROW_SUMS, strict=True)
-    )
+    decay, path = (state[now] - state[of_row].index_select(0, ids) for of_row, now in ROW_SUMS.items())
     state["step"].index_copy_(0, ids, steps)
-    for of_all, of_row in zip(("log_decay", "path"), ROW_SUMS, strict=True):
-        state[of_row].index_fill_(0, ids, state[of_all])
+    for of_row, now in ROW_SUMS.items():
+        state[of_row].index_fill_(0, ids, state[now])
     # β^t - 1 for both β.
     logs = [math.log(beta) if beta else -math.inf for beta in group["betas"]]
     bias1, bias2 = torch._foreach_expm1(torch._foreach_mul([steps.to(widest(ids.device))] * 2, logs))

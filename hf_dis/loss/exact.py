@@ -155,10 +155,8 @@ class ExactTerms(ABC):
 
         if not has_kernels(answer, self.objective.divergence):
             return False
-        rows, classes = (
-            slice(here.start - block.items.start, here.stop - block.items.start),
-            self.objective.num_classes,
-        )
+        rows = slice(here.start - block.items.start, here.stop - block.items.start)
+        classes = self.objective.num_classes
         logits = block.logits[rows, :classes]
         slopes = None if block.slopes is None else block.slopes[rows, :classes]
         given = here, self._after_head or AfterHead()

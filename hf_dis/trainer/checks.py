@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from hf_dis.distributed.processes import num_processes
 from hf_dis.head.optimizer import RowSparseAdamW
@@ -178,8 +179,15 @@ def steps_rows(trainer: DISTrainerMixin) -> bool:
 
 
 def makes_row_optimizer(trainer: DISTrainerMixin) -> bool:
-    """Returns True if :func:`steps_rows` holds, and no subclass makes an optimizer of its own."""
-    return steps_rows(trainer) and type(trainer).create_optimizer is OptimizerHooks.create_optimizer
+    """Returns True if :func:`steps_rows` holds, and no subclass makes or chooses an optimizer of its own."""
+    kind = type(trainer)
+    is_own = kind.create_optimizer is not OptimizerHooks.create_optimizer
+    is_own |= kind.create_optimizer_and_scheduler is not Trainer.create_optimizer_and_scheduler
+    if is_own or not steps_rows(trainer):
+        return False
+    # With these names the stock method chooses torch's AdamW, whose place RowSparseAdamW takes.
+    has_one = _kind_of_optimizer(trainer) is not None
+    return has_one or trainer.get_optimizer_cls_and_kwargs(trainer.args)[0] is torch.optim.AdamW
 
 
 def check_optimizer(trainer: DISTrainerMixin) -> None:

@@ -139,6 +139,17 @@ def test_a_row_makes_up_for_the_steps_it_missed(times):
         assert weight.dim() == 1 or all(made_up) == (times == 1)
 
 
+def test_a_state_without_the_sums_of_rates_is_refused():
+    params = parameters()[:1]
+    optimizer = RowSparseAdamW(params, **SETTINGS)
+    params[0].grad = rows_of(gradients(0)[0], [1])
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0]["row_path"]
+    with pytest.raises(ValueError, match="lacks the sums of learning rates: load the checkpoint as the student"):
+        optimizer.load_state_dict(saved)
+
+
 def test_a_row_of_a_steady_gradient_keeps_up_with_a_row_of_every_step():
     """Sampled in one step of four with four times the gradient, as an importance weight makes it."""
     weight = torch.nn.Parameter(torch.empty(2, D, dtype=torch.float64))

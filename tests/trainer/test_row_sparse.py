@@ -47,14 +47,26 @@ def test_it_is_the_default_where_the_trainer_makes_an_adamw(make_trainer):
     assert trainer.optimizer.param_groups[0]["catch_up"]
 
 
-@pytest.mark.parametrize("case", ["another optimizer", "an optimizer of the user's", "a method of the user's"])
-def test_elsewhere_the_default_is_dense(make_trainer, monkeypatch, case):
-    def own(self, model=None):
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        return self.optimizer
+def own_optimizer(self, model=None):
+    self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+    return self.optimizer
 
-    if case == "a method of the user's":
-        monkeypatch.setattr(DISDistillationTrainer, "create_optimizer", own)
+
+def own_optimizer_and_scheduler(self, num_training_steps):
+    self.create_scheduler(num_training_steps, own_optimizer(self))
+
+
+METHODS = {
+    "create_optimizer": own_optimizer,
+    "create_optimizer_and_scheduler": own_optimizer_and_scheduler,
+    "get_optimizer_cls_and_kwargs": staticmethod(lambda args, model=None: (torch.optim.NAdam, {"lr": 1e-3})),
+}
+
+
+@pytest.mark.parametrize("case", ["another optimizer", "an optimizer of the user's", *METHODS])
+def test_elsewhere_the_default_is_dense(make_trainer, monkeypatch, case):
+    if case in METHODS:
+        monkeypatch.setattr(DISDistillationTrainer, case, METHODS[case])
     settings = {"optim": "sgd"} if case == "another optimizer" else {}
 
     def make(**more):
@@ -65,6 +77,7 @@ def test_elsewhere_the_default_is_dense(make_trainer, monkeypatch, case):
     trainer = make()
     assert not trainer.distiller.row_sparse
     trainer.train()
+    assert type(trainer.optimizer.optimizer) is not RowSparseAdamW
     with pytest.raises(ValueError, match=r"num_updated_classes is 4, and .* dense, since the optimizer .*: leave"):
         make(num_updated_classes=4)
 
