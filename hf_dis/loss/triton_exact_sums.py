@@ -134,7 +134,7 @@ def part_sums(
         logits: of the student's output layer, ``[n, C]``.
         teacher: its logits, ``[n, C]``, or None.
         temperature: τ > 0.
-        scale, soft_cap: as of :class:`AfterHead`; a soft cap of 0 is none.
+        scale, soft_cap: as of :class:`hf_dis.models.after_head.AfterHead`; a soft cap of 0 is none.
         has_divergence: sum the student's exponentials at τ.
         has_label: sum the student's exponentials at temperature 1.
 
