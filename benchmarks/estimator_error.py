@@ -176,8 +176,8 @@ def measure(
     return {
         "divergence": task.divergence.name,
         "own_text": task.writes,
-        "default": (method.proposal, method.updated, layout) == ("dis", None, task.default_layout),
-        "proposal": method.proposal,
+        "default": (method.name, method.updated, layout) == ("dis", None, task.default_layout),
+        "proposal": method.name,
         "design": method.design,
         "sampled": method.sampled,
         "shared": method.shared,

@@ -40,9 +40,9 @@ from typing import Any
 import torch
 from common import append, header, is_saved, machine, parse, parser, read, row
 from datasets import Dataset
-from timing import peak_memory
+from step_memory import StepMemory
 from torch import Tensor
-from transformers import LlamaForCausalLM, TrainerCallback, set_seed
+from transformers import LlamaForCausalLM, set_seed
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -60,8 +60,6 @@ from hf_dis.steps import SampledStep, Step, WarmupStep
 KEY = ("data", "width", "batch_users", "max_steps", "rate", "method", "seed")
 # Of a batch: the items whose best-ranked classes are looked for in the sample.
 MEASURED_ITEMS = 64
-# The steps whose memory is measured; the trainer's own measurements are at every tenth.
-PEAK_STEPS = (5, 7)
 CLOCKS = ("seconds", "cpu_seconds")
 SHARES = ("top10_in_sample", "top10_in_tail")
 
@@ -102,24 +100,6 @@ class MeasuredTrainer(DISDistillationTrainer):
             with self.curve.paused():
                 values |= shares_in_sample(self._student, step)
         return values
-
-
-class StepMemory(TrainerCallback):
-    """Measures the most memory of a few steps beyond weights and moments, in MB; None where it cannot be measured."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.megabytes, self._peak = device, None, None
-
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        if state.global_step == PEAK_STEPS[0]:
-            for moments in optimizer.state.values():  # a page becomes memory once it is written
-                for name in ("exp_avg", "exp_avg_sq"):
-                    moments[name].add_(0)
-            self._peak = peak_memory(self.device)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == PEAK_STEPS[1] and self._peak is not None:
-            self.megabytes = self._peak.megabytes()
 
 
 class Catalogue:

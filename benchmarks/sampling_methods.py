@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from hf_dis import ClassSampler, SamplerSpec, make_sampler
 from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
 from hf_dis.loss.divergence import FORWARD_KL, Divergence
 from hf_dis.sampling.proposal import Proposal
-from hf_dis.sampling.sample import ClassSample
+from hf_dis.sampling.sample import ClassSample, Stratum
+from hf_dis.sampling.tails import of_items
 from hf_dis.teacher.targets import TeacherTargets
 
 
@@ -58,6 +59,11 @@ class Method:
     updated: int | None = None
     divergence: Divergence = FORWARD_KL
     sampler: ClassSampler = field(init=False)
+
+    @property
+    def name(self) -> str:
+        """The name in tables."""
+        return self.proposal
 
     def build(self, num_classes: int, device: torch.device) -> None:
         """Makes the sampler for C classes on a device."""
@@ -117,10 +123,81 @@ class Method:
     ) -> tuple[Tensor, ...]:
         """The gradients of the mean loss on the features ``[N, d]`` and the head's weights ``[C, d]``."""
         sample = self.sample(teacher_logits, signal, temperature, labels)
+        return self.gradients_at(sample, head, features, temperature)
+
+    def gradients_at(
+        self, sample: ClassSample, head: nn.Linear, features: Tensor, temperature: float
+    ) -> tuple[Tensor, ...]:
+        """The gradients of the mean loss on a sample, as those of :meth:`gradients`."""
         ids = sample.item_ids, sample.tail_ids
         columns = sampled_logits(features, head.weight, head.bias, *ids, updates=sample.updates)
         loss = self.divergence.sampled(columns, sample, temperature).loss
         return torch.autograd.grad(loss.mean(), (features, head.weight))
+
+
+@dataclass
+class Screened(Method):
+    """A sample that also holds the student's likeliest classes, each with certainty.
+
+    A student that writes text computes all logits on the way, and could record these classes. For other data a screen
+    of the head would have to find them; no screen can find better ones.
+
+    Attributes:
+        screened: the number of these classes per item.
+    """
+
+    screened: int = 8
+
+    @property
+    def name(self) -> str:
+        """As :attr:`Method.name`."""
+        return f"{self.proposal}, student's top {self.screened}"
+
+    def gradients(
+        self,
+        head: nn.Linear,
+        features: Tensor,
+        teacher_logits: Tensor,
+        signal: Tensor,
+        temperature: float,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`Method.gradients`."""
+        sample = self.sample(teacher_logits, signal, temperature, labels)
+        ids = head(features.detach()).topk(self.screened, dim=1).indices
+        log_probs = (teacher_logits / temperature).log_softmax(1).gather(1, ids)
+        return self.gradients_at(with_certain(sample, ids, log_probs), head, features, temperature)
+
+
+def with_certain(sample: ClassSample, ids: Tensor, log_probs: Tensor) -> ClassSample:
+    """Adds certain classes to a sample whose own columns are all certain.
+
+    Args:
+        sample: of N items.
+        ids: the classes, each once per item, ``[N, k]``.
+        log_probs: the teacher's, ``[N, k]``.
+    """
+    num_own = sample.item_ids.shape[1]
+    tails = of_items(sample.tail_ids, 0, len(ids))
+    is_held = (ids[:, :, None] == sample.item_ids[:, None]).any(2)
+    in_tail = (tails[:, :, None] == ids[:, None]).any(2)
+    own, shared = sample.log_weights.split([num_own, tails.shape[1]], 1)
+    added = torch.zeros_like(log_probs).masked_fill_(is_held, -torch.inf)
+    stratum = Stratum(
+        ids=torch.cat([ids, sample.item_ids, tails], 1),
+        log_weights=torch.cat([added, own, shared.masked_fill(in_tail, -torch.inf)], 1),
+        certain=torch.cat([torch.ones_like(is_held), sample.certain], 1),
+        log_probs=torch.cat([log_probs, sample.log_probs], 1),
+        mass=log_probs.new_ones(len(ids)),
+    )
+    return replace(
+        sample,
+        item_ids=torch.cat([ids, sample.item_ids], 1),
+        log_weights=stratum.log_weights,
+        certain=stratum.certain,
+        log_probs=stratum.log_probs,
+        target=stratum.target(),
+    )
 
 
 @dataclass
@@ -179,13 +256,21 @@ def truncations(sampled: int) -> list[Method]:
 
 
 def default_methods(layout: tuple[int, ...]) -> list[Method]:
-    """Every proposal in one layout (K, K_t, m, G), and truncations to as many classes of an item."""
+    """Every proposal in one layout (K, K_t, m, G), and truncations to as many classes of an item.
+
+    Where all ranked classes are certain, K = m, there is the sample with the student's likeliest classes too. They
+    replace a half of the ranked ones.
+    """
     proposals = [Method(proposal, "pps", *layout) for proposal in ("dis", "teacher", "uniform", "oracle")]
-    return proposals + truncations(layout[0] + layout[1])
+    sampled, shared, depth, tails = layout
+    if sampled == depth:
+        half = sampled // 2
+        proposals.append(Screened("dis", "pps", half, shared, half, tails, screened=half))
+    return proposals + truncations(sampled + shared)
 
 
 # The layouts (K, K_t, m, G) that a Trainer takes if none is given.
-GLYPH_DEFAULT, LM_DEFAULT = (32, 512, 64, 4), (16, 1024, 16, 4)
+GLYPH_DEFAULT, LM_DEFAULT = (32, 512, 64, 16), (16, 1024, 16, 16)
 
 
 def lm_methods() -> list[Method]:

@@ -29,7 +29,9 @@ class StoredTargets(NamedTuple):
     cpu_seconds: float
 
 
-def stored_targets(teacher: LlamaForCausalLM, windows: Dataset, temperature: float, folder: Path) -> StoredTargets:
+def stored_targets(
+    teacher: LlamaForCausalLM, windows: Dataset, temperature: float, folder: Path, batch_size: int = BATCH
+) -> StoredTargets:
     """Writes the teacher's targets to a folder, or takes them from it.
 
     Args:
@@ -37,6 +39,7 @@ def stored_targets(teacher: LlamaForCausalLM, windows: Dataset, temperature: flo
         windows: of the training parts.
         temperature: of the distillation.
         folder: of the cache; the time of writing stands in ``written.json`` beside it.
+        batch_size: windows of a batch of the teacher.
     """
     started = time.perf_counter(), time.process_time()
     # Alike lengths in a batch save padding, and a cache does not depend on the order.
@@ -48,7 +51,7 @@ def stored_targets(teacher: LlamaForCausalLM, windows: Dataset, temperature: flo
         folder,
         temperature=temperature,
         data_collator=collate,
-        batch_size=BATCH,
+        batch_size=batch_size,
         show_progress=False,
     )
     spent = {"seconds": time.perf_counter() - started[0], "cpu_seconds": time.process_time() - started[1]}

@@ -167,20 +167,17 @@ def popularity_scores(counts: np.ndarray, users: Dataset) -> dict[str, float]:
     return NextItem().compute(predictions=ranked, references=users["next_item"], k=(METRIC_DEPTH,))
 
 
-class RankingCurve(Stopwatch):
-    """Scores a model at an interval of steps, with the seconds of training before; scoring does not count as training.
-
-    Args:
-        users: of the validation.
-        every: steps between two scores; the last step is scored too.
+class TrainingClock(Stopwatch):
+    """Records evaluations with the time of training before each; the loader's time counts, an evaluation's does not.
 
     Attributes:
-        curve: a record of each scoring: ``step``, ``seconds``, ``cpu_seconds`` of all threads, and the scores.
+        seconds, cpu_seconds: of training so far; the second is of all threads.
+        curve: a record of each evaluation: ``step``, ``seconds``, ``cpu_seconds``, and what was measured.
     """
 
-    def __init__(self, users: Dataset, every: int):
+    def __init__(self):
         super().__init__()
-        self.users, self.every, self.cpu_seconds = users, every, 0.0
+        self.cpu_seconds = 0.0
 
     def add(self, seconds: float, cpu_seconds: float) -> None:
         """Counts time that was spent before the training."""
@@ -194,19 +191,18 @@ class RankingCurve(Stopwatch):
     def on_step_begin(self, args, state, control, **kwargs):
         """Leaves the clock as it is."""
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         self.cpu_seconds += time.process_time() - self._cpu_started
         super().on_step_end(args, state, control, **kwargs)
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            spent = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
-            self.curve.append({"step": state.global_step, **spent, **scores(model, self.users)})
+        self._start()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        self.curve[-1]["cpu_seconds"] = self.cpu_seconds
         self._start()
 
     def _start(self) -> None:
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        """Records nothing: an evaluation has losses, not scores."""
 
     @contextmanager
     def paused(self):
@@ -215,6 +211,29 @@ class RankingCurve(Stopwatch):
         yield
         self.seconds -= time.perf_counter() - started[0]
         self.cpu_seconds -= time.process_time() - started[1]
+
+
+class RankingCurve(TrainingClock):
+    """Scores a model at an interval of steps.
+
+    Args:
+        users: of the validation.
+        every: steps between two scores; the last step is scored too.
+    """
+
+    def __init__(self, users: Dataset, every: int):
+        super().__init__()
+        self.users, self.every = users, every
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            spent = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+            self.curve.append({"step": state.global_step, **spent, **scores(model, self.users)})
+            self._start()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        """Records nothing: an evaluation has losses, not scores."""
 
 
 METHODS = {

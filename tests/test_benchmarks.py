@@ -22,12 +22,13 @@ import quality_vs_k
 import torch
 import training_step
 from divergences_by_definition import OTHERS, definition
-from sampling_methods import Method, truncations
+from sampling_methods import Method, Screened, truncations, with_certain
 from timing import Stopwatch
 from torch import nn
 
 from hf_dis import DISConfig, DISDistillationTrainer
 from hf_dis.data import load_glyphs
+from hf_dis.head.sampled_linear import sampled_columns
 
 EXACT = ["exact", "exact (materialised)"]
 
@@ -203,6 +204,27 @@ def test_a_truncation_is_the_divergence_of_what_it_keeps(divergence):
     loss = 4 * definition(divergence, *kept, 1.0).mean()
     for one, other in zip(found, torch.autograd.grad(loss, (features, head.weight)), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_sample_with_the_students_likeliest_classes_counts_each_class_once():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 40, dtype=torch.float64).log_softmax(1), torch.randn(6, 40, dtype=torch.float64)
+    method = Screened("dis", "pps", 3, 10, 3, 2, screened=4)
+    method.build(40, torch.device("cpu"))
+    ids, labels = student.topk(4, dim=1).indices, student.topk(2, dim=1).indices[:, 1]
+    log_probs = teacher.log_softmax(1)
+    masses = []
+    for _ in range(2000):
+        sample = with_certain(method.sample(teacher, student, 1.0, labels), ids, log_probs.gather(1, ids))
+        columns = sampled_columns(student, sample.item_ids, sample.tail_ids)
+        masses.append((columns + sample.log_weights).exp().sum(1))
+        torch.testing.assert_close(sample.target.sum(1), torch.ones(6, dtype=torch.float64))
+    masses = torch.stack(masses)
+    error = masses.std(0) / len(masses) ** 0.5
+    assert (masses.mean(0) - 1).abs().lt(4 * error).all()
+    places = torch.cat([sample.item_ids, sample.tail_ids[torch.arange(6) % 2]], 1)
+    is_used = sample.certain & (sample.log_weights == 0)
+    assert ((places[:, :, None] == ids[:, None]) & is_used[:, :, None]).sum(1).eq(1).all()
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_steps_are_timed_without_the_writing(monkeypatch):
     monkeypatch.setattr(on_policy, "FIRST_TOKEN", 10)
     monkeypatch.setattr(on_policy.sft_task, "chat_tokenizer", lambda num_tokens: chats.tokenizer())
     records = on_policy.measure_times(["jsd"], 2, 1, use_cpu=True)
-    assert [one["method"] for one in records] == ["trl", "exact", "dis", "dis row-sparse"]
+    assert [one["method"] for one in records] == ["trl", "exact", "dis", "dis dense"]
     assert all(one["ms"] > 0 for one in records)
 
 
