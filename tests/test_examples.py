@@ -150,8 +150,8 @@ def test_the_recipe_for_glyphs_distils_as_well_as_exact_distillation(cache, tmp_
         launch("run_market1501.py", *arguments, processes=ONE_PROCESS, cache=cache, cwd=tmp_path)
     folder = tmp_path / "runs" / "glyph-market"
     hard, exact, dis = (results(folder / name)["eval_mAP"] for name in ("hard_labels", "exact", "dis"))
-    # The page has DIS 1.6 and 1.9 points behind exact, 30 ahead of hard labels; single runs differ by about a point.
-    assert dis - hard > 0.9 * (exact - hard), (hard, exact, dis)
+    # The page has DIS 2.5 points behind exact, 30 ahead of hard labels; single runs differ by up to 1.5 points.
+    assert dis - hard > 0.85 * (exact - hard), (hard, exact, dis)
 
 
 @pytest.mark.parametrize("given", [[], ["--data_dir", "a", "--glyph_dir", "b"]], ids=["neither", "both"])
