@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import datasets
 import numpy as np
 
+from hf_dis.data.cifar100_folders import content_digest, is_class_folders, list_images, read_image
 from hf_dis.data.content import ContentConfig
 from hf_dis.data.safe_pickle import load_plain_pickle
 from hf_dis.errors import DataError
@@ -54,6 +55,13 @@ COARSE_NAMES = [
     "medium_mammals", "non-insect_invertebrates", "people", "reptiles", "small_mammals", "trees",
     "vehicles_1", "vehicles_2",
 ]
+# The coarse class of each fine class, as in the official files.
+COARSE_OF_FINE = [
+    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10,
+    12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16,
+    12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14,
+    13,
+]
 # fmt: on
 FEATURES = datasets.Features(
     {
@@ -76,9 +84,11 @@ def load_cifar100(
     Args:
         data_dir: the official ``cifar-100-python.tar.gz``, a folder that holds it, a folder that holds the
             extracted ``cifar-100-python/``, or that extracted folder itself (the archive is preferred where
-            there are both). None: the Hub's copy, ``uoft-cs/cifar100``.
-        verify_checksum: refuse files other than the official ones; False accepts any in the official format.
-            In both cases nothing in the files is executed, and nothing is extracted to disk.
+            there are both). Or a folder of ``train/<class>/*.png`` and ``test/<class>/*.png``, with the official
+            names of the classes. None: the Hub's copy, ``uoft-cs/cifar100``.
+        verify_checksum: refuse files other than the official ones, and folders of images without the official
+            number of images per class; False accepts any in the official format. In both cases nothing in the
+            files is executed, and nothing is extracted to disk.
         cache_dir: folder of the built dataset; None: the cache of Hugging Face Datasets.
         num_proc: processes that build the dataset; None: this process alone.
 
@@ -143,6 +153,12 @@ class Cifar100(datasets.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         # Read once, here, where errors reach the caller as they are; workers are sent their images.
         source = _locate(self.config.data_dir)
+        if is_class_folders(source):
+            images = list_images(source, FINE_NAMES, self.config.verify_checksum)
+            return [
+                datasets.SplitGenerator(split, gen_kwargs={"shards": _shards_of_images(images[split])})
+                for split in ("train", "test")
+            ]
         files = {name: _unpickle(data, source, name) for name, data in _read_files(source)}
         if missing := [name for name in FILE_MD5 if name not in files]:
             raise DataError(f"{source} has no {FOLDER}/{missing[0]}: it is not {ARCHIVE}. {REMEDY}")
@@ -165,6 +181,8 @@ def _locate(data_dir: str | Path) -> Path:
         return given
     if (given / ARCHIVE).is_file():
         return given / ARCHIVE
+    if is_class_folders(given):
+        return given
     for folder in (given / FOLDER, given):
         present = [name for name in FILE_MD5 if (folder / name).is_file()]
         if len(present) == len(FILE_MD5):
@@ -173,10 +191,15 @@ def _locate(data_dir: str | Path) -> Path:
             missing = ", ".join(name for name in FILE_MD5 if name not in present)
             raise DataError(f"{folder} holds part of CIFAR-100 but no {missing}. {REMEDY}")
     state = "holds neither" if given.is_dir() else "does not exist, so is neither"
-    raise DataError(f"data_dir {given} {state} {ARCHIVE} nor the extracted {FOLDER}/ folder. {REMEDY}")
+    raise DataError(
+        f"data_dir {given} {state} {ARCHIVE} nor the extracted {FOLDER}/ folder nor train/ and test/ with a folder of "
+        f"images per class. {REMEDY}"
+    )
 
 
 def _content_digest(source: Path, verify_checksum: bool) -> str:
+    if is_class_folders(source):
+        return content_digest(source)
     expected = {source / name: md5 for name, md5 in FILE_MD5.items()} if source.is_dir() else {source: ARCHIVE_MD5}
     digest = hashlib.sha256()
     for path, official in expected.items():
@@ -267,8 +290,20 @@ def _shards(content: dict[str, Any], source: Path, split: str) -> list[tuple[np.
     fine = _labels(content, "fine_labels", FINE_NAMES, len(data), source, split)
     coarse = _labels(content, "coarse_labels", COARSE_NAMES, len(data), source, split)
     images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    columns = (np.arange(len(data)), images, fine, coarse)
-    return list(zip(*(np.array_split(column, min(SHARDS, len(data))) for column in columns), strict=True))
+    return _split((np.arange(len(data)), images, fine, coarse))
+
+
+def _shards_of_images(images: list[tuple[Path, int]]) -> list[tuple[np.ndarray, ...]]:
+    """Reads the image files of a split, and splits it as :func:`_shards` does."""
+    paths, fine = zip(*images, strict=True)
+    coarse = np.array(COARSE_OF_FINE)[np.array(fine)]
+    return _split((np.arange(len(paths)), np.stack(list(map(read_image, paths))), np.array(fine), coarse))
+
+
+def _split(columns: tuple[np.ndarray, ...]) -> list[tuple[np.ndarray, ...]]:
+    """Splits columns of the same length into at most ``SHARDS`` parts."""
+    parts = min(SHARDS, len(columns[0]))
+    return list(zip(*(np.array_split(column, parts) for column in columns), strict=True))
 
 
 def _labels(content: dict[str, Any], key: str, names: list[str], count: int, source: Path, split: str) -> np.ndarray:
