@@ -1,6 +1,7 @@
 """Distillation on the student's own text: students of DIS and of exact distillation, and the time of their steps.
 
     python benchmarks/on_policy.py --json on_policy.jsonl --seeds 0 1 2
+    python benchmarks/on_policy.py --json on_policy.jsonl --seeds  # prints what the file has
     python benchmarks/on_policy.py --time --json on_policy_time.json
 
 Students: the task of examples/run_on_policy.py, 32,000 tokens, 50 steps of 16 prompts, from a student trained by SFT.
@@ -8,6 +9,7 @@ A rate is the head's learning rate as a multiple of the body's, 1e-3. Methods:
 
 exact           all tokens of the vocabulary
 dis             all defaults: the head is row-sparse
+dis started     as dis, and a tenth of the steps exact, in which the proposals learn
 dis dense       the default layout, a dense gradient of the head
 dis example     the layout of the example: 4 tails of 4,096 shared tokens, a tenth of the steps exact
 
@@ -53,6 +55,7 @@ EXAMPLE = ("num_shared_classes", "num_tails", "row_sparse_head", "exact_warmup_s
 METHODS = {
     "exact": {"head_mode": "exact"},
     "dis": {"head_mode": "sampled"},
+    "dis started": {"head_mode": "sampled", "exact_warmup_steps": 0.1},
     "dis dense": {"head_mode": "sampled", "row_sparse_head": False},
     "dis example": {"head_mode": "sampled", **{name: run_on_policy.FROM_SCRATCH[name] for name in EXAMPLE}},
 }
@@ -207,7 +210,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--divergences", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=["exact", "dis"])
     made.add_argument("--rates", nargs="+", type=float, default=[1.0, 4.0], help="of the head")
-    made.add_argument("--seeds", nargs="+", type=int, default=[0])
+    made.add_argument("--seeds", nargs="*", type=int, default=[0], help="none: print the file's table alone")
     made.add_argument("--folder", default="runs/on_policy_models", help="of teacher and initial student")
     made.add_argument("--time", action="store_true", help="time steps, and train no student")
     made.add_argument("--steps", type=int, default=4, help="of --time, per method and round")
@@ -227,7 +230,6 @@ def main() -> None:
         print(header("divergence", "method", "ms", "method / dis"))
         write(measure_times(given.divergences, given.steps, given.rounds, use_cpu), given.json, given.device)
         return
-    task = OnPolicyTask(given.folder, use_cpu)
     names = ("divergence", "rate", "method", "seed")
     done = {tuple(one[name] for name in names) for one in read(given.json)}
     wanted = [
@@ -237,11 +239,14 @@ def main() -> None:
         for rate in given.rates
         for method in given.methods
     ]
-    for key in (key for key in wanted if key not in done):
+    wanted = [key for key in wanted if key not in done]
+    task = OnPolicyTask(given.folder, use_cpu) if wanted else None
+    for key in wanted:
         divergence, rate, method, seed = key
         record = task.distilled(divergence, rate, seed, METHODS[method])
         described = dict(zip(names, key, strict=True))
-        append(given.json, {**described, **record}, given.device)
+        command = " ".join(["benchmarks/on_policy.py", *sys.argv[1:]])
+        append(given.json, {**described, "command": command, **record}, given.device)
     print_table(read(given.json))
 
 
