@@ -43,8 +43,9 @@ NO_KERNEL = {
     "_local_scalar_dense", "_nnz", "_values", "_indices", "_coalesced_", "_sparse_coo_tensor_with_dims",
     "_sparse_coo_tensor_with_dims_and_tensors",
 }  # fmt: skip
-# Kernels of Triton that read or write rows of matrices: the places of the matrices and of the rows in the arguments.
+# Kernels that read or write rows of matrices: the places of the matrices and of the rows in the arguments.
 ROWS_OF = {
+    "_embedding_bag_per_sample_weights_backward": ((1,), 2),
     "item_products": ((1,), 2),
     "features_gradient": ((1,), 2),
     "weight_rows": ((0,), 1),

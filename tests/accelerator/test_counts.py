@@ -15,9 +15,9 @@ from hf_dis.sampling import sampler as sampling
 
 # Launches of a step, with torch alone and with Triton's kernels: a change that needs more has to say so here.
 LAUNCHES = {
-    ("lm", "given"): (355, 70),
-    ("lm", "cached"): (315, 80),
-    ("lm", "online"): (460, 110),
+    ("lm", "given"): (350, 70),
+    ("lm", "cached"): (305, 80),
+    ("lm", "online"): (450, 110),
     ("classifier", "given"): (415, 75),
     ("classifier", "cached"): (345, 80),
     ("classifier", "online"): (490, 115),
@@ -41,6 +41,15 @@ EXACT = {
     ("classifier", "cached"): (85, 1.35, 64),
     ("classifier", "online"): (115, 1.6, 78),
 }
+# Gigabytes beyond inputs, weights and the gradient of W, with torch alone.
+PLAIN_PEAK = {
+    ("lm", "given"): 0.4,
+    ("lm", "cached"): 0.4,
+    ("lm", "online"): 0.9,
+    ("classifier", "given"): 0.32,
+    ("classifier", "cached"): 0.05,
+    ("classifier", "online"): 0.75,
+}
 WAITS = 1  # for the number of distinct classes
 
 
@@ -54,6 +63,8 @@ def test_launches_and_waits(shape, targets, kernels):
     if kernels == "triton":
         peak, moved = GIGABYTES[shape, targets]
         assert record["peak_gb"] <= peak and record["moved_gb"] <= moved
+    else:
+        assert record["peak_gb"] <= PLAIN_PEAK[shape, targets]
 
 
 @pytest.mark.parametrize("targets", TARGETS_KINDS)
