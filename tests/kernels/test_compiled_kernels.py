@@ -74,7 +74,7 @@ CASES = {
     "answers of items": (
         triton_ranking.item_kernel,
         ["bfblbl" + "llf", "ffflfl" + "llf", "hfhlhl" + "llf"],
-        "iiiiiiiin",
+        "iiiiiiiiin",
         {"GROUP": 8, "HAS_LABEL": True, "LOWEST_BIT": 0, "BLOCK": 8192, "BLOCK_GROUPS": 4096, "BLOCK_RANKS": 512}
         | {"BLOCK_COLUMNS": 1024},
     ),
