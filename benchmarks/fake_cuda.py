@@ -53,6 +53,8 @@ ROWS_OF = {
 }
 # Kernels of Triton that write an argument and do not read it.
 WRITES_ARGUMENT = {"exact_terms"}
+# Operations that read nothing of their first argument but its shape and type.
+READS_NOTHING = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
 # Kernels that read single elements of their first argument, and the number of these elements.
 ELEMENTS_OF = {
     "rank_groups": lambda args: args[1].numel() * args[3],
@@ -78,7 +80,7 @@ class Counts(TorchDispatchMode):
     Attributes:
         launches: kernels, by the place in hf_dis that started them.
         waits: the host waits for the device, by place and operation.
-        moved: bytes read and written, by place.
+        moved: bytes read and written, by place and operation.
     """
 
     def __init__(self, sizes: dict[str, int | list[int]] | None = None):
@@ -130,7 +132,7 @@ class Counts(TorchDispatchMode):
         if is_fake and name not in NO_KERNEL and not func.is_view:
             self.launches[place] += KERNELS.get(name, 1)
             in_place = func._schema.is_mutable and "out" not in kwargs and name not in WRITES_ARGUMENT
-            self.moved[place] += _bytes(name, in_place, args, tensors_of(args), outputs)
+            self.moved[place, name] += _bytes(name, in_place, args, tensors_of(args), outputs)
         return out
 
     def _answer(
@@ -236,6 +238,8 @@ def _bytes(name: str, mutates: bool, args: tuple, inputs: list[Tensor], outputs:
         return one.nbytes if one.layout is torch.strided and one.is_cuda else 0
 
     read, written = sum(map(size, inputs)), sum(map(size, outputs))
+    if name in READS_NOTHING:
+        return written
     if name in ROWS_OF:
         places, ids = ROWS_OF[name]
         matrices = [args[place] for place in places]

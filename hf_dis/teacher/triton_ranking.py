@@ -11,8 +11,8 @@ from hf_dis.kernels import block_size, sum_dtype, unit_columns
 from hf_dis.teacher.triton_normaliser import BLOCK as NORMALISER_BLOCK
 from hf_dis.teacher.triton_normaliser import log_normaliser_kernel
 
-# Programs that share the items of a chunk. Each needs memory for the maxima of one item, an eighth of its logits: four
-# programs for each multiprocessor of an H100 keep the device busy, and their maxima stay in its cache.
+# Programs that share the items of a chunk. Each needs memory for the maxima of one item, an eighth of its logits. An
+# H100 runs four of these programs on each multiprocessor at a time.
 PROGRAMS = 512
 
 
@@ -262,9 +262,9 @@ def answers_of_items(
         tail_ids, labels, first_item: as for :func:`answers_at`.
 
     Returns:
-        log Σ exp(logit / τ), ``[n, 1]``; the maxima of the groups, ``[p, G]``, and the best groups, ``[p, m]``, of the
-        last item of each of p programs; the highest logits and their class ids, ``[n, m]`` each; and the
-        log-probabilities of :func:`answers_at`.
+        log Σ exp(logit / τ), ``[n, 1]``; the maxima of the groups, ``[p, G]``, and the best groups, ``[p, m]``; the
+        highest logits and their class ids, ``[n, m]`` each; and the log-probabilities of :func:`answers_at`. Maxima
+        and best groups are those of the last item of each of p programs.
     """
     logits = unit_columns(logits)
     results = _item_results(logits, depth, group, tail_ids, labels)

@@ -19,6 +19,7 @@ NAMES = {
 }  # fmt: skip
 PRODUCTS = {"BLOCK_IDS": 32, "BLOCK_WIDTH": 128}
 ROWS = {"PIECE": 64, "BLOCK": 4, "BLOCK_WIDTH": 512}
+OTHERS, ALONE = {"HAS_OTHERS": True}, {"HAS_KEPT": False, "HAS_OTHERS": False}
 NORMALISER = {"GROUP": 8, "BLOCK": 8192}
 MASS = {"BLOCK_ITEMS": 16, "BLOCK_CLASSES": 256}
 STEP = {"BLOCK_ROWS": 2, "BLOCK_WIDTH": 512}
@@ -46,8 +47,14 @@ CASES = {
     "rows": (triton_products.rows_kernel, ["flb", "bll"], "iiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
     "normaliser": (triton_normaliser.log_normaliser_kernel, ["bfb", "fff", "hfh", "ddd"], "iiin", NORMALISER),
     "mass": (triton_normaliser.class_mass_kernel, ["bfff", "ffff", "hfff"], "iiiinn", {"HAS_ADDED": True} | MASS),
-    "pieces": (triton_rows.pieces_kernel, ["flflf", "blblf", "blflf"], "iii", ROWS),
-    "segments": (triton_rows.segments_kernel, ["flflflff", "blflflfb", "blflfldf"], "ii", {"HAS_KEPT": True} | ROWS),
+    "pieces": (triton_rows.pieces_kernel, ["fflflf", "bblblf", "bblflf"], "iiiii", OTHERS | ROWS),
+    "segments": (
+        triton_rows.segments_kernel,
+        ["fflflflff", "bblflflfb", "bblflfldf"],
+        "iiii",
+        {"HAS_KEPT": True} | OTHERS | ROWS,
+    ),
+    "segments of one tensor": (triton_rows.segments_kernel, ["b-lfl" + "f--b"], "iiii", ALONE | ROWS),
     "factors": (triton_adamw.row_factors_kernel, ["fddlffff"], "innnnnnn", {"BLOCK": 256}),
     "step": (triton_adamw.step_kernel, ["ffflfffff", "bbblbffff"], "iinn", STEP),
     "divergence": (triton_sampled.forward_kl_kernel, ["ffffffff", "bfffffff"], "iiiiin", {"BLOCK": 1024}),
