@@ -19,7 +19,7 @@ BLOCK_ELEMENTS = 2**18
 # Elsewhere the number of parts is fixed, so that launches do not grow with the work, between the least and the most
 # elements of a part. 2^26 elements keep a device busy; 2^30 are 2 GiB in bfloat16.
 # Kernels hold little beside the logits of a chunk, so that fewer chunks need no more memory.
-DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK, KERNEL_CHUNKS = 6, 14, 2, 5
+DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK, KERNEL_CHUNKS = 6, 15, 2, 5
 # Chunks for a loss on all classes, which holds a block of the student's logits beside each.
 ALL_CLASSES_CHUNKS = 8
 LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**30

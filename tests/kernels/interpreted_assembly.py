@@ -172,3 +172,4 @@ def test_the_operations_are_well_formed():
         columns = triton_ranking.answers_at(logits, logits[:, :3], normaliser, tails, given, 0, 2.0)
         expected = kernels.rank_inclusion(density, 2)
         opcheck(kernels.assemble, (ids, columns, tails, inclusion, *expected, starts, given, 2))
+        opcheck(kernels.assemble, (ids, columns, tails, inclusion, None, None, None, given, 3))

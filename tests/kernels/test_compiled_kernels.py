@@ -24,7 +24,7 @@ NORMALISER = {"GROUP": 8, "BLOCK": 8192}
 MASS = {"BLOCK_ITEMS": 16, "BLOCK_CLASSES": 256}
 STEP = {"BLOCK_ROWS": 2, "BLOCK_WIDTH": 512}
 WIDE = {"WIDE": triton.language.float32}
-ASSEMBLY = {"HAS_LABEL": True, "STEPS": 6, "BLOCK_RANKS": 32, "BLOCK_DEPTH": 64, "BLOCK": 512}
+ASSEMBLY = {"HAS_LABEL": True, "ALL_RANKS": False, "STEPS": 6, "BLOCK_RANKS": 32, "BLOCK_DEPTH": 64, "BLOCK": 512}
 INCLUSION = {"STEPS": 4, "BLOCK": 4096}
 PARTS = {"HAS_CAP": True, "PART": 2**15, "BLOCK": 4096}
 TERMS = {"HARD": 2} | PARTS | {"BLOCK_PARTS": 32, "BLOCK_STORED": 32}
@@ -95,6 +95,12 @@ CASES = {
     ),
     "inclusion": (triton_assembly.inclusion_kernel, ["ddd"], "iii", {"BLOCK": 64}),
     "sample": (triton_assembly.assemble_kernel, ["lfldddd" + "llfufflfu"], "iiiiiii", ASSEMBLY),
+    "sample of all ranks": (
+        triton_assembly.assemble_kernel,
+        ["lfld---" + "llfufflfu"],
+        "iiiiiii",
+        ASSEMBLY | {"ALL_RANKS": True},
+    ),
     "class sums": (triton_tails.class_sums_kernel, ["ffd"], "i", {"BLOCK": 4096}),
     "class density": (triton_tails.class_density_kernel, ["ffdd"], "iinnn", {"BLOCK": 4096, "BLOCK_SUMS": 64}),
     "tail scale": (triton_tails.tail_scale_kernel, ["ddd"], "iin", {"BLOCK": 1024}),
