@@ -252,7 +252,7 @@ def _forward_kl_block(
     logits: Tensor, log_weights: Tensor, log_probs: Tensor, target: Tensor, temperature: float
 ) -> Results:
     log_student, log_shares = sampled_log_softmax(logits, log_weights, temperature)
-    loss = above_minus_inf(log_probs).sub_(log_student).mul_(target).sum(1).mul_(temperature**2)
+    loss = (above_minus_inf(log_probs) - log_student).mul_(target).sum(1).mul_(temperature**2)
     signal = log_student.exp().sub_(log_probs.exp())
     # τ (ω s - p̂): the target sums to one.
     gradient = log_shares.exp_().sub_(target).mul_(temperature)
