@@ -3,11 +3,11 @@
     python benchmarks/accelerator_counts.py --json counts.jsonl
 
 A step is the head's: teacher's targets, sample, student's head, loss, backward, clipping and optimizer. The bodies of
-student and teacher are an embedding and a layer norm, whose few launches count. Shapes, on fake CUDA tensors
-(benchmarks/fake_cuda.py): ``lm`` has 8,192 tokens, 151,936 classes and 2,048 features, ``classifier`` 1,024 examples,
-1,000,000 classes and 512 features. The teacher's logits are given, stored in a cache, or computed by a teacher of the
-same width. Head modes are ``sampled``, with row-sparse gradients of the head, and ``exact``, with dense ones. Dense
-parameters are stepped by torch's fused AdamW.
+student and teacher are an embedding and a layer norm, whose few launches count and whose bytes do not. Shapes, on
+fake CUDA tensors (benchmarks/fake_cuda.py): ``lm`` has 8,192 tokens, 151,936 classes and 2,048 features,
+``classifier`` 1,024 examples, 1,000,000 classes and 512 features. The teacher's logits are given, stored in a cache,
+or computed by a teacher of the same width. Head modes are ``sampled``, with row-sparse gradients of the head, and
+``exact``, with dense ones. Dense parameters are stepped by torch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ SHAPES = {
 TARGETS_KINDS = ("given", "cached", "online")
 KERNELS = ("torch", "triton")
 MODES = ("sampled", "exact")
+# Operations of the bodies, which stand for those of a model.
+BODY = {"embedding", "native_layer_norm", "native_layer_norm_backward"}
+BODY_PLACES = ("outside", "models/head_features.py")
 TOKENS = 128  # of a sequence; the number of sequences follows from the items
 
 
@@ -146,12 +149,14 @@ def of_student(shape: Shape, counts: Counts, row_sparse: bool, targets: str, mod
 
 
 def measure(counts: Counts, loss: Tensor, weight: nn.Parameter, mode: str) -> dict[str, float]:
-    """Runs backward; the peak beyond the gradient of W, and the bytes moved by the loss and all gradients, in GB."""
+    """Runs backward; the peak beyond the gradient of W, and the bytes moved by the loss and the head, in GB."""
     forward = counts.peak() if mode == "sampled" else 0  # an exact forward computes the gradient of W
     loss.backward()
     rows = counts.sizes["tolist"][0] if weight.grad.is_sparse else len(weight)  # a fake sparse tensor holds nothing
     peak = max(forward, counts.peak() - rows * weight[0].nbytes)
-    return {"peak_gb": round(peak / 1e9, 3), "moved_gb": round(sum(counts.moved.values()) / 1e9, 2)}
+    of_body = {key for key in counts.moved if key[1] in BODY and key[0].split(":")[0] in BODY_PLACES}
+    moved = sum(number for key, number in counts.moved.items() if key not in of_body)
+    return {"peak_gb": round(peak / 1e9, 3), "moved_gb": round(moved / 1e9, 2)}
 
 
 def tiny(shape: Shape) -> Shape:

@@ -43,8 +43,9 @@ NO_KERNEL = {
     "_local_scalar_dense", "_nnz", "_values", "_indices", "_coalesced_", "_sparse_coo_tensor_with_dims",
     "_sparse_coo_tensor_with_dims_and_tensors",
 }  # fmt: skip
-# Kernels of Triton that read or write rows of matrices: the places of the matrices and of the rows in the arguments.
+# Kernels that read or write rows of matrices: the places of the matrices and of the rows in the arguments.
 ROWS_OF = {
+    "_embedding_bag_per_sample_weights_backward": ((1,), 2),
     "item_products": ((1,), 2),
     "features_gradient": ((1,), 2),
     "weight_rows": ((0,), 1),
@@ -52,6 +53,8 @@ ROWS_OF = {
 }
 # Kernels of Triton that write an argument and do not read it.
 WRITES_ARGUMENT = {"exact_terms"}
+# Operations that read nothing of their first argument but its shape and type.
+READS_NOTHING = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
 # Kernels that read single elements of their first argument, and the number of these elements.
 ELEMENTS_OF = {
     "rank_groups": lambda args: args[1].numel() * args[3],
@@ -77,7 +80,7 @@ class Counts(TorchDispatchMode):
     Attributes:
         launches: kernels, by the place in hf_dis that started them.
         waits: the host waits for the device, by place and operation.
-        moved: bytes read and written, by place.
+        moved: bytes read and written, by place and operation.
     """
 
     def __init__(self, sizes: dict[str, int | list[int]] | None = None):
@@ -129,7 +132,7 @@ class Counts(TorchDispatchMode):
         if is_fake and name not in NO_KERNEL and not func.is_view:
             self.launches[place] += KERNELS.get(name, 1)
             in_place = func._schema.is_mutable and "out" not in kwargs and name not in WRITES_ARGUMENT
-            self.moved[place] += _bytes(name, in_place, args, tensors_of(args), outputs)
+            self.moved[place, name] += _bytes(name, in_place, args, tensors_of(args), outputs)
         return out
 
     def _answer(
@@ -235,6 +238,8 @@ def _bytes(name: str, mutates: bool, args: tuple, inputs: list[Tensor], outputs:
         return one.nbytes if one.layout is torch.strided and one.is_cuda else 0
 
     read, written = sum(map(size, inputs)), sum(map(size, outputs))
+    if name in READS_NOTHING:
+        return written
     if name in ROWS_OF:
         places, ids = ROWS_OF[name]
         matrices = [args[place] for place in places]

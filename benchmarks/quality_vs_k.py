@@ -38,7 +38,6 @@ from glyph_task import load_task, load_teacher, student_trainer
 from hf_dis import SamplerSpec, make_sampler
 from hf_dis.items import Items
 from hf_dis.teacher.stream import LogitStream
-from hf_dis.teacher.targets import DEVICE_CHUNKS
 
 CLASSES = 3375
 
@@ -133,7 +132,7 @@ class TimedStream:
     def __init__(self, stream: LogitStream, watch: Stopwatch):
         self.stream, self.watch, self.milliseconds = stream, watch, 0.0
 
-    def __call__(self, inputs: dict[str, Tensor], items: Items, chunks: int = DEVICE_CHUNKS) -> Iterator[Tensor]:
+    def __call__(self, inputs: dict[str, Tensor], items: Items, chunks: int | None = None) -> Iterator[Tensor]:
         self.watch.start()
         for chunk in self.stream(inputs, items, chunks):
             self.milliseconds += self.watch.stop()

@@ -22,7 +22,7 @@ from hf_dis.errors import DataError, first_line
 from hf_dis.loss.exact_head import DEVICE_BLOCK_BYTES
 from hf_dis.models.head_search import find_heads
 from hf_dis.models.tasks import Task, find_task, num_outputs
-from hf_dis.teacher.targets import chunk_items
+from hf_dis.teacher.targets import KERNEL_CHUNKS, chunk_items
 
 # The mappings that a model without a named class is looked up in.
 MAPPINGS = (
@@ -37,7 +37,7 @@ PLAIN_BYTES, EXACT_BYTES, RANKED_BYTES, ROW_BYTES = 165, 16, 3, 28
 # values are for a block (with the teacher's), the teacher's ranked chunk, and the sampled logits.
 TENSOR_BYTES, BLOCK_HELD, CHUNK_HELD, SAMPLED_HELD = 20, 4, 4, 32
 # Kernels that a step launches: the exact step and each of its blocks, and the sampled step; and seconds of a launch.
-EXACT_LAUNCHES, BLOCK_LAUNCHES, SAMPLED_LAUNCHES, LAUNCH = 22, 6, 110, 5e-6
+EXACT_LAUNCHES, BLOCK_LAUNCHES, SAMPLED_LAUNCHES, LAUNCH = 22, 6, 100, 5e-6
 # Bytes of a parameter: in the models' type, as a gradient, in training (weight, gradient and AdamW's moments in
 # float32), and what AdamW reads and writes of it.
 WEIGHT, GRADIENT, TRAINED, STEPPED = 2, 4, 16, 28
@@ -322,7 +322,7 @@ def estimate_head(
     sampled_bytes = ranks_teacher * RANKED_BYTES * logits + ROW_BYTES * rows + GRADIENT * head
     plain_bytes = PLAIN_BYTES * logits + (WEIGHT + 2 * GRADIENT) * head
     launches, block = EXACT_LAUNCHES + blocks * BLOCK_LAUNCHES, min(logits, DEVICE_BLOCK_BYTES // WEIGHT)
-    chunk = min(num_items, chunk_items(num_items, num_classes, torch.device("cuda"))) * num_classes
+    chunk = min(num_items, chunk_items(num_items, num_classes, torch.device("cuda"), KERNEL_CHUNKS)) * num_classes
     held = ranks_teacher * CHUNK_HELD * chunk + SAMPLED_HELD * num_items * columns
     tensor = HeadCost(_seconds(device, flops, plain_bytes), TENSOR_BYTES * logits)
     in_blocks = HeadCost(_seconds(device, flops, block_bytes, launches), BLOCK_HELD * block)

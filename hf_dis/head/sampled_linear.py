@@ -53,8 +53,8 @@ def sampled_logits(
         ``[N, R + K_t]``, in the autocast type where autocast is on.
 
     Raises:
-        IndexError: if a class id is outside 0..C-1; on CPU only. Elsewhere torch asserts the range on the device, and
-            the kernels of Triton give NaN.
+        IndexError: if a class id is outside 0..C-1; on CPU only. Elsewhere torch asserts the range on the device, that
+            of an item's own classes not before backward. The kernels of Triton give NaN.
     """
     device, tail_ids = features.device.type, tail_ids[: max(1, len(features))]
     if torch.is_autocast_enabled(device):
@@ -95,9 +95,8 @@ class _SampledLinear(torch.autograd.Function):
     def forward(ctx, features, weight, bias, item_ids, tail_ids, row_sparse, updates):
         by_kernels = uses_triton(features.device)
         rows = _tail_rows(weight, tail_ids, features.dtype)
-        # Kept off the processor alone: a second gather costs an accelerator a launch.
-        on_cpu = features.device.type == "cpu" and not by_kernels
-        ctx.save_for_backward(features, weight, item_ids, tail_ids, None if on_cpu else rows)
+        # A second gather takes one kernel, or two launches of torch. Without kernels memory is scarcer.
+        ctx.save_for_backward(features, weight, item_ids, tail_ids, rows if by_kernels else None)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.row_sparse, ctx.updates = row_sparse, updates
         num_own = item_ids.shape[1]
@@ -173,7 +172,8 @@ class _Contributions(NamedTuple):
         num_items, num_columns = item_ids.shape
         by_tails = by_tail(tail_grad, len(tail_ids))
         of_tails = by_tails.mT @ by_tail(features, len(tail_ids))
-        vectors = torch.cat([features, of_tails.flatten(0, 1)]).to(dtype)
+        vectors = features.new_empty(num_items + tail_ids.numel(), features.shape[1], dtype=dtype)
+        torch.cat([features, of_tails.flatten(0, 1)], out=vectors)  # widens as it writes
         numbers = torch.arange(len(vectors), device=vectors.device)
         alone = item_grad.flatten()
         ones = alone.new_ones(tail_ids.numel(), dtype=dtype)
@@ -220,6 +220,9 @@ def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, out: Tens
         torch.sparse.sampled_addmm(places, features, weight.mT, beta=0, out=places)
         out.copy_(places.values().view(item_ids.shape))
         return
+    if features.is_cuda and _bags_take(features, weight):
+        out.copy_(_bag_products(features, weight, item_ids))
+        return
     wide = torch.promote_types(features.dtype, torch.float32)
     size = _gathered_items(len(item_ids), item_ids.shape[1] * weight.shape[1], features.device)
     products = features.new_empty(*item_ids.shape, 1, dtype=wide)
@@ -227,6 +230,23 @@ def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, out: Tens
     for ids, vectors, part in zip(*parts, strict=True):
         torch.bmm(F.embedding(ids, weight).to(wide), vectors, out=part)
     out.copy_(products[:, :, 0])
+
+
+def _bags_take(features: Tensor, weight: Tensor) -> bool:
+    """Returns True if :func:`_bag_products` sums in float32 or wider, and rounds no factor."""
+    # The kernel multiplies in the type of W before it adds.
+    is_wide = weight.dtype in (torch.float32, torch.float64)
+    return is_wide and torch.promote_types(features.dtype, weight.dtype) == weight.dtype
+
+
+def _bag_products(features: Tensor, weight: Tensor, item_ids: Tensor) -> Tensor:
+    """Computes ``h wᵀ`` of each item with its classes, ``[N, R]``, in the type of W; one kernel, and no gathered row.
+
+    The products are the gradient of ``embedding_bag`` on the weights of its entries. No class id is checked on a GPU.
+    """
+    bags = torch.arange(len(item_ids), device=item_ids.device)[:, None].expand_as(item_ids).flatten()
+    given = features.to(weight.dtype), weight, item_ids.flatten(), bags, bags  # the bag of an entry says it all
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(*given, mode=0).view(item_ids.shape)
 
 
 def _tail_rows(weight: Tensor, tail_ids: Tensor, dtype: torch.dtype) -> Tensor:

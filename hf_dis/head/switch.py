@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_dis.head.gathered import gathered
 from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.head.sharded import ShardedHead
 from hf_dis.head.tensor_parallel import own_rows
@@ -40,7 +41,7 @@ class _Sampled(NamedTuple):
     def __call__(self, layer: nn.Linear, features: Tensor) -> Tensor:
         leading = features.shape[:-1]
         if self.positions is not None:
-            features = features.reshape(-1, features.shape[-1])[self.positions]
+            features = gathered(features.reshape(-1, features.shape[-1]), self.positions)
         elif len(leading) == 2 and leading[0] == len(self.item_ids):
             # The model picks a position of each example after the head, so all positions compute its classes.
             return self._at_all_positions(layer, features)

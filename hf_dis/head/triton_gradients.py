@@ -44,12 +44,12 @@ class HeadGradients:
         updates: Updates | None,
     ):
         self._item_grad, self._tails = item_grad, by_tail(tail_grad, len(tail_ids))
-        of_tails = self._tails.mT @ by_tail(features, len(tail_ids))
-        self._vectors = torch.cat([features, of_tails.flatten(0, 1)])
+        self._features = features
+        self._of_tails = (self._tails.mT @ by_tail(features, len(tail_ids))).flatten(0, 1)
         in_order, self._order = torch.cat([item_ids.flatten(), tail_ids.flatten()]).sort(stable=True)
-        number, self._wide = len(in_order), sum_dtype(self._vectors)
+        number, self._wide = len(in_order), sum_dtype(features)
         self._is_sampled = updates is not None and updates.number < number
-        lengths = torch.linalg.vector_norm(self._vectors, dim=1, dtype=self._wide) if self._is_sampled else None
+        lengths = self._lengths() if self._is_sampled else None
         self._which, self._scales, sizes = sorted_contributions(self._order, item_grad, lengths, self._wide)
         self._count = is_first(in_order).cumsum(0)
         self._kept = self._weights = None
@@ -71,8 +71,9 @@ class HeadGradients:
 
     def weight(self, weight: Tensor, sparse: bool) -> Tensor:
         """Computes the weight's gradient: a coalesced sparse COO tensor, or dense and zero elsewhere."""
-        given = self._vectors, self._which, self._scales, self._starts, weight.dtype
-        return self._gradient(segment_rows(*given, self._kept, self._weights), weight.shape, sparse)
+        given = self._features, self._which, self._scales, self._starts, weight.dtype
+        rows = segment_rows(*given, self._kept, self._weights, self._of_tails)
+        return self._gradient(rows, weight.shape, sparse)
 
     def bias(self, num_classes: int, dtype: torch.dtype, sparse: bool) -> Tensor:
         """Computes the bias's gradient, ``[C]``; terms are summed in float32 or wider."""
@@ -83,6 +84,14 @@ class HeadGradients:
         is_whole = self._kept is None
         rows = sums[: len(self.ids)] if is_whole else sums.index_select(0, self._kept) * self._weights
         return self._gradient(rows.to(dtype), torch.Size([num_classes]), sparse)
+
+    def _lengths(self) -> Tensor:
+        """The length of each vector that contributions are multiples of: the items' features, then the tails' sums."""
+        lengths = self._features.new_empty(len(self._features) + len(self._of_tails), dtype=self._wide)
+        parts = lengths.tensor_split([len(self._features)])
+        for vectors, out in zip((self._features, self._of_tails), parts, strict=True):
+            torch.linalg.vector_norm(vectors, dim=1, dtype=self._wide, out=out)
+        return lengths
 
     def _gradient(self, rows: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
         if sparse:

@@ -144,19 +144,29 @@ class Answers(NamedTuple):
             mass: summed over the counted items, ``[C]``.
             parts: the chunks that the answers were joined from.
         """
-        first_item = 0
-        alike: dict[float, list[slice]] = {}  # most chunks are of one size
-        for part in parts:
-            last_item = first_item + len(part.log_normaliser)
-            alike.setdefault(part.items_per_counted, []).append(slice(first_item, last_item, part.counted.step))
-            first_item = last_item
-        for items_per_counted, counted in alike.items():
+        for items_per_counted, counted in _counted(parts).items():
             ids, probs = (_cat([values[items] for items in counted]) for values in (self.ids, self.log_probs))
             given = ids.flatten(), probs.exp().flatten()
             # The mass of a single chunk is kept by its targets.
             add = mass.index_add_ if len(parts) > 1 else mass.index_add
             mass = add(0, *given, alpha=-items_per_counted)
         return mass.clamp_min_(0)
+
+
+def _counted(parts: Sequence[Logits]) -> dict[float, list[slice]]:
+    """The counted items of all chunks, by the items that each stands for; most chunks have the same size."""
+    first_item, alike = 0, {}
+    for part in parts:
+        here = slice(first_item, first_item + len(part.log_normaliser), part.counted.step)
+        slices = alike.setdefault(part.items_per_counted, [])
+        before = slices.pop() if slices else here
+        follows = before.stop == here.start and before.step == here.step
+        if follows and (here.start - before.start) % here.step == 0:
+            slices.append(slice(before.start, here.stop, here.step))  # the same items, and nothing to join
+        else:
+            slices += [before, here] if before is not here else [here]
+        first_item = here.stop
+    return alike
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:

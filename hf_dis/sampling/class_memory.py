@@ -128,7 +128,7 @@ class ClassMemory:
         num_items = statistics["items"] + statistics["not_finite"]
         marginal = (mass / num_items.clamp_min(1)).float()
         marginal = torch.where(marginal < torch.inf, marginal, self.marginal)  # masses are not negative
-        self.marginal.lerp_(marginal, (1 - self.decay) * (num_items > 0))  # a step without an item changes nothing
+        self.marginal.lerp_(marginal, num_items.clamp(max=1 - self.decay))  # a step without an item changes nothing
 
     def state_dict(self) -> dict[str, Tensor]:
         """Both running means."""
@@ -154,7 +154,7 @@ def _tail_sums(signal: Tensor, outside_top: Tensor, finite: Tensor | None, num_t
 
         return tail_sums(signal, outside_top, finite, num_tails)
     met = outside_top if finite is None else outside_top & finite[:, None]
-    squared = signal.square().masked_fill(~met, 0)
+    squared = signal.square().masked_fill_(~met, 0)
     sums = torch.empty(2, num_tails, signal.shape[1], dtype=torch.float32, device=signal.device)
     for values, total in zip((squared, met), sums, strict=True):
         torch.sum(by_tail(values, num_tails), 1, dtype=torch.float32, out=total)

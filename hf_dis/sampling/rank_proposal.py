@@ -98,7 +98,7 @@ class RankProposal:
             state = self.squared_signal, self.observed, self.weights, self._masses, self._uniform, self.bin_sizes
             step_ranks(statistics["rank_squared"], items, *state, 1 - self.decay)
             return
-        renewal = (1 - self.decay) * (items > 0)  # a batch without a supervised token has no item
+        renewal = items.clamp(max=1 - self.decay)  # a batch without a supervised token has no item
         self.squared_signal.lerp_(statistics["rank_squared"] / (items.clamp_min(1) * self.bin_sizes), renewal)
         self.observed.lerp_(self._one, renewal)
         wanted = self.bin_sizes * self.profile()

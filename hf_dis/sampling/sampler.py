@@ -142,13 +142,13 @@ class ClassSampler:
         """The same sample by kernels, which make all columns of an item at a time."""
         from hf_dis.sampling.triton_assembly import assemble, rank_inclusion
 
-        density = self.proposal.rank_density(answers)
-        inclusion = rank_inclusion(density.view(-1, density.shape[-1]), self.num_sampled)
-        if self._samples_all_ranks:  # from any start; the generator is left as without kernels
-            starts = density.new_zeros(len(answers.ids), 1)
+        if self._samples_all_ranks:  # the generator is left as without kernels
+            ranks = None, None, None
         else:
+            density = self.proposal.rank_density(answers)
             starts = systematic_starts(len(answers.ids), self.num_sampled, self.generator, density.device)
-        given = answers.ids, answers.columns, *tails, *inclusion, starts, labels
+            ranks = *rank_inclusion(density.view(-1, density.shape[-1]), self.num_sampled), starts
+        given = answers.ids, answers.columns, *tails, *ranks, labels
         names = ("item_ids", "log_weights", "certain", "log_probs", "target", "ranks", "rank_weights", "outside_top")
         columns = zip(names, assemble(*given, self.num_sampled), strict=True)
         others = {"class_mass": class_mass, "has_label": labels is not None, "with_replacement": False}

@@ -140,8 +140,8 @@ def assemble_kernel(
     ids, log_probs, tail_ids, inclusion, expected, cumulative, starts, labels,
     item_ids, log_weights, certain, out_log_probs, target, ranks, rank_weights, outside_top,
     depth, num_sampled, num_shared, num_tails, ids_stride, log_probs_stride, density_stride,
-    HAS_LABEL: tl.constexpr, STEPS: tl.constexpr, BLOCK_RANKS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_LABEL: tl.constexpr, ALL_RANKS: tl.constexpr, STEPS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program makes the columns of an item: K ranks, the label, and the tail."""
     dtype: tl.constexpr = target.dtype.element_ty
@@ -163,8 +163,12 @@ def assemble_kernel(
 
     k = tl.arange(0, BLOCK_RANKS)
     used = k < num_sampled
-    row = item * density_stride
-    rank, chance = _ranks(expected + row, cumulative + row, tl.load(starts + item) + k, depth, STEPS)
+    if ALL_RANKS:
+        rank = tl.minimum(k, depth - 1)
+        chance = tl.full((BLOCK_RANKS,), 1, dtype)
+    else:
+        row = item * density_stride
+        rank, chance = _ranks(expected + row, cumulative + row, tl.load(starts + item) + k, depth, STEPS)
     own = tl.load(ids + rank)
     log_prob = tl.load(log_probs + rank)
     log_weight = -tl.log(chance).to(dtype)
@@ -235,9 +239,9 @@ def assemble(
     log_probs: Tensor,
     tail_ids: Tensor,
     inclusion: Tensor,
-    expected: Tensor,
-    cumulative: Tensor,
-    starts: Tensor,
+    expected: Tensor | None,
+    cumulative: Tensor | None,
+    starts: Tensor | None,
     labels: Tensor | None,
     num_sampled: int,
 ) -> Columns:
@@ -248,8 +252,9 @@ def assemble(
         log_probs: log-probabilities of these classes, of the item's tail, and of the label if there are labels,
             ``[N, m + K_t]`` or ``[N, m + K_t + 1]``, float32 or wider.
         tail_ids, inclusion: the classes of each tail and their π, ``[G, K_t]``.
-        expected, cumulative: of :func:`rank_inclusion`, for all items or for each: ``[1, m]`` or ``[N, m]``.
-        starts: of the systematic samples, within [0, 1), ``[N]``.
+        expected, cumulative: of :func:`rank_inclusion`, for all items or for each: ``[1, m]`` or ``[N, m]``; None: all
+            ranks are sampled, each with certainty.
+        starts: of the systematic samples, within [0, 1), ``[N]``; None: all ranks are sampled.
         labels: class ids ``[N]``.
         num_sampled: K.
 
@@ -261,7 +266,8 @@ def assemble(
     columns = _columns(ids, log_probs, tail_ids, labels, num_sampled)
     depth, (num_tails, num_shared) = ids.shape[1], tail_ids.shape
     by_bytes = (one.view(torch.uint8) if one.dtype == torch.bool else one for one in columns)
-    strides = ids.stride(0), log_probs.stride(0), expected.stride(0) if len(expected) > 1 else 0
+    takes_all = expected is None
+    strides = ids.stride(0), log_probs.stride(0), 0 if takes_all or len(expected) == 1 else expected.stride(0)
     given = tail_ids.contiguous(), inclusion.contiguous(), expected, cumulative, starts, labels
     blocks = {"BLOCK_RANKS": block_size(num_sampled, 2**20), "BLOCK_DEPTH": block_size(depth, 2**20)}
     with torch.cuda.device_of(ids):
@@ -276,6 +282,7 @@ def assemble(
             num_tails,
             *strides,
             HAS_LABEL=labels is not None,
+            ALL_RANKS=takes_all,
             STEPS=depth.bit_length() + 1,
             BLOCK=block_size(num_shared, BLOCK),
             **blocks,

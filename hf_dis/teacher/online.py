@@ -17,7 +17,6 @@ from hf_dis.teacher.stream import LogitStream
 from hf_dis.teacher.targets import (
     ALL_CLASSES_CHUNKS,
     BLOCKS_OF_CHUNK,
-    DEVICE_CHUNKS,
     TeacherTargets,
     check_support,
     check_teacher_logits,
@@ -58,7 +57,7 @@ class OnlineTeacher:
     def __call__(self, inputs: dict[str, Tensor], items: Items, check_values: bool = True) -> Iterator[TeacherTargets]:
         """Yields the ranked targets of each chunk of items, in order; takes the arguments of :meth:`all_classes`."""
         # map keeps no chunk while the next one is computed, as the variable of a loop would.
-        return map(partial(self._rank, len(items)), self._logits(inputs, items, check_values, DEVICE_CHUNKS))
+        return map(partial(self._rank, len(items)), self._logits(inputs, items, check_values))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -98,7 +97,9 @@ class OnlineTeacher:
         """
         return self._logits(inputs, items, check_values, ALL_CLASSES_CHUNKS)
 
-    def _logits(self, inputs: dict[str, Tensor], items: Items, check_values: bool, chunks: int) -> Iterator[Tensor]:
+    def _logits(
+        self, inputs: dict[str, Tensor], items: Items, check_values: bool, chunks: int | None = None
+    ) -> Iterator[Tensor]:
         first_item = 0
         for logits in self.stream(inputs, items, chunks):
             check_teacher_logits(logits, self.num_outputs, first_item, check_values)

@@ -61,9 +61,7 @@ class LogitStream:
         return AfterHead.of(base_model(self.model))
 
     @torch.no_grad()
-    def __call__(
-        self, inputs: dict[str, Tensor], items: Items, chunks: int = targets.DEVICE_CHUNKS
-    ) -> Iterator[Tensor]:
+    def __call__(self, inputs: dict[str, Tensor], items: Items, chunks: int | None = None) -> Iterator[Tensor]:
         """Yields the logits of the items in order, ``[n, C]`` per chunk; without items one empty chunk.
 
         Args:
@@ -98,13 +96,14 @@ class LogitStream:
                 features = features.to(product_type(features))  # once, where autocast would cast each chunk
         return features
 
-    def items_of_chunk(self, num_items: int, device: torch.device, chunks: int = targets.DEVICE_CHUNKS) -> int:
+    def items_of_chunk(self, num_items: int, device: torch.device, chunks: int | None = None) -> int:
         """Counts the items of a chunk.
 
         Args:
             num_items: of the batch.
             device: of the logits.
-            chunks: the most of them on an accelerator, where the number of items per chunk is not set.
+            chunks: the most of them on an accelerator, where the number of items per chunk is not set; None: as for
+                :func:`hf_dis.teacher.targets.chunk_items`.
         """
         return self.chunk_items or targets.chunk_items(num_items, self.num_outputs, device, chunks)
 
@@ -135,7 +134,7 @@ class LogitStream:
             logits = self.after_head(functional_call(self._head, weights, here) if weights else self._head(here))
         return logits.to(features.device)
 
-    def _by_examples(self, inputs: dict[str, Tensor], items: Items, chunks: int) -> Iterator[Tensor]:
+    def _by_examples(self, inputs: dict[str, Tensor], items: Items, chunks: int | None) -> Iterator[Tensor]:
         num_answers = items.num_examples * items.length
         chunk_examples = max(1, self.items_of_chunk(num_answers, _device(inputs), chunks) // items.length)
         first_position = 0

@@ -18,7 +18,8 @@ BLOCK_ELEMENTS = 2**18
 
 # Elsewhere the number of parts is fixed, so that launches do not grow with the work, between the least and the most
 # elements of a part. 2^26 elements keep a device busy; 2^30 are 2 GiB in bfloat16.
-DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK = 6, 14, 2
+# Kernels hold little beside the logits of a chunk, so that fewer chunks need no more memory.
+DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK, KERNEL_CHUNKS = 6, 15, 2, 5
 # Chunks for a loss on all classes, which holds a block of the student's logits beside each.
 ALL_CLASSES_CHUNKS = 8
 LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**30
@@ -49,7 +50,7 @@ def block_items(values: Tensor, blocks: int = DEVICE_BLOCKS) -> int:
     return _part(num_items, num_classes, blocks)
 
 
-def chunk_items(num_items: int, num_classes: int, device: torch.device, chunks: int = DEVICE_CHUNKS) -> int:
+def chunk_items(num_items: int, num_classes: int, device: torch.device, chunks: int | None = None) -> int:
     """Counts the items of a chunk of logits that exist at a time.
 
     On a CPU a chunk has 2^24 logits. Elsewhere their number has a bound up to a size of 2^30.
@@ -58,10 +59,12 @@ def chunk_items(num_items: int, num_classes: int, device: torch.device, chunks: 
         num_items: N.
         num_classes: C.
         device: of the logits.
-        chunks: the most of them on an accelerator.
+        chunks: the most of them on an accelerator; None: as many as suit a device with or without kernels.
     """
     if device.type == "cpu":
         return max(1, CHUNK_ELEMENTS // num_classes)
+    if chunks is None:
+        chunks = KERNEL_CHUNKS if uses_triton(device) else DEVICE_CHUNKS
     return -(-_part(num_items, num_classes, chunks) // ITEMS_OF_CHUNK) * ITEMS_OF_CHUNK
 
 

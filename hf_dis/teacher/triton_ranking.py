@@ -11,6 +11,10 @@ from hf_dis.kernels import block_size, sum_dtype, unit_columns
 from hf_dis.teacher.triton_normaliser import BLOCK as NORMALISER_BLOCK
 from hf_dis.teacher.triton_normaliser import log_normaliser_kernel
 
+# Programs that share the items of a chunk. Each needs memory for the maxima of one item, an eighth of its logits. An
+# H100 runs four of these programs on each multiprocessor at a time.
+PROGRAMS = 512
+
 
 @triton.jit
 def rank_kernel(
@@ -104,21 +108,38 @@ def answers_kernel(
 @triton.jit
 def item_kernel(
     logits, log_normaliser, maxima, best, top, ids, tail_ids, labels, out,
-    num_classes, num_grouped, num_groups, depth, num_shared, num_tails, first_item, stride, temperature: tl.float64,
+    num_items, num_classes, num_grouped, num_groups, depth, num_shared, num_tails, first_item, stride,
+    temperature: tl.float64,
     GROUP: tl.constexpr, HAS_LABEL: tl.constexpr, LOWEST_BIT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_RANKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A program runs the kernels of an item in turn; each reads what the one before has written."""
-    log_normaliser_kernel(logits, log_normaliser, maxima, num_classes, num_grouped, stride, temperature, GROUP, BLOCK)
-    tl.debug_barrier()  # all threads of the program see what one of them wrote
-    best_kernel(maxima, best, num_groups, depth, num_groups, LOWEST_BIT, BLOCK_GROUPS)
-    tl.debug_barrier()
-    rank_kernel(logits, best, top, ids, num_classes, num_groups, depth, stride, GROUP, BLOCK_RANKS)
-    tl.debug_barrier()
-    answers_kernel(
-        logits, top, log_normaliser, tail_ids, labels, out, depth, num_shared, num_tails, first_item,
-        stride, depth, temperature, HAS_LABEL, BLOCK_COLUMNS,
-    )  # fmt: skip
+    """A program runs the kernels of an item in turn, item by item; each reads what the one before has written.
+
+    The kernels find their item by the number of the program. So all pointers but those to a program's own memory,
+    ``maxima`` and ``best``, move on by the number of programs.
+    """
+    step = tl.cast(tl.num_programs(0), tl.int64)
+    width = depth + num_shared + (1 if HAS_LABEL else 0)
+    first = tl.cast(first_item, tl.int64)
+    for _ in range(0, tl.cdiv(num_items - tl.program_id(0), tl.num_programs(0))):
+        log_normaliser_kernel(
+            logits, log_normaliser, maxima, num_classes, num_grouped, stride, temperature, GROUP, BLOCK
+        )
+        tl.debug_barrier()  # all threads of the program see what one of them wrote
+        best_kernel(maxima, best, num_groups, depth, num_groups, LOWEST_BIT, BLOCK_GROUPS)
+        tl.debug_barrier()
+        rank_kernel(logits, best, top, ids, num_classes, num_groups, depth, stride, GROUP, BLOCK_RANKS)
+        tl.debug_barrier()
+        answers_kernel(
+            logits, top, log_normaliser, tail_ids, labels, out, depth, num_shared, num_tails, first,
+            stride, depth, temperature, HAS_LABEL, BLOCK_COLUMNS,
+        )  # fmt: skip
+        logits += step * stride
+        log_normaliser += step
+        top += step * depth
+        ids += step * depth
+        out += step * width
+        first += step
 
 
 # The bits of a float32 below which a number of a narrower type has none.
@@ -241,14 +262,16 @@ def answers_of_items(
         tail_ids, labels, first_item: as for :func:`answers_at`.
 
     Returns:
-        log Σ exp(logit / τ), ``[n, 1]``; the maxima of the groups, ``[n, G]``, and the best groups, ``[n, m]``; the
-        highest logits and their class ids, ``[n, m]`` each; and the log-probabilities of :func:`answers_at`.
+        log Σ exp(logit / τ), ``[n, 1]``; the maxima of the groups, ``[p, G]``, and the best groups, ``[p, m]``; the
+        highest logits and their class ids, ``[n, m]`` each; and the log-probabilities of :func:`answers_at`. Maxima
+        and best groups are those of the last item of each of p programs.
     """
     logits = unit_columns(logits)
     results = _item_results(logits, depth, group, tail_ids, labels)
     log_normaliser, maxima, best, top, ids, out = results
     num_classes, num_groups = logits.shape[1], maxima.shape[1]
-    sizes = num_classes, num_groups * group, num_groups, depth, tail_ids.shape[1], len(tail_ids), first_item
+    shared = tail_ids.shape[1], len(tail_ids), first_item
+    sizes = len(logits), num_classes, num_groups * group, num_groups, depth, *shared
     blocks = {
         "BLOCK": NORMALISER_BLOCK,
         "BLOCK_GROUPS": block_size(num_groups, 4096),
@@ -256,7 +279,7 @@ def answers_of_items(
         "BLOCK_COLUMNS": 1024,
     }
     with torch.cuda.device_of(logits):
-        item_kernel[(len(logits),)](
+        item_kernel[(len(maxima),)](
             logits,
             log_normaliser,
             maxima,
@@ -288,6 +311,7 @@ def _item_results(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     number, wide = len(logits), sum_dtype(logits)
     top = logits.new_empty(number, depth)
-    best, ids = (torch.empty_like(top, dtype=torch.long) for _ in range(2))
-    maxima = logits.new_empty(number, logits.shape[1] // group)
+    ids = torch.empty_like(top, dtype=torch.long)
+    maxima = logits.new_empty(min(number, PROGRAMS), logits.shape[1] // group)
+    best = ids.new_empty(len(maxima), depth)
     return logits.new_empty(number, 1, dtype=wide), maxima, best, top, ids, _answers(logits, top, tail_ids, labels)

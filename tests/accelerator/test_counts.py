@@ -15,22 +15,22 @@ from hf_dis.sampling import sampler as sampling
 
 # Launches of a step, with torch alone and with Triton's kernels: a change that needs more has to say so here.
 LAUNCHES = {
-    ("lm", "given"): (355, 70),
-    ("lm", "cached"): (315, 80),
-    ("lm", "online"): (460, 110),
-    ("classifier", "given"): (415, 75),
+    ("lm", "given"): (350, 65),
+    ("lm", "cached"): (305, 75),
+    ("lm", "online"): (450, 100),
+    ("classifier", "given"): (417, 75),
     ("classifier", "cached"): (345, 80),
-    ("classifier", "online"): (490, 115),
+    ("classifier", "online"): (490, 103),
 }
 # Gigabytes beyond inputs, weights and the gradient of W, with Triton's kernels, and gigabytes moved before the
 # optimizer's step.
 GIGABYTES = {
-    ("lm", "given"): (0.36, 8.6),
-    ("lm", "cached"): (0.28, 7.0),
-    ("lm", "online"): (0.55, 16.4),
-    ("classifier", "given"): (0.3, 3.1),
+    ("lm", "given"): (0.36, 8.0),
+    ("lm", "cached"): (0.25, 6.0),
+    ("lm", "online"): (0.6, 14.5),
+    ("classifier", "given"): (0.15, 3.0),
     ("classifier", "cached"): (0.05, 0.8),
-    ("classifier", "online"): (0.45, 12),
+    ("classifier", "online"): (0.5, 10.5),
 }
 # Of a step on all classes with Triton's kernels: launches, gigabytes beyond the gradient of W, and gigabytes moved.
 EXACT = {
@@ -40,6 +40,15 @@ EXACT = {
     ("classifier", "given"): (70, 1.35, 68),
     ("classifier", "cached"): (85, 1.35, 64),
     ("classifier", "online"): (115, 1.6, 78),
+}
+# Gigabytes beyond inputs, weights and the gradient of W, with torch alone.
+PLAIN_PEAK = {
+    ("lm", "given"): 0.4,
+    ("lm", "cached"): 0.4,
+    ("lm", "online"): 0.9,
+    ("classifier", "given"): 0.3,
+    ("classifier", "cached"): 0.05,
+    ("classifier", "online"): 0.75,
 }
 WAITS = 1  # for the number of distinct classes
 
@@ -54,6 +63,8 @@ def test_launches_and_waits(shape, targets, kernels):
     if kernels == "triton":
         peak, moved = GIGABYTES[shape, targets]
         assert record["peak_gb"] <= peak and record["moved_gb"] <= moved
+    else:
+        assert record["peak_gb"] <= PLAIN_PEAK[shape, targets]
 
 
 @pytest.mark.parametrize("targets", TARGETS_KINDS)

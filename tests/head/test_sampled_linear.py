@@ -101,6 +101,25 @@ def test_no_gather_exceeds_the_chunk(dtype, monkeypatch):
     assert largest.elements <= (64 + 3) * 32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_products_of_a_gpu_are_those_of_gathered_rows(dtype):
+    """Classes may repeat in an item; features of a narrower type than W are widened."""
+    features, weight, _ = random_inputs()
+    features, weight = features.to(dtype), weight.to(torch.promote_types(dtype, torch.float32))
+    item_ids = torch.tensor([[0, 10, 10], [4, 4, 4], [7, 2, 0]])
+    found = sampled_linear._bag_products(features, weight, item_ids)
+    assert found.dtype == weight.dtype
+    torch.testing.assert_close(found, (weight[item_ids] * features[:, None].to(weight.dtype)).sum(2))
+
+
+@pytest.mark.parametrize("features", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_products_of_a_gpu_round_no_factor(features, weight):
+    takes = sampled_linear._bags_take(torch.empty(1, 1, dtype=features), torch.empty(1, 1, dtype=weight))
+    wide = torch.promote_types(features, torch.float32)
+    assert takes == (weight == torch.promote_types(wide, weight))
+
+
 # bfloat16 throughout: a running sum of equal terms stops growing at 256 of them
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}

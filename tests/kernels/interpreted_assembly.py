@@ -126,8 +126,14 @@ def test_the_best_places_are_those_of_topk(width, depth, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize(("num_classes", "depth", "num_shared"), [(203, 12, 30), (48, 1, 5)])
-def test_all_answers_of_an_item_are_those_of_the_single_kernels(num_classes, depth, num_shared, labelled, dtype):
+@pytest.mark.parametrize(
+    ("num_classes", "depth", "num_shared", "programs"), [(203, 12, 30, 512), (48, 1, 5, 512), (203, 12, 30, 2)]
+)
+def test_all_answers_of_an_item_are_those_of_the_single_kernels(
+    num_classes, depth, num_shared, programs, labelled, dtype, monkeypatch
+):
+    """Two programs take the five items in turn."""
+    monkeypatch.setattr(triton_ranking, "PROGRAMS", programs)
     wider = torch.randn(5, num_classes + 3).to(dtype)
     logits, first_item = wider[:, 1:-2], 3
     logits[0, ::3] = -torch.inf
@@ -136,9 +142,11 @@ def test_all_answers_of_an_item_are_those_of_the_single_kernels(num_classes, dep
     given = tails, labels, first_item
     normaliser, maxima, best, *ranked, columns = triton_ranking.answers_of_items(logits, 0.7, depth, 8, *given)
     expected, of_groups = log_normaliser(logits, 0.7, num_classes // 8, 8)
-    assert torch.equal(normaliser, expected) and torch.equal(maxima, of_groups)
-    assert torch.equal(best, triton_ranking.best_places(maxima, depth))
-    for found, single in zip(ranked, triton_ranking.rank_groups(logits, best, num_classes // 8, 8), strict=True):
+    last = [4, 3] if programs == 2 else range(5)
+    places = triton_ranking.best_places(of_groups, depth)
+    assert torch.equal(normaliser, expected) and torch.equal(maxima, of_groups[last])
+    assert torch.equal(best, places[last])
+    for found, single in zip(ranked, triton_ranking.rank_groups(logits, places, num_classes // 8, 8), strict=True):
         assert torch.equal(found, single)
     assert torch.equal(columns, triton_ranking.answers_at(logits, ranked[0], normaliser, *given, 0.7))
 
@@ -164,3 +172,4 @@ def test_the_operations_are_well_formed():
         columns = triton_ranking.answers_at(logits, logits[:, :3], normaliser, tails, given, 0, 2.0)
         expected = kernels.rank_inclusion(density, 2)
         opcheck(kernels.assemble, (ids, columns, tails, inclusion, *expected, starts, given, 2))
+        opcheck(kernels.assemble, (ids, columns, tails, inclusion, None, None, None, given, 3))

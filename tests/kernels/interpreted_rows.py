@@ -94,6 +94,14 @@ def test_types_may_differ_and_memory_may_be_strided():
     assert torch.equal(segment_rows(apart.T.contiguous().T, which, scales, starts, torch.float32), found)
 
 
+@pytest.mark.parametrize("first", [0, 4, 9])
+def test_vectors_may_lie_in_two_tensors(first):
+    vectors, which, scales, starts = case([3, 70, 0, 128])
+    apart = torch.cat([vectors[first:]] * 2, 1)[:, 5:]
+    found = segment_rows(vectors[:first], which, scales, starts, torch.float32, others=apart)
+    assert torch.equal(found, segment_rows(vectors, which, scales, starts, torch.float32))
+
+
 def test_a_hot_class_is_summed_in_float32():
     """1,024 terms of 1e-3: a sum of bfloat16 stops at 0.5."""
     vectors = torch.ones(1, 3, dtype=torch.bfloat16)

@@ -19,11 +19,12 @@ NAMES = {
 }  # fmt: skip
 PRODUCTS = {"BLOCK_IDS": 32, "BLOCK_WIDTH": 128}
 ROWS = {"PIECE": 64, "BLOCK": 4, "BLOCK_WIDTH": 512}
+OTHERS, ALONE = {"HAS_OTHERS": True}, {"HAS_KEPT": False, "HAS_OTHERS": False}
 NORMALISER = {"GROUP": 8, "BLOCK": 8192}
 MASS = {"BLOCK_ITEMS": 16, "BLOCK_CLASSES": 256}
 STEP = {"BLOCK_ROWS": 2, "BLOCK_WIDTH": 512}
 WIDE = {"WIDE": triton.language.float32}
-ASSEMBLY = {"HAS_LABEL": True, "STEPS": 6, "BLOCK_RANKS": 32, "BLOCK_DEPTH": 64, "BLOCK": 512}
+ASSEMBLY = {"HAS_LABEL": True, "ALL_RANKS": False, "STEPS": 6, "BLOCK_RANKS": 32, "BLOCK_DEPTH": 64, "BLOCK": 512}
 INCLUSION = {"STEPS": 4, "BLOCK": 4096}
 PARTS = {"HAS_CAP": True, "PART": 2**15, "BLOCK": 4096}
 TERMS = {"HARD": 2} | PARTS | {"BLOCK_PARTS": 32, "BLOCK_STORED": 32}
@@ -46,8 +47,14 @@ CASES = {
     "rows": (triton_products.rows_kernel, ["flb", "bll"], "iiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
     "normaliser": (triton_normaliser.log_normaliser_kernel, ["bfb", "fff", "hfh", "ddd"], "iiin", NORMALISER),
     "mass": (triton_normaliser.class_mass_kernel, ["bfff", "ffff", "hfff"], "iiiinn", {"HAS_ADDED": True} | MASS),
-    "pieces": (triton_rows.pieces_kernel, ["flflf", "blblf", "blflf"], "iii", ROWS),
-    "segments": (triton_rows.segments_kernel, ["flflflff", "blflflfb", "blflfldf"], "ii", {"HAS_KEPT": True} | ROWS),
+    "pieces": (triton_rows.pieces_kernel, ["fflflf", "bblblf", "bblflf"], "iiiii", OTHERS | ROWS),
+    "segments": (
+        triton_rows.segments_kernel,
+        ["fflflflff", "bblflflfb", "bblflfldf"],
+        "iiii",
+        {"HAS_KEPT": True} | OTHERS | ROWS,
+    ),
+    "segments of one tensor": (triton_rows.segments_kernel, ["b-lfl" + "f--b"], "iiii", ALONE | ROWS),
     "factors": (triton_adamw.row_factors_kernel, ["fddlffff"], "innnnnnn", {"BLOCK": 256}),
     "step": (triton_adamw.step_kernel, ["ffflfffff", "bbblbffff"], "iinn", STEP),
     "divergence": (triton_sampled.forward_kl_kernel, ["ffffffff", "bfffffff"], "iiiiin", {"BLOCK": 1024}),
@@ -74,7 +81,7 @@ CASES = {
     "answers of items": (
         triton_ranking.item_kernel,
         ["bfblbl" + "llf", "ffflfl" + "llf", "hfhlhl" + "llf"],
-        "iiiiiiiin",
+        "iiiiiiiiin",
         {"GROUP": 8, "HAS_LABEL": True, "LOWEST_BIT": 0, "BLOCK": 8192, "BLOCK_GROUPS": 4096, "BLOCK_RANKS": 512}
         | {"BLOCK_COLUMNS": 1024},
     ),
@@ -88,6 +95,12 @@ CASES = {
     ),
     "inclusion": (triton_assembly.inclusion_kernel, ["ddd"], "iii", {"BLOCK": 64}),
     "sample": (triton_assembly.assemble_kernel, ["lfldddd" + "llfufflfu"], "iiiiiii", ASSEMBLY),
+    "sample of all ranks": (
+        triton_assembly.assemble_kernel,
+        ["lfld---" + "llfufflfu"],
+        "iiiiiii",
+        ASSEMBLY | {"ALL_RANKS": True},
+    ),
     "class sums": (triton_tails.class_sums_kernel, ["ffd"], "i", {"BLOCK": 4096}),
     "class density": (triton_tails.class_density_kernel, ["ffdd"], "iinnn", {"BLOCK": 4096, "BLOCK_SUMS": 64}),
     "tail scale": (triton_tails.tail_scale_kernel, ["ddd"], "iin", {"BLOCK": 1024}),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_dis import SamplerSpec, make_sampler
-from hf_dis.loss.divergence import exact_forward_kl, mix, sampled_forward_kl, sparse_forward_kl
+from hf_dis.loss.divergence import FORWARD_KL, exact_forward_kl, mix, sampled_forward_kl, sparse_forward_kl
 from hf_dis.teacher.targets import TeacherTargets
 
 
@@ -103,3 +103,12 @@ def test_mix():
     kd, ce = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
     torch.testing.assert_close(mix(kd, ce, 0.25), torch.tensor([1.5, 3.0]))
     assert torch.equal(mix(kd, None, 0.25), kd)
+
+
+def test_stored_targets_in_float32_do_not_narrow_the_loss_of_a_wider_student():
+    logits, target = torch.randn(3, 5, dtype=torch.float64), torch.rand(3, 5).softmax(1)
+    given = torch.zeros(3, 5), target.log(), target
+    results = FORWARD_KL.results(logits, *given, 2.0)
+    assert all(result.dtype == torch.float64 for result in results)
+    expected = FORWARD_KL.results(logits, *(values.double() for values in given), 2.0)[0]
+    torch.testing.assert_close(results[0], expected, rtol=1e-14, atol=0)
