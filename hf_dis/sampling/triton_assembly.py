@@ -146,15 +146,13 @@ def assemble_kernel(
     """A program makes the columns of an item: K ranks, the label, and the tail."""
     dtype: tl.constexpr = target.dtype.element_ty
     item = tl.program_id(0).to(tl.int64)
-    ids += item * ids_stride
-    log_probs += item * log_probs_stride
+    ids, log_probs = ids + item * ids_stride, log_probs + item * log_probs_stride
     tail_ids += item % num_tails * num_shared
     inclusion += item % num_tails * num_shared
     num_own = num_sampled + (1 if HAS_LABEL else 0)
     first = item * (num_own + num_shared)
 
-    label = tl.full((), -1, tl.int64)
-    label_prob = tl.full((), 0, dtype)
+    label, label_prob = tl.full((), -1, tl.int64), tl.full((), 0, dtype)
     if HAS_LABEL:
         label = tl.load(labels + item)
         label_log_prob = tl.load(log_probs + depth + num_shared)
@@ -177,8 +175,7 @@ def assemble_kernel(
     if HAS_LABEL:
         log_weight = tl.where(own == label, float("-inf"), log_weight)
     is_certain = used & (chance >= 1)
-    no_peak = tl.full((), float("-inf"), dtype)
-    zero = tl.full((), 0, dtype)
+    no_peak, zero = tl.full((), float("-inf"), dtype), tl.full((), 0, dtype)
     weighted = tl.where(used, log_prob + log_weight, float("-inf"))
     wanted = _ranked_target(no_peak, zero, weighted, is_certain, mass)
 
