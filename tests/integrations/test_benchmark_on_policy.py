@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import chats
@@ -42,6 +43,21 @@ def test_a_call_goes_on_with_the_records_of_another(monkeypatch, tmp_path, capsy
         (method, seed, "cpu") for seed in (0, 1) for method in ("exact", "dis")
     ]
     assert "| jsd | x4 | dis | 2 | 0.350 | 0.300 to 0.400 | 0.200 | -2.000 |" in capsys.readouterr().out
+
+
+def test_the_page_has_the_table_of_the_records(capsys):
+    root = Path(__file__).parents[2]
+    on_policy.print_table(on_policy.read(root / "benchmarks/results/on_policy.jsonl"))
+    assert capsys.readouterr().out in (root / "docs/divergences.md").read_text()
+
+
+def test_a_call_without_seeds_prints_the_table_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(on_policy, "OnPolicyTask", None)
+    file = tmp_path / "records.jsonl"
+    line = {"divergence": "jsd", "rate": 4, "method": "exact", "seed": 0}
+    file.write_text(json.dumps({**line, "kl": 0.2, "reverse_kl": 0.3, "log_likelihood": -2.0}) + "\n")
+    run(monkeypatch, "--json", file, "--seeds")
+    assert "| jsd | x4 | exact | 1 | 0.300 | 0.300 to 0.300 | 0.200 | -2.000 |" in capsys.readouterr().out
 
 
 def test_students_need_a_file_for_their_records(monkeypatch, capsys):
