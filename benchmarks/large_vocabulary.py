@@ -9,6 +9,7 @@ embeddings. All students start from the same weights and see the same blocks of 
 
 exact          exact KD, in blocks of items and classes
 dis            DIS, the defaults
+dis_4096       DIS with tails of 4,096 tokens in place of 1,024
 dis_cached     DIS from a cache of the teacher's targets; its time has the writing of the cache, which is given apart
 topk           KD on the teacher's 1,040 likeliest tokens, as many as DIS samples per token
 exact_in_time  exact KD for the time that DIS took with the same seed
@@ -44,7 +45,7 @@ import item_task
 from hf_dis import DISConfig, DISDistillationTrainer
 
 KEY = ("tokenizer", "width", "max_steps", "learning_rate", "method", "seed")
-METHODS = ("exact", "dis", "dis_cached", "topk", "exact_in_time")
+METHODS = ("exact", "dis", "dis_4096", "dis_cached", "topk", "exact_in_time")
 BLOCK, BATCH = 128, 4
 CLOCKS = ("seconds", "cpu_seconds")
 SETTINGS: dict[str, Any] = {
@@ -62,7 +63,12 @@ SETTINGS: dict[str, Any] = {
 }
 EXACT = {"head_mode": "exact"}
 TOP_K = {"proposal": "topk", "num_sampled_classes": 1040, "num_shared_classes": 0, "num_tails": None}
-OWN_SETTINGS: dict[str, dict[str, Any]] = {"exact": EXACT, "exact_in_time": EXACT, "topk": TOP_K}
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "exact": EXACT,
+    "exact_in_time": EXACT,
+    "dis_4096": {"num_shared_classes": 4096},
+    "topk": TOP_K,
+}
 # Of the trainings on labels: blocks per step, and the learning rate.
 LABEL_BATCH, LABEL_RATE = 16, 2e-3
 

@@ -21,6 +21,7 @@ TITLES = {
     "labels": "labels only",
     "labels_in_time": "labels only in DIS's time",
     "dis_cached": "DIS from a cache",
+    "dis_4096": "DIS, tails of 4,096",
     "labels_in_cached_time": "labels only in the time of DIS from a cache",
     "topk": "top-K KD",
 }
@@ -31,6 +32,7 @@ COLOURS = {
     "labels": GREEN,
     "labels_in_time": OLIVE,
     "dis_cached": PURPLE,
+    "dis_4096": OLIVE,
     "labels_in_cached_time": TEAL,
     "topk": RED,
 }
