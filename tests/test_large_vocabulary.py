@@ -45,6 +45,13 @@ def test_the_steps_that_fit_into_the_time_of_dis():
         large_vocabulary.steps_in_time(records, {**key, "seed": 1}, "seconds")
 
 
+def test_the_table_of_the_docs_is_that_of_the_records(capsys):
+    root = Path(large_vocabulary.__file__).parents[1]
+    large_vocabulary.print_table(large_vocabulary.read(root / "benchmarks/results/large_vocabulary.jsonl"))
+    table = capsys.readouterr().out
+    assert table.count("gemma3") == 5 and table in (root / "docs/language-models.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A tokenizer of 300 tokens and three texts."""

@@ -51,6 +51,17 @@ def test_the_page_has_the_table_of_the_records(capsys):
     assert capsys.readouterr().out in (root / "docs/divergences.md").read_text()
 
 
+def test_the_page_has_the_times_of_the_records():
+    root = Path(__file__).parents[2]
+    page = (root / "docs/divergences.md").read_text()
+    records = json.loads((root / "benchmarks/results/on_policy_time.json").read_text())
+    dis = {one["divergence"]: one["ms"] for one in records if one["method"] == "dis"}
+    assert len(records) == 8
+    for one in records:
+        ratio = one["ms"] / dis[one["divergence"]]
+        assert f"| {one['divergence']} | {one['method']} | {one['ms']:,.0f} | {ratio:.2f} |\n" in page
+
+
 def test_a_call_without_seeds_prints_the_table_alone(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(on_policy, "OnPolicyTask", None)
     file = tmp_path / "records.jsonl"
