@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -114,6 +115,11 @@ def header(*names: str) -> str:
 def read(path: Path) -> list[dict]:
     """The records of a file of JSON lines; none if there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def command() -> str:
+    """The command that started the script, for the records."""
+    return " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def append(path: Path, record: dict, device: torch.device) -> None:

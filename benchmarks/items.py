@@ -37,10 +37,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import students
 import torch
-from common import append, header, is_saved, machine, parse, parser, read, row
+from common import append, command, header, is_saved, machine, parse, parser, read, row
 from datasets import Dataset
 from step_memory import StepMemory
+from students import CLOCKS, clock_of
 from torch import Tensor
 from transformers import LlamaForCausalLM, set_seed
 from transformers.utils import logging
@@ -60,7 +62,6 @@ from hf_dis.steps import SampledStep, Step, WarmupStep
 KEY = ("data", "width", "batch_users", "max_steps", "rate", "method", "seed")
 # Of a batch: the items whose best-ranked classes are looked for in the sample.
 MEASURED_ITEMS = 64
-CLOCKS = ("seconds", "cpu_seconds")
 SHARES = ("top10_in_sample", "top10_in_tail")
 
 
@@ -189,11 +190,6 @@ class Catalogue:
         }
 
 
-def clock_of(device: str) -> str:
-    """The seconds of a record that methods are compared by, for the type of its device."""
-    return "cpu_seconds" if device == "cpu" else "seconds"
-
-
 def steps_in_time(records: list[dict], key: dict[str, Any], clock: str) -> int:
     """The number of steps of a method in the time that another one took.
 
@@ -205,28 +201,15 @@ def steps_in_time(records: list[dict], key: dict[str, Any], clock: str) -> int:
     Raises:
         ValueError: if a student that the number comes from is missing.
     """
-    wanted = item_task.IN_TIME[key["method"]]
-    found = {
-        one["method"]: one
-        for one in records
-        if one["method"] in wanted and all(one[name] == key[name] for name in KEY if name != "method")
-    }
-    if missing := set(wanted) - found.keys():
-        raise ValueError(
-            f"{key['method']} at rate {key['rate']:g} and seed {key['seed']} needs the times of "
-            f"{' and '.join(sorted(missing))}, which the file does not have: add to --methods"
-        )
-    base, timed = (found[name] for name in wanted)
-    return max(1, round(base["steps"] * timed[clock] / base[clock]))
+    where = f"rate {key['rate']:g} and seed {key['seed']}"
+    return students.steps_in_time(records, key, item_task.IN_TIME[key["method"]], clock, where)
 
 
 def print_table(records: list[dict]) -> None:
     """Means over seeds; the ratio to exact KD's NDCG is over the seeds that both have."""
     names = ("data", "rate", "method", "seeds", "steps", "logits", "s per step", "seconds", "peak MB", "NDCG@10")
     print(header(*names, "recall@10", "NDCG / exact", "top 10 in sample", "in tail"))
-    cells: dict[tuple, dict[int, dict]] = {}
-    for one in records:
-        cells.setdefault(tuple(one[name] for name in KEY[:-1]), {})[one["seed"]] = one
+    cells = students.by_setting(records, KEY[:-1])
     for key, runs in sorted(cells.items()):
         exact, some = cells.get((*key[:-1], "exact"), {}), list(runs.values())
         both = sorted(set(runs) & set(exact))
@@ -234,17 +217,12 @@ def print_table(records: list[dict]) -> None:
             f"{mean(runs[s]['ndcg10'] for s in both) / mean(exact[s]['ndcg10'] for s in both):.3f}" if both else None
         )
         clock, steps = clock_of(some[0]["device"]), mean(one["steps"] for one in some)
-        seconds, writing = (mean(one[name] for one in some) for name in (clock, f"writing_{clock}"))
-        per_step = (seconds - writing) / steps
-        time = f"{steps:.0f}", f"{some[0]['logits']:,}", f"{per_step:.3f}", f"{seconds:.0f}", _peak(some)
+        seconds, per_step = mean(one[clock] for one in some), students.seconds_per_step(some, clock)
+        peak = students.peak_cell(some)
+        time = f"{steps:.0f}", f"{some[0]['logits']:,}", f"{per_step:.3f}", f"{seconds:.0f}", peak
         quality = (f"{mean(one[name] for one in some):.4f}" for name in ("ndcg10", "recall10"))
         shares = (_first_to_last(some, name) for name in SHARES)
         print(row(key[0], f"x{key[4]:g}", key[5], len(runs), time[0], *time[1:], *quality, ratio, *shares))
-
-
-def _peak(records: list[dict]) -> str | None:
-    peaks = [one["peak_mb"] for one in records if one["peak_mb"] is not None]
-    return f"{mean(peaks):,.0f}" if peaks else None
 
 
 def _first_to_last(records: list[dict], name: str) -> str | None:
@@ -309,13 +287,11 @@ def main() -> None:
         if key["method"] in item_task.IN_TIME:
             steps = steps_in_time(read(given.json), key, clock_of(given.device.type))
         record = catalogue.trained(key["method"], key["rate"], key["seed"], steps)
-        command = " ".join(["benchmarks/items.py", *sys.argv[1:]])
-        append(given.json, {**key, "command": command, **record}, given.device)
+        append(given.json, {**key, "command": command(), **record}, given.device)
     records = read(given.json)
     print_table(records)
     if given.plot:
-        first = records[0]["seed"], records[0]["rate"]
-        alike = [one for one in records if (one["seed"], one["rate"]) == first]
+        alike = students.of_first(records, ("seed", "rate"))
         clock = clock_of(records[0]["device"])
         qualities = {"ndcg10": "NDCG@10 in validation"}
         clm_plots.plot_curves(given.plot, alike, qualities, is_logarithmic=False, clock=clock)

@@ -29,9 +29,11 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from common import append, header, is_saved, machine, parse, parser, read, row
+import students
+from common import append, command, header, is_saved, machine, parse, parser, read, row
 from datasets import DatasetDict, load_dataset
 from step_memory import StepMemory
+from students import CLOCKS, clock_of, seconds_per_step
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -47,7 +49,6 @@ from hf_dis import DISConfig, DISDistillationTrainer
 KEY = ("tokenizer", "width", "max_steps", "learning_rate", "method", "seed")
 METHODS = ("exact", "dis", "dis_4096", "dis_cached", "topk", "exact_in_time")
 BLOCK, BATCH = 128, 4
-CLOCKS = ("seconds", "cpu_seconds")
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": BATCH,
     "per_device_eval_batch_size": BATCH,
@@ -207,53 +208,40 @@ def steps_in_time(records: list[dict], key: dict[str, Any], clock: str) -> int:
     Raises:
         ValueError: if a student that the number comes from is missing.
     """
-    alike = [one for one in records if all(one[name] == key[name] for name in KEY if name != "method")]
-    found = {one["method"]: one for one in alike}
-    if missing := {"exact", "dis"} - found.keys():
-        raise ValueError(
-            f"exact_in_time at seed {key['seed']} needs the times of {' and '.join(sorted(missing))}, which the file "
-            "does not have: add to --methods"
-        )
-    exact, dis = found["exact"], found["dis"]
-    return max(1, round(exact["steps"] * dis[clock] / exact[clock]))
+    return students.steps_in_time(records, key, ("exact", "dis"), clock, f"seed {key['seed']}")
 
 
 def print_table(records: list[dict]) -> None:
     """Means over seeds; ratios to exact KD are over the seeds that both have."""
     names = ("tokenizer", "vocabulary", "learning rate", "method", "seeds", "steps", "logits", "s per step")
     print(header(*names, "exact / method", "seconds", "peak MB", "KL", "KL / exact", "perplexity"))
-    cells: dict[tuple, dict[int, dict]] = {}
-    for one in records:
-        cells.setdefault(tuple(one[name] for name in KEY[:-1]), {})[one["seed"]] = one
+    cells = students.by_setting(records, KEY[:-1])
     for key, runs in sorted(cells.items()):
         exact, some = cells.get((*key[:-1], "exact"), {}), list(runs.values())
         both = sorted(set(runs) & set(exact))
-        clock = "cpu_seconds" if some[0]["device"] == "cpu" else "seconds"
+        clock = clock_of(some[0]["device"])
         mine, theirs = ([side[seed] for seed in both] for side in (runs, exact))
         ratios = [None, None]
         if both:
-            step = mean(_per_step(one, clock) for one in theirs) / mean(_per_step(one, clock) for one in mine)
-            ratios = [f"{step:.1f}", f"{mean(one['kl'] for one in mine) / mean(one['kl'] for one in theirs):.3f}"]
-        peaks = [one["peak_mb"] for one in some if one["peak_mb"] is not None]
+            theirs_per_mine = seconds_per_step(theirs, clock) / seconds_per_step(mine, clock)
+            ratios = [
+                f"{theirs_per_mine:.1f}",
+                f"{mean(one['kl'] for one in mine) / mean(one['kl'] for one in theirs):.3f}",
+            ]
         print(
             row(
                 *(key[0], f"{some[0]['vocab']:,}", f"{key[3]:g}", key[4], len(runs)),
                 f"{mean(one['steps'] for one in some):.0f}",
                 f"{some[0]['logits']:,}",
-                f"{mean(_per_step(one, clock) for one in some):.2f}",
+                f"{seconds_per_step(some, clock):.2f}",
                 ratios[0],
                 f"{mean(one[clock] for one in some):.0f}",
-                f"{mean(peaks):,.0f}" if peaks else None,
+                students.peak_cell(some),
                 f"{mean(one['kl'] for one in some):.3f}",
                 ratios[1],
                 f"{mean(one['perplexity'] for one in some):.1f}",
             )
         )
-
-
-def _per_step(record: dict, clock: str) -> float:
-    """Seconds of a step, without the writing of a cache."""
-    return (record[clock] - record[f"writing_{clock}"]) / record["steps"]
 
 
 def arguments() -> argparse.Namespace:
@@ -287,7 +275,6 @@ def main() -> None:
     given = arguments()
     logging.set_verbosity_error()
     print(machine(given.device), flush=True)
-    clock = "cpu_seconds" if given.device.type == "cpu" else "seconds"
     done = [{name: one[name] for name in KEY} for one in read(given.json)]
     wanted = []
     if given.tokenizer:
@@ -303,16 +290,14 @@ def main() -> None:
     for key in wanted:
         steps = given.steps
         if key["method"] == "exact_in_time":
-            steps = steps_in_time(read(given.json), key, clock)
+            steps = steps_in_time(read(given.json), key, clock_of(given.device.type))
         record = task.trained(key["method"], key["learning_rate"], key["seed"], steps)
-        command = " ".join(["benchmarks/large_vocabulary.py", *sys.argv[1:]])
-        append(given.json, {**key, "command": command, **record}, given.device)
+        append(given.json, {**key, "command": command(), **record}, given.device)
     records = read(given.json)
     print_table(records)
     if given.plot:
-        first = records[0]["seed"], records[0]["learning_rate"]
-        alike = [one for one in records if (one["seed"], one["learning_rate"]) == first]
-        clm_plots.plot_curves(given.plot, alike, clm_plots.QUALITIES, clock=clock)
+        alike = students.of_first(records, ("seed", "learning_rate"))
+        clm_plots.plot_curves(given.plot, alike, clock=clock_of(records[0]["device"]))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, header, is_saved, machine, parse, parser, read, row, write
+from common import append, command, header, is_saved, machine, parse, parser, read, row, write
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.utils import logging
@@ -245,8 +245,7 @@ def main() -> None:
         divergence, rate, method, seed = key
         record = task.distilled(divergence, rate, seed, METHODS[method])
         described = dict(zip(names, key, strict=True))
-        command = " ".join(["benchmarks/on_policy.py", *sys.argv[1:]])
-        append(given.json, {**described, "command": command, **record}, given.device)
+        append(given.json, {**described, "command": command(), **record}, given.device)
     print_table(read(given.json))
 
 

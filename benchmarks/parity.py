@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from statistics import mean
 from typing import Any
 
-from common import append, header, machine, parse, parser, read, row
+from common import append, command, header, machine, parse, parser, read, row
 from parity_tasks import MakeTrainer, glyphs, glyphs_cached, text, text_tied, text_trained
+from students import by_setting
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -60,10 +60,7 @@ def train(make: MakeTrainer, rate: float, settings: dict[str, Any], seed: int, u
 def print_table(records: list[dict]) -> None:
     """Means over seeds, and the difference to exact distillation over the seeds that both have."""
     print(header("task", "rate", "method", "logits", "seeds", "top-1", "KL", "top-1 - exact", "KL / exact"))
-    cells = {}
-    for record in records:
-        key = record["task"], record["rate"], record["method"]
-        cells.setdefault(key, {})[record["seed"]] = record
+    cells = by_setting(records, ("task", "rate", "method"))
     for (task, rate, method), runs in sorted(cells.items()):
         exact = cells.get((task, rate, "exact"), {})
         both = sorted(set(runs) & set(exact))
@@ -131,8 +128,7 @@ def main() -> None:
             _, rate, method, seed = key
             record = train(make, rate, methods[method], seed, given.device.type == "cpu")
             described = dict(zip(("task", "rate", "method", "seed"), key, strict=True))
-            command = " ".join(["benchmarks/parity.py", *sys.argv[1:]])
-            append(given.json, {**described, "command": command, **record}, given.device)
+            append(given.json, {**described, "command": command(), **record}, given.device)
     print_table(read(given.json))
 
 

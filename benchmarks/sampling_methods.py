@@ -123,16 +123,17 @@ class Method:
     ) -> tuple[Tensor, ...]:
         """The gradients of the mean loss on the features ``[N, d]`` and the head's weights ``[C, d]``."""
         sample = self.sample(teacher_logits, signal, temperature, labels)
-        return self.gradients_at(sample, head, features, temperature)
-
-    def gradients_at(
-        self, sample: ClassSample, head: nn.Linear, features: Tensor, temperature: float
-    ) -> tuple[Tensor, ...]:
-        """The gradients of the mean loss on a sample, as those of :meth:`gradients`."""
+        sample = self.completed(sample, head, features, teacher_logits, temperature)
         ids = sample.item_ids, sample.tail_ids
         columns = sampled_logits(features, head.weight, head.bias, *ids, updates=sample.updates)
         loss = self.divergence.sampled(columns, sample, temperature).loss
         return torch.autograd.grad(loss.mean(), (features, head.weight))
+
+    def completed(
+        self, sample: ClassSample, head: nn.Linear, features: Tensor, teacher_logits: Tensor, temperature: float
+    ) -> ClassSample:
+        """The sample with the classes that a method adds for the student as it is; here none."""
+        return sample
 
 
 @dataclass
@@ -153,20 +154,13 @@ class Screened(Method):
         """As :attr:`Method.name`."""
         return f"{self.proposal}, student's top {self.screened}"
 
-    def gradients(
-        self,
-        head: nn.Linear,
-        features: Tensor,
-        teacher_logits: Tensor,
-        signal: Tensor,
-        temperature: float,
-        labels: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """As :meth:`Method.gradients`."""
-        sample = self.sample(teacher_logits, signal, temperature, labels)
+    def completed(
+        self, sample: ClassSample, head: nn.Linear, features: Tensor, teacher_logits: Tensor, temperature: float
+    ) -> ClassSample:
+        """The sample with the student's likeliest classes."""
         ids = head(features.detach()).topk(self.screened, dim=1).indices
         log_probs = (teacher_logits / temperature).log_softmax(1).gather(1, ids)
-        return self.gradients_at(with_certain(sample, ids, log_probs), head, features, temperature)
+        return with_certain(sample, ids, log_probs)
 
 
 def with_certain(sample: ClassSample, ids: Tensor, log_probs: Tensor) -> ClassSample:

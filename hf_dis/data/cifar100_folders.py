@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -97,9 +98,9 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         DataError: if the file is not a PNG of 32x32 RGB pixels.
     """
-    _content(path)
+    content = io.BytesIO(_content(path))
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(content, formats=["PNG"]) as image:
             found = f"{image.width}x{image.height} {image.mode}"
             if found != f"{SIDE}x{SIDE} RGB":
                 raise DataError(f"{path} is an image of {found}: CIFAR-100 has {SIDE}x{SIDE} RGB. {REMEDY}")
