@@ -52,7 +52,7 @@ import matplotlib.pyplot as plt
 
 KEY = ("teacher_depth", "depth", "epochs", "temperature", "rate", "method", "sampled", "seed")
 PER_IMAGE = {"num_shared_classes": 0, "design": "replacement"}
-# The settings of the methods that sample, for K classes; the others have no K.
+# The settings of the methods that sample, for K classes; methods on all classes have no K.
 SAMPLED: dict[str, dict[str, Any]] = {
     "dis": PER_IMAGE,
     "dis_pps": {"num_shared_classes": 0},
