@@ -203,6 +203,8 @@ class DISArguments:
             :class:`hf_dis.RowSparseAdamW`, a lazy AdamW (docs/optimizer.md). None: True in a trainer that makes its
             optimizer, if ``optim`` is ``adamw_torch`` or ``adamw_torch_fused`` and the head allows row-sparse
             gradients. False in a loop of your own.
+        offload_moments: a trainer's optimizer keeps the moments of a row-sparse head in host memory, as
+            :class:`hf_dis.RowSparseAdamW` does. In a loop of your own, give that class the argument of this name.
         exact_warmup_steps: steps at the start that compute all classes while the proposals learn; below 1 a share of
             all steps. These steps cost the time and memory of exact distillation (docs/choosing-k.md).
         probe_steps: steps between two comparisons of the sampled loss and gradient with the exact ones; 0: never.
@@ -249,6 +251,9 @@ class DISArguments:
         nargs="?",  # a flag alone is True
         const=True,
     )
+    offload_moments: bool = _setting(
+        False, "Keep the optimizer's moments of a row-sparse head in host memory; only the rows of a step travel."
+    )
     exact_warmup_steps: float = _setting(
         0.0, "Steps at the start that compute all classes; below 1: a share of all steps."
     )
@@ -281,6 +286,12 @@ class DISArguments:
             raise ValueError(
                 "row_sparse_head is set and head_mode is 'exact', which touches every row of the head: set "
                 "row_sparse_head=False, or another head_mode"
+            )
+        if self.offload_moments and (self.row_sparse_head is False or self.head_mode == "exact"):
+            given = "row_sparse_head is False" if self.row_sparse_head is False else "head_mode is 'exact'"
+            raise ValueError(
+                f"offload_moments is set and {given}: a step of a dense gradient reads the moments of every row; "
+                "leave offload_moments out, or make the head row-sparse"
             )
         self.sampler_spec()
         require(

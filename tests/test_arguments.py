@@ -72,6 +72,13 @@ def test_the_depth_follows_the_number_of_sampled_classes():
     assert SamplerSpec().resolved(stored_sample_size=9).rank_depth is None  # the depth of the cache
 
 
+@pytest.mark.parametrize("given", [{"row_sparse_head": False}, {"head_mode": "exact"}], ids=str)
+def test_moments_of_a_dense_head_cannot_be_in_host_memory(given):
+    ((name, value),) = given.items()
+    with pytest.raises(ValueError, match=rf"offload_moments is set and {name} is {value!r}: .* leave offload_moments"):
+        DISArguments(offload_moments=True, **given)
+
+
 def test_a_row_sparse_head_is_updated_by_a_part_of_the_sampled_classes_where_there_is_a_shared_tail():
     def updated(is_lm=False, row_sparse=True, **given):
         return SamplerSpec(**given).resolved(is_lm=is_lm, row_sparse=row_sparse).num_updated_classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from itertools import chain
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
+from hf_dis.head.moments import MOMENTS, RowMoments, lie_in_host_memory
 from hf_dis.head.row_gradients import coalesced
-from hf_dis.kernels import uses_triton
+from hf_dis.kernels import tell_once, uses_triton
 from hf_dis.precision import widest
 
 # Elements of the rows [n, d] that are stepped at a time on CPU: a chunk and its moments stay in the cache.
@@ -47,6 +49,8 @@ class RowSparseAdamW(torch.optim.AdamW):
         eps: as for ``torch.optim.AdamW``.
         weight_decay: as for ``torch.optim.AdamW``.
         catch_up: let rows make up for the steps that they missed; False: a row moves by lr in each of its own steps.
+        offload_moments: keep the moments of a row-sparse weight in host memory, where the weight is on an accelerator.
+            Only the rows of a step travel. No effect on a processor, whose memory holds the moments anyway.
         foreach: choice of torch's implementation of the dense steps.
         fused: choice of torch's implementation of the dense steps.
 
@@ -65,11 +69,14 @@ class RowSparseAdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
         *,
         catch_up: bool = True,
+        offload_moments: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
     ):
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
         self.defaults["catch_up"] = catch_up
+        # Where moments lie is of the run and not of its state: a checkpoint may be resumed with a different setting.
+        self.defaults["offload_moments"] = offload_moments
         for group in self.param_groups:
             group.setdefault("catch_up", catch_up)
         # A GradScaler lets torch's fused kernel unscale gradients and skip a step that overflowed. The steps by row do
@@ -111,55 +118,78 @@ class RowSparseAdamW(torch.optim.AdamW):
         state, device = self.state[parameter], parameter.device
         if not state:
             state["step"] = torch.zeros(len(parameter), device=device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(parameter, device=self._home_of_moments(parameter))
             # Σ log(1 - lr λ) and Σ lr over the steps of the parameter up to now, and up to the last step of each row.
             state["log_decay"] = state["path"] = 0.0
             for name in ROW_SUMS:
                 state[name] = torch.zeros(len(parameter), dtype=widest(device), device=device)
         state["log_decay"] += math.log1p(-decay)
         state["path"] += group["lr"]
-        _step_touched(parameter, state, group, gradient._indices()[0], gradient._values())
+        travel = lie_in_host_memory(parameter, self.defaults["offload_moments"])
+        _step_touched(parameter, state, group, gradient._indices()[0], gradient._values(), travel)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state as torch does; the sums of rows stay in the device's widest type.
 
-        torch casts the state to the type of the parameter.
+        torch casts a state to the type of the parameter, and brings it to the device of the parameter.
 
         Raises:
             ValueError: if the state is of an earlier version, without the sums of learning rates.
         """
-        super().load_state_dict(state_dict)
+        by_row, others = {}, {}
+        for number, saved in state_dict["state"].items():
+            (by_row if "row_log_decay" in saved else others)[number] = saved
+        if any("row_path" not in saved for saved in by_row.values()):
+            raise ValueError(
+                "the optimizer's state is of an earlier version, and lacks the sums of learning rates: load the "
+                "checkpoint as the student of a new run"
+            )
+        super().load_state_dict({**state_dict, "state": others})
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, parameter in zip(numbers, parameters, strict=True):
-            saved = state_dict["state"].get(number, {})
-            if "row_log_decay" in saved and "row_path" not in saved:
-                raise ValueError(
-                    "the optimizer's state is of an earlier version, and lacks the sums of learning rates: load the "
-                    "checkpoint as the student of a new run"
-                )
-            for name in ROW_SUMS:
-                if name in saved:
-                    self.state[parameter][name] = saved[name].to(parameter.device, widest(parameter.device))
+            if number in by_row:
+                self.state[parameter] = self._placed(by_row[number], parameter)
+
+    def _placed(self, saved: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+        """The saved state of a row-sparse parameter, where a step reads it."""
+        device = parameter.device
+        state = {**saved, "step": saved["step"].to(device)}
+        for name in MOMENTS:
+            state[name] = saved[name].to(self._home_of_moments(parameter), parameter.dtype)
+        for name in ROW_SUMS:
+            state[name] = saved[name].to(device, widest(device))
+        return state
+
+    def _home_of_moments(self, parameter: Tensor) -> torch.device:
+        is_host = lie_in_host_memory(parameter, self.defaults["offload_moments"])
+        return torch.device("cpu") if is_host else parameter.device
 
 
-def _step_touched(parameter: Tensor, state: dict[str, Any], group: dict[str, Any], ids: Tensor, rows: Tensor) -> None:
-    """Steps the rows ``ids`` by their gradient ``rows``, and counts the step in the state."""
+def _step_touched(
+    parameter: Tensor, state: dict[str, Any], group: dict[str, Any], ids: Tensor, rows: Tensor, travel: bool
+) -> None:
+    """Steps the rows ``ids`` by their gradient ``rows``, and counts the step; moments of other places travel."""
     width = math.prod(rows.shape[1:])
-    longest = longest_step(group, width)
-    if uses_triton(parameter.device) and parameter.is_contiguous():
-        from hf_dis.head import triton_adamw
+    longest, device = longest_step(group, width), parameter.device
+    if uses_triton(device) and parameter.is_contiguous():
+        if not travel:
+            from hf_dis.head import triton_adamw
 
-        triton_adamw.adamw(parameter, state, group, ids, rows, longest)
-        return
-    of_device = max(ACCELERATOR_CHUNK_ELEMENTS, -(-rows.numel() // ACCELERATOR_CHUNKS))
-    elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else of_device
+            triton_adamw.adamw(parameter, state, group, ids, rows, longest)
+            return
+        tell_once(logging.INFO, "optimizer: torch steps the rows whose moments lie in host memory")
+    elements = CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    if device.type != "cpu" and not travel:  # travelling rows are not to fill the device
+        elements = max(elements, -(-rows.numel() // ACCELERATOR_CHUNKS))
     chunk_rows = max(1, elements // max(1, width))
     factors = _row_factors(state, group, ids, longest, rows.dtype)
     factors = [factor.view(-1, *(1,) * (rows.dim() - 1)) for factor in factors]
-    for parts in zip(*(tensor.split(chunk_rows) for tensor in (ids, rows, *factors)), strict=True):
-        _step_chunk(parameter, state, group, *parts)
+    places = ids.cpu() if travel else ids
+    for parts in zip(*(tensor.split(chunk_rows) for tensor in (ids, places, rows, *factors)), strict=True):
+        moments = RowMoments(state, *parts[:2], travel)
+        _step_chunk(parameter, moments, group, parts[0], *parts[2:])
 
 
 def longest_step(group: dict[str, Any], width: int) -> float:
@@ -205,7 +235,7 @@ def _row_factors(
 
 def _step_chunk(
     parameter: Tensor,
-    state: dict[str, Any],
+    moments: RowMoments,
     group: dict[str, Any],
     ids: Tensor,
     rows: Tensor,
@@ -215,11 +245,10 @@ def _step_chunk(
     eps: Tensor,
 ) -> None:
     beta1, beta2 = group["betas"]
-    square = state["exp_avg_sq"].index_select(0, ids).mul_(beta2).addcmul_(rows, rows, value=1 - beta2)
-    state["exp_avg_sq"].index_copy_(0, ids, square)
+    mean = moments.mean.lerp_(rows, 1 - beta1)
+    square = moments.square.mul_(beta2).addcmul_(rows, rows, value=1 - beta2)
+    moments.write()
     # -m / bias1 / (sqrt(v / bias2) + eps), as one division.
     denominator = square.sqrt_().mul_(scale).add_(eps)
-    mean = state["exp_avg"].index_select(0, ids).lerp_(rows, 1 - beta1)
-    state["exp_avg"].index_copy_(0, ids, mean)
     weights = parameter.index_select(0, ids).mul_(kept).addcdiv_(mean.mul_(rates), denominator)
     parameter.index_copy_(0, ids, weights)

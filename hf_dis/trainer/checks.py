@@ -191,14 +191,16 @@ def makes_row_optimizer(trainer: DISTrainerMixin) -> bool:
 
 
 def check_optimizer(trainer: DISTrainerMixin) -> None:
-    """Checks that the optimizer can step a row-sparse head.
+    """Checks that the optimizer can step a row-sparse head, and does so as the settings say.
 
     Args:
         trainer: whose engine is made.
 
     Raises:
-        ValueError: if the optimizer is not RowSparseAdamW; names the remedy.
+        ValueError: if the optimizer is not RowSparseAdamW, or is set differently; names the remedy.
     """
+    if trainer.args.offload_moments:
+        _check_moments(trainer)
     if not trainer.distiller.row_sparse or steps_rows(trainer):
         return
     kind, optim = _kind_of_optimizer(trainer), trainer.args.optim
@@ -211,6 +213,26 @@ def check_optimizer(trainer: DISTrainerMixin) -> None:
         f"row_sparse_head is set, but optim is {optim.value!r}: it has to be one of "
         f"{', '.join(ROW_SPARSE_OPTIMS)}, of which RowSparseAdamW is the lazy form; or set row_sparse_head=False"
     )
+
+
+def _check_moments(trainer: DISTrainerMixin) -> None:
+    """Checks that settings of the moments of a row-sparse head reach the optimizer."""
+    distiller = trainer.distiller
+    if not distiller.row_sparse:
+        cause = "all classes are computed" if distiller.mode == "exact" else "the gradient of the head is dense"
+        raise ValueError(
+            f"offload_moments is set, and {cause}, so that a step reads the moments of every row: set "
+            "head_mode='sampled' and row_sparse_head=True, or leave offload_moments out"
+        )
+    if trainer.optimizer_cls_and_kwargs is not None:
+        settings = trainer.optimizer_cls_and_kwargs[1]
+    else:
+        settings = None if trainer.optimizer is None else trainer.optimizer.defaults
+    if settings is not None and not settings.get("offload_moments"):
+        raise ValueError(
+            "offload_moments is set, and the optimizer was given without it: give RowSparseAdamW the argument "
+            "offload_moments=True, or leave the optimizer to the trainer"
+        )
 
 
 def _kind_of_optimizer(trainer: DISTrainerMixin) -> type | None:

@@ -29,7 +29,8 @@ class OptimizerHooks:
         """As the host's; with ``head_learning_rate`` the head's parameters form groups of their own."""
         is_new, given = self.optimizer is None, self.optimizer_cls_and_kwargs
         if self.distiller.row_sparse and given is None:  # for this call: the next training may have other settings
-            self.optimizer_cls_and_kwargs = RowSparseAdamW, self.get_optimizer_cls_and_kwargs(self.args)[1]
+            keywords = self.get_optimizer_cls_and_kwargs(self.args)[1] | {"offload_moments": self.args.offload_moments}
+            self.optimizer_cls_and_kwargs = RowSparseAdamW, keywords
         try:
             optimizer = super().create_optimizer(model)
         finally:

@@ -57,6 +57,7 @@ COMMAND_LINE = {
     "head_name": "classifier.1",
     "head_learning_rate": 0.02,
     "row_sparse_head": True,
+    "offload_moments": True,
     "probe_steps": 10,
     "exact_warmup_steps": 3,
 }

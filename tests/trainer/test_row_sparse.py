@@ -258,3 +258,29 @@ def test_what_ddp_was_told_to_ignore_before_it_ignores_after():
     with kept_from_ddp(model, ["classifier"]):
         assert model._ddp_params_and_buffers_to_ignore == ["mine", "classifier.weight", "classifier.bias"]
     assert model._ddp_params_and_buffers_to_ignore == ["mine"]
+
+
+def test_the_moments_are_where_the_settings_say(make_trainer):
+    trainer = make_trainer(offload_moments=True, max_steps=2)
+    found = trained(trainer)
+    assert trainer.optimizer.optimizer.defaults["offload_moments"]
+    assert_near(found, trained(make_trainer(max_steps=2)), 0)
+    trainer.args.max_steps = 3  # a second training, with the optimizer of the first
+    trainer._refresh_distiller()
+
+
+DENSE = {
+    "sgd": ({"optim": "sgd"}, "the gradient of the head is dense, .* set head_mode='sampled' and row_sparse_head"),
+    "slower": ({"head_mode": "auto"}, "all classes are computed, .* set head_mode='sampled'"),
+    "given": ({}, "the optimizer was given without it: give RowSparseAdamW the argument offload_moments=True"),
+}
+
+
+@pytest.mark.parametrize(("settings", "told"), DENSE.values(), ids=DENSE)
+def test_moments_that_would_stay_on_the_device_are_refused(make_trainer, monkeypatch, settings, told):
+    if settings.get("head_mode") == "auto":
+        monkeypatch.setattr("hf_dis.build._choose_mode", lambda *args, **keywords: ("exact", None))
+    student = vit(40)
+    given = {} if settings else {"optimizers": (RowSparseAdamW(student.parameters()), None)}
+    with pytest.raises(ValueError, match=rf"offload_moments is set, and {told}"):
+        make_trainer(student, offload_moments=True, **settings, **given)
