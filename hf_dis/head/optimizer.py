@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from hf_dis.head.moments import MOMENTS, RowMoments, lie_in_host_memory
+from hf_dis.checks import require
+from hf_dis.head.moments import (
+    MOMENT_DTYPES,
+    MOMENTS,
+    RowMoments,
+    are_rounded,
+    lie_in_host_memory,
+    type_of_moments,
+    type_of_step,
+)
 from hf_dis.head.row_gradients import coalesced
 from hf_dis.kernels import tell_once, uses_triton
 from hf_dis.precision import widest
@@ -51,11 +60,14 @@ class RowSparseAdamW(torch.optim.AdamW):
         catch_up: let rows make up for the steps that they missed; False: a row moves by lr in each of its own steps.
         offload_moments: keep the moments of a row-sparse weight in host memory, where the weight is on an accelerator.
             Only the rows of a step travel. No effect on a processor, whose memory holds the moments anyway.
+        moment_dtype: of the moments of a row-sparse weight: ``torch.float32``, or ``torch.bfloat16``, which is rounded
+            at random without bias. None: the type of the weight, as torch has it.
         foreach: choice of torch's implementation of the dense steps.
         fused: choice of torch's implementation of the dense steps.
 
     Raises:
-        ValueError: if lr · weight_decay is 1 or more for a sparse gradient, which would change the sign of weights.
+        ValueError: if ``moment_dtype`` has a different value. In a step: if lr · weight_decay is 1 or more for a
+            sparse gradient, which would change the sign of weights.
         RuntimeError: if a parameter's gradient is sparse in one step and dense in another, or sparse in more than its
             rows.
     """
@@ -70,13 +82,16 @@ class RowSparseAdamW(torch.optim.AdamW):
         *,
         catch_up: bool = True,
         offload_moments: bool = False,
+        moment_dtype: torch.dtype | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
     ):
+        wanted = f"one of {', '.join(map(str, MOMENT_DTYPES))}"
+        require(moment_dtype in MOMENT_DTYPES, "moment_dtype", moment_dtype, wanted)
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
         self.defaults["catch_up"] = catch_up
-        # Where moments lie is of the run and not of its state: a checkpoint may be resumed with a different setting.
-        self.defaults["offload_moments"] = offload_moments
+        # Place and type of moments are of the run and not of its state: both may differ in a resumed run.
+        self.defaults |= {"offload_moments": offload_moments, "moment_dtype": moment_dtype}
         for group in self.param_groups:
             group.setdefault("catch_up", catch_up)
         # A GradScaler lets torch's fused kernel unscale gradients and skip a step that overflowed. The steps by row do
@@ -119,7 +134,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros(len(parameter), device=device)
             for name in MOMENTS:
-                state[name] = torch.zeros_like(parameter, device=self._home_of_moments(parameter))
+                state[name] = torch.zeros_like(parameter, **self._moments_of(parameter))
             # Σ log(1 - lr λ) and Σ lr over the steps of the parameter up to now, and up to the last step of each row.
             state["log_decay"] = state["path"] = 0.0
             for name in ROW_SUMS:
@@ -127,7 +142,8 @@ class RowSparseAdamW(torch.optim.AdamW):
         state["log_decay"] += math.log1p(-decay)
         state["path"] += group["lr"]
         travel = lie_in_host_memory(parameter, self.defaults["offload_moments"])
-        _step_touched(parameter, state, group, gradient._indices()[0], gradient._values(), travel)
+        how = travel, type_of_step(parameter, self.defaults["moment_dtype"])
+        _step_touched(parameter, state, group, gradient._indices()[0], gradient._values(), *how)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state as torch does; the sums of rows stay in the device's widest type.
@@ -157,39 +173,47 @@ class RowSparseAdamW(torch.optim.AdamW):
         device = parameter.device
         state = {**saved, "step": saved["step"].to(device)}
         for name in MOMENTS:
-            state[name] = saved[name].to(self._home_of_moments(parameter), parameter.dtype)
+            state[name] = saved[name].to(**self._moments_of(parameter))
         for name in ROW_SUMS:
             state[name] = saved[name].to(device, widest(device))
         return state
 
-    def _home_of_moments(self, parameter: Tensor) -> torch.device:
+    def _moments_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The device and the type of the moments of a row-sparse parameter."""
         is_host = lie_in_host_memory(parameter, self.defaults["offload_moments"])
-        return torch.device("cpu") if is_host else parameter.device
+        dtype = type_of_moments(parameter, self.defaults["moment_dtype"])
+        return {"device": torch.device("cpu") if is_host else parameter.device, "dtype": dtype}
 
 
 def _step_touched(
-    parameter: Tensor, state: dict[str, Any], group: dict[str, Any], ids: Tensor, rows: Tensor, travel: bool
+    parameter: Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    ids: Tensor,
+    rows: Tensor,
+    travel: bool,
+    dtype: torch.dtype,
 ) -> None:
-    """Steps the rows ``ids`` by their gradient ``rows``, and counts the step; moments of other places travel."""
+    """Steps the rows ``ids`` by their gradient ``rows``, computed in a type, and counts the step."""
     width = math.prod(rows.shape[1:])
     longest, device = longest_step(group, width), parameter.device
     if uses_triton(device) and parameter.is_contiguous():
-        if not travel:
+        if not travel and not are_rounded(state["exp_avg"].dtype, dtype):
             from hf_dis.head import triton_adamw
 
             triton_adamw.adamw(parameter, state, group, ids, rows, longest)
             return
-        tell_once(logging.INFO, "optimizer: torch steps the rows whose moments lie in host memory")
+        tell_once(logging.INFO, "optimizer: torch steps rows with moments in host memory, or rounded at random")
     elements = CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
     if device.type != "cpu" and not travel:  # travelling rows are not to fill the device
         elements = max(elements, -(-rows.numel() // ACCELERATOR_CHUNKS))
     chunk_rows = max(1, elements // max(1, width))
-    factors = _row_factors(state, group, ids, longest, rows.dtype)
+    factors = _row_factors(state, group, ids, longest, dtype)
     factors = [factor.view(-1, *(1,) * (rows.dim() - 1)) for factor in factors]
     places = ids.cpu() if travel else ids
     for parts in zip(*(tensor.split(chunk_rows) for tensor in (ids, places, rows, *factors)), strict=True):
-        moments = RowMoments(state, *parts[:2], travel)
-        _step_chunk(parameter, moments, group, parts[0], *parts[2:])
+        moments = RowMoments(state, *parts[:2], travel, dtype)
+        _step_chunk(parameter, moments, group, parts[0], parts[2].to(dtype), *parts[3:])
 
 
 def longest_step(group: dict[str, Any], width: int) -> float:
@@ -250,5 +274,5 @@ def _step_chunk(
     moments.write()
     # -m / bias1 / (sqrt(v / bias2) + eps), as one division.
     denominator = square.sqrt_().mul_(scale).add_(eps)
-    weights = parameter.index_select(0, ids).mul_(kept).addcdiv_(mean.mul_(rates), denominator)
-    parameter.index_copy_(0, ids, weights)
+    weights = parameter.index_select(0, ids).to(rows.dtype).mul_(kept).addcdiv_(mean.mul_(rates), denominator)
+    parameter.index_copy_(0, ids, weights.to(parameter.dtype))

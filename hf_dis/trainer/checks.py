@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from hf_dis.distributed.processes import num_processes
 from hf_dis.head.optimizer import RowSparseAdamW
 from hf_dis.head.tensor_parallel import is_tensor_parallel
-from hf_dis.trainer.optimizer import OptimizerHooks
+from hf_dis.trainer.optimizer import OptimizerHooks, keywords_of_moments
 
 if TYPE_CHECKING:
     from hf_dis.trainer.mixin import DISTrainerMixin
@@ -199,8 +199,7 @@ def check_optimizer(trainer: DISTrainerMixin) -> None:
     Raises:
         ValueError: if the optimizer is not RowSparseAdamW, or is set differently; names the remedy.
     """
-    if trainer.args.offload_moments:
-        _check_moments(trainer)
+    _check_moments(trainer)
     if not trainer.distiller.row_sparse or steps_rows(trainer):
         return
     kind, optim = _kind_of_optimizer(trainer), trainer.args.optim
@@ -217,22 +216,23 @@ def check_optimizer(trainer: DISTrainerMixin) -> None:
 
 def _check_moments(trainer: DISTrainerMixin) -> None:
     """Checks that settings of the moments of a row-sparse head reach the optimizer."""
-    distiller = trainer.distiller
-    if not distiller.row_sparse:
-        cause = "all classes are computed" if distiller.mode == "exact" else "the gradient of the head is dense"
-        raise ValueError(
-            f"offload_moments is set, and {cause}, so that a step reads the moments of every row: set "
-            "head_mode='sampled' and row_sparse_head=True, or leave offload_moments out"
-        )
+    distiller, keywords = trainer.distiller, keywords_of_moments(trainer.args)
     if trainer.optimizer_cls_and_kwargs is not None:
-        settings = trainer.optimizer_cls_and_kwargs[1]
+        given = trainer.optimizer_cls_and_kwargs[1]
     else:
-        settings = None if trainer.optimizer is None else trainer.optimizer.defaults
-    if settings is not None and not settings.get("offload_moments"):
-        raise ValueError(
-            "offload_moments is set, and the optimizer was given without it: give RowSparseAdamW the argument "
-            "offload_moments=True, or leave the optimizer to the trainer"
-        )
+        given = keywords if trainer.optimizer is None else trainer.optimizer.defaults
+    for name in trainer.args.moment_settings():
+        if not distiller.row_sparse:
+            cause = "all classes are computed" if distiller.mode == "exact" else "the gradient of the head is dense"
+            raise ValueError(
+                f"{name} is set, and {cause}, so that a step reads the moments of every row: set "
+                f"head_mode='sampled' and row_sparse_head=True, or leave {name} out"
+            )
+        if given.get(name) != keywords[name]:
+            raise ValueError(
+                f"{name} is set, and the optimizer was given without it: give RowSparseAdamW the argument "
+                f"{name}={keywords[name]}, or leave the optimizer to the trainer"
+            )
 
 
 def _kind_of_optimizer(trainer: DISTrainerMixin) -> type | None:
