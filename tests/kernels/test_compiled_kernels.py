@@ -59,8 +59,8 @@ CASES = {
     "step": (triton_adamw.step_kernel, ["ffflfffff", "bbblbffff"], "iinn", STEP),
     "divergence": (triton_sampled.forward_kl_kernel, ["ffffffff", "bfffffff"], "iiiiin", {"BLOCK": 1024}),
     "mixture": (triton_sampled.mixed_kernel, ["ffffffffff", "bfffffffff"], "iiiiiinnn", {"BLOCK": 1024}),
-    "first": (triton_contributions.first_kernel, ["lw"], "i", {"BLOCK": 256}),
-    "starts": (triton_contributions.starts_kernel, ["ll"], "i", {"BLOCK": 256}),
+    "starts": (triton_contributions.starts_kernel, ["lll"], "i", {"BLOCK": 4096}),
+    "lengths": (triton_contributions.lengths_kernel, ["fff", "bbf", "ddd"], "iiiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
     "contributions": (
         triton_contributions.contributions_kernel,
         ["lbflff", "lfflff"],
@@ -68,8 +68,7 @@ CASES = {
         {"HAS_LENGTHS": True, "BLOCK": 256},
     ),
     "class sizes": (triton_contributions.class_sizes_kernel, ["flf"], "i", {"BLOCK": 256}),
-    "class inclusion": (triton_contributions.class_inclusion_kernel, ["fldd"], "iinn", INCLUSION),
-    "kept": (triton_contributions.kept_kernel, ["ddlllll" + "dl"], "i", {"BLOCK": 4096}),
+    "kept": (triton_contributions.kept_kernel, ["flll" + "ddlldl"], "iinn", INCLUSION),
     "best places": (triton_ranking.best_kernel, ["bl", "fl", "hl"], "iii", {"LOWEST_BIT": 0, "BLOCK": 4096}),
     "ranking": (triton_ranking.rank_kernel, ["blbl", "flfl", "hlhl"], "iiii", {"GROUP": 8, "BLOCK": 512}),
     "answers": (
