@@ -202,7 +202,11 @@ class ClassSampler:
         return sample_ranks(density, self.num_ranks, num_items, self.num_sampled, self.design, self.generator)
 
     def learn(
-        self, sample: ClassSample, signal: Tensor, reduce: Callable[[Statistics], Statistics] | None = None
+        self,
+        sample: ClassSample,
+        signal: Tensor,
+        reduce: Callable[[Statistics], Statistics] | None = None,
+        finite: Tensor | None = None,
     ) -> None:
         """Lets the proposal learn from a step; items whose signal is NaN or Inf are left out and counted.
 
@@ -212,9 +216,12 @@ class ClassSampler:
                 :meth:`hf_dis.loss.divergence.Divergence.sampled` returns it; s - p for the forward KL.
             reduce: sums the statistics over processes, see :func:`hf_dis.distributed.sums.sum_over_processes`; not
                 needed with one process.
+            finite: the items with a finite signal, ``[N]``, as :meth:`ClassSample.finite_items` finds them; None: they
+                are found here.
         """
         with torch.no_grad():
-            finite = None if _is_known_to_be_finite(signal) else sample.finite_items(signal)
+            if finite is None and not _is_known_to_be_finite(signal):
+                finite = sample.finite_items(signal)
             statistics = self.proposal.statistics(replace(sample, finite=finite), signal)
             if not statistics:
                 return

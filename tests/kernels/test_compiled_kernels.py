@@ -58,7 +58,7 @@ CASES = {
     "factors": (triton_adamw.row_factors_kernel, ["fddlffff"], "innnnnnn", {"BLOCK": 256}),
     "step": (triton_adamw.step_kernel, ["ffflfffff", "bbblbffff"], "iinn", STEP),
     "divergence": (triton_sampled.forward_kl_kernel, ["ffffffff", "bfffffff"], "iiiiin", {"BLOCK": 1024}),
-    "mixture": (triton_sampled.mixed_kernel, ["ffffffffff", "bfffffffff"], "iiiiiinnn", {"BLOCK": 1024}),
+    "mixture": (triton_sampled.mixed_kernel, ["ffffffffffu", "bfffffffffu"], "iiiiiinnn", {"BLOCK": 1024}),
     "starts": (triton_contributions.starts_kernel, ["lll"], "i", {"BLOCK": 4096}),
     "lengths": (triton_contributions.lengths_kernel, ["fff", "bbf", "ddd"], "iiiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
     "contributions": (
