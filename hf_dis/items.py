@@ -55,13 +55,21 @@ class Items:
         """
         if self.positions is None:
             return values[chunk]
+        return self.tokens_of(values)[self.positions[chunk]]
+
+    def tokens_of(self, values: Tensor) -> Tensor:
+        """Joins the values of all tokens, among which the positions are: ``[B·S, ...]`` for ``[B, S, ...]``.
+
+        Raises:
+            ValueError: as :meth:`of`.
+        """
         if values.shape[:2] != (self.num_examples, self.length):
             raise ValueError(
                 f"a model returned logits of {tuple(values.shape[:2])} tokens for the "
                 f"{(self.num_examples, self.length)} that it was given: every token needs logits, in order. Prompt "
                 "learning adds tokens, so use LoRA"
             )
-        return values.flatten(0, 1)[self.positions[chunk]]
+        return values.flatten(0, 1)
 
     def sums_by_example(self, values: Tensor) -> Tensor:
         """Sums one value per item, ``[N]``, over the items of each example: ``[B]``."""

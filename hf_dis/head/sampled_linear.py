@@ -252,9 +252,9 @@ def _bag_products(features: Tensor, weight: Tensor, item_ids: Tensor) -> Tensor:
 def _tail_rows(weight: Tensor, tail_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Gathers the rows of the tails' classes in a type, ``[G, K_t, d]``."""
     if uses_triton(weight.device):
-        from hf_dis.head.triton_products import weight_rows
+        from hf_dis.models.triton_gathered import gathered_rows
 
-        return weight_rows(weight, tail_ids, dtype)
+        return gathered_rows(weight, tail_ids, dtype)
     return F.embedding(tail_ids, weight).to(dtype)
 
 

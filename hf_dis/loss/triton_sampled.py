@@ -164,7 +164,8 @@ def mixed_kernel(
         slope = tl.where(logit == float("-inf"), 0.0, slope)
         slope += hard * (tl.exp(logit + log_weight - hard_normaliser) - tl.where(column == label, 1.0, 0.0))
         error = tl.exp(log_share) - tl.exp(log_prob)
-        bad += (used & (log_weight != float("-inf")) & ((error != error) | (tl.abs(error) == float("inf")))).to(tl.int32)
+        is_bad = (error != error) | (tl.abs(error) == float("inf"))
+        bad += (used & (log_weight != float("-inf")) & is_bad).to(tl.int32)
         out = item * width + column
         tl.store(signal + out, error, used)
         tl.store(log_student + out, log_share, used)

@@ -10,6 +10,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from hf_dis.head import triton_adamw, triton_contributions, triton_products, triton_rows  # noqa: E402
 from hf_dis.loss import triton_exact, triton_exact_sums, triton_sampled  # noqa: E402
+from hf_dis.models import triton_gathered  # noqa: E402
 from hf_dis.sampling import triton_assembly, triton_cached, triton_learning, triton_tails  # noqa: E402
 from hf_dis.teacher import triton_normaliser, triton_ranking, triton_stored  # noqa: E402
 
@@ -44,7 +45,8 @@ CASES = {
         "iiiiiiii",
         WIDE | {"HAS_TAILS": True} | PRODUCTS,
     ),
-    "rows": (triton_products.rows_kernel, ["flb", "bll"], "iiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
+    "gathered rows": (triton_gathered.gathered_rows_kernel, ["flb", "bll"], "iiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
+    "placed rows": (triton_gathered.place_rows_kernel, ["flb", "blf"], "iiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
     "normaliser": (triton_normaliser.log_normaliser_kernel, ["bfb", "fff", "hfh", "ddd"], "iiin", NORMALISER),
     "mass": (triton_normaliser.class_mass_kernel, ["bfff", "ffff", "hfff"], "iiiinn", {"HAS_ADDED": True} | MASS),
     "pieces": (triton_rows.pieces_kernel, ["fflflf", "bblblf", "bblflf"], "iiiii", OTHERS | ROWS),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_dis.head.gathered import gathered
+from hf_dis.models.gathered import gathered
 
 POSITIONS = torch.tensor([4, 0, 2])
 

@@ -28,9 +28,9 @@ class _Gathered(torch.autograd.Function):
         ctx.save_for_backward(positions)
         ctx.shape, ctx.dtype = vectors.shape, vectors.dtype
         if uses_triton(vectors.device):
-            from hf_dis.head.triton_products import weight_rows
+            from hf_dis.models.triton_gathered import gathered_rows
 
-            return weight_rows(vectors, positions, dtype)
+            return gathered_rows(vectors, positions, dtype)
         return vectors.index_select(0, positions).to(dtype)
 
     @staticmethod
@@ -38,4 +38,9 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx, grad):
         (positions,) = ctx.saved_tensors
         gradient = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
+        if uses_triton(grad.device):
+            from hf_dis.models.triton_gathered import place_rows
+
+            place_rows(gradient, positions, grad)
+            return gradient, None, None
         return gradient.index_copy_(0, positions, grad.to(ctx.dtype)), None, None
