@@ -120,7 +120,7 @@ def token_items(
         targets = None if stored is None else stored.flatten(0, 1)  # no filler
     else:
         targets = _stored_at(stored, true_places(_is_stored(stored), len(positions)))
-    # The last token of a sequence has no next token, and is no item.
+    # The last token of a sequence is without a next token, and never an item.
     labels = None if labels is None else labels.flatten()[shift:][positions]
     return Items(num_examples, labels, positions, length, targets)
 

@@ -262,8 +262,8 @@ def mixture(
         hard_label_weight: λ in [0, 1].
 
     Returns:
-        the loss, c KL and CE, ``[N]`` each; the signal s - p, log s, and the gradient, ``[N, R]`` each, in float32 or
-        wider; and true for the items whose signal is finite at every column that they use, ``[N]``.
+        the loss, c KL and CE, ``[N]`` each; and the signal s - p, log s, and the gradient, ``[N, R]`` each, in float32
+        or wider. The last is true for the items whose signal is finite at every column that they use, ``[N]``.
     """
     given = [unit_columns(tensor) for tensor in (logits, log_weights, log_probs, target)]
     *results, finite = _mixture_results(*given)

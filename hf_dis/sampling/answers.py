@@ -140,6 +140,8 @@ class Answers(NamedTuple):
     def unranked_mass(self, mass: Tensor, parts: Sequence[Logits]) -> Tensor:
         """Takes the probability of each class out of its mass at the counted items that rank the class, ``[C]``.
 
+        Rounding may leave a mass just below 0.
+
         Args:
             mass: summed over the counted items, ``[C]``.
             parts: the chunks that the answers were joined from.
@@ -150,7 +152,7 @@ class Answers(NamedTuple):
             # The mass of a single chunk is kept by its targets.
             add = mass.index_add_ if len(parts) > 1 else mass.index_add
             mass = add(0, *given, alpha=-items_per_counted)
-        return mass.clamp_min_(0)
+        return mass
 
 
 def _counted(parts: Sequence[Logits]) -> dict[float, list[slice]]:

@@ -225,8 +225,7 @@ class ClassSampler:
             statistics = self.proposal.statistics(replace(sample, finite=finite), signal)
             if not statistics:
                 return
-            items = torch.tensor(len(signal)) if finite is None else finite.sum()
-            statistics |= {"items": items, "not_finite": len(signal) - items}
+            statistics |= _item_counts(len(signal), finite)
             if self.samples_mass and "class_mass" in statistics:
                 statistics["class_mass"] = sampled_mass(statistics["class_mass"], self.generator)
             if reduce is not None:
@@ -268,6 +267,17 @@ class ClassSampler:
 def _is_known_to_be_finite(signal: Tensor) -> bool:
     """Looks at the sum on a CPU, which saves four passes over the signal; elsewhere the look would wait."""
     return signal.device.type == "cpu" and bool(signal.sum().isfinite())
+
+
+def _item_counts(num_items: int, finite: Tensor | None) -> Statistics:
+    """The numbers of items with and without a finite signal."""
+    if finite is not None and uses_triton(finite.device):
+        from hf_dis.sampling.triton_learning import item_counts
+
+        items, not_finite = item_counts(finite).unbind()
+        return {"items": items, "not_finite": not_finite}
+    items = torch.tensor(num_items) if finite is None else finite.sum()
+    return {"items": items, "not_finite": num_items - items}
 
 
 def _label_stratum(labels: Tensor, log_probs: Tensor) -> Stratum:

@@ -11,7 +11,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from hf_dis.head import triton_adamw, triton_contributions, triton_products, triton_rows  # noqa: E402
 from hf_dis.loss import triton_exact, triton_exact_sums, triton_sampled  # noqa: E402
 from hf_dis.models import triton_gathered  # noqa: E402
-from hf_dis.sampling import triton_assembly, triton_cached, triton_learning, triton_tails  # noqa: E402
+from hf_dis.sampling import triton_assembly, triton_cached, triton_learning, triton_steps, triton_tails  # noqa: E402
 from hf_dis.teacher import triton_normaliser, triton_ranking, triton_stored  # noqa: E402
 
 NAMES = {
@@ -103,10 +103,11 @@ CASES = {
         ASSEMBLY | {"ALL_RANKS": True},
     ),
     "class sums": (triton_tails.class_sums_kernel, ["ffd"], "i", {"BLOCK": 4096}),
-    "class density": (triton_tails.class_density_kernel, ["ffdd"], "iinnn", {"BLOCK": 4096, "BLOCK_SUMS": 64}),
+    "class density": (triton_tails.class_density_kernel, ["ffddd"], "iinnn", {"BLOCK": 4096, "BLOCK_SUMS": 64}),
     "tail scale": (triton_tails.tail_scale_kernel, ["ddd"], "iin", {"BLOCK": 1024}),
     "tail ids": (triton_tails.tail_ids_kernel, ["dddld"], "iiinn", {"STEPS": 19, "BLOCK": 256}),
     "finite items": (triton_learning.finite_items_kernel, ["ffu", "bfu"], "iii", {"BLOCK": 1024}),
+    "item counts": (triton_learning.item_counts_kernel, ["ul"], "i", {"BLOCK": 4096}),
     "rank sums": (
         triton_learning.rank_sums_kernel,
         ["fflu" + "ld"],
@@ -114,9 +115,9 @@ CASES = {
         {"ITEMS": 64, "BLOCK": 32, "BLOCK_BINS": 16},
     ),
     "tail sums": (triton_learning.tail_sums_kernel, ["fuuf", "buuf"], "iiiii", {"BLOCK_ITEMS": 32, "BLOCK": 32}),
-    "rank steps": (triton_learning.step_ranks_kernel, ["dldddddd"], "iin", {"BLOCK_SCALES": 8, "BLOCK_BINS": 16}),
-    "class steps": (triton_learning.step_classes_kernel, ["lff"], "in", {"BLOCK": 256}),
-    "marginal": (triton_learning.step_marginal_kernel, ["fllf"], "in", {"BLOCK": 1024}),
+    "rank steps": (triton_steps.step_ranks_kernel, ["dldddddd"], "iin", {"BLOCK_SCALES": 8, "BLOCK_BINS": 16}),
+    "class steps": (triton_steps.step_classes_kernel, ["lff"], "in", {"BLOCK": 256}),
+    "marginal": (triton_steps.step_marginal_kernel, ["fllf"], "in", {"BLOCK": 1024}),
     "part sums": (
         triton_exact_sums.part_sums_kernel,
         ["bbf", "fbf", "hhf", "ddd"],
