@@ -218,7 +218,7 @@ def _step_chunk(
     square = state["exp_avg_sq"].index_select(0, ids).mul_(beta2).addcmul_(rows, rows, value=1 - beta2)
     state["exp_avg_sq"].index_copy_(0, ids, square)
     # -m / bias1 / (sqrt(v / bias2) + eps), as one division.
-    denominator = square.sqrt_().mul_(scale).add_(eps)
+    denominator = torch.addcmul(eps, square.sqrt_(), scale, out=square)
     mean = state["exp_avg"].index_select(0, ids).lerp_(rows, 1 - beta1)
     state["exp_avg"].index_copy_(0, ids, mean)
     weights = parameter.index_select(0, ids).mul_(kept).addcdiv_(mean.mul_(rates), denominator)

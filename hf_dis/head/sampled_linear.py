@@ -175,13 +175,15 @@ class _Contributions(NamedTuple):
         vectors = features.new_empty(num_items + tail_ids.numel(), features.shape[1], dtype=dtype)
         torch.cat([features, of_tails.flatten(0, 1)], out=vectors)  # widens as it writes
         numbers = torch.arange(len(vectors), device=vectors.device)
-        alone = item_grad.flatten()
-        ones = alone.new_ones(tail_ids.numel(), dtype=dtype)
+        ids = torch.cat([item_ids.flatten(), tail_ids.flatten()])
+        scales = torch.ones_like(ids, dtype=torch.promote_types(item_grad.dtype, dtype))
+        alone = scales[: item_ids.numel()]
+        alone.view(item_ids.shape).copy_(item_grad)
         return cls(
-            ids=torch.cat([item_ids.flatten(), tail_ids.flatten()]),
+            ids=ids,
             vectors=vectors,
             which=torch.cat([numbers[:num_items].repeat_interleave(num_columns), numbers[num_items:]]),
-            scales=torch.cat([alone, ones]),
+            scales=scales,
             alone=alone,
             tails=by_tails,
         )

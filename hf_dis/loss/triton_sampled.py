@@ -115,28 +115,11 @@ def cross_entropy_kernel(
 
 @triton.jit
 def mixed_kernel(
-    logits,
-    log_weights,
-    log_probs,
-    target,
-    loss,
-    divergence,
-    cross_entropy,
-    signal,
-    log_student,
-    gradient,
-    finite,
-    width,
-    logits_stride,
-    log_weights_stride,
-    log_probs_stride,
-    target_stride,
-    label,
-    temperature: tl.float64,
-    times: tl.float64,
-    hard_label_weight: tl.float64,
-    BLOCK: tl.constexpr,
-):
+    logits, log_weights, log_probs, target,
+    loss, divergence, cross_entropy, signal, log_student, gradient, finite,
+    width, logits_stride, log_weights_stride, log_probs_stride, target_stride, label,
+    temperature: tl.float64, times: tl.float64, hard_label_weight: tl.float64, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The kernels of divergence and cross-entropy in one, with the gradient of their mixture."""
     dtype: tl.constexpr = loss.dtype.element_ty
     item = tl.program_id(0).to(tl.int64)
