@@ -47,8 +47,12 @@ class Shape:
     is_lm: bool
 
     @property
+    def vocab_size(self):
+        return self.num_classes if self.is_lm else None
+
+    @property
     def spec(self):
-        return DISArguments(row_sparse_head=True).sampler_spec().resolved(is_lm=self.is_lm, row_sparse=True)
+        return DISArguments(row_sparse_head=True).sampler_spec().resolved(vocab_size=self.vocab_size, row_sparse=True)
 
 
 SHAPES = {
@@ -175,7 +179,7 @@ def distiller_of(
     if targets == "cached":
         layout = TargetLayout.within(60 if shape.is_lm else 300, shape.num_classes, 2 if shape.is_lm else 32)
         spec = settings.sampler_spec().resolved(
-            is_lm=shape.is_lm, row_sparse=row_sparse, stored_sample_size=layout.sample_size
+            vocab_size=shape.vocab_size, row_sparse=row_sparse, stored_sample_size=layout.sample_size
         )
         distiller.sampler = make_cached_sampler(layout, spec, device="cuda")
         distiller.teacher = CachedTeacher(layout, "")

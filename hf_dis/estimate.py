@@ -277,7 +277,7 @@ def estimate(
     num_classes = _shared_classes(teacher, student)
     tokens = batch_size * sequence_length
     num_items = tokens if student.task.has_token_items else batch_size
-    spec = SamplerSpec().resolved(is_lm=student.task.is_lm)
+    spec = SamplerSpec().resolved(vocab_size=num_classes if student.task.is_lm else None)
     sample = spec.num_sampled_classes, spec.num_shared_classes
     heads = estimate_head(num_items, num_classes, student.num_features, *sample, device)
     logits = num_items * num_classes
