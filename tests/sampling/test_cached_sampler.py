@@ -109,9 +109,9 @@ def test_the_gradient_is_right_on_average(targets, sizes, proposal):
     total = torch.zeros(N, C)
     for _ in range(repeats):
         sample = sampler.sample([targets], torch.arange(N))
-        loss, signal, _ = sampled_forward_kl(columns(logits, sample), sample, TEMPERATURE)
-        total += torch.autograd.grad(loss.mean(), logits)[0] / repeats
-        sampler.learn(sample, signal)
+        result = sampled_forward_kl(columns(logits, sample), sample, TEMPERATURE)
+        total += torch.autograd.grad(result.loss.mean(), logits)[0] / repeats
+        sampler.learn(sample, result.signal)
     expected = reference(logits, targets).float()
     assert (total - expected).norm() < 0.15 * expected.norm()
 
