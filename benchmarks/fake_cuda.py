@@ -62,7 +62,7 @@ ELEMENTS_OF = {
 }
 # Of the first argument only what is addressed is read, or written.
 READS_ROWS = {"embedding", "index_select", "gather", "take", "index", "_embedding_bag"}
-WRITES_ROWS = {"index_copy_", "index_fill_", "scatter_", "index_add_", "scatter_add_", "place_rows"}
+WRITES_ROWS = {"index_copy_", "index_fill_", "scatter_", "index_add_", "scatter_add_"}
 # References to a gradient in :func:`backward` where nothing else holds the gradient.
 ALONE = 4
 _TOLIST = FakeTensor.tolist

@@ -15,7 +15,7 @@ def gathered(vectors: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         vectors: of all tokens, ``[T, d]``.
-        positions: distinct places among the tokens, ``[N]``.
+        positions: ascending places among the tokens, ``[N]``.
     """
     return _Gathered.apply(vectors, positions, product_type(vectors))
 
@@ -37,10 +37,9 @@ class _Gathered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (positions,) = ctx.saved_tensors
-        gradient = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
         if uses_triton(grad.device):
-            from hf_dis.models.triton_gathered import place_rows
+            from hf_dis.models.triton_gathered import placed_rows
 
-            place_rows(gradient, positions, grad)
-            return gradient, None, None
+            return placed_rows(grad, positions, ctx.shape[0], ctx.dtype), None, None
+        gradient = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
         return gradient.index_copy_(0, positions, grad.to(ctx.dtype)), None, None

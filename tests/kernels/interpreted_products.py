@@ -7,7 +7,7 @@ from torch.library import opcheck
 from hf_dis.head.triton_products import features_gradient, item_products
 from hf_dis.kernels import sum_dtype
 from hf_dis.models.gathered import gathered
-from hf_dis.models.triton_gathered import gathered_rows, place_rows
+from hf_dis.models.triton_gathered import gathered_rows, placed_rows
 from hf_dis.sampling.tails import by_item
 
 TYPES = [
@@ -134,15 +134,13 @@ def test_rows_are_gathered_in_a_type(width, dtype):
     assert gathered_rows(weight, torch.tensor([3, 11]), dtype)[1].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ids", [[0, 3, 5, 8, 10], [2], [1, 2, 3, 4, 9], []], ids=str)
 @pytest.mark.parametrize("width", [5, 700])
-def test_rows_are_put_in_their_places_in_a_type(width, dtype):
-    ids, rows = torch.tensor([8, 0, 3, 10, 5]), torch.randn(5, 2 * width).bfloat16()[:, :width]
-    out = torch.zeros(11, width, dtype=dtype)
-    place_rows(out, ids, rows)
-    assert torch.equal(out, torch.zeros_like(out).index_copy_(0, ids, rows.to(dtype)))
-    place_rows(out, torch.tensor([11, -1]), rows[:2])  # no such rows
-    assert torch.equal(out, torch.zeros_like(out).index_copy_(0, ids, rows.to(dtype)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_are_put_in_their_places_in_a_type(dtype, width, ids):
+    ids, rows = torch.tensor(ids, dtype=torch.long), torch.randn(len(ids), 2 * width).bfloat16()[:, :width]
+    expected = torch.zeros(11, width, dtype=dtype).index_copy_(0, ids, rows.to(dtype))
+    assert torch.equal(placed_rows(rows, ids, 11, dtype), expected)
 
 
 @pytest.mark.parametrize("num_items", [0, 3])
@@ -162,4 +160,4 @@ def test_the_operations_are_well_formed():
     opcheck(features_gradient, (scales, weight, ids, torch.randn(2, 2, 20), torch.bfloat16))
     opcheck(features_gradient, (scales, weight, ids, None, torch.float32))
     opcheck(gathered_rows, (weight, ids, torch.bfloat16))
-    opcheck(place_rows, (torch.zeros(9, 20), torch.tensor([4, 1]), weight[:2]))
+    opcheck(placed_rows, (weight[:2], torch.tensor([1, 4]), 9, torch.bfloat16))

@@ -18,6 +18,7 @@ NAMES = {
     "f": "*fp32", "b": "*bf16", "h": "*fp16", "d": "*fp64", "l": "*i64", "w": "*i32", "u": "*u8", "i": "i32",
     "n": "fp64",
 }  # fmt: skip
+PLACED = {"BLOCK": 4, "BLOCK_WIDTH": 512}
 PRODUCTS = {"BLOCK_IDS": 32, "BLOCK_WIDTH": 128}
 ROWS = {"PIECE": 64, "BLOCK": 4, "BLOCK_WIDTH": 512}
 OTHERS, ALONE = {"HAS_OTHERS": True}, {"HAS_KEPT": False, "HAS_OTHERS": False}
@@ -45,9 +46,10 @@ CASES = {
         "iiiiiiii",
         WIDE | {"HAS_TAILS": True} | PRODUCTS,
     ),
-    "gathered rows": (triton_gathered.gathered_rows_kernel, ["flb", "bll"], "iiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
-    "placed rows": (triton_gathered.place_rows_kernel, ["flb", "blf"], "iiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
+    "gathered rows": (triton_gathered.gathered_rows_kernel, ["flb", "bll"], "iiii", PLACED),
+    "placed rows": (triton_gathered.placed_rows_kernel, ["blf", "flb"], "iiiii", PLACED),
     "normaliser": (triton_normaliser.log_normaliser_kernel, ["bfb", "fff", "hfh", "ddd"], "iiin", NORMALISER),
+    "ranked mass": (triton_normaliser.take_ranked_kernel, ["flf", "dld"], "iiiiin", {"BLOCK": 64}),
     "mass": (triton_normaliser.class_mass_kernel, ["bfff", "ffff", "hfff"], "iiiinn", {"HAS_ADDED": True} | MASS),
     "pieces": (triton_rows.pieces_kernel, ["fflflf", "bblblf", "bblflf"], "iiiii", OTHERS | ROWS),
     "segments": (
