@@ -170,7 +170,10 @@ def tiny(shape: Shape) -> Shape:
 def distiller_of(
     student: nn.Module, teacher: nn.Module, shape: Shape, row_sparse: bool, targets: str, mode: str
 ) -> Distiller:
-    settings = DISArguments(head_mode=mode, row_sparse_head=row_sparse)
+    # The model is a language model for both shapes: the sample is that of the shape.
+    names = ("num_sampled_classes", "num_shared_classes", "num_tails", "num_updated_classes", "rank_depth")
+    sizes = {} if targets == "cached" or mode == "exact" else {name: getattr(shape.spec, name) for name in names}
+    settings = DISArguments(head_mode=mode, row_sparse_head=row_sparse, **sizes)
     with head_is_known("lm_head"):
         distiller = build_distiller(student, teacher, settings, device=torch.device("cuda", 0))
     distiller._head_is_checked = distiller._splits = True

@@ -21,7 +21,7 @@ from hf_dis.sampling.designs import ranks_to_classes, sample_ranks, systematic_p
 from hf_dis.sampling.proposal import Proposal, TeacherProposal
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.sampling.sampler import ClassSampler, make_proposal
-from hf_dis.sampling.tails import Tails, is_outside
+from hf_dis.sampling.tails import ClassDensity, Tails, is_outside
 from hf_dis.teacher.cached import UNKNOWN, CachedTargets
 from hf_dis.teacher.compact import TargetLayout
 
@@ -151,8 +151,8 @@ class _Columns(NamedTuple):
 class TailProposal(TeacherProposal):
     """DIS for the shared tail alone: the classes of an item are certain, so that no rank is sampled."""
 
-    def class_density(self) -> Tensor:
-        """Signal and teacher's marginal, mixed with the uniform share, ``[C]``."""
+    def class_density(self) -> ClassDensity:
+        """Signal and teacher's marginal, mixed with the uniform share."""
         return self.memory.density(self.floor)
 
 

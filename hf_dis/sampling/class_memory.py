@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_dis.kernels import uses_triton
 from hf_dis.precision import widest
 from hf_dis.sampling.sample import ClassSample, Statistics
-from hf_dis.sampling.tails import by_tail
+from hf_dis.sampling.tails import ClassDensity, by_tail
 
 # Points at which a class mass is sampled where it is sent: 96 KiB. A mass of three times as many classes is as large.
 MASS_POINTS = 2**13
@@ -22,7 +22,7 @@ def sampled_mass(mass: Tensor, generator: torch.Generator) -> Tensor:
     over the tail then has 0.5% more variance by the "dis" proposal, and 12% more by the "teacher" proposal.
 
     Args:
-        mass: not negative, ``[C]``.
+        mass: ``[C]``; below 0 by rounding alone, which counts as 0.
         generator: a CPU generator.
 
     Returns:
@@ -31,7 +31,7 @@ def sampled_mass(mass: Tensor, generator: torch.Generator) -> Tensor:
     if len(mass) <= 3 * MASS_POINTS:
         return mass
     start = torch.rand((), dtype=torch.float64, generator=generator)
-    cumulative = mass.cumsum(0, dtype=widest(mass.device))
+    cumulative = mass.clamp_min(0).cumsum(0, dtype=widest(mass.device))
     share = cumulative[-1] / MASS_POINTS
     steps = (start + torch.arange(MASS_POINTS, dtype=torch.float64)).to(mass.device, cumulative.dtype)
     ids = torch.searchsorted(cumulative, steps * share, right=True).clamp_(max=len(mass) - 1)
@@ -60,9 +60,10 @@ class ClassMemory:
         self.squared_signal = torch.full((num_classes,), num_classes**-2.0, device=device)
         self.marginal = torch.zeros(num_classes, device=device)
         self._sums = torch.zeros(num_classes, 2, device=device)  # zero between updates
+        self._zero = torch.zeros((), device=device)
 
-    def density(self, floor: float, signal_share: float = 0.5) -> Tensor:
-        """Signal and marginal, each normalised, mixed, and a uniform share: ``[C]``, in the widest type of the device.
+    def density(self, floor: float, signal_share: float = 0.5) -> ClassDensity:
+        """Signal and marginal, each normalised, mixed, and a uniform share, in the widest type of the device.
 
         Args:
             floor: the uniform share, in (0, 1].
@@ -74,13 +75,12 @@ class ClassMemory:
 
             means = self.squared_signal, self.marginal
             shares = [(1 - floor) * signal_share, (1 - floor) * (1 - signal_share), floor / len(self.marginal)]
-            return class_density(*means, class_sums(*means, dtype), shares)
+            return ClassDensity(*class_density(*means, class_sums(*means, dtype), shares))
         signal = self.squared_signal.sqrt()
         sums = torch._foreach_clamp_min([signal.sum(dtype=dtype), self.marginal.sum(dtype=dtype)], 1e-30)
-        torch._foreach_reciprocal_(sums)
-        torch._foreach_mul_(sums, [(1 - floor) * signal_share, (1 - floor) * (1 - signal_share)])
-        mixed = signal.mul_(sums[0]).addcmul_(self.marginal, sums[1])
-        return torch.add(mixed, floor / len(mixed), out=torch.empty_like(mixed, dtype=dtype))
+        mixed = torch.addcdiv(self._zero, signal, sums[0], value=(1 - floor) * signal_share)
+        mixed.addcdiv_(self.marginal, sums[1], value=(1 - floor) * (1 - signal_share))
+        return ClassDensity(torch.add(mixed, floor / len(mixed), out=torch.empty_like(mixed, dtype=dtype)))
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
         """Sums over the items of a step.
@@ -111,7 +111,7 @@ class ClassMemory:
             mass = torch.zeros_like(self.marginal).index_add_(0, mass._indices()[0], mass._values())
         ids = tail._indices()[0]
         if uses_triton(ids.device):
-            from hf_dis.sampling.triton_learning import step_classes, step_marginal
+            from hf_dis.sampling.triton_steps import step_classes, step_marginal
 
             step_classes(ids, self._sums.index_add_(0, ids, tail._values()), self.squared_signal, self.RENEWAL)
             given = mass, statistics["items"], statistics["not_finite"]
@@ -126,8 +126,8 @@ class ClassMemory:
         self.squared_signal.index_copy_(0, ids, known.lerp_(squared / items.clamp_min(1), renewal))
         # The marginal is of the teacher alone: items without a finite signal count too.
         num_items = statistics["items"] + statistics["not_finite"]
-        marginal = (mass / num_items.clamp_min(1)).float()
-        marginal = torch.where(marginal < torch.inf, marginal, self.marginal)  # masses are not negative
+        marginal = (mass / num_items.clamp_min(1)).float().clamp_min_(0)
+        marginal = torch.where(marginal < torch.inf, marginal, self.marginal)
         self.marginal.lerp_(marginal, num_items.clamp(max=1 - self.decay))  # a step without an item changes nothing
 
     def state_dict(self) -> dict[str, Tensor]:

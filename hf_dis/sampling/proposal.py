@@ -13,6 +13,7 @@ from hf_dis.sampling.answers import Answers
 from hf_dis.sampling.class_memory import ClassMemory
 from hf_dis.sampling.rank_proposal import RankProposal
 from hf_dis.sampling.sample import ClassSample, Statistics
+from hf_dis.sampling.tails import ClassDensity
 from hf_dis.teacher.targets import TeacherTargets
 
 
@@ -42,9 +43,9 @@ class Proposal:
         """
         return torch.ones(self.num_entries, dtype=widest(self.device), device=self.device)
 
-    def class_density(self) -> Tensor:
-        """Density over classes for the shared tail, positive, ``[C]``."""
-        return torch.ones(self.num_classes, dtype=widest(self.device), device=self.device)
+    def class_density(self) -> ClassDensity:
+        """Density over classes for the shared tail."""
+        return ClassDensity(torch.ones(self.num_classes, dtype=widest(self.device), device=self.device))
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
         """The sums over a step that the proposal learns from, dense or sparse; empty if the proposal never learns.
@@ -133,8 +134,8 @@ class TeacherProposal(Proposal):
             density = torch.cat([density, torch.minimum(below, density[:, -1:])], 1)
         return (1 - self.floor) * density + self.floor / self.num_ranks
 
-    def class_density(self) -> Tensor:
-        """The teacher's marginal, mixed with the uniform share, ``[C]``."""
+    def class_density(self) -> ClassDensity:
+        """The teacher's marginal, mixed with the uniform share."""
         return self.memory.density(self.floor, signal_share=0.0)
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
@@ -183,8 +184,8 @@ class DISProposal(Proposal):
         """The fitted mixture, ``[B]``."""
         return self.ranks.density(self.num_entries)
 
-    def class_density(self) -> Tensor:
-        """Signal and teacher's marginal, mixed with the uniform share, ``[C]``."""
+    def class_density(self) -> ClassDensity:
+        """Signal and teacher's marginal, mixed with the uniform share."""
         return self.memory.density(self.floor)
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:

@@ -202,7 +202,11 @@ class ClassSampler:
         return sample_ranks(density, self.num_ranks, num_items, self.num_sampled, self.design, self.generator)
 
     def learn(
-        self, sample: ClassSample, signal: Tensor, reduce: Callable[[Statistics], Statistics] | None = None
+        self,
+        sample: ClassSample,
+        signal: Tensor,
+        reduce: Callable[[Statistics], Statistics] | None = None,
+        finite: Tensor | None = None,
     ) -> None:
         """Lets the proposal learn from a step; items whose signal is NaN or Inf are left out and counted.
 
@@ -212,14 +216,16 @@ class ClassSampler:
                 :meth:`hf_dis.loss.divergence.Divergence.sampled` returns it; s - p for the forward KL.
             reduce: sums the statistics over processes, see :func:`hf_dis.distributed.sums.sum_over_processes`; not
                 needed with one process.
+            finite: the items with a finite signal, ``[N]``, as :meth:`ClassSample.finite_items` finds them; None: they
+                are found here.
         """
         with torch.no_grad():
-            finite = None if _is_known_to_be_finite(signal) else sample.finite_items(signal)
+            if finite is None and not _is_known_to_be_finite(signal):
+                finite = sample.finite_items(signal)
             statistics = self.proposal.statistics(replace(sample, finite=finite), signal)
             if not statistics:
                 return
-            items = torch.tensor(len(signal)) if finite is None else finite.sum()
-            statistics |= {"items": items, "not_finite": len(signal) - items}
+            statistics |= _item_counts(len(signal), finite)
             if self.samples_mass and "class_mass" in statistics:
                 statistics["class_mass"] = sampled_mass(statistics["class_mass"], self.generator)
             if reduce is not None:
@@ -261,6 +267,17 @@ class ClassSampler:
 def _is_known_to_be_finite(signal: Tensor) -> bool:
     """Looks at the sum on a CPU, which saves four passes over the signal; elsewhere the look would wait."""
     return signal.device.type == "cpu" and bool(signal.sum().isfinite())
+
+
+def _item_counts(num_items: int, finite: Tensor | None) -> Statistics:
+    """The numbers of items with and without a finite signal."""
+    if finite is not None and uses_triton(finite.device):
+        from hf_dis.sampling.triton_learning import item_counts
+
+        items, not_finite = item_counts(finite).unbind()
+        return {"items": items, "not_finite": not_finite}
+    items = torch.tensor(num_items) if finite is None else finite.sum()
+    return {"items": items, "not_finite": num_items - items}
 
 
 def _label_stratum(labels: Tensor, log_probs: Tensor) -> Stratum:
