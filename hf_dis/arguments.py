@@ -11,6 +11,7 @@ from hf_dis.checks import require, require_number
 PROPOSALS = ("dis", "teacher", "uniform", "topk")
 DESIGNS = ("pps", "replacement")
 HEAD_MODES = ("auto", "sampled", "exact")
+MOMENT_DTYPES = ("float32", "bfloat16", None)
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 
 
@@ -210,6 +211,10 @@ class DISArguments:
             :class:`hf_dis.RowSparseAdamW`, a lazy AdamW (docs/optimizer.md). None: True in a trainer that makes its
             optimizer, if ``optim`` is ``adamw_torch`` or ``adamw_torch_fused`` and the head allows row-sparse
             gradients. False in a loop of your own.
+        offload_moments: a trainer's optimizer keeps the moments of a row-sparse head in host memory, as
+            :class:`hf_dis.RowSparseAdamW` does. In a loop of your own, give that class the argument of this name.
+        moment_dtype: type of the moments of a row-sparse head's weight: ``"float32"``, or ``"bfloat16"``, which is
+            rounded at random without bias (docs/optimizer.md). None: the type of the weight. As ``offload_moments``.
         exact_warmup_steps: steps at the start that compute all classes while the proposals learn; below 1 a share of
             all steps. These steps cost the time and memory of exact distillation (docs/choosing-k.md).
         probe_steps: steps between two comparisons of the sampled loss and gradient with the exact ones; 0: never.
@@ -256,6 +261,12 @@ class DISArguments:
         nargs="?",  # a flag alone is True
         const=True,
     )
+    offload_moments: bool = _setting(
+        False, "Keep the optimizer's moments of a row-sparse head in host memory; only the rows of a step travel."
+    )
+    moment_dtype: Literal["float32", "bfloat16"] | None = _setting(
+        None, "Type of the optimizer's moments of a row-sparse head; if not given, that of the head's weight."
+    )
     exact_warmup_steps: float = _setting(
         0.0, "Steps at the start that compute all classes; below 1: a share of all steps."
     )
@@ -289,6 +300,14 @@ class DISArguments:
                 "row_sparse_head is set and head_mode is 'exact', which touches every row of the head: set "
                 "row_sparse_head=False, or another head_mode"
             )
+        require(self.moment_dtype in MOMENT_DTYPES, "moment_dtype", self.moment_dtype, "'float32', 'bfloat16' or None")
+        for name in self.moment_settings():
+            if self.row_sparse_head is False or self.head_mode == "exact":
+                given = "row_sparse_head is False" if self.row_sparse_head is False else "head_mode is 'exact'"
+                raise ValueError(
+                    f"{name} is set and {given}: a step of a dense gradient reads the moments of every row; "
+                    f"leave {name} out, or make the head row-sparse"
+                )
         self.sampler_spec()
         require(
             self.num_updated_classes is None or self.row_sparse_head is not False,
@@ -300,6 +319,10 @@ class DISArguments:
     def settings(self) -> DISArguments:
         """The settings of the method alone, as a :class:`hf_dis.Distiller` reads them; a copy."""
         return DISArguments(**{one.name: getattr(self, one.name) for one in fields(DISArguments)})
+
+    def moment_settings(self) -> list[str]:
+        """The names of those settings of a row-sparse head's moments that are set."""
+        return [name for name in ("offload_moments", "moment_dtype") if getattr(self, name)]
 
     def sampler_spec(self) -> SamplerSpec:
         """The settings of the sampler, as they were given."""

@@ -74,6 +74,14 @@ def test_the_depth_follows_the_number_of_sampled_classes():
     assert SamplerSpec().resolved(stored_sample_size=9).rank_depth is None  # the depth of the cache
 
 
+@pytest.mark.parametrize("given", [{"row_sparse_head": False}, {"head_mode": "exact"}], ids=str)
+@pytest.mark.parametrize(("setting", "wanted"), [("offload_moments", True), ("moment_dtype", "float32")])
+def test_moments_of_a_dense_head_are_as_they_are(given, setting, wanted):
+    ((name, value),) = given.items()
+    with pytest.raises(ValueError, match=rf"{setting} is set and {name} is {value!r}: .* leave {setting} out"):
+        DISArguments(**{setting: wanted}, **given)
+
+
 def test_a_row_sparse_head_is_updated_by_a_part_of_the_sampled_classes_where_there_is_a_shared_tail():
     def updated(vocab_size=None, row_sparse=True, **given):
         return SamplerSpec(**given).resolved(vocab_size=vocab_size, row_sparse=row_sparse).num_updated_classes

@@ -61,6 +61,7 @@ CONFIG = [
     ("proposal", None, ValueError, "one of dis, teacher"),
     ("design", "poisson", ValueError, "one of pps, replacement"),
     ("head_mode", "fast", ValueError, "one of auto, sampled, exact"),
+    ("moment_dtype", "float16", ValueError, "'float32', 'bfloat16' or None"),
 ]
 
 

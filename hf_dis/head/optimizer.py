@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from itertools import chain
 from typing import Any
@@ -10,8 +11,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
+from hf_dis.checks import require
+from hf_dis.head.moments import (
+    MOMENT_DTYPES,
+    MOMENTS,
+    RowMoments,
+    are_rounded,
+    lie_in_host_memory,
+    type_of_moments,
+    type_of_step,
+)
 from hf_dis.head.row_gradients import coalesced
-from hf_dis.kernels import uses_triton
+from hf_dis.kernels import tell_once, uses_triton
 from hf_dis.precision import widest
 
 # Elements of the rows [n, d] that are stepped at a time on CPU: a chunk and its moments stay in the cache.
@@ -47,11 +58,16 @@ class RowSparseAdamW(torch.optim.AdamW):
         eps: as for ``torch.optim.AdamW``.
         weight_decay: as for ``torch.optim.AdamW``.
         catch_up: let rows make up for the steps that they missed; False: a row moves by lr in each of its own steps.
+        offload_moments: keep the moments of a row-sparse weight in host memory, where the weight is on an accelerator.
+            Only the rows of a step travel. No effect on a processor, whose memory holds the moments anyway.
+        moment_dtype: of the moments of a row-sparse weight: ``torch.float32``, or ``torch.bfloat16``, which is rounded
+            at random without bias. None: the type of the weight, as torch has it.
         foreach: choice of torch's implementation of the dense steps.
         fused: choice of torch's implementation of the dense steps.
 
     Raises:
-        ValueError: if lr · weight_decay is 1 or more for a sparse gradient, which would change the sign of weights.
+        ValueError: if ``moment_dtype`` has a different value. In a step: if lr · weight_decay is 1 or more for a
+            sparse gradient, which would change the sign of weights.
         RuntimeError: if a parameter's gradient is sparse in one step and dense in another, or sparse in more than its
             rows.
     """
@@ -65,11 +81,17 @@ class RowSparseAdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
         *,
         catch_up: bool = True,
+        offload_moments: bool = False,
+        moment_dtype: torch.dtype | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
     ):
+        wanted = f"one of {', '.join(map(str, MOMENT_DTYPES))}"
+        require(moment_dtype in MOMENT_DTYPES, "moment_dtype", moment_dtype, wanted)
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
         self.defaults["catch_up"] = catch_up
+        # Place and type of moments are of the run and not of its state: both may differ in a resumed run.
+        self.defaults |= {"offload_moments": offload_moments, "moment_dtype": moment_dtype}
         for group in self.param_groups:
             group.setdefault("catch_up", catch_up)
         # A GradScaler lets torch's fused kernel unscale gradients and skip a step that overflowed. The steps by row do
@@ -111,55 +133,87 @@ class RowSparseAdamW(torch.optim.AdamW):
         state, device = self.state[parameter], parameter.device
         if not state:
             state["step"] = torch.zeros(len(parameter), device=device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(parameter, **self._moments_of(parameter))
             # Σ log(1 - lr λ) and Σ lr over the steps of the parameter up to now, and up to the last step of each row.
             state["log_decay"] = state["path"] = 0.0
             for name in ROW_SUMS:
                 state[name] = torch.zeros(len(parameter), dtype=widest(device), device=device)
         state["log_decay"] += math.log1p(-decay)
         state["path"] += group["lr"]
-        _step_touched(parameter, state, group, gradient._indices()[0], gradient._values())
+        travel = lie_in_host_memory(parameter, self.defaults["offload_moments"])
+        how = travel, type_of_step(parameter, self.defaults["moment_dtype"])
+        _step_touched(parameter, state, group, gradient._indices()[0], gradient._values(), *how)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state as torch does; the sums of rows stay in the device's widest type.
 
-        torch casts the state to the type of the parameter.
+        torch casts a state to the type of the parameter, and brings it to the device of the parameter.
 
         Raises:
             ValueError: if the state is of an earlier version, without the sums of learning rates.
         """
-        super().load_state_dict(state_dict)
+        by_row, others = {}, {}
+        for number, saved in state_dict["state"].items():
+            (by_row if "row_log_decay" in saved else others)[number] = saved
+        if any("row_path" not in saved for saved in by_row.values()):
+            raise ValueError(
+                "the optimizer's state is of an earlier version, and lacks the sums of learning rates: load the "
+                "checkpoint as the student of a new run"
+            )
+        super().load_state_dict({**state_dict, "state": others})
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, parameter in zip(numbers, parameters, strict=True):
-            saved = state_dict["state"].get(number, {})
-            if "row_log_decay" in saved and "row_path" not in saved:
-                raise ValueError(
-                    "the optimizer's state is of an earlier version, and lacks the sums of learning rates: load the "
-                    "checkpoint as the student of a new run"
-                )
-            for name in ROW_SUMS:
-                if name in saved:
-                    self.state[parameter][name] = saved[name].to(parameter.device, widest(parameter.device))
+            if number in by_row:
+                self.state[parameter] = self._placed(by_row[number], parameter)
+
+    def _placed(self, saved: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+        """The saved state of a row-sparse parameter, where a step reads it."""
+        device = parameter.device
+        state = {**saved, "step": saved["step"].to(device)}
+        for name in MOMENTS:
+            state[name] = saved[name].to(**self._moments_of(parameter))
+        for name in ROW_SUMS:
+            state[name] = saved[name].to(device, widest(device))
+        return state
+
+    def _moments_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The device and the type of the moments of a row-sparse parameter."""
+        is_host = lie_in_host_memory(parameter, self.defaults["offload_moments"])
+        dtype = type_of_moments(parameter, self.defaults["moment_dtype"])
+        return {"device": torch.device("cpu") if is_host else parameter.device, "dtype": dtype}
 
 
-def _step_touched(parameter: Tensor, state: dict[str, Any], group: dict[str, Any], ids: Tensor, rows: Tensor) -> None:
-    """Steps the rows ``ids`` by their gradient ``rows``, and counts the step in the state."""
+def _step_touched(
+    parameter: Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    ids: Tensor,
+    rows: Tensor,
+    travel: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Steps the rows ``ids`` by their gradient ``rows``, computed in a type, and counts the step."""
     width = math.prod(rows.shape[1:])
-    longest = longest_step(group, width)
-    if uses_triton(parameter.device) and parameter.is_contiguous():
-        from hf_dis.head import triton_adamw
+    longest, device = longest_step(group, width), parameter.device
+    if uses_triton(device) and parameter.is_contiguous():
+        if not travel and not are_rounded(state["exp_avg"].dtype, dtype):
+            from hf_dis.head import triton_adamw
 
-        triton_adamw.adamw(parameter, state, group, ids, rows, longest)
-        return
-    of_device = max(ACCELERATOR_CHUNK_ELEMENTS, -(-rows.numel() // ACCELERATOR_CHUNKS))
-    elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else of_device
+            triton_adamw.adamw(parameter, state, group, ids, rows, longest)
+            return
+        tell_once(logging.INFO, "optimizer: torch steps rows with moments in host memory, or rounded at random")
+    elements = CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    if device.type != "cpu" and not travel:  # travelling rows are not to fill the device
+        elements = max(elements, -(-rows.numel() // ACCELERATOR_CHUNKS))
     chunk_rows = max(1, elements // max(1, width))
-    factors = _row_factors(state, group, ids, longest, rows.dtype)
+    factors = _row_factors(state, group, ids, longest, dtype)
     factors = [factor.view(-1, *(1,) * (rows.dim() - 1)) for factor in factors]
-    for parts in zip(*(tensor.split(chunk_rows) for tensor in (ids, rows, *factors)), strict=True):
-        _step_chunk(parameter, state, group, *parts)
+    places = ids.cpu() if travel else ids
+    for parts in zip(*(tensor.split(chunk_rows) for tensor in (ids, places, rows, *factors)), strict=True):
+        moments = RowMoments(state, *parts[:2], travel, dtype)
+        _step_chunk(parameter, moments, group, parts[0], parts[2].to(dtype), *parts[3:])
 
 
 def longest_step(group: dict[str, Any], width: int) -> float:
@@ -205,7 +259,7 @@ def _row_factors(
 
 def _step_chunk(
     parameter: Tensor,
-    state: dict[str, Any],
+    moments: RowMoments,
     group: dict[str, Any],
     ids: Tensor,
     rows: Tensor,
@@ -215,11 +269,10 @@ def _step_chunk(
     eps: Tensor,
 ) -> None:
     beta1, beta2 = group["betas"]
-    square = state["exp_avg_sq"].index_select(0, ids).mul_(beta2).addcmul_(rows, rows, value=1 - beta2)
-    state["exp_avg_sq"].index_copy_(0, ids, square)
+    mean = moments.mean.lerp_(rows, 1 - beta1)
+    square = moments.square.mul_(beta2).addcmul_(rows, rows, value=1 - beta2)
+    moments.write()
     # -m / bias1 / (sqrt(v / bias2) + eps), as one division.
     denominator = torch.addcmul(eps, square.sqrt_(), scale, out=square)
-    mean = state["exp_avg"].index_select(0, ids).lerp_(rows, 1 - beta1)
-    state["exp_avg"].index_copy_(0, ids, mean)
-    weights = parameter.index_select(0, ids).mul_(kept).addcdiv_(mean.mul_(rates), denominator)
-    parameter.index_copy_(0, ids, weights)
+    weights = parameter.index_select(0, ids).to(rows.dtype).mul_(kept).addcdiv_(mean.mul_(rates), denominator)
+    parameter.index_copy_(0, ids, weights.to(parameter.dtype))

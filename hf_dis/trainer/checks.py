@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from hf_dis.distributed.processes import num_processes
 from hf_dis.head.optimizer import RowSparseAdamW
 from hf_dis.head.tensor_parallel import is_tensor_parallel
-from hf_dis.trainer.optimizer import OptimizerHooks
+from hf_dis.trainer.optimizer import OptimizerHooks, keywords_of_moments
 
 if TYPE_CHECKING:
     from hf_dis.trainer.mixin import DISTrainerMixin
@@ -191,14 +191,15 @@ def makes_row_optimizer(trainer: DISTrainerMixin) -> bool:
 
 
 def check_optimizer(trainer: DISTrainerMixin) -> None:
-    """Checks that the optimizer can step a row-sparse head.
+    """Checks that the optimizer can step a row-sparse head, and does so as the settings say.
 
     Args:
         trainer: whose engine is made.
 
     Raises:
-        ValueError: if the optimizer is not RowSparseAdamW; names the remedy.
+        ValueError: if the optimizer is not RowSparseAdamW, or is set differently; names the remedy.
     """
+    _check_moments(trainer)
     if not trainer.distiller.row_sparse or steps_rows(trainer):
         return
     kind, optim = _kind_of_optimizer(trainer), trainer.args.optim
@@ -211,6 +212,27 @@ def check_optimizer(trainer: DISTrainerMixin) -> None:
         f"row_sparse_head is set, but optim is {optim.value!r}: it has to be one of "
         f"{', '.join(ROW_SPARSE_OPTIMS)}, of which RowSparseAdamW is the lazy form; or set row_sparse_head=False"
     )
+
+
+def _check_moments(trainer: DISTrainerMixin) -> None:
+    """Checks that settings of the moments of a row-sparse head reach the optimizer."""
+    distiller, keywords = trainer.distiller, keywords_of_moments(trainer.args)
+    if trainer.optimizer_cls_and_kwargs is not None:
+        given = trainer.optimizer_cls_and_kwargs[1]
+    else:
+        given = keywords if trainer.optimizer is None else trainer.optimizer.defaults
+    for name in trainer.args.moment_settings():
+        if not distiller.row_sparse:
+            cause = "all classes are computed" if distiller.mode == "exact" else "the gradient of the head is dense"
+            raise ValueError(
+                f"{name} is set, and {cause}, so that a step reads the moments of every row: set "
+                f"head_mode='sampled' and row_sparse_head=True, or leave {name} out"
+            )
+        if given.get(name) != keywords[name]:
+            raise ValueError(
+                f"{name} is set, and the optimizer was given without it: give RowSparseAdamW the argument "
+                f"{name}={keywords[name]}, or leave the optimizer to the trainer"
+            )
 
 
 def _kind_of_optimizer(trainer: DISTrainerMixin) -> type | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from hf_dis.head.optimizer import RowSparseAdamW
 from hf_dis.head.row_gradients import clip_grad_norm_
 
 if TYPE_CHECKING:
+    from hf_dis.arguments import DISArguments
     from hf_dis.distiller import Distiller
     from hf_dis.head.switch import SampledHead
 
@@ -29,7 +30,8 @@ class OptimizerHooks:
         """As the host's; with ``head_learning_rate`` the head's parameters form groups of their own."""
         is_new, given = self.optimizer is None, self.optimizer_cls_and_kwargs
         if self.distiller.row_sparse and given is None:  # for this call: the next training may have other settings
-            self.optimizer_cls_and_kwargs = RowSparseAdamW, self.get_optimizer_cls_and_kwargs(self.args)[1]
+            keywords = self.get_optimizer_cls_and_kwargs(self.args)[1]
+            self.optimizer_cls_and_kwargs = RowSparseAdamW, keywords | keywords_of_moments(self.args)
         try:
             optimizer = super().create_optimizer(model)
         finally:
@@ -66,6 +68,16 @@ class OptimizerHooks:
         if self.distiller.row_sparse and not self._is_head_sharded:
             return kept_from_ddp(self.model, self.distiller.head_layers)
         return nullcontext()
+
+
+def keywords_of_moments(arguments: DISArguments) -> dict[str, Any]:
+    """Keywords of a :class:`hf_dis.RowSparseAdamW`: place and type of the moments of a row-sparse head.
+
+    Args:
+        arguments: the settings.
+    """
+    types = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    return {"offload_moments": arguments.offload_moments, "moment_dtype": types[arguments.moment_dtype]}
 
 
 def give_head_rate(optimizer: torch.optim.Optimizer, head: Iterable[nn.Parameter], rate: float) -> None:

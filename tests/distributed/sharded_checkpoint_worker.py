@@ -16,7 +16,11 @@ from sharded_head_worker import GRADIENTS, WINDOW, examples, settings, student, 
 
 from hf_dis import DISConfig, DISDistillationTrainer
 
-KINDS = {"row-sparse": GRADIENTS["row-sparse"], "dense": {"optim": "adamw_torch", "learning_rate": 0.02}}
+KINDS = {
+    "row-sparse": GRADIENTS["row-sparse"],
+    "dense": {"optim": "adamw_torch", "learning_rate": 0.02},
+    "bfloat16": GRADIENTS["row-sparse"] | {"offload_moments": True, "moment_dtype": "bfloat16"},
+}
 STEPS, SAVED = 4, 2
 
 

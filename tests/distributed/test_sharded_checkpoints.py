@@ -21,6 +21,10 @@ from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.trainer.row_files import read_rows, write_rows
 from hf_dis.trainer.sharded_files import HEAD, MOMENTS
 
+# A row's number on its process, and so the rounding of its moments, depends on the number of processes.
+CLOSE = {kind: {"rtol": 0, "atol": 1e-7} for kind in ("row-sparse", "dense")}
+CLOSE["bfloat16"] = {"rtol": 2**-6, "atol": 1e-3}
+
 
 @pytest.fixture(scope="module")
 def server():
@@ -47,7 +51,7 @@ def test_a_resumed_training_ends_as_the_uninterrupted_one(saved, number):
                 if number == 2:
                     assert torch.equal(rank[kind][name], value), name
                 else:
-                    torch.testing.assert_close(rank[kind][name], value, rtol=0, atol=1e-7, msg=name)
+                    torch.testing.assert_close(rank[kind][name], value, msg=name, **CLOSE[kind])
 
 
 @pytest.mark.slow

@@ -57,6 +57,8 @@ COMMAND_LINE = {
     "head_name": "classifier.1",
     "head_learning_rate": 0.02,
     "row_sparse_head": True,
+    "offload_moments": True,
+    "moment_dtype": "bfloat16",
     "probe_steps": 10,
     "exact_warmup_steps": 3,
 }
@@ -80,7 +82,7 @@ def test_the_command_line_sets_every_field(tmp_path):
     assert parse(tmp_path).head_name is None and parse(tmp_path).head_learning_rate is None
 
 
-@pytest.mark.parametrize("field", ["proposal", "design", "head_mode"])
+@pytest.mark.parametrize("field", ["proposal", "design", "head_mode", "moment_dtype"])
 def test_the_command_line_lists_the_choices(tmp_path, field, capsys):
     with pytest.raises(SystemExit):
         parse(tmp_path, f"--{field}", "nonsense")

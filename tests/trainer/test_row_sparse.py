@@ -258,3 +258,48 @@ def test_what_ddp_was_told_to_ignore_before_it_ignores_after():
     with kept_from_ddp(model, ["classifier"]):
         assert model._ddp_params_and_buffers_to_ignore == ["mine", "classifier.weight", "classifier.bias"]
     assert model._ddp_params_and_buffers_to_ignore == ["mine"]
+
+
+def test_the_moments_are_as_the_settings_say(make_trainer):
+    trainer = make_trainer(offload_moments=True, moment_dtype="bfloat16", max_steps=2)
+    found = trained(trainer)
+    assert trainer.optimizer.optimizer.defaults["offload_moments"]
+    weight = trainer.head.module.weight
+    assert trainer.optimizer.state[weight]["exp_avg"].dtype == torch.bfloat16
+    expected = trained(make_trainer(max_steps=2))
+    assert_near(found, expected, 1e-4)
+    assert not torch.equal(found["classifier.weight"], expected["classifier.weight"])
+    trainer.args.max_steps = 3  # a second training, with the optimizer of the first
+    trainer._refresh_distiller()
+    trainer.args.moment_dtype = "float32"
+    with pytest.raises(ValueError, match=r"the optimizer was given without it: .* moment_dtype=torch.float32"):
+        trainer._refresh_distiller()
+
+
+def test_a_run_with_moments_in_bfloat16_is_resumed_to_the_bit(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "moment_dtype": "bfloat16"}
+    whole = make_trainer(**settings)
+    expected = trained(whole)
+    resumed = make_trainer(vit(40, seed=7), **settings)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    assert_near(resumed.model.state_dict(), expected, 0)
+
+
+DENSE = {
+    "sgd": ({"optim": "sgd"}, "the gradient of the head is dense, .* set head_mode='sampled' and row_sparse_head"),
+    "slower": ({"head_mode": "auto"}, "all classes are computed, .* set head_mode='sampled'"),
+    "given": ({}, "the optimizer was given without it: give RowSparseAdamW the argument {name}={value}"),
+}
+SET = {"offload_moments": (True, "True"), "moment_dtype": ("bfloat16", "torch.bfloat16")}
+
+
+@pytest.mark.parametrize("name", SET)
+@pytest.mark.parametrize(("settings", "told"), DENSE.values(), ids=DENSE)
+def test_settings_of_moments_that_reach_no_optimizer_are_refused(make_trainer, monkeypatch, settings, told, name):
+    if settings.get("head_mode") == "auto":
+        monkeypatch.setattr("hf_dis.build._choose_mode", lambda *args, **keywords: ("exact", None))
+    student = vit(40)
+    given = {} if settings else {"optimizers": (RowSparseAdamW(student.parameters()), None)}
+    value, of_optimizer = SET[name]
+    with pytest.raises(ValueError, match=f"{name} is set, and {told.format(name=name, value=of_optimizer)}"):
+        make_trainer(student, **{name: value}, **settings, **given)
