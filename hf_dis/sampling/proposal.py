@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from hf_dis.sampling.class_memory import ClassMemory
 from hf_dis.sampling.rank_proposal import RankProposal
 from hf_dis.sampling.sample import ClassSample, Statistics
 from hf_dis.teacher.targets import TeacherTargets
+
+if TYPE_CHECKING:
+    from hf_dis.head.vocab_shard import VocabShard
 
 
 class Proposal:
@@ -27,6 +32,8 @@ class Proposal:
     """
 
     wants_class_mass = False
+    # The classes of :meth:`class_density`, where other processes have all other classes.
+    shard: VocabShard | None = None
 
     def __init__(self, num_classes: int, num_ranks: int, depth: int, device: torch.device | str = "cpu"):
         self.num_classes, self.num_ranks, self.device = num_classes, num_ranks, device
@@ -108,6 +115,7 @@ class TeacherProposal(Proposal):
         num_classes, num_ranks, depth, device: as for :class:`Proposal`.
         floor: the uniform share, in (0, 1].
         decay: of the marginal's running mean, in [0, 1).
+        shard: as for :class:`ClassMemory`.
     """
 
     wants_class_mass = True
@@ -120,10 +128,11 @@ class TeacherProposal(Proposal):
         floor: float,
         decay: float,
         device: torch.device | str = "cpu",
+        shard: VocabShard | None = None,
     ):
         super().__init__(num_classes, num_ranks, depth, device)
-        self.floor = floor
-        self.memory = ClassMemory(num_classes, decay, device)
+        self.floor, self.shard = floor, shard
+        self.memory = ClassMemory(num_classes, decay, device, shard)
 
     def rank_density(self, answers: Answers | TeacherTargets) -> Tensor:
         """The teacher's probabilities by rank, mixed with the uniform share, ``[n, B]``."""
@@ -134,7 +143,7 @@ class TeacherProposal(Proposal):
         return (1 - self.floor) * density + self.floor / self.num_ranks
 
     def class_density(self) -> Tensor:
-        """The teacher's marginal, mixed with the uniform share, ``[C]``."""
+        """The teacher's marginal, mixed with the uniform share, ``[S]``."""
         return self.memory.density(self.floor, signal_share=0.0)
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
@@ -161,6 +170,7 @@ class DISProposal(Proposal):
         num_classes, num_ranks, depth, device: as for :class:`Proposal`.
         floor: the uniform share, in (0, 1].
         decay: of the running means, in [0, 1).
+        shard: as for :class:`ClassMemory`.
     """
 
     wants_class_mass = True
@@ -173,18 +183,19 @@ class DISProposal(Proposal):
         floor: float,
         decay: float,
         device: torch.device | str = "cpu",
+        shard: VocabShard | None = None,
     ):
         super().__init__(num_classes, num_ranks, depth, device)
-        self.floor = floor
+        self.floor, self.shard = floor, shard
         self.ranks = RankProposal(num_ranks, floor, decay, device)
-        self.memory = ClassMemory(num_classes, decay, device)
+        self.memory = ClassMemory(num_classes, decay, device, shard)
 
     def rank_density(self, answers: Answers | TeacherTargets) -> Tensor:
         """The fitted mixture, ``[B]``."""
         return self.ranks.density(self.num_entries)
 
     def class_density(self) -> Tensor:
-        """Signal and teacher's marginal, mixed with the uniform share, ``[C]``."""
+        """Signal and teacher's marginal, mixed with the uniform share, ``[S]``."""
         return self.memory.density(self.floor)
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:

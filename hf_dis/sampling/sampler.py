@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +19,12 @@ from hf_dis.sampling.class_memory import sampled_mass
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, systematic_starts
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum
+from hf_dis.sampling.sharded_tails import sample_sharded_tails
 from hf_dis.sampling.tails import Tails, is_outside, sample_tails
 from hf_dis.teacher.targets import TeacherTargets
+
+if TYPE_CHECKING:
+    from hf_dis.head.vocab_shard import VocabShard
 
 
 class ClassSampler:
@@ -43,7 +48,6 @@ class ClassSampler:
         ValueError: if a shared tail needs sparse tensors, and torch has none for the device.
 
     Attributes:
-        samples_mass: send a sample of the class mass, whose size does not grow with C, to other processes.
         not_finite: the number of items so far from which the proposal did not learn, their signal being NaN or Inf.
     """
 
@@ -65,7 +69,7 @@ class ClassSampler:
         self.num_tails = num_tails if self.num_shared else 1
         self.num_ranks = self.rank_depth if self.num_shared else num_classes
         self.num_sampled = min(num_sampled, self.num_ranks)
-        self.design, self.num_updated, self.samples_mass = design, num_updated, False
+        self.design, self.num_updated = design, num_updated
         if self.num_shared and proposal.wants_class_mass:
             wanted = f"num_shared_classes is {num_shared} with a proposal that learns about classes"
             check_sparse(proposal.device, wanted, "set num_shared_classes=0, or proposal='uniform'")
@@ -86,7 +90,7 @@ class ClassSampler:
             labels: class ids ``[N]``; always in the sample if given.
         """
         if self.num_shared:
-            tails = sample_tails(self.proposal.class_density(), self.num_shared, self.num_tails, self.generator)
+            tails = self._sample_tails()
         else:
             none = torch.empty(1, 0, dtype=torch.long, device=self.proposal.device)
             tails = Tails(none, none.to(widest(none.device)))
@@ -95,6 +99,12 @@ class ClassSampler:
             return sample
         start = torch.rand((), dtype=torch.float64, generator=self.generator)
         return replace(sample, updates=Updates(self.num_updated * len(sample), float(start)))
+
+    def _sample_tails(self) -> Tails:
+        proposal, given = self.proposal, (self.num_shared, self.num_tails, self.generator)
+        if proposal.shard is None:
+            return sample_tails(proposal.class_density(), *given)
+        return sample_sharded_tails(proposal.class_density(), proposal.shard, proposal.num_classes, *given)
 
     def _sample(self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None) -> ClassSample:
         answers, class_mass = self._answers(teacher, tails, labels)
@@ -220,7 +230,7 @@ class ClassSampler:
                 return
             items = torch.tensor(len(signal)) if finite is None else finite.sum()
             statistics |= {"items": items, "not_finite": len(signal) - items}
-            if self.samples_mass and "class_mass" in statistics:
+            if self.proposal.shard is not None and "class_mass" in statistics:
                 statistics["class_mass"] = sampled_mass(statistics["class_mass"], self.generator)
             if reduce is not None:
                 statistics = reduce(statistics)
@@ -271,7 +281,12 @@ def _label_stratum(labels: Tensor, log_probs: Tensor) -> Stratum:
 
 
 def make_sampler(
-    num_classes: int, spec: SamplerSpec | None = None, *, seed: int = 0, device: torch.device | str = "cpu"
+    num_classes: int,
+    spec: SamplerSpec | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    shard: VocabShard | None = None,
 ) -> ClassSampler:
     """Makes a sampler for C classes of a teacher that gives a logit for every class.
 
@@ -280,6 +295,8 @@ def make_sampler(
         spec: how classes are sampled; sizes that are None take the defaults of a classifier.
         seed: of the sampler's own generator; give every process its own.
         device: of the teacher's targets.
+        shard: the classes of which the sampler keeps what it has learnt, where the samplers of other processes keep
+            all other classes. All of them have to sample and learn together. None: all classes.
 
     Raises:
         TypeError: if C is not a whole number.
@@ -302,13 +319,17 @@ def make_sampler(
         proposal = TopKProposal(*ranks, num_sampled=spec.num_sampled_classes, device=device)
     else:
         kind = {"dis": DISProposal, "teacher": TeacherProposal, "uniform": Proposal}[spec.proposal]
-        proposal = make_proposal(kind, ranks, spec, device)
+        proposal = make_proposal(kind, ranks, spec, device, shard)
     sizes = (num_classes, spec.num_sampled_classes, num_shared, spec.num_tails, depth)
     return ClassSampler(proposal, *sizes, spec.design, spec.num_updated_classes, seed)
 
 
 def make_proposal(
-    kind: type[Proposal], ranks: tuple[int, int, int], spec: SamplerSpec, device: torch.device | str
+    kind: type[Proposal],
+    ranks: tuple[int, int, int],
+    spec: SamplerSpec,
+    device: torch.device | str,
+    shard: VocabShard | None = None,
 ) -> Proposal:
     """Makes a proposal of a kind; a proposal that learns takes floor and decay from the specification.
 
@@ -317,7 +338,8 @@ def make_proposal(
         ranks: C, the number of ranks that items sample from, and the number of ranks resolved one by one.
         spec: how classes are sampled.
         device: of the teacher's targets.
+        shard: as for :func:`make_sampler`.
     """
     if kind is Proposal:
         return Proposal(*ranks, device=device)
-    return kind(*ranks, floor=spec.proposal_floor, decay=spec.proposal_decay, device=device)
+    return kind(*ranks, floor=spec.proposal_floor, decay=spec.proposal_decay, device=device, shard=shard)

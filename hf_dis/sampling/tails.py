@@ -104,8 +104,7 @@ def sample_tails(density: Tensor, num_sampled: int, num_tails: int, generator: t
     """
     num_classes, dtype = len(density), widest(density.device)
     if num_sampled >= num_classes:
-        ids = torch.arange(num_classes, device=density.device)[None]
-        return Tails(ids, torch.ones_like(ids, dtype=dtype))
+        return every_class(num_classes, density.device)
     density = density.to(dtype)
     start = torch.rand(1, dtype=torch.float64, generator=generator)
     if uses_triton(density.device):
@@ -115,18 +114,36 @@ def sample_tails(density: Tensor, num_sampled: int, num_tails: int, generator: t
         cumulative = torch.minimum(density, scale[1]).cumsum(0)
         return Tails(*tail_ids(cumulative, density, scale, float(start), num_sampled, num_tails))
     starts = below_one((start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1, num_sampled)
-    # At most K_t classes can be capped, and they are the largest. All other classes are one entry.
-    largest = density.topk(num_sampled).values
-    num_others = num_classes - num_sampled
-    others = (density.sum() - largest.sum()).clamp_min(num_others * torch.finfo(dtype).tiny)
-    # 1 / κ of capping_scale: where all but j of the largest are capped, j classes share the sum of uncapped ones.
+    most = share_of_certain(density.sum(), density.topk(num_sampled).values, num_classes)
     numbers = torch.arange(1, num_sampled + 1, device=density.device)
-    most = (torch.cat([others[None], largest.flip(0)]).cumsum(0)[1:] / numbers).amin()
     # In units of the density: the classes' shares end to end, and the points on them.
     shares = density.clamp_max(most)
     points = (to_device(starts[:, None] - 1, density.device) + numbers).mul_(most)
     ids = torch.searchsorted(shares.cumsum(0), points, right=True).clamp_(max=num_classes - 1)
     return Tails(ids, shares.take(ids).div_(most))
+
+
+def every_class(num_classes: int, device: torch.device) -> Tails:
+    """One tail of all classes."""
+    ids = torch.arange(num_classes, device=device)[None]
+    return Tails(ids, torch.ones_like(ids, dtype=widest(device)))
+
+
+def share_of_certain(total: Tensor, largest: Tensor, num_classes: int) -> Tensor:
+    """Finds the density from which on a class is certain to be in a tail: 1 / κ.
+
+    At most K_t classes can be capped, and they are the largest. All other classes are one entry.
+
+    Args:
+        total: of the density, a scalar.
+        largest: the K_t largest densities, falling, ``[K_t]``.
+        num_classes: C, more than K_t.
+    """
+    tiny = torch.finfo(largest.dtype).tiny
+    others = (total - largest.sum()).clamp_min((num_classes - len(largest)) * tiny)
+    # 1 / κ of capping_scale: where all but j of the largest are capped, j classes share the sum of uncapped ones.
+    numbers = torch.arange(1, len(largest) + 1, device=largest.device)
+    return (torch.cat([others[None], largest.flip(0)]).cumsum(0)[1:] / numbers).amin()
 
 
 def is_outside(ids: Tensor, tail_ids: Tensor) -> Tensor:
