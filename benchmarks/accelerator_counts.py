@@ -47,8 +47,12 @@ class Shape:
     is_lm: bool
 
     @property
+    def vocab_size(self):
+        return self.num_classes if self.is_lm else None
+
+    @property
     def spec(self):
-        return DISArguments(row_sparse_head=True).sampler_spec().resolved(is_lm=self.is_lm, row_sparse=True)
+        return DISArguments(row_sparse_head=True).sampler_spec().resolved(vocab_size=self.vocab_size, row_sparse=True)
 
 
 SHAPES = {
@@ -166,7 +170,10 @@ def tiny(shape: Shape) -> Shape:
 def distiller_of(
     student: nn.Module, teacher: nn.Module, shape: Shape, row_sparse: bool, targets: str, mode: str
 ) -> Distiller:
-    settings = DISArguments(head_mode=mode, row_sparse_head=row_sparse)
+    # The model is a language model for both shapes: the sample is that of the shape.
+    names = ("num_sampled_classes", "num_shared_classes", "num_tails", "num_updated_classes", "rank_depth")
+    sizes = {} if targets == "cached" or mode == "exact" else {name: getattr(shape.spec, name) for name in names}
+    settings = DISArguments(head_mode=mode, row_sparse_head=row_sparse, **sizes)
     with head_is_known("lm_head"):
         distiller = build_distiller(student, teacher, settings, device=torch.device("cuda", 0))
     distiller._head_is_checked = distiller._splits = True
@@ -175,7 +182,7 @@ def distiller_of(
     if targets == "cached":
         layout = TargetLayout.within(60 if shape.is_lm else 300, shape.num_classes, 2 if shape.is_lm else 32)
         spec = settings.sampler_spec().resolved(
-            is_lm=shape.is_lm, row_sparse=row_sparse, stored_sample_size=layout.sample_size
+            vocab_size=shape.vocab_size, row_sparse=row_sparse, stored_sample_size=layout.sample_size
         )
         distiller.sampler = make_cached_sampler(layout, spec, device="cuda")
         distiller.teacher = CachedTeacher(layout, "")

@@ -48,7 +48,7 @@ ROWS_OF = {
     "_embedding_bag_per_sample_weights_backward": ((1,), 2),
     "item_products": ((1,), 2),
     "features_gradient": ((1,), 2),
-    "weight_rows": ((0,), 1),
+    "gathered_rows": ((0,), 1),
     "step_rows": ((0, 1, 2), 3),
 }
 # Kernels of Triton that write an argument and do not read it.
@@ -306,7 +306,7 @@ def backward(loss: Tensor) -> None:
             if gradient is not None:
                 wanted = following.variable if hasattr(following, "variable") else following._input_metadata[i]
                 if gradient.layout is torch.strided:
-                    gradient = gradient if gradient.shape == wanted.shape else gradient.sum_to_size(wanted.shape)
+                    gradient = gradient if gradient.shape == (*wanted.shape,) else gradient.sum_to_size(wanted.shape)
                     gradient = gradient.to(wanted.dtype)
                 is_alone = gradient.layout is not torch.strided or sys.getrefcount(gradient) <= ALONE
                 if is_alone and hasattr(following, "variable") and wanted.grad is None:

@@ -61,13 +61,15 @@ from hf_dis.precision import widest
 from hf_dis.teacher.targets import TeacherTargets, chunk_items, widen
 
 CONTEXT, TEACHER_WIDTH, SPREAD, WARM_STEPS, LEARNING_RATE = 64, 512, 1.5, 50, 5e-3
-# The default; all sampled tokens update the head.
-SPEC = SamplerSpec().resolved(is_lm=True)
-SAMPLED, SHARED = SPEC.num_sampled_classes, SPEC.num_shared_classes
 # TRL's and Liger's beta of each divergence.
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 # The one kind of teacher that a method can take.
 TEACHER_OF = {"trl_chunked": "online", "liger": "online", "liger_kl": "given"}
+
+
+def default_sample(vocab: int) -> SamplerSpec:
+    """The default sample of a vocabulary; all sampled tokens update the head."""
+    return SamplerSpec().resolved(vocab_size=vocab)
 
 
 class Steps:
@@ -105,7 +107,9 @@ class Steps:
         teacher_weight[:, :1] = -frequency_rank.log()
         self.teacher_weight = teacher_weight.to(self.place.dtype)
         self.weight = torch.nn.Parameter(0.02 * torch.randn(vocab, width, device=device))
-        sampler = make_sampler(vocab, SPEC, device=device)
+        spec = default_sample(vocab)
+        self.sampled = spec.num_sampled_classes
+        sampler = make_sampler(vocab, spec, device=device)
         self.dis_loss = DISLoss(sampler, temperature=1.0, row_sparse_head=True, divergence=divergence)
         self.dense = torch.optim.AdamW([self.weight], lr=LEARNING_RATE, fused=True)
         self.sparse = RowSparseAdamW([self.weight], lr=LEARNING_RATE)
@@ -124,7 +128,7 @@ class Steps:
             log_probs = (widen(logits).log_softmax(1) for logits in self._stream())
             vars(self).pop("probabilities", None)
             self.log_probs = torch.cat([part.to(self.place.dtype) for part in log_probs])
-            self.targets = [TeacherTargets(part, 1.0, SAMPLED) for part in self.log_probs.split(self.chunk_items)]
+            self.targets = [TeacherTargets(part, 1.0, self.sampled) for part in self.log_probs.split(self.chunk_items)]
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -140,7 +144,7 @@ class Steps:
     def _ranked(self) -> Iterable[TeacherTargets]:
         if self.teacher == "given":
             return self.targets
-        return map(lambda logits: TeacherTargets(logits, 1.0, SAMPLED), self._stream())
+        return map(lambda logits: TeacherTargets(logits, 1.0, self.sampled), self._stream())
 
     def run(self, method: str) -> None:
         """One step: loss, backward, clipping, optimizer."""
@@ -310,13 +314,13 @@ def report(
     """
     sizes = {**sizes, "dtype": str(step_dtype(arguments)).removeprefix("torch.")}
     setting = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
-    records = []
+    records, sample = [], default_sample(sizes["vocab"])
     for method in [*measured.ms, *measured.left_out]:
         ms = measured.ms.get(method)
         record = {
             "method": method,
             **sizes,
-            "sampled": SAMPLED + SHARED if method == "dis" else sizes["vocab"],
+            "sampled": sample.num_sampled_classes + sample.num_shared_classes if method == "dis" else sizes["vocab"],
             "ms": ms,
             "peak_mb": None if ms is None or arguments.no_peaks else measured.peak_mb(method, __file__, *setting),
             "error": {"dis": error, "head_product": None}.get(method, 0.0),

@@ -9,9 +9,10 @@ embeddings. All students start from the same weights and see the same blocks of 
 
 exact          exact KD, in blocks of items and classes
 dis            DIS, the defaults
-dis_4096       DIS with tails of 4,096 tokens in place of 1,024
+dis_1024       DIS with tails of 1,024 tokens, the default up to 185,000 tokens
+dis_4096       DIS with tails of 4,096 tokens
 dis_cached     DIS from a cache of the teacher's targets; its time has the writing of the cache, which is given apart
-topk           KD on the teacher's 1,040 likeliest tokens, as many as DIS samples per token
+topk           KD on the teacher's 2,064 likeliest tokens, as many as DIS samples per token
 exact_in_time  exact KD for the time that DIS took with the same seed
 
 A line is written for each student, and a run that is in the file already is not run again. A line has KL to the
@@ -47,7 +48,7 @@ import item_task
 from hf_dis import DISConfig, DISDistillationTrainer
 
 KEY = ("tokenizer", "width", "max_steps", "learning_rate", "method", "seed")
-METHODS = ("exact", "dis", "dis_4096", "dis_cached", "topk", "exact_in_time")
+METHODS = ("exact", "dis", "dis_1024", "dis_4096", "dis_cached", "topk", "exact_in_time")
 BLOCK, BATCH = 128, 4
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": BATCH,
@@ -63,10 +64,11 @@ SETTINGS: dict[str, Any] = {
     "report_to": "none",
 }
 EXACT = {"head_mode": "exact"}
-TOP_K = {"proposal": "topk", "num_sampled_classes": 1040, "num_shared_classes": 0, "num_tails": None}
+TOP_K = {"proposal": "topk", "num_sampled_classes": 2064, "num_shared_classes": 0, "num_tails": None}
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "exact": EXACT,
     "exact_in_time": EXACT,
+    "dis_1024": {"num_shared_classes": 1024},
     "dis_4096": {"num_shared_classes": 4096},
     "topk": TOP_K,
 }

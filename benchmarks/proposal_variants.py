@@ -33,6 +33,7 @@ from torch import Tensor
 from hf_dis.sampling.class_memory import ClassMemory
 from hf_dis.sampling.proposal import DISProposal
 from hf_dis.sampling.sample import ClassSample, Statistics
+from hf_dis.sampling.tails import ClassDensity
 from hf_dis.teacher.targets import TeacherTargets
 
 MEMORIES = ("started", "counted", "started and counted", "aged", "renewed faster")
@@ -52,7 +53,7 @@ class KnowingProposal(DISProposal):
     def rank_density(self, targets: TeacherTargets) -> Tensor:
         return super().rank_density(targets) if self.knows == "tail" else self.oracle.rank_density(targets)
 
-    def class_density(self) -> Tensor:
+    def class_density(self) -> ClassDensity:
         return super().class_density() if self.knows == "ranks" else self.oracle.class_density()
 
 

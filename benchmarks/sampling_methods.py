@@ -12,7 +12,7 @@ from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
 from hf_dis.loss.divergence import FORWARD_KL, Divergence
 from hf_dis.sampling.proposal import Proposal
 from hf_dis.sampling.sample import ClassSample, Stratum
-from hf_dis.sampling.tails import of_items
+from hf_dis.sampling.tails import ClassDensity, of_items
 from hf_dis.teacher.targets import TeacherTargets
 
 
@@ -31,9 +31,9 @@ class OracleProposal(Proposal):
         density = self.signal.gather(1, targets.ids).double()
         return 0.95 * density / density.sum(1, keepdim=True) + 0.05 / self.num_ranks
 
-    def class_density(self) -> Tensor:
+    def class_density(self) -> ClassDensity:
         density = self.outside_top.double().square().sum(0).sqrt()
-        return 0.95 * density / density.sum() + 0.05 / self.num_classes
+        return ClassDensity(0.95 * density / density.sum() + 0.05 / self.num_classes)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from math import ceil, inf
+from math import ceil, inf, log2
 from typing import Any, Literal
 
 from hf_dis.checks import require, require_number
@@ -30,13 +30,14 @@ class SamplerSpec:
             sample a step uses; None uses all of them. From a cache without: classes besides the stored ones; None:
             512.
         num_shared_classes: K_t >= 0, classes of a shared tail, sampled from all classes below the top of the ranking.
-            0 is the layout of arXiv 1812.00914: all K classes of an item come from all C ranks. None: 512, 1,024 for
-            language models, 0 with ``design="replacement"`` or ``proposal="topk"``.
+            0 is the layout of arXiv 1812.00914: all K classes of an item come from all C ranks. None: 512; for
+            language models the power of two nearest to C/128, from 1,024 to 4,096; 0 with ``design="replacement"`` or
+            ``proposal="topk"``.
         num_tails: G >= 1, shared tails per step; item i uses tail ``i mod G``. More tails make the gradient of a batch
             less noisy and touch up to G·K_t rows of the head. None: 16, 1 without shared tails.
         num_updated_classes: U >= 1. At most U·N of the distinct sampled classes update a row-sparse head; they are
-            sampled in backward in proportion to the size of their gradient, which stays unbiased. None: 16, 32 for
-            language models, all classes where the head is dense or there is no shared tail.
+            sampled in backward in proportion to the size of their gradient, which stays unbiased. None: K_t/32, and
+            at least 16, or 32 for language models; all classes where the head is dense or there is no shared tail.
         rank_depth: m >= 1, ranks that are resolved one by one. With shared tails the K classes of an item come from
             its m best-ranked ones, so m >= K. None: 2 K; K for language models with shared tails.
         proposal: ``"dis"`` (fitted during training), or a fixed baseline: ``"teacher"`` (FTIS), ``"uniform"``,
@@ -57,11 +58,13 @@ class SamplerSpec:
     num_shared_classes: int | None = _setting(
         None,
         "Classes of a shared tail; 0: no shared tail, all classes are sampled item by item. "
-        "If not given 512, or 1,024 for language models.",
+        "If not given 512, or 1,024 to 4,096 for language models, by their vocabulary.",
     )
     num_tails: int | None = _setting(None, "Shared tails per step, used by the items in turn; if not given 16.")
     num_updated_classes: int | None = _setting(
-        None, "Classes per item that update a row-sparse head; if not given 16, or 32 for language models."
+        None,
+        "Classes per item that update a row-sparse head; if not given 1/32 of num_shared_classes, at least 16, or 32 "
+        "for language models.",
     )
     rank_depth: int | None = _setting(
         None, "Ranks that are resolved one by one; if not given 2 K, or K for language models."
@@ -87,7 +90,7 @@ class SamplerSpec:
         require(self.design in DESIGNS, "design", self.design, f"one of {', '.join(DESIGNS)}")
         require(0 < self.proposal_floor <= 1, "proposal_floor", self.proposal_floor, "in (0, 1]; 0.05 is usual")
         require(0 <= self.proposal_decay < 1, "proposal_decay", self.proposal_decay, "in [0, 1); 0.95 is usual")
-        has_tail = self._num_shared(is_lm=False) > 0
+        has_tail = self._num_shared(vocab_size=None) > 0
         require(
             has_tail or self.num_tails in (None, 1),
             "num_tails",
@@ -101,15 +104,19 @@ class SamplerSpec:
             "'pps' with shared tails; set num_shared_classes=0 to sample with replacement",
         )
 
-    def _num_shared(self, is_lm: bool) -> int:
+    def _num_shared(self, vocab_size: int | None) -> int:
         if self.num_shared_classes is not None:
             return self.num_shared_classes
         if self.proposal == "topk" or self.design == "replacement":
             return 0
-        return 1024 if is_lm else 512
+        if vocab_size is None:
+            return 512
+        # At 262,144 tokens and 512 items per step 1,024 leave the student 8% of KL behind, 2,048 5%
+        # (benchmarks/large_vocabulary.py). Up to 185,000 tokens 1,024 suffice.
+        return min(max(2 ** round(log2(vocab_size / 128)), 1024), 4096)
 
     def resolved(
-        self, *, is_lm: bool = False, row_sparse: bool = False, stored_sample_size: int | None = None
+        self, *, vocab_size: int | None = None, row_sparse: bool = False, stored_sample_size: int | None = None
     ) -> SamplerSpec:
         """The same specification with every default of the task filled in.
 
@@ -117,11 +124,11 @@ class SamplerSpec:
         with a cache, whose depth is fixed.
 
         Args:
-            is_lm: the classes are a vocabulary.
+            vocab_size: C of a language model; None: the classes are not a vocabulary.
             row_sparse: the gradient of the head is row-sparse.
             stored_sample_size: T of the cache that is trained from; None where the teacher is loaded.
         """
-        num_shared = self._num_shared(is_lm)
+        num_shared, is_lm = self._num_shared(vocab_size), vocab_size is not None
         if stored_sample_size is not None:
             num_sampled = max(1, stored_sample_size) if num_shared else 512
         elif is_lm:
@@ -132,7 +139,7 @@ class SamplerSpec:
             num_sampled = self.num_sampled_classes
         num_updated, depth = self.num_updated_classes, self.rank_depth
         if num_updated is None and row_sparse and num_shared:
-            num_updated = 32 if is_lm else 16
+            num_updated = max(32 if is_lm else 16, num_shared // 32)  # 16 tails of 512 items: every sampled class
         if depth is None and stored_sample_size is None:
             depth = num_sampled if is_lm and num_shared else 2 * num_sampled
         return replace(

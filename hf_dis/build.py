@@ -193,7 +193,7 @@ def _make_sampler(
     seed += 0 if is_tensor_parallel(student) else process_index()
     stored = None if cache is None else cache.header.layout
     spec = arguments.sampler_spec().resolved(
-        is_lm=task.is_lm,
+        vocab_size=num_classes if task.is_lm else None,
         row_sparse=row_sparse,
         stored_sample_size=None if stored is None else stored.sample_size,
     )

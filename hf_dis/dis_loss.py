@@ -135,7 +135,7 @@ class DISLoss:
         ids = sample.item_ids, sample.tail_ids
         logits = sampled_logits(features, weight, bias, *ids, self.row_sparse_head, sample.updates, self.shard)
         loss, _, result = sampled_loss(logits, sample, self.temperature, self.hard_label_weight, self.divergence)
-        self.sampler.learn(sample, result.signal, self.reduce)
+        self.sampler.learn(sample, result.signal, self.reduce, result.finite)
         return loss.mean() if len(features) else loss.sum()
 
     def _check_devices(self, device: torch.device, **given: Tensor | None) -> None:

@@ -149,8 +149,8 @@ class Distiller:
                 and ``outputs.logits`` mean nothing.
             check_values: look for labels out of range and for NaN; waits for an accelerator. None: always on a
                 processor, at the first batch elsewhere.
-            positions: places of the items of this batch among its tokens, ``[N]``, where they are known; otherwise
-                the step waits for an accelerator. With stored targets the numbers of both have to agree.
+            positions: ascending places of the items of this batch among its tokens, ``[N]``, where they are known;
+                otherwise the step waits for an accelerator. With stored targets the numbers of both have to agree.
 
         Returns:
             the step: give ``step.inputs`` to the student and its outputs to ``step.loss``.

@@ -37,7 +37,7 @@ PLAIN_BYTES, EXACT_BYTES, RANKED_BYTES, ROW_BYTES = 165, 16, 3, 28
 # values are for a block (with the teacher's), the teacher's ranked chunk, and the sampled logits.
 TENSOR_BYTES, BLOCK_HELD, CHUNK_HELD, SAMPLED_HELD = 20, 4, 4, 32
 # Kernels that a step launches: the exact step and each of its blocks, and the sampled step; and seconds of a launch.
-EXACT_LAUNCHES, BLOCK_LAUNCHES, SAMPLED_LAUNCHES, LAUNCH = 22, 6, 100, 5e-6
+EXACT_LAUNCHES, BLOCK_LAUNCHES, SAMPLED_LAUNCHES, LAUNCH = 22, 6, 80, 5e-6
 # Bytes of a parameter: in the models' type, as a gradient, in training (weight, gradient and AdamW's moments in
 # float32), and what AdamW reads and writes of it.
 WEIGHT, GRADIENT, TRAINED, STEPPED = 2, 4, 16, 28
@@ -277,7 +277,7 @@ def estimate(
     num_classes = _shared_classes(teacher, student)
     tokens = batch_size * sequence_length
     num_items = tokens if student.task.has_token_items else batch_size
-    spec = SamplerSpec().resolved(is_lm=student.task.is_lm)
+    spec = SamplerSpec().resolved(vocab_size=num_classes if student.task.is_lm else None)
     sample = spec.num_sampled_classes, spec.num_shared_classes
     heads = estimate_head(num_items, num_classes, student.num_features, *sample, device)
     logits = num_items * num_classes

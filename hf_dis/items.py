@@ -55,13 +55,21 @@ class Items:
         """
         if self.positions is None:
             return values[chunk]
+        return self.tokens_of(values)[self.positions[chunk]]
+
+    def tokens_of(self, values: Tensor) -> Tensor:
+        """Joins the values of all tokens, among which the positions are: ``[B·S, ...]`` for ``[B, S, ...]``.
+
+        Raises:
+            ValueError: as :meth:`of`.
+        """
         if values.shape[:2] != (self.num_examples, self.length):
             raise ValueError(
                 f"a model returned logits of {tuple(values.shape[:2])} tokens for the "
                 f"{(self.num_examples, self.length)} that it was given: every token needs logits, in order. Prompt "
                 "learning adds tokens, so use LoRA"
             )
-        return values.flatten(0, 1)[self.positions[chunk]]
+        return values.flatten(0, 1)
 
     def sums_by_example(self, values: Tensor) -> Tensor:
         """Sums one value per item, ``[N]``, over the items of each example: ``[B]``."""
@@ -98,20 +106,23 @@ def token_items(
         DataError: if targets of a different number of items are stored.
     """
     num_examples, length = shape
+    shift = int(shifts_labels)
     if labels is not None:
-        labels = _of_answers(labels, shape, shifts_labels)
+        _check_labels(labels, shape, shifts_labels)
     if positions is None:
         if labels is None and mask is None:
             positions = torch.arange(num_examples * length, device=device)
             targets = None if stored is None else stored_items(stored, len(positions))
         else:
-            is_item = mask != 0 if labels is None else labels != IGNORED
+            is_item = mask != 0 if labels is None else F.pad(labels[:, shift:] != IGNORED, (0, shift))
             positions, targets = _found_items(is_item.flatten(), stored)
     elif stored is None or len(positions) == stored.shape[0] * stored.shape[1]:
         targets = None if stored is None else stored.flatten(0, 1)  # no filler
     else:
         targets = _stored_at(stored, true_places(_is_stored(stored), len(positions)))
-    return Items(num_examples, None if labels is None else labels.flatten()[positions], positions, length, targets)
+    # The last token of a sequence is without a next token, and never an item.
+    labels = None if labels is None else labels.flatten()[shift:][positions]
+    return Items(num_examples, labels, positions, length, targets)
 
 
 def stored_items(stored: Tensor, number: int | None = None) -> Tensor:
@@ -181,21 +192,18 @@ def check_stored_number(found: int, number: int) -> None:
         )
 
 
-def _of_answers(labels: Tensor, shape: torch.Size, shifts_labels: bool) -> Tensor:
-    """The label of the answer at each token, ``[B, S]``."""
+def _check_labels(labels: Tensor, shape: torch.Size, shifts_labels: bool) -> None:
+    """Checks that there is a label of the answer at each token."""
     if labels.shape != shape:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} for tokens of shape {tuple(shape)}: there has to be one class "
             f"id per token, {IGNORED} where there is none"
         )
-    if shifts_labels:
-        if shape[1] < 2:
-            raise ValueError(
-                "the sequences have length 1: a causal language model learns the next token, so the sequences need "
-                "two tokens or more"
-            )
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    return labels
+    if shifts_labels and shape[1] < 2:
+        raise ValueError(
+            "the sequences have length 1: a causal language model learns the next token, so the sequences need "
+            "two tokens or more"
+        )
 
 
 def split_examples(inputs: dict[str, Tensor], num_examples: int, chunk_examples: int) -> Iterator[dict[str, Tensor]]:

@@ -138,7 +138,7 @@ class WarmupStep(ExactStep):
         self.sample = distiller.sampler.sample(targets, self.items.labels)
         logits = self._sampled_logits(outputs)
         self.result = distiller.divergence.sampled(logits, self.sample, distiller.arguments.temperature)
-        distiller.sampler.learn(self.sample, self.result.signal, distiller.reduce)
+        distiller.sampler.learn(self.sample, self.result.signal, distiller.reduce, self.result.finite)
         return distiller.with_router_loss(*exact.result(), outputs)
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ class SampledStep:
         loss, terms, self.result = sampled_loss(
             outputs.logits, self.sample, settings.temperature, settings.hard_label_weight, distiller.divergence
         )
-        distiller.sampler.learn(self.sample, self.result.signal, distiller.reduce)
+        distiller.sampler.learn(self.sample, self.result.signal, distiller.reduce, self.result.finite)
         return distiller.with_router_loss(loss, terms, outputs)
 
     def quality(self) -> dict[str, Tensor | GradientError]:

@@ -52,12 +52,14 @@ def test_defaults_depend_on_the_task_and_the_teacher():
         found = SamplerSpec(num_shared_classes=shared, design=design).resolved(**given)
         return tuple(getattr(found, f"num_{name}") for name in ("sampled_classes", "shared_classes", "tails"))
 
-    assert sizes() == (32, 512, 16) and sizes(is_lm=True) == (16, 1024, 16)
+    assert sizes() == (32, 512, 16) and sizes(vocab_size=32_000) == (16, 1024, 16)
+    tails = {50: 1024, 151_936: 1024, 185_000: 1024, 186_000: 2048, 262_144: 2048, 10**6: 4096}
+    assert {size: sizes(vocab_size=size)[1] for size in tails} == tails
     assert sizes(shared=0) == sizes(design="replacement") == (128, 0, 1)
-    assert sizes(shared=0, is_lm=True) == (16, 0, 1)
-    assert sizes(shared=0, stored_sample_size=9) == sizes(shared=0, stored_sample_size=9, is_lm=True) == (512, 0, 1)
+    assert sizes(shared=0, vocab_size=50) == (16, 0, 1)
+    assert sizes(shared=0, stored_sample_size=9) == sizes(shared=0, stored_sample_size=9, vocab_size=50) == (512, 0, 1)
     assert sizes(stored_sample_size=9) == (9, 512, 16)  # the whole stored sample
-    assert sizes(is_lm=True, stored_sample_size=9) == (9, 1024, 16) and sizes(stored_sample_size=0) == (1, 512, 16)
+    assert sizes(vocab_size=50, stored_sample_size=9) == (9, 1024, 16) and sizes(stored_sample_size=0) == (1, 512, 16)
     given = SamplerSpec(num_sampled_classes=3, num_tails=2).resolved(stored_sample_size=9)
     assert (given.num_sampled_classes, given.num_tails) == (3, 2)
 
@@ -67,8 +69,8 @@ def test_the_depth_follows_the_number_of_sampled_classes():
         return SamplerSpec(**given).resolved().rank_depth
 
     assert depth() == 64 and depth(num_sampled_classes=5) == 10 and depth(rank_depth=33) == 33
-    assert SamplerSpec().resolved(is_lm=True).rank_depth == 16
-    assert SamplerSpec(num_shared_classes=0).resolved(is_lm=True).rank_depth == 32
+    assert SamplerSpec().resolved(vocab_size=50).rank_depth == 16
+    assert SamplerSpec(num_shared_classes=0).resolved(vocab_size=50).rank_depth == 32
     assert SamplerSpec().resolved(stored_sample_size=9).rank_depth is None  # the depth of the cache
 
 
@@ -81,16 +83,18 @@ def test_moments_of_a_dense_head_are_as_they_are(given, setting, wanted):
 
 
 def test_a_row_sparse_head_is_updated_by_a_part_of_the_sampled_classes_where_there_is_a_shared_tail():
-    def updated(is_lm=False, row_sparse=True, **given):
-        return SamplerSpec(**given).resolved(is_lm=is_lm, row_sparse=row_sparse).num_updated_classes
+    def updated(vocab_size=None, row_sparse=True, **given):
+        return SamplerSpec(**given).resolved(vocab_size=vocab_size, row_sparse=row_sparse).num_updated_classes
 
     assert updated(row_sparse=False) is None and updated() == 16
-    assert updated(is_lm=True) == 32
+    assert updated(vocab_size=50) == 32 and updated(vocab_size=262_144) == 64
+    assert updated(num_shared_classes=4096) == updated(vocab_size=50, num_shared_classes=4096) == 128
+    assert updated(num_shared_classes=64) == 16
     assert updated(num_shared_classes=0) is None
     assert updated(num_updated_classes=5) == 5
 
 
 def test_a_resolved_specification_is_resolved_already():
-    for given in ({}, {"is_lm": True}, {"row_sparse": True}, {"is_lm": True, "row_sparse": True}):
+    for given in ({}, {"vocab_size": 50}, {"row_sparse": True}, {"vocab_size": 10**6, "row_sparse": True}):
         spec = SamplerSpec().resolved(**given)
         assert spec.resolved(**given) == spec

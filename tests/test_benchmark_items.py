@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import items
 import pytest
@@ -76,13 +75,6 @@ def test_the_records_need_a_file_and_the_data_a_source(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run(monkeypatch, *arguments)
         assert told in capsys.readouterr().err
-
-
-def test_the_table_of_the_docs_is_that_of_the_records(capsys):
-    root = Path(items.__file__).parents[1]
-    items.print_table(items.read(root / "benchmarks" / "results" / "items.jsonl"))
-    table = capsys.readouterr().out
-    assert table.count("beauty.txt") >= 5 and table in (root / "docs" / "items.md").read_text()
 
 
 def test_shares_of_the_students_best_items_by_definition():

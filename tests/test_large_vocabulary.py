@@ -45,7 +45,7 @@ def test_the_steps_that_fit_into_the_time_of_dis():
         large_vocabulary.steps_in_time(records, {**key, "seed": 1}, "seconds")
 
 
-def test_the_table_of_the_docs_is_that_of_the_records(capsys):
+def test_readme_has_the_figures_of_the_records(capsys):
     root = Path(large_vocabulary.__file__).parents[1]
     large_vocabulary.print_table(large_vocabulary.read(root / "benchmarks/results/large_vocabulary.jsonl"))
     table, readme = capsys.readouterr().out, (root / "README.md").read_text()
@@ -55,7 +55,6 @@ def test_the_table_of_the_docs_is_that_of_the_records(capsys):
             assert f"KL {kl}, {seconds} s, {peak} MB per step" in readme
         elif " | exact_in_time | " in line:
             assert f"reaches a KL of {kl}" in readme
-    assert table.count("gemma3") == 5 and table in (root / "docs/language-models.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import parity
 import pytest
@@ -50,10 +49,3 @@ def test_a_student_that_is_in_the_file_is_not_trained_again(monkeypatch, capsys,
 
 
 RESULT = {"logits": 0.16, "top1": 0.6}
-
-
-def test_the_table_of_the_docs_is_that_of_the_records(capsys):
-    root = Path(__file__).parent.parent
-    parity.print_table(parity.read(root / "benchmarks/results/parity.jsonl"))
-    table = capsys.readouterr().out
-    assert table in (root / "docs/optimizer.md").read_text() and len(table.splitlines()) > 20

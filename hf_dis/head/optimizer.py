@@ -273,6 +273,6 @@ def _step_chunk(
     square = moments.square.mul_(beta2).addcmul_(rows, rows, value=1 - beta2)
     moments.write()
     # -m / bias1 / (sqrt(v / bias2) + eps), as one division.
-    denominator = square.sqrt_().mul_(scale).add_(eps)
+    denominator = torch.addcmul(eps, square.sqrt_(), scale, out=square)
     weights = parameter.index_select(0, ids).to(rows.dtype).mul_(kept).addcdiv_(mean.mul_(rates), denominator)
     parameter.index_copy_(0, ids, weights.to(parameter.dtype))

@@ -102,10 +102,9 @@ def _most_classes(place: Tensor) -> int:
     return int(place[-1]) + 1 if place.device.type == "cpu" and len(place) else len(place)
 
 
-def _on_the_host(*numbers: Tensor) -> list[int]:
+def _on_the_host(numbers: Tensor) -> list[int]:
     """Reads whole numbers in a single wait for the device."""
-    joined = torch.stack(numbers) if len(numbers) > 1 else numbers[0][None]  # a stack is a launch
-    return joined.tolist()
+    return numbers.tolist()
 
 
 class TouchedRows:
@@ -129,19 +128,22 @@ class TouchedRows:
         torch.ne(in_order[1:], in_order[:-1], out=is_first[1:])
         place = factors = None
         if updates is not None and updates.number < len(ids):
-            place = is_first.cumsum(0) - 1
+            numbers = is_first.cumsum(0)
+            place = numbers - 1
         if place is not None and updates.number < (most := _most_classes(place)):
             sums = sizes.new_zeros(most).index_add_(0, place, sizes.index_select(0, order))
-            count = None if ids.device.type == "cpu" else place[-1:] + 1
+            count = None if ids.device.type == "cpu" else numbers[-1:]
             factors = updates.weights(sums, count).index_select(0, place)
-            is_kept = factors != 0
-            number, contributions = _on_the_host((is_first & is_kept).sum(), is_kept.sum())
+            both = torch.empty(2, len(ids), dtype=torch.bool, device=ids.device)
+            is_kept = torch.ne(factors, 0, out=both[1])
+            torch.logical_and(is_first, is_kept, out=both[0])
+            number, contributions = _on_the_host(both.sum(1))
             kept = true_places(is_kept, contributions)
             in_order, order, is_first, factors = (
                 values.index_select(0, kept) for values in (in_order, order, is_first, factors)
             )
         else:
-            (number,) = _on_the_host(is_first.sum())
+            (number,) = _on_the_host(is_first.sum(0, keepdim=True))
         self._order, self._is_first, self._factors = order, is_first, factors
         self._starts = true_places(is_first, number)
         self.ids = in_order.index_select(0, self._starts)

@@ -175,13 +175,15 @@ class _Contributions(NamedTuple):
         vectors = features.new_empty(num_items + tail_ids.numel(), features.shape[1], dtype=dtype)
         torch.cat([features, of_tails.flatten(0, 1)], out=vectors)  # widens as it writes
         numbers = torch.arange(len(vectors), device=vectors.device)
-        alone = item_grad.flatten()
-        ones = alone.new_ones(tail_ids.numel(), dtype=dtype)
+        ids = torch.cat([item_ids.flatten(), tail_ids.flatten()])
+        scales = torch.ones_like(ids, dtype=torch.promote_types(item_grad.dtype, dtype))
+        alone = scales[: item_ids.numel()]
+        alone.view(item_ids.shape).copy_(item_grad)
         return cls(
-            ids=torch.cat([item_ids.flatten(), tail_ids.flatten()]),
+            ids=ids,
             vectors=vectors,
             which=torch.cat([numbers[:num_items].repeat_interleave(num_columns), numbers[num_items:]]),
-            scales=torch.cat([alone, ones]),
+            scales=scales,
             alone=alone,
             tails=by_tails,
         )
@@ -252,9 +254,9 @@ def _bag_products(features: Tensor, weight: Tensor, item_ids: Tensor) -> Tensor:
 def _tail_rows(weight: Tensor, tail_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Gathers the rows of the tails' classes in a type, ``[G, K_t, d]``."""
     if uses_triton(weight.device):
-        from hf_dis.head.triton_products import weight_rows
+        from hf_dis.models.triton_gathered import gathered_rows
 
-        return weight_rows(weight, tail_ids, dtype)
+        return gathered_rows(weight, tail_ids, dtype)
     return F.embedding(tail_ids, weight).to(dtype)
 
 

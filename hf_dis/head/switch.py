@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_dis.head.gathered import gathered
 from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.head.sharded import ShardedHead
 from hf_dis.head.tensor_parallel import own_rows
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import Items
+from hf_dis.models.gathered import gathered
 from hf_dis.precision import product_type
 from hf_dis.sampling.designs import Updates
 

@@ -14,23 +14,50 @@ BLOCK, BLOCK_CLASSES = 256, 4096
 
 
 @triton.jit
-def first_kernel(in_order, out, number, BLOCK: tl.constexpr):
-    """A program marks contributions whose class differs from the one before."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = tl.load(in_order + place, place < number, -1)
-    before = tl.load(in_order + place - 1, (place > 0) & (place < number), -1)
-    tl.store(out + place, ((place == 0) | (here != before)).to(tl.int32), place < number)
+def starts_kernel(in_order, count, starts, number, BLOCK: tl.constexpr):
+    """The one program numbers the classes of sorted contributions, and lists their starts."""
+    before = tl.full((), 0, tl.int64)
+    for first in range(0, number, BLOCK):
+        place = first + tl.arange(0, BLOCK).to(tl.int64)
+        here = tl.load(in_order + place, place < number, -1)
+        last = tl.load(in_order + place - 1, (place > 0) & (place < number), -1)
+        is_first = (place < number) & ((place == 0) | (here != last))
+        up_to = before + tl.cumsum(is_first.to(tl.int64), 0)
+        tl.store(count + place, up_to, place < number)
+        tl.store(starts + up_to - 1, place, is_first)
+        before += tl.sum(is_first.to(tl.int64), 0)
+    for first in range(0, number + 1, BLOCK):
+        place = first + tl.arange(0, BLOCK).to(tl.int64)
+        tl.store(starts + place, tl.zeros((BLOCK,), tl.int64) + number, (place >= before) & (place <= number))
 
 
 @triton.jit
-def starts_kernel(count, out, number, BLOCK: tl.constexpr):
-    """A program writes the starts of classes, and P for classes that there are not."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = tl.load(count + place, place < number, 0)
-    before = tl.load(count + place - 1, (place > 0) & (place < number), 0)
-    tl.store(out + here - 1, place, (place < number) & (here != before))
-    last = tl.load(count + number - 1)
-    tl.store(out + place, tl.zeros((BLOCK,), tl.int64) + number, (place >= last) & (place <= number))
+def lengths_kernel(
+    vectors,
+    others,
+    out,
+    num_vectors,
+    num_rows,
+    width,
+    stride,
+    others_stride,
+    BLOCK: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """A program computes the lengths of BLOCK vectors."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_other = row >= num_vectors
+    first = tl.where(is_other, 0, row * stride)
+    first_of_other = tl.where(is_other, (row - num_vectors) * others_stride, 0)
+    total = tl.zeros((BLOCK,), out.dtype.element_ty)
+    for start in range(0, width, BLOCK_WIDTH):
+        column = start + tl.arange(0, BLOCK_WIDTH)
+        used = ((row < num_rows)[:, None]) & (column < width)[None, :]
+        mine = tl.load(vectors + first[:, None] + column[None, :], used & (is_other == 0)[:, None], 0)
+        of_other = tl.load(others + first_of_other[:, None] + column[None, :], used & is_other[:, None], 0)
+        value = mine.to(total.dtype) + of_other.to(total.dtype)  # one of them is 0
+        total += tl.sum(value * value, 1)
+    tl.store(out + row, tl.sqrt(total), row < num_rows)
 
 
 @triton.jit
@@ -79,11 +106,11 @@ def class_sizes_kernel(sizes, starts, out, number, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def class_inclusion_kernel(
-    sizes, count, inclusion, passed, number, wanted, start: tl.float64, tiny: tl.float64,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+def kept_kernel(
+    sizes, count, starts, in_order, inclusion, passed, classes, ids, weights, num_kept,
+    number, wanted, start: tl.float64, tiny: tl.float64, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The one program computes π of all classes, and the points that the running sum has passed."""
+    """The one program computes π of all classes, and lists those whose stretch of the running sum holds a point."""
     dtype: tl.constexpr = inclusion.dtype.element_ty
     num_classes = tl.load(count + number - 1)
     scale = tl.full((), 0, dtype)
@@ -108,14 +135,7 @@ def class_inclusion_kernel(
         points = tl.floor(cumulative + tl.cast(start, dtype))
         tl.store(passed + row, tl.where(num_classes <= wanted, (row + 1).to(dtype), points), row < number)
         sum_before += tl.sum(chance, 0)
-
-
-@triton.jit
-def kept_kernel(
-    inclusion, passed, count, starts, in_order, classes, ids, weights, num_kept, number, BLOCK: tl.constexpr
-):
-    """The one program lists the classes whose stretch of the running sum holds a point."""
-    num_classes = tl.load(count + number - 1)
+    tl.debug_barrier()  # a thread reads points that another thread has written
     before = tl.full((), 0, tl.int64)
     for first in range(0, number, BLOCK):
         row = first + tl.arange(0, BLOCK).to(tl.int64)
@@ -132,37 +152,55 @@ def kept_kernel(
     tl.store(num_kept, before)
 
 
-@torch.library.custom_op("hf_dis::is_first", mutates_args=())
-def is_first(in_order: Tensor) -> Tensor:
-    """Marks by 1 the first of each run of equal ids, int32, ``[P]``."""
-    out = torch.empty_like(in_order, dtype=torch.int32)
-    with torch.cuda.device_of(in_order):
-        first_kernel[(triton.cdiv(len(in_order), BLOCK),)](in_order, out, len(in_order), BLOCK=BLOCK)
-    return out
-
-
-@is_first.register_fake
-def _(in_order):
-    return torch.empty_like(in_order, dtype=torch.int32)
-
-
 @torch.library.custom_op("hf_dis::class_starts", mutates_args=())
-def class_starts(count: Tensor) -> Tensor:
-    """Finds the first contribution of each class: ``[P + 1]``, with P from the number of classes on.
+def class_starts(in_order: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers the classes of sorted contributions, and finds their starts.
 
     Args:
-        count: the number of classes up to each sorted contribution, int64, ``[P]``, P above 0.
+        in_order: the class of each contribution, ascending, int64, ``[P]``.
+
+    Returns:
+        the number of classes up to each contribution, ``[P]``; and the first contribution of each class, with P from
+        the number of classes on, ``[P + 1]``.
     """
-    number = len(count)
-    out = count.new_empty(number + 1)
-    with torch.cuda.device_of(count):
-        starts_kernel[(triton.cdiv(number + 1, BLOCK),)](count, out, number, BLOCK=BLOCK)
-    return out
+    count, starts = _starts(in_order)
+    with torch.cuda.device_of(in_order):
+        starts_kernel[(1,)](in_order, count, starts, len(in_order), BLOCK=BLOCK_CLASSES)
+    return count, starts
 
 
 @class_starts.register_fake
-def _(count):
-    return count.new_empty(len(count) + 1)
+def _(in_order):
+    return _starts(in_order)
+
+
+def _starts(in_order: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(in_order), in_order.new_empty(len(in_order) + 1)
+
+
+@torch.library.custom_op("hf_dis::vector_lengths", mutates_args=())
+def vector_lengths(vectors: Tensor, others: Tensor, wide: torch.dtype) -> Tensor:
+    """Computes the lengths of the rows of two matrices, one after the other: ``[N + M]``.
+
+    Args:
+        vectors, others: ``[N, d]`` and ``[M, d]``.
+        wide: the type of the sums.
+    """
+    vectors, others = unit_columns(vectors), unit_columns(others)
+    out = _lengths(vectors, others, wide)
+    sizes = len(vectors), len(out), vectors.shape[1], vectors.stride(0), others.stride(0)
+    with torch.cuda.device_of(vectors):
+        lengths_kernel[(triton.cdiv(len(out), 4),)](vectors, others, out, *sizes, BLOCK=4, BLOCK_WIDTH=512)
+    return out
+
+
+@vector_lengths.register_fake
+def _(vectors, others, wide):
+    return _lengths(vectors, others, wide)
+
+
+def _lengths(vectors: Tensor, others: Tensor, wide: torch.dtype) -> Tensor:
+    return vectors.new_empty(len(vectors) + len(others), dtype=wide)
 
 
 @torch.library.custom_op("hf_dis::sorted_contributions", mutates_args=())
@@ -215,7 +253,7 @@ def class_sizes(sizes: Tensor, starts: Tensor) -> Tensor:
 
     Args:
         sizes: of the sorted contributions, ``[P]``.
-        starts: of :func:`class_starts`.
+        starts: of :func:`class_starts`, ``[P + 1]``.
     """
     out = torch.empty_like(sizes)
     with torch.cuda.device_of(sizes):
@@ -228,62 +266,46 @@ def _(sizes, starts):
     return torch.empty_like(sizes)
 
 
-@torch.library.custom_op("hf_dis::class_inclusion", mutates_args=())
-def class_inclusion(
-    sizes: Tensor, count: Tensor, wanted: int, start: float, steps: int, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Computes π of the classes that update the head, as :class:`hf_dis.sampling.designs.Updates` does.
+@torch.library.custom_op("hf_dis::kept_classes", mutates_args=())
+def kept_classes(
+    sizes: Tensor,
+    count: Tensor,
+    starts: Tensor,
+    in_order: Tensor,
+    wanted: int,
+    start: float,
+    steps: int,
+    wide: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Samples the classes that update the head, as :class:`hf_dis.sampling.designs.Updates` does.
 
     Args:
         sizes: of :func:`class_sizes`.
-        count: as for :func:`class_starts`.
+        count, starts: of :func:`class_starts`.
+        in_order: the class of each sorted contribution, ``[P]``.
         wanted, start: of the sample.
         steps: towards π.
-        wide: the type of the result.
+        wide: the type of π.
 
     Returns:
-        π, and the points that the running sum has passed, ``[P]`` each.
+        the places of the kept classes among all, the classes themselves and their weights 1/π, first to last, ``[P]``
+        each; and the number of the kept classes, ``[1]``. Beyond this number the entries are unset.
     """
+    results = _kept(count, wide)
     inclusion, passed = (torch.empty_like(sizes, dtype=wide) for _ in range(2))
-    tiny = torch.finfo(sizes.dtype).tiny
+    numbers = len(sizes), wanted, start, torch.finfo(sizes.dtype).tiny
     with torch.cuda.device_of(sizes):
-        class_inclusion_kernel[(1,)](
-            sizes, count, inclusion, passed, len(sizes), wanted, start, tiny, STEPS=steps, BLOCK=BLOCK_CLASSES
+        kept_kernel[(1,)](
+            sizes, count, starts, in_order, inclusion, passed, *results, *numbers, STEPS=steps, BLOCK=BLOCK_CLASSES
         )
-    return inclusion, passed
-
-
-@class_inclusion.register_fake
-def _(sizes, count, wanted, start, steps, wide):
-    return tuple(torch.empty_like(sizes, dtype=wide) for _ in range(2))
-
-
-@torch.library.custom_op("hf_dis::kept_classes", mutates_args=())
-def kept_classes(
-    inclusion: Tensor, passed: Tensor, count: Tensor, starts: Tensor, in_order: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lists the classes that are kept, first to last, with their weights 1/π.
-
-    Args:
-        inclusion, passed: of :func:`class_inclusion`.
-        count: as for :func:`class_starts`.
-        starts: of :func:`class_starts`.
-        in_order: the class of each sorted contribution, ``[P]``.
-
-    Returns:
-        the places of the kept classes among all, the classes themselves and their weights, ``[P]`` each; and the
-        number of the kept classes, ``[1]``. Beyond this number the entries are unset.
-    """
-    results = _kept(inclusion, count)
-    with torch.cuda.device_of(inclusion):
-        kept_kernel[(1,)](inclusion, passed, count, starts, in_order, *results, len(inclusion), BLOCK=BLOCK_CLASSES)
     return results
 
 
 @kept_classes.register_fake
-def _(inclusion, passed, count, starts, in_order):
-    return _kept(inclusion, count)
+def _(sizes, count, starts, in_order, wanted, start, steps, wide):
+    return _kept(count, wide)
 
 
-def _kept(inclusion: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(count), torch.empty_like(count), torch.empty_like(inclusion), count.new_empty(1)
+def _kept(count: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    places = torch.empty_like(count)
+    return places, torch.empty_like(count), torch.empty_like(count, dtype=wide), count.new_empty(1)

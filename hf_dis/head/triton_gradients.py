@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from hf_dis.head.triton_contributions import (
-    class_inclusion,
     class_sizes,
     class_starts,
-    is_first,
     kept_classes,
     sorted_contributions,
+    vector_lengths,
 )
 from hf_dis.head.triton_rows import segment_rows
 from hf_dis.kernels import sum_dtype
@@ -49,18 +48,16 @@ class HeadGradients:
         in_order, self._order = torch.cat([item_ids.flatten(), tail_ids.flatten()]).sort(stable=True)
         number, self._wide = len(in_order), sum_dtype(features)
         self._is_sampled = updates is not None and updates.number < number
-        lengths = self._lengths() if self._is_sampled else None
+        lengths = vector_lengths(features, self._of_tails, self._wide) if self._is_sampled else None
         self._which, self._scales, sizes = sorted_contributions(self._order, item_grad, lengths, self._wide)
-        self._count = is_first(in_order).cumsum(0)
         self._kept = self._weights = None
         if not number:
-            self.ids, self._starts = in_order, in_order.new_zeros(1)
+            self.ids, self._count, self._starts = in_order, in_order, in_order.new_zeros(1)
             return
-        starts = class_starts(self._count)
+        self._count, starts = class_starts(in_order)
         if self._is_sampled:
-            summed, wide = class_sizes(sizes, starts), widest(in_order.device)
-            points = class_inclusion(summed, self._count, updates.number, updates.start, CAPPING_STEPS, wide)
-            *kept, num_kept = kept_classes(*points, self._count, starts, in_order)
+            given, wide = (class_sizes(sizes, starts), self._count, starts, in_order), widest(in_order.device)
+            *kept, num_kept = kept_classes(*given, updates.number, updates.start, CAPPING_STEPS, wide)
             (number,) = num_kept.tolist()
             self._kept, self.ids, self._weights = (values[:number] for values in kept)
             self._starts = starts
@@ -84,14 +81,6 @@ class HeadGradients:
         is_whole = self._kept is None
         rows = sums[: len(self.ids)] if is_whole else sums.index_select(0, self._kept) * self._weights
         return self._gradient(rows.to(dtype), torch.Size([num_classes]), sparse)
-
-    def _lengths(self) -> Tensor:
-        """The length of each vector that contributions are multiples of: the items' features, then the tails' sums."""
-        lengths = self._features.new_empty(len(self._features) + len(self._of_tails), dtype=self._wide)
-        parts = lengths.tensor_split([len(self._features)])
-        for vectors, out in zip((self._features, self._of_tails), parts, strict=True):
-            torch.linalg.vector_norm(vectors, dim=1, dtype=self._wide, out=out)
-        return lengths
 
     def _gradient(self, rows: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
         if sparse:

@@ -99,37 +99,6 @@ def features_gradient_kernel(
     tl.store(out + item * width + place, total, inside)
 
 
-@triton.jit
-def rows_kernel(weight, ids, out, num_ids, num_classes, width, stride, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """A program copies BLOCK_WIDTH columns of BLOCK rows into another type."""
-    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.program_id(1).to(tl.int64) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    row = tl.load(ids + number, number < num_ids, -1)
-    is_class = (row >= 0) & (row < num_classes)
-    inside = (place < width)[None, :]
-    values = tl.load(weight + (row * stride)[:, None] + place[None, :], is_class[:, None] & inside, float("nan"))
-    at = out + (number * width)[:, None] + place[None, :]
-    tl.store(at, values.to(out.dtype.element_ty), (number < num_ids)[:, None] & inside)
-
-
-@torch.library.custom_op("hf_dis::weight_rows", mutates_args=())
-def weight_rows(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gathers rows of W in a type: ``[..., d]`` for contiguous ids ``[...]``; a class outside 0..C-1 gives NaN."""
-    weight, ids = unit_columns(weight), ids.contiguous()
-    out = weight.new_empty(*ids.shape, weight.shape[1], dtype=dtype)
-    block = block_size(weight.shape[1], 512)
-    with torch.cuda.device_of(weight):
-        rows_kernel[triton.cdiv(ids.numel(), 4), triton.cdiv(weight.shape[1], block)](
-            weight, ids, out, ids.numel(), *weight.shape, weight.stride(0), BLOCK=4, BLOCK_WIDTH=block
-        )
-    return out
-
-
-@weight_rows.register_fake
-def _(weight, ids, dtype):
-    return weight.new_empty(*ids.shape, weight.shape[1], dtype=dtype)
-
-
 @torch.library.custom_op("hf_dis::item_products", mutates_args=())
 def item_products(features: Tensor, weight: Tensor, ids: Tensor, tails: Tensor, dtype: torch.dtype) -> Tensor:
     """Computes ``h wᵀ`` of each item with its sampled rows of W, summed in float32 or wider, beside those of its tail.

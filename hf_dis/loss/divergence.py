@@ -34,11 +34,14 @@ class SampledLoss(NamedTuple):
         signal: the gradient dL/dz of exact distillation at every column, up to a factor, ``[N, R + K_t]``, without
             gradient; s - p for the forward KL.
         log_student: log s at every column, ``[N, R + K_t]``, without gradient.
+        finite: as :meth:`hf_dis.sampling.sample.ClassSample.finite_items` finds them, ``[N]``, where the loss was
+            computed by a kernel that looks at the signal too; None elsewhere.
     """
 
     loss: Tensor
     signal: Tensor
     log_student: Tensor
+    finite: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -115,27 +115,11 @@ def cross_entropy_kernel(
 
 @triton.jit
 def mixed_kernel(
-    logits,
-    log_weights,
-    log_probs,
-    target,
-    loss,
-    divergence,
-    cross_entropy,
-    signal,
-    log_student,
-    gradient,
-    width,
-    logits_stride,
-    log_weights_stride,
-    log_probs_stride,
-    target_stride,
-    label,
-    temperature: tl.float64,
-    times: tl.float64,
-    hard_label_weight: tl.float64,
-    BLOCK: tl.constexpr,
-):
+    logits, log_weights, log_probs, target,
+    loss, divergence, cross_entropy, signal, log_student, gradient, finite,
+    width, logits_stride, log_weights_stride, log_probs_stride, target_stride, label,
+    temperature: tl.float64, times: tl.float64, hard_label_weight: tl.float64, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The kernels of divergence and cross-entropy in one, with the gradient of their mixture."""
     dtype: tl.constexpr = loss.dtype.element_ty
     item = tl.program_id(0).to(tl.int64)
@@ -149,6 +133,7 @@ def mixed_kernel(
     normaliser = _log_sum(logits, log_weights, width, factor, BLOCK)
     hard_normaliser = _log_sum(logits, log_weights, width, tl.full((), 1, dtype), BLOCK)
     sum_of_terms = tl.full((), 0, dtype)
+    bad = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         used = column < width
@@ -161,8 +146,11 @@ def mixed_kernel(
         slope = (tl.exp(log_share + log_weight) - wanted) * soft
         slope = tl.where(logit == float("-inf"), 0.0, slope)
         slope += hard * (tl.exp(logit + log_weight - hard_normaliser) - tl.where(column == label, 1.0, 0.0))
+        error = tl.exp(log_share) - tl.exp(log_prob)
+        is_bad = (error != error) | (tl.abs(error) == float("inf"))
+        bad += (used & (log_weight != float("-inf")) & is_bad).to(tl.int32)
         out = item * width + column
-        tl.store(signal + out, tl.exp(log_share) - tl.exp(log_prob), used)
+        tl.store(signal + out, error, used)
         tl.store(log_student + out, log_share, used)
         tl.store(gradient + out, slope, used)
     kd = sum_of_terms * tl.cast(times, dtype)
@@ -170,6 +158,7 @@ def mixed_kernel(
     tl.store(divergence + item, kd)
     tl.store(cross_entropy + item, ce)
     tl.store(loss + item, kd * tl.cast(1 - hard_label_weight, dtype) + ce * hard)
+    tl.store(finite + item, (tl.sum(bad, 0) == 0).to(tl.uint8))
 
 
 @torch.library.custom_op("hf_dis::sampled_forward_kl", mutates_args=())
@@ -245,7 +234,7 @@ def mixture(
     temperature: float,
     times: float,
     hard_label_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(1 - λ) c KL(p ‖ s) + λ CE estimated from sampled classes, with its terms and its gradient on the logits.
 
     Args:
@@ -256,16 +245,18 @@ def mixture(
         hard_label_weight: λ in [0, 1].
 
     Returns:
-        the loss, c KL and CE, ``[N]`` each; the signal s - p, log s, and the gradient, ``[N, R]`` each, in float32 or
-        wider.
+        the loss, c KL and CE, ``[N]`` each; and the signal s - p, log s, and the gradient, ``[N, R]`` each, in float32
+        or wider. The last is true for the items whose signal is finite at every column that they use, ``[N]``.
     """
     given = [unit_columns(tensor) for tensor in (logits, log_weights, log_probs, target)]
-    results = _mixture_results(*given)
+    *results, finite = _mixture_results(*given)
     strides = (tensor.stride(0) for tensor in given)
     numbers = label, temperature, times, hard_label_weight
     with torch.cuda.device_of(logits):
-        mixed_kernel[(len(logits),)](*given, *results, logits.shape[1], *strides, *numbers, BLOCK=BLOCK)
-    return results
+        mixed_kernel[(len(logits),)](
+            *given, *results, finite.view(torch.uint8), logits.shape[1], *strides, *numbers, BLOCK=BLOCK
+        )
+    return *results, finite
 
 
 @mixture.register_fake
@@ -273,9 +264,9 @@ def _(logits, log_weights, log_probs, target, label, temperature, times, hard_la
     return _mixture_results(logits, log_weights, log_probs, target)
 
 
-def _mixture_results(logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _mixture_results(logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, *columns = _forward_kl_results(logits, *others)
-    return loss, torch.empty_like(loss), torch.empty_like(loss), *columns
+    return loss, torch.empty_like(loss), torch.empty_like(loss), *columns, torch.empty_like(loss, dtype=torch.bool)
 
 
 class SampledMixture(torch.autograd.Function):
@@ -283,12 +274,12 @@ class SampledMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, *others):
-        """Returns loss, both terms, signal and log s; keeps the gradient for backward."""
-        loss, divergence, cross_entropy, signal, log_student, gradient = mixture(logits, *others)
+        """Returns loss, both terms, signal, log s and the finite items; keeps the gradient for backward."""
+        *results, gradient, finite = mixture(logits, *others)
         ctx.dtype = logits.dtype
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(divergence, cross_entropy, signal, log_student)
-        return loss, divergence, cross_entropy, signal, log_student
+        ctx.mark_non_differentiable(*results[1:], finite)
+        return *results, finite
 
     @staticmethod
     @once_differentiable

@@ -80,7 +80,7 @@ def _some_items(sample: ClassSample, result: SampledLoss) -> tuple[ClassSample, 
         stride -= 1
     items = torch.arange(0, num_items, stride, device=sample.item_ids.device)[:MEASURED_ITEMS]
     tails = torch.arange(num_tails, device=items.device) * stride % num_tails
-    return sample.of_items(items, tails), SampledLoss(*(values.index_select(0, items) for values in result))
+    return sample.of_items(items, tails), SampledLoss(*(values.index_select(0, items) for values in result[:3]))
 
 
 def _squared_lengths(weight: Tensor, sample: ClassSample) -> Tensor:

@@ -140,17 +140,27 @@ class Answers(NamedTuple):
     def unranked_mass(self, mass: Tensor, parts: Sequence[Logits]) -> Tensor:
         """Takes the probability of each class out of its mass at the counted items that rank the class, ``[C]``.
 
+        Rounding may leave a mass just below 0.
+
         Args:
             mass: summed over the counted items, ``[C]``.
             parts: the chunks that the answers were joined from.
         """
+        if uses_triton(mass.device):
+            from hf_dis.teacher.triton_normaliser import take_ranked
+
+            mass = mass if len(parts) > 1 else mass.clone()  # the mass of a single chunk is kept by its targets
+            for items_per_counted, counted in _counted(parts).items():
+                for items in counted:
+                    places = items.start, items.stop, items.step
+                    take_ranked(mass, self.ids, self.log_probs, *places, items_per_counted)
+            return mass
         for items_per_counted, counted in _counted(parts).items():
             ids, probs = (_cat([values[items] for items in counted]) for values in (self.ids, self.log_probs))
             given = ids.flatten(), probs.exp().flatten()
-            # The mass of a single chunk is kept by its targets.
             add = mass.index_add_ if len(parts) > 1 else mass.index_add
             mass = add(0, *given, alpha=-items_per_counted)
-        return mass.clamp_min_(0)
+        return mass
 
 
 def _counted(parts: Sequence[Logits]) -> dict[float, list[slice]]:

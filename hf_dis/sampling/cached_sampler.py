@@ -18,10 +18,10 @@ from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import ranks_to_classes, sample_ranks, systematic_points
-from hf_dis.sampling.proposal import Proposal, TeacherProposal
+from hf_dis.sampling.proposal import Proposal, TeacherProposal, make_proposal
 from hf_dis.sampling.sample import ClassSample
-from hf_dis.sampling.sampler import ClassSampler, make_proposal
-from hf_dis.sampling.tails import Tails, is_outside
+from hf_dis.sampling.sampler import ClassSampler
+from hf_dis.sampling.tails import ClassDensity, Tails, is_outside
 from hf_dis.teacher.cached import UNKNOWN, CachedTargets
 from hf_dis.teacher.compact import TargetLayout
 
@@ -156,8 +156,8 @@ class _Columns(NamedTuple):
 class TailProposal(TeacherProposal):
     """DIS for the shared tail alone: the classes of an item are certain, so that no rank is sampled."""
 
-    def class_density(self) -> Tensor:
-        """Signal and teacher's marginal, mixed with the uniform share, ``[S]``."""
+    def class_density(self) -> ClassDensity:
+        """Signal and teacher's marginal, mixed with the uniform share."""
         return self.memory.density(self.floor)
 
 

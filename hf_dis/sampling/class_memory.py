@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_dis.kernels import uses_triton
 from hf_dis.precision import widest
 from hf_dis.sampling.sample import ClassSample, Statistics
-from hf_dis.sampling.tails import by_tail
+from hf_dis.sampling.tails import ClassDensity, by_tail
 
 if TYPE_CHECKING:
     from hf_dis.head.vocab_shard import VocabShard
@@ -30,7 +30,7 @@ def sampled_mass(mass: Tensor, generator: torch.Generator) -> Tensor:
     over the tail then has 0.5% more variance by the "dis" proposal, and 12% more by the "teacher" proposal.
 
     Args:
-        mass: not negative, ``[C]``; dense, or sparse and not coalesced.
+        mass: ``[C]``; below 0 by rounding alone, which counts as 0. Dense, or sparse and not coalesced.
         generator: a CPU generator.
 
     Returns:
@@ -45,7 +45,7 @@ def sampled_mass(mass: Tensor, generator: torch.Generator) -> Tensor:
         given = torch.cat([ids, ids.new_tensor([len(mass) - 1])]), torch.cat([values, values.new_zeros(1)])
         mass = torch.sparse_coo_tensor(given[0][None], given[1], shape, check_invariants=False).coalesce()
         entries, values = mass._indices()[0], mass._values()
-    cumulative = values.cumsum(0, dtype=widest(mass.device))
+    cumulative = values.clamp_min(0).cumsum(0, dtype=widest(mass.device))
     share = cumulative[-1] / MASS_POINTS
     steps = (start + torch.arange(MASS_POINTS, dtype=torch.float64)).to(mass.device, cumulative.dtype)
     ids = torch.searchsorted(cumulative, steps * share, right=True).clamp_(max=len(values) - 1)
@@ -83,9 +83,10 @@ class ClassMemory:
         self.squared_signal = torch.full((number,), num_classes**-2.0, device=device)
         self.marginal = torch.zeros(number, device=device)
         self._sums = torch.zeros(number, 2, device=device)  # zero between updates
+        self._zero = torch.zeros((), device=device)
 
-    def density(self, floor: float, signal_share: float = 0.5) -> Tensor:
-        """Signal and marginal, each normalised, mixed, and a uniform share: ``[S]``, in the widest type of the device.
+    def density(self, floor: float, signal_share: float = 0.5) -> ClassDensity:
+        """Signal and marginal, each normalised, mixed, and a uniform share, in the widest type of the device.
 
         Where processes keep the classes together, every process has to call this.
 
@@ -99,16 +100,16 @@ class ClassMemory:
 
             means = self.squared_signal, self.marginal
             shares = [(1 - floor) * signal_share, (1 - floor) * (1 - signal_share), floor / len(self.marginal)]
-            return class_density(*means, class_sums(*means, dtype), shares)
+            return ClassDensity(*class_density(*means, class_sums(*means, dtype), shares))
         signal = self.squared_signal.sqrt()
         sums = [signal.sum(dtype=dtype), self.marginal.sum(dtype=dtype)]
         if self.shard is not None:
-            sums = self.shard.sum(torch.stack(sums)).unbind()
-        sums = torch._foreach_clamp_min(list(sums), 1e-30)
-        torch._foreach_reciprocal_(sums)
-        torch._foreach_mul_(sums, [(1 - floor) * signal_share, (1 - floor) * (1 - signal_share)])
-        mixed = signal.mul_(sums[0]).addcmul_(self.marginal, sums[1])
-        return torch.add(mixed, floor / self.num_classes, out=torch.empty_like(mixed, dtype=dtype))
+            sums = list(self.shard.sum(torch.stack(sums)).unbind())
+        sums = torch._foreach_clamp_min(sums, 1e-30)
+        mixed = torch.addcdiv(self._zero, signal, sums[0], value=(1 - floor) * signal_share)
+        mixed.addcdiv_(self.marginal, sums[1], value=(1 - floor) * (1 - signal_share))
+        uniform = floor / self.num_classes
+        return ClassDensity(torch.add(mixed, uniform, out=torch.empty_like(mixed, dtype=dtype)))
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
         """Sums over the items of a step.
@@ -141,7 +142,7 @@ class ClassMemory:
         elif self.shard is not None:
             mass = mass[self.shard.start : self.shard.stop]
         if self.shard is None and uses_triton(ids.device):
-            from hf_dis.sampling.triton_learning import step_classes, step_marginal
+            from hf_dis.sampling.triton_steps import step_classes, step_marginal
 
             step_classes(ids, self._sums.index_add_(0, ids, values), self.squared_signal, self.RENEWAL)
             given = mass, statistics["items"], statistics["not_finite"]
@@ -156,8 +157,8 @@ class ClassMemory:
         self.squared_signal.index_copy_(0, ids, known.lerp_(squared / items.clamp_min(1), renewal))
         # The marginal is of the teacher alone: items without a finite signal count too.
         num_items = statistics["items"] + statistics["not_finite"]
-        marginal = (mass / num_items.clamp_min(1)).float()
-        marginal = torch.where(marginal < torch.inf, marginal, self.marginal)  # masses are not negative
+        marginal = (mass / num_items.clamp_min(1)).float().clamp_min_(0)
+        marginal = torch.where(marginal < torch.inf, marginal, self.marginal)
         self.marginal.lerp_(marginal, num_items.clamp(max=1 - self.decay))  # a step without an item changes nothing
 
     def _kept(self, entries: Tensor) -> tuple[Tensor, Tensor]:

@@ -169,17 +169,18 @@ class Updates(NamedTuple):
         both = torch.ones(2, num_entries, dtype=widest(sizes.device), device=sizes.device)
         wide = torch.add(sizes, exists, alpha=torch.finfo(sizes.dtype).tiny, out=both[0])
         largest = wide.sum() / self.number  # the size from which on classes are certain, 1 / κ
+        added = torch.arange(2, dtype=wide.dtype, device=wide.device)  # to the second sum alone
         for _ in range(CAPPING_STEPS):
-            total, num_free = both @ torch.lt(wide, largest, out=torch.empty_like(wide))
-            largest = total / (num_free + (self.number - num_entries))
+            is_free = torch.lt(wide, largest, out=torch.empty_like(wide))
+            total, num_uncertain = torch.addmv(added, both, is_free, beta=self.number - num_entries)
+            largest = total / num_uncertain
         tiny = torch.finfo(wide.dtype).tiny
         if count is not None:
             largest.masked_fill_(count[0] <= self.number, tiny)  # all are kept
-        inclusion = (wide / largest).clamp_(tiny, 1)
+        stretches = wide.new_full((num_entries + 1,), self.start)
+        inclusion = torch.div(wide, largest, out=stretches[1:]).clamp_(tiny, 1)
         # A place is kept where its stretch of the sum holds a point: no rounding keeps it twice.
-        passed = wide.new_zeros(num_entries + 1)
-        torch.cumsum(inclusion, 0, out=passed[1:])
-        passed.add_(self.start).floor_()
+        passed = stretches.cumsum(0).floor_()
         return torch.div(passed[1:] != passed[:-1], inclusion, out=torch.empty_like(sizes))
 
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_dis.arguments import SamplerSpec
 from hf_dis.precision import widest
 from hf_dis.sampling.answers import Answers
 from hf_dis.sampling.class_memory import ClassMemory
 from hf_dis.sampling.rank_proposal import RankProposal
 from hf_dis.sampling.sample import ClassSample, Statistics
+from hf_dis.sampling.tails import ClassDensity
 from hf_dis.teacher.targets import TeacherTargets
 
 if TYPE_CHECKING:
@@ -49,9 +51,9 @@ class Proposal:
         """
         return torch.ones(self.num_entries, dtype=widest(self.device), device=self.device)
 
-    def class_density(self) -> Tensor:
-        """Density over classes for the shared tail, positive, ``[C]``."""
-        return torch.ones(self.num_classes, dtype=widest(self.device), device=self.device)
+    def class_density(self) -> ClassDensity:
+        """Density over classes for the shared tail."""
+        return ClassDensity(torch.ones(self.num_classes, dtype=widest(self.device), device=self.device))
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
         """The sums over a step that the proposal learns from, dense or sparse; empty if the proposal never learns.
@@ -142,8 +144,8 @@ class TeacherProposal(Proposal):
             density = torch.cat([density, torch.minimum(below, density[:, -1:])], 1)
         return (1 - self.floor) * density + self.floor / self.num_ranks
 
-    def class_density(self) -> Tensor:
-        """The teacher's marginal, mixed with the uniform share, ``[S]``."""
+    def class_density(self) -> ClassDensity:
+        """The teacher's marginal, mixed with the uniform share."""
         return self.memory.density(self.floor, signal_share=0.0)
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
@@ -194,8 +196,8 @@ class DISProposal(Proposal):
         """The fitted mixture, ``[B]``."""
         return self.ranks.density(self.num_entries)
 
-    def class_density(self) -> Tensor:
-        """Signal and teacher's marginal, mixed with the uniform share, ``[S]``."""
+    def class_density(self) -> ClassDensity:
+        """Signal and teacher's marginal, mixed with the uniform share."""
         return self.memory.density(self.floor)
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
@@ -224,3 +226,24 @@ class DISProposal(Proposal):
         """Restores a state that :meth:`state_dict` returned."""
         self.ranks.load_state_dict(state)
         self.memory.load_state_dict(state)
+
+
+def make_proposal(
+    kind: type[Proposal],
+    ranks: tuple[int, int, int],
+    spec: SamplerSpec,
+    device: torch.device | str,
+    shard: VocabShard | None = None,
+) -> Proposal:
+    """Makes a proposal of a kind; a proposal that learns takes floor and decay from the specification.
+
+    Args:
+        kind: the class of the proposal.
+        ranks: C, the number of ranks that items sample from, and the number of ranks resolved one by one.
+        spec: how classes are sampled.
+        device: of the teacher's targets.
+        shard: as for :func:`hf_dis.make_sampler`.
+    """
+    if kind is Proposal:
+        return Proposal(*ranks, device=device)
+    return kind(*ranks, floor=spec.proposal_floor, decay=spec.proposal_decay, device=device, shard=shard)

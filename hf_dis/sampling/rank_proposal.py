@@ -93,7 +93,7 @@ class RankProposal:
         """
         items = statistics["items"]
         if uses_triton(items.device):
-            from hf_dis.sampling.triton_learning import step_ranks
+            from hf_dis.sampling.triton_steps import step_ranks
 
             state = self.squared_signal, self.observed, self.weights, self._masses, self._uniform, self.bin_sizes
             step_ranks(statistics["rank_squared"], items, *state, 1 - self.decay)

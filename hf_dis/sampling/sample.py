@@ -37,8 +37,8 @@ class ClassSample:
         ranks: the teacher's rank of the K ranked columns, ``[N, K]``; 0 is the best-ranked class.
         rank_weights: ω of the K ranked columns before the label is taken out, ``[N, K]``.
         outside_top: true where a shared class lies outside the item's ranked classes, ``[N, K_t]``.
-        class_mass: the teacher's probability of each class outside the items' ranked classes, summed over items,
-            ``[C]``; empty for a proposal without a use for it.
+        class_mass: the teacher's probability of each class outside the items' ranked classes, summed over items, to
+            rounding, ``[C]``; empty for a proposal without a use for it.
         has_label: column ``R - 1`` is the label's.
         with_replacement: an item may hold a class in several of its ranked columns.
         updates: the sample of the classes that update the head; all sampled classes update the head if None.

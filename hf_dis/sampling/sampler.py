@@ -17,10 +17,10 @@ from hf_dis.precision import check_sparse, widest
 from hf_dis.sampling.answers import Answers, Logits, Ranked
 from hf_dis.sampling.class_memory import sampled_mass
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, systematic_starts
-from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal
+from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal, make_proposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum
 from hf_dis.sampling.sharded_tails import sample_sharded_tails
-from hf_dis.sampling.tails import Tails, is_outside, sample_tails
+from hf_dis.sampling.tails import Tails, is_outside
 from hf_dis.teacher.targets import TeacherTargets
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ class ClassSampler:
             labels: class ids ``[N]``; always in the sample if given.
         """
         if self.num_shared:
-            tails = self._sample_tails()
+            own, sizes = self.proposal, (self.num_shared, self.num_tails)
+            given = own.class_density(), own.shard, own.num_classes
+            tails = sample_sharded_tails(*given, *sizes, self.generator)
         else:
             none = torch.empty(1, 0, dtype=torch.long, device=self.proposal.device)
             tails = Tails(none, none.to(widest(none.device)))
@@ -99,12 +101,6 @@ class ClassSampler:
             return sample
         start = torch.rand((), dtype=torch.float64, generator=self.generator)
         return replace(sample, updates=Updates(self.num_updated * len(sample), float(start)))
-
-    def _sample_tails(self) -> Tails:
-        proposal, given = self.proposal, (self.num_shared, self.num_tails, self.generator)
-        if proposal.shard is None:
-            return sample_tails(proposal.class_density(), *given)
-        return sample_sharded_tails(proposal.class_density(), proposal.shard, proposal.num_classes, *given)
 
     def _sample(self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None) -> ClassSample:
         answers, class_mass = self._answers(teacher, tails, labels)
@@ -212,7 +208,11 @@ class ClassSampler:
         return sample_ranks(density, self.num_ranks, num_items, self.num_sampled, self.design, self.generator)
 
     def learn(
-        self, sample: ClassSample, signal: Tensor, reduce: Callable[[Statistics], Statistics] | None = None
+        self,
+        sample: ClassSample,
+        signal: Tensor,
+        reduce: Callable[[Statistics], Statistics] | None = None,
+        finite: Tensor | None = None,
     ) -> None:
         """Lets the proposal learn from a step; items whose signal is NaN or Inf are left out and counted.
 
@@ -222,14 +222,16 @@ class ClassSampler:
                 :meth:`hf_dis.loss.divergence.Divergence.sampled` returns it; s - p for the forward KL.
             reduce: sums the statistics over processes, see :func:`hf_dis.distributed.sums.sum_over_processes`; not
                 needed with one process.
+            finite: the items with a finite signal, ``[N]``, as :meth:`ClassSample.finite_items` finds them; None: they
+                are found here.
         """
         with torch.no_grad():
-            finite = None if _is_known_to_be_finite(signal) else sample.finite_items(signal)
+            if finite is None and not _is_known_to_be_finite(signal):
+                finite = sample.finite_items(signal)
             statistics = self.proposal.statistics(replace(sample, finite=finite), signal)
             if not statistics:
                 return
-            items = torch.tensor(len(signal)) if finite is None else finite.sum()
-            statistics |= {"items": items, "not_finite": len(signal) - items}
+            statistics |= _item_counts(len(signal), finite)
             if self.proposal.shard is not None and "class_mass" in statistics:
                 statistics["class_mass"] = sampled_mass(statistics["class_mass"], self.generator)
             if reduce is not None:
@@ -271,6 +273,17 @@ class ClassSampler:
 def _is_known_to_be_finite(signal: Tensor) -> bool:
     """Looks at the sum on a CPU, which saves four passes over the signal; elsewhere the look would wait."""
     return signal.device.type == "cpu" and bool(signal.sum().isfinite())
+
+
+def _item_counts(num_items: int, finite: Tensor | None) -> Statistics:
+    """The numbers of items with and without a finite signal."""
+    if finite is not None and uses_triton(finite.device):
+        from hf_dis.sampling.triton_learning import item_counts
+
+        items, not_finite = item_counts(finite).unbind()
+        return {"items": items, "not_finite": not_finite}
+    items = torch.tensor(num_items) if finite is None else finite.sum()
+    return {"items": items, "not_finite": num_items - items}
 
 
 def _label_stratum(labels: Tensor, log_probs: Tensor) -> Stratum:
@@ -322,24 +335,3 @@ def make_sampler(
         proposal = make_proposal(kind, ranks, spec, device, shard)
     sizes = (num_classes, spec.num_sampled_classes, num_shared, spec.num_tails, depth)
     return ClassSampler(proposal, *sizes, spec.design, spec.num_updated_classes, seed)
-
-
-def make_proposal(
-    kind: type[Proposal],
-    ranks: tuple[int, int, int],
-    spec: SamplerSpec,
-    device: torch.device | str,
-    shard: VocabShard | None = None,
-) -> Proposal:
-    """Makes a proposal of a kind; a proposal that learns takes floor and decay from the specification.
-
-    Args:
-        kind: the class of the proposal.
-        ranks: C, the number of ranks that items sample from, and the number of ranks resolved one by one.
-        spec: how classes are sampled.
-        device: of the teacher's targets.
-        shard: as for :func:`make_sampler`.
-    """
-    if kind is Proposal:
-        return Proposal(*ranks, device=device)
-    return kind(*ranks, floor=spec.proposal_floor, decay=spec.proposal_decay, device=device, shard=shard)

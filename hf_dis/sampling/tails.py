@@ -15,6 +15,18 @@ from hf_dis.precision import widest
 from hf_dis.sampling.designs import below_one, to_device
 
 
+class ClassDensity(NamedTuple):
+    """A density over classes, not necessarily normalised.
+
+    Attributes:
+        values: positive, ``[C]``; ``[S]`` where a process has a shard of the classes.
+        total: their sum, a scalar, where it came with the values; None elsewhere.
+    """
+
+    values: Tensor
+    total: Tensor | None = None
+
+
 class Tails(NamedTuple):
     """The tails of a step: item i uses tail ``i mod G``.
 
@@ -90,36 +102,41 @@ def by_item(tails: Tensor, num_items: int) -> Tensor:
     return tails.transpose(0, 1).flatten(0, 1)[:num_items]
 
 
-def sample_tails(density: Tensor, num_sampled: int, num_tails: int, generator: torch.Generator) -> Tails:
+def sample_tails(density: ClassDensity, num_sampled: int, num_tails: int, generator: torch.Generator) -> Tails:
     """Samples the tails that the items of a step share, each ``num_sampled`` distinct classes by capped PPS.
 
     The tails are evenly spaced systematic samples of one random start. Together they hold as many different classes as
     they can, and their errors balance where a gradient is summed over items.
 
     Args:
-        density: over classes, positive, ``[C]``.
+        density: over classes.
         num_sampled: K_t; if C is at most K_t, the result is one tail of all classes.
         num_tails: G.
         generator: a CPU generator.
     """
-    num_classes, dtype = len(density), widest(density.device)
+    values, total = density
+    num_classes, dtype = len(values), widest(values.device)
     if num_sampled >= num_classes:
-        return every_class(num_classes, density.device)
-    density = density.to(dtype)
+        return every_class(num_classes, values.device)
+    values = values.to(dtype)
+    total = values.sum() if total is None else total
     start = torch.rand(1, dtype=torch.float64, generator=generator)
-    if uses_triton(density.device):
+    if uses_triton(values.device):
         from hf_dis.sampling.triton_tails import tail_ids, tail_scale
 
-        scale = tail_scale(density.topk(num_sampled).values, density.sum(), num_classes)
-        cumulative = torch.minimum(density, scale[1]).cumsum(0)
-        return Tails(*tail_ids(cumulative, density, scale, float(start), num_sampled, num_tails))
+        scale = tail_scale(values.topk(num_sampled).values, total, num_classes)
+        cumulative = torch.minimum(values, scale[1]).cumsum(0)
+        return Tails(*tail_ids(cumulative, values, scale, float(start), num_sampled, num_tails))
     starts = below_one((start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1, num_sampled)
-    most = share_of_certain(density.sum(), density.topk(num_sampled).values, num_classes)
-    numbers = torch.arange(1, num_sampled + 1, device=density.device)
+    # One copy brings the numbers 1..K_t, and the points of each tail.
+    numbers = torch.arange(1, num_sampled + 1, dtype=torch.float64)
+    points = to_device(torch.cat([numbers[None], starts[:, None] - 1 + numbers]), values.device)
+    numbers, points = points.split([1, num_tails])
+    most = share_of_certain(total, values.topk(num_sampled).values, numbers, num_classes)
     # In units of the density: the classes' shares end to end, and the points on them.
-    shares = density.clamp_max(most)
-    points = (to_device(starts[:, None] - 1, density.device) + numbers).mul_(most)
-    ids = torch.searchsorted(shares.cumsum(0), points, right=True).clamp_(max=num_classes - 1)
+    shares = values.clamp_max(most)
+    # Rounding may leave the sum below a point: such a point is the last class's.
+    ids = torch.searchsorted(shares[:-1].cumsum(0), points * most, right=True)
     return Tails(ids, shares.take(ids).div_(most))
 
 
@@ -129,7 +146,7 @@ def every_class(num_classes: int, device: torch.device) -> Tails:
     return Tails(ids, torch.ones_like(ids, dtype=widest(device)))
 
 
-def share_of_certain(total: Tensor, largest: Tensor, num_classes: int) -> Tensor:
+def share_of_certain(total: Tensor, largest: Tensor, numbers: Tensor, num_classes: int) -> Tensor:
     """Finds the density from which on a class is certain to be in a tail: 1 / κ.
 
     At most K_t classes can be capped, and they are the largest. All other classes are one entry.
@@ -137,13 +154,13 @@ def share_of_certain(total: Tensor, largest: Tensor, num_classes: int) -> Tensor
     Args:
         total: of the density, a scalar.
         largest: the K_t largest densities, falling, ``[K_t]``.
+        numbers: 1..K_t, of the same type.
         num_classes: C, more than K_t.
     """
-    tiny = torch.finfo(largest.dtype).tiny
-    others = (total - largest.sum()).clamp_min((num_classes - len(largest)) * tiny)
+    sums = largest.flip(0).cumsum(0)
+    others = (total - sums[-1]).clamp_min((num_classes - len(largest)) * torch.finfo(largest.dtype).tiny)
     # 1 / κ of capping_scale: where all but j of the largest are capped, j classes share the sum of uncapped ones.
-    numbers = torch.arange(1, len(largest) + 1, device=largest.device)
-    return (torch.cat([others[None], largest.flip(0)]).cumsum(0)[1:] / numbers).amin()
+    return ((sums + others) / numbers).amin()
 
 
 def is_outside(ids: Tensor, tail_ids: Tensor) -> Tensor:
@@ -157,11 +174,12 @@ def is_outside(ids: Tensor, tail_ids: Tensor) -> Tensor:
         bool, ``[N, K_t]``.
     """
     num_tails, num_shared = tail_ids.shape
-    outside = torch.ones(len(ids), num_shared + 1, dtype=torch.bool, device=ids.device)
+    num_turns = -(-len(ids) // num_tails)
+    outside = torch.ones(num_turns * num_tails, num_shared + 1, dtype=torch.bool, device=ids.device)
     if num_shared:
         items = by_tail(ids, num_tails)
         flat = items.flatten(1).contiguous()
         column = torch.searchsorted(tail_ids, flat).clamp_(max=num_shared - 1)
         column.masked_fill_(tail_ids.gather(1, column) != flat, num_shared)  # held by no tail
-        outside.scatter_(1, by_item(column.view(items.shape), len(ids)), False)
-    return outside[:, :num_shared]
+        by_tail(outside, num_tails).scatter_(2, column.view(items.shape), False)
+    return outside[: len(ids), :num_shared]

@@ -31,6 +31,7 @@ def class_density_kernel(
     marginal,
     sums,
     out,
+    total,
     num_classes,
     num_sums,
     signal_share: tl.float64,
@@ -39,7 +40,7 @@ def class_density_kernel(
     BLOCK: tl.constexpr,
     BLOCK_SUMS: tl.constexpr,
 ):
-    """A program mixes the density of BLOCK classes."""
+    """A program mixes the density of BLOCK classes; the first also writes the sum over all classes."""
     dtype: tl.constexpr = out.dtype.element_ty
     number = tl.arange(0, BLOCK_SUMS).to(tl.int64)
     of_signal = tl.zeros((BLOCK_SUMS,), dtype)
@@ -47,8 +48,11 @@ def class_density_kernel(
     for start in range(0, num_sums, BLOCK_SUMS):
         of_signal += tl.load(sums + (start + number) * 2, start + number < num_sums, 0)
         of_marginal += tl.load(sums + (start + number) * 2 + 1, start + number < num_sums, 0)
-    by_signal = tl.cast(signal_share, dtype) / tl.maximum(tl.sum(of_signal, 0), 1e-30)
-    by_marginal = tl.cast(marginal_share, dtype) / tl.maximum(tl.sum(of_marginal, 0), 1e-30)
+    all_signal, all_marginal = tl.sum(of_signal, 0), tl.sum(of_marginal, 0)
+    by_signal = tl.cast(signal_share, dtype) / tl.maximum(all_signal, 1e-30)
+    by_marginal = tl.cast(marginal_share, dtype) / tl.maximum(all_marginal, 1e-30)
+    if tl.program_id(0) == 0:
+        tl.store(total, all_signal * by_signal + all_marginal * by_marginal + tl.cast(uniform, dtype) * num_classes)
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     signal = tl.sqrt(tl.load(squared_signal + column, column < num_classes, 0)).to(dtype)
     mass = tl.load(marginal + column, column < num_classes, 0).to(dtype)
@@ -124,7 +128,9 @@ def _class_sums(squared_signal: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("hf_dis::class_density", mutates_args=())
-def class_density(squared_signal: Tensor, marginal: Tensor, sums: Tensor, shares: list[float]) -> Tensor:
+def class_density(
+    squared_signal: Tensor, marginal: Tensor, sums: Tensor, shares: list[float]
+) -> tuple[Tensor, Tensor]:
     """Mixes a density over classes from two running means, each normalised, and a constant.
 
     Args:
@@ -133,21 +139,21 @@ def class_density(squared_signal: Tensor, marginal: Tensor, sums: Tensor, shares
         shares: of the signal, of the marginal, and the constant.
 
     Returns:
-        ``[C]``, in the type of the sums.
+        the density ``[C]``, in the type of the sums, and its sum, a scalar.
     """
     num_classes, num_sums = len(marginal), len(sums)
-    out = sums.new_empty(num_classes)
+    out, total = sums.new_empty(num_classes), sums.new_empty(())
     sizes = num_classes, num_sums, *shares
     with torch.cuda.device_of(marginal):
         class_density_kernel[(num_sums,)](
-            squared_signal, marginal, sums, out, *sizes, BLOCK=BLOCK, BLOCK_SUMS=block_size(num_sums, 1024)
+            squared_signal, marginal, sums, out, total, *sizes, BLOCK=BLOCK, BLOCK_SUMS=block_size(num_sums, 1024)
         )
-    return out
+    return out, total
 
 
 @class_density.register_fake
 def _(squared_signal, marginal, sums, shares):
-    return sums.new_empty(len(marginal))
+    return sums.new_empty(len(marginal)), sums.new_empty(())
 
 
 @torch.library.custom_op("hf_dis::tail_scale", mutates_args=())

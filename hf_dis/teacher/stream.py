@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_dis.items import Items, first_examples, split_examples
 from hf_dis.models.after_head import AfterHead
+from hf_dis.models.gathered import gathered
 from hf_dis.models.head_features import evaluating, head_features
 from hf_dis.models.head_search import find_head
 from hf_dis.models.tasks import base_model
@@ -91,10 +92,13 @@ class LogitStream:
             items: the items wanted.
         """
         with self.context():
-            features = items.of(head_features(self.model, self._head, self._brought(inputs)).to(_device(inputs)))
-            if isinstance(self._head, nn.Linear):
-                features = features.to(product_type(features))  # once, where autocast would cast each chunk
-        return features
+            features = head_features(self.model, self._head, self._brought(inputs)).to(_device(inputs))
+            if not isinstance(self._head, nn.Linear):
+                return items.of(features)
+            # In the type of the products, once, where autocast would cast each chunk.
+            if items.positions is not None:
+                return gathered(items.tokens_of(features), items.positions)
+            return items.of(features).to(product_type(features))
 
     def items_of_chunk(self, num_items: int, device: torch.device, chunks: int | None = None) -> int:
         """Counts the items of a chunk.

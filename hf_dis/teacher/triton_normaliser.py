@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_dis.kernels import sum_dtype, unit_columns
+from hf_dis.kernels import block_size, sum_dtype, unit_columns
 
 # Logits of an item that a program reads at a time.
 BLOCK = 8192
@@ -88,6 +88,19 @@ def class_mass_kernel(
     if HAS_ADDED:
         total += tl.load(added + column, column < num_classes, 0)
     tl.store(out + column, total, column < num_classes)
+
+
+@triton.jit
+def take_ranked_kernel(
+    mass, ids, log_probs, first, every, depth, ids_stride, log_probs_stride, times: tl.float64, BLOCK: tl.constexpr
+):
+    """A program takes the probabilities of an item's ranked classes out of the mass."""
+    item = first + tl.program_id(0).to(tl.int64) * every
+    for start in range(0, depth, BLOCK):
+        rank = start + tl.arange(0, BLOCK)
+        row = tl.load(ids + item * ids_stride + rank, rank < depth, 0)
+        prob = tl.exp(tl.load(log_probs + item * log_probs_stride + rank, rank < depth, float("-inf")))
+        tl.atomic_add(mass + row, -(prob * tl.cast(times, prob.dtype)).to(mass.dtype.element_ty), rank < depth)
 
 
 @torch.library.custom_op("hf_dis::log_normaliser", mutates_args=())
@@ -174,3 +187,29 @@ def class_mass(
 @class_mass.register_fake
 def _(logits, log_normaliser, temperature, times, added=None):
     return logits.new_empty(logits.shape[1], dtype=sum_dtype(logits))
+
+
+@torch.library.custom_op("hf_dis::take_ranked", mutates_args=("mass",))
+def take_ranked(mass: Tensor, ids: Tensor, log_probs: Tensor, first: int, stop: int, every: int, times: float) -> None:
+    """Takes the probabilities of ranked classes, times a number, out of a mass over classes.
+
+    Several items may rank a class: as ``index_add_`` of torch, the kernel adds in any order.
+
+    Args:
+        mass: ``[C]``.
+        ids: classes, ``[N, m]``.
+        log_probs: of these classes, ``[N, m]``.
+        first, stop, every: the items that count, as in a slice.
+        times: the factor.
+    """
+    ids, log_probs = unit_columns(ids), unit_columns(log_probs)
+    sizes = first, every, ids.shape[1], ids.stride(0), log_probs.stride(0), times
+    with torch.cuda.device_of(mass):
+        take_ranked_kernel[(len(range(first, stop, every)),)](
+            mass, ids, log_probs, *sizes, BLOCK=block_size(ids.shape[1], 1024)
+        )
+
+
+@take_ranked.register_fake
+def _(mass, ids, log_probs, first, stop, every, times):
+    return None

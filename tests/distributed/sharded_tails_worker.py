@@ -14,7 +14,7 @@ from hf_dis.head.sharded import shard_bounds
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.sampling.class_memory import ClassMemory, sampled_mass
 from hf_dis.sampling.sharded_tails import sample_sharded_tails
-from hf_dis.sampling.tails import sample_tails
+from hf_dis.sampling.tails import ClassDensity, sample_tails
 
 CLASSES, SIZES = (23, 30_011), {"few": (5, 3), "many": (20, 2), "all": (30_011, 2)}
 KINDS = ("flat", "steep", "one side")
@@ -41,8 +41,9 @@ def tails(shard: VocabShard) -> dict:
         own = VocabShard(*bounds[shard.index : shard.index + 2])
         whole = density(num_classes, kind, seed)
         seeds = [torch.Generator().manual_seed(100 * seed + shard.index) for _ in range(2)]
-        found = sample_sharded_tails(whole[own.start : own.stop], own, num_classes, num_sampled, num_tails, seeds[0])
-        expected = sample_tails(whole, num_sampled, num_tails, seeds[1])
+        part, sizes = ClassDensity(whole[own.start : own.stop]), (num_sampled, num_tails)
+        found = sample_sharded_tails(part, own, num_classes, *sizes, seeds[0])
+        expected = sample_tails(ClassDensity(whole), *sizes, seeds[1])
         same_state = torch.equal(seeds[0].get_state(), seeds[1].get_state())
         results[num_classes, kind, size, seed] = tuple(found), tuple(expected), same_state
     return results
@@ -71,8 +72,8 @@ def memories(shard: VocabShard) -> dict:
             parts.update(statistics)
             whole.update(statistics)
         place = slice(own.start, own.stop)
-        found = {**parts.state_dict(), "density": parts.density(0.05)}
-        expected = {**whole.state_dict(), "density": whole.density(0.05)}
+        found = {**parts.state_dict(), "density": parts.density(0.05).values}
+        expected = {**whole.state_dict(), "density": whole.density(0.05).values}
         results[num_classes] = found, {name: value[place] for name, value in expected.items()}
     return results
 

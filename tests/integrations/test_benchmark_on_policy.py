@@ -45,12 +45,6 @@ def test_a_call_goes_on_with_the_records_of_another(monkeypatch, tmp_path, capsy
     assert "| jsd | x4 | dis | 2 | 0.350 | 0.300 to 0.400 | 0.200 | -2.000 |" in capsys.readouterr().out
 
 
-def test_the_page_has_the_table_of_the_records(capsys):
-    root = Path(__file__).parents[2]
-    on_policy.print_table(on_policy.read(root / "benchmarks/results/on_policy.jsonl"))
-    assert capsys.readouterr().out in (root / "docs/divergences.md").read_text()
-
-
 def test_the_page_has_the_times_of_the_records():
     root = Path(__file__).parents[2]
     page = (root / "docs/divergences.md").read_text()

@@ -67,9 +67,9 @@ def test_the_sample_of_the_classes_is_that_of_updates(start):
     sizes[4000:] = 0
     count = torch.arange(1, 5001).clamp_max(4000)
     for number in (40, 2000, 3999, 4000):
-        points = kernels.class_inclusion(sizes, count, number, start, 4, torch.float64)
-        starts, ids = kernels.class_starts(count), torch.arange(10, 5010)
-        kept, kept_ids, weights, found = kernels.kept_classes(*points, count, starts, ids)
+        given = sizes, count, torch.arange(5001), torch.arange(10, 5010)
+        kept, kept_ids, weights, found = kernels.kept_classes(*given, number, start, 4, torch.float64)
+        starts, ids = given[2:]
         assert torch.equal(kept_ids[: int(found)], ids[starts[kept[: int(found)]]])
         expected = Updates(number, start).weights(sizes, torch.tensor([4000]))
         assert torch.equal(kept[: int(found)], expected.nonzero()[:, 0])
@@ -79,13 +79,31 @@ def test_the_sample_of_the_classes_is_that_of_updates(start):
 def test_the_operations_are_well_formed():
     in_order, order = torch.tensor([0, 0, 3, 4, 4, 4]), torch.tensor([5, 0, 2, 1, 3, 4])
     grad, lengths = torch.randn(2, 2), torch.rand(4)
-    opcheck(kernels.is_first, (in_order,))
-    count = kernels.is_first(in_order).cumsum(0)
-    opcheck(kernels.class_starts, (count,))
-    starts = kernels.class_starts(count)
-    assert starts.tolist() == [0, 2, 3, 6, 6, 6, 6]
+    opcheck(kernels.class_starts, (in_order,))
+    count, starts = kernels.class_starts(in_order)
+    assert count.tolist() == [1, 1, 2, 3, 3, 3] and starts.tolist() == [0, 2, 3, 6, 6, 6, 6]
     opcheck(kernels.sorted_contributions, (order, grad, lengths, torch.float32))
     opcheck(kernels.sorted_contributions, (order, grad, None, torch.float32))
     sizes = torch.rand(6)
     opcheck(kernels.class_sizes, (sizes, starts))
-    opcheck(kernels.class_inclusion, (sizes, count, 2, 0.3, 4, torch.float64))
+    given = sizes, count, starts, in_order, 3, 0.3, 4, torch.float64
+    # Entries beyond the number of the kept classes are unset: no two calls agree on them.
+    opcheck(kernels.kept_classes, given, test_utils=("test_schema", "test_faketensor"))
+    opcheck(kernels.vector_lengths, (torch.randn(3, 4), torch.randn(2, 4), torch.float32))
+
+
+def test_classes_of_more_than_a_block_are_numbered():
+    in_order = torch.randint(3000, (9000,)).sort().values
+    count, starts = kernels.class_starts(in_order)
+    classes, places, sizes = in_order.unique_consecutive(return_inverse=True, return_counts=True)
+    assert torch.equal(count, places + 1)
+    assert torch.equal(starts[: len(classes)], sizes.cumsum(0) - sizes)
+    assert starts[len(classes) :].unique().tolist() == [9000]
+
+
+@pytest.mark.parametrize("width", [3, 700])
+def test_lengths_are_those_of_both_matrices(width):
+    vectors, others = torch.randn(7, 2 * width)[:, :width], torch.randn(width, 6).mT
+    found = kernels.vector_lengths(vectors.bfloat16(), others.bfloat16(), torch.float32)
+    wanted = torch.cat([vectors, others]).bfloat16().double().norm(dim=1)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=0)

@@ -7,6 +7,7 @@ from torch.library import opcheck
 from hf_dis import SamplerSpec, make_sampler
 from hf_dis.sampling import sampler as sampling
 from hf_dis.sampling import triton_learning as kernels
+from hf_dis.sampling import triton_steps as steps
 from hf_dis.sampling.class_memory import ClassMemory
 from hf_dis.teacher.targets import TeacherTargets
 
@@ -60,7 +61,7 @@ def test_a_class_of_several_tails_is_renewed_once(monkeypatch):
     statistics = {
         "tail": tail, "class_mass": torch.rand(700), "items": torch.tensor(8), "not_finite": torch.tensor(1)
     }  # fmt: skip
-    statistics["class_mass"][3:5] = torch.tensor([torch.nan, torch.inf])
+    statistics["class_mass"][3:6] = torch.tensor([torch.nan, torch.inf, -1e-3])
     states = []
     for name in ("torch", "triton"):
         monkeypatch.setenv("HF_DIS_KERNELS", name)
@@ -85,15 +86,22 @@ def test_items_are_finite_where_their_used_columns_are(dtype):
     assert kernels.finite_items(signal, log_weights).tolist() == [True, False, False, False, True, False]
 
 
+@pytest.mark.parametrize("num_items", [0, 5, 5000])
+def test_items_are_counted(num_items):
+    finite = torch.rand(num_items) < 0.5
+    assert kernels.item_counts(finite).tolist() == [int(finite.sum()), int((~finite).sum())]
+
+
 def test_the_operations_are_well_formed():
     signal, ranks = torch.randn(5, 7), torch.randint(9, (5, 3))
     finite, edges = torch.ones(5, dtype=torch.bool), torch.tensor([0, 2, 4, 9])
     opcheck(kernels.finite_items, (signal, signal))
+    opcheck(kernels.item_counts, (finite,))
     opcheck(kernels.rank_sums, (signal, torch.rand(5, 3), ranks, finite, edges, torch.float64))
     opcheck(kernels.tail_sums, (signal[:, 3:], torch.rand(5, 4) < 0.5, finite, 2))
     bins = [torch.rand(3, dtype=torch.float64) for _ in range(4)]
     scales, one = torch.rand(2, dtype=torch.float64), torch.ones((), dtype=torch.float64)
     masses, items = torch.rand(2, 3, dtype=torch.float64), torch.tensor(5)
-    opcheck(kernels.step_ranks, (bins[0], items, bins[1], one, scales, masses, bins[2], bins[3], 0.25))
-    opcheck(kernels.step_classes, (torch.tensor([1, 4, 1]), torch.rand(6, 2), torch.rand(6), 0.25))
-    opcheck(kernels.step_marginal, (torch.rand(6), items, torch.tensor(0), torch.rand(6), 0.25))
+    opcheck(steps.step_ranks, (bins[0], items, bins[1], one, scales, masses, bins[2], bins[3], 0.25))
+    opcheck(steps.step_classes, (torch.tensor([1, 4, 1]), torch.rand(6, 2), torch.rand(6), 0.25))
+    opcheck(steps.step_marginal, (torch.rand(6), items, torch.tensor(0), torch.rand(6), 0.25))

@@ -154,3 +154,16 @@ def test_a_mixture_is_that_of_float64(shape, dtype, divergence, monkeypatch):
 def test_the_mixture_is_well_formed():
     logits, sample = case(3, 7)
     opcheck(mixture, (logits, sample.log_weights, sample.log_probs, sample.target, 0, 2.0, 4.0, 0.3))
+
+
+def test_a_mixture_finds_the_items_with_a_finite_signal():
+    """A column that an item does not use has no part, nor has what lies beyond the last column."""
+    width = 1030  # a block is of 1,024 columns
+    logits, log_weights = torch.zeros(5, width), torch.zeros(5, width)
+    log_probs = torch.full((5, width), -float(torch.tensor(width).log()))
+    logits[1:3, 1026] = 1e4  # its probability overflows where no other column bounds it
+    log_weights[1, 1026] = -torch.inf
+    logits[3, 2] = torch.nan
+    log_probs[4, 1028] = torch.inf
+    finite = mixture(logits, log_weights, log_probs, log_probs.exp(), 0, 2.0, 4.0, 0.3)[-1]
+    assert finite.tolist() == [True, True, True, False, False]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from hf_dis.teacher.triton_normaliser import class_mass, log_normaliser
+from hf_dis.teacher.triton_normaliser import class_mass, log_normaliser, take_ranked
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -92,3 +92,15 @@ def test_the_operations_are_well_formed():
     logits = case(5, 7).contiguous()
     opcheck(log_normaliser, (logits, 2.0, 3, 2))
     opcheck(class_mass, (logits, log_normaliser(logits, 2.0)[0], 2.0, 2))
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_ranked_classes_are_taken_out_of_the_mass(every):
+    """At every item of a slice; several items rank the same classes."""
+    ids = torch.stack([torch.randperm(50)[:7] for _ in range(21)])
+    log_probs, mass = torch.rand(21, 20).log()[:, 3:10], torch.rand(50)
+    taken = torch.zeros(50).index_add_(0, ids[2:19:every].flatten(), log_probs[2:19:every].exp().flatten())
+    expected = mass - 3 * taken
+    take_ranked(mass, ids, log_probs, 2, 19, every, 3.0)
+    torch.testing.assert_close(mass, expected)
+    opcheck(take_ranked, (mass, ids, log_probs, 2, 19, every, 3.0))

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from hf_dis.head.triton_products import features_gradient, item_products, weight_rows
+from hf_dis.head.triton_products import features_gradient, item_products
 from hf_dis.kernels import sum_dtype
+from hf_dis.models.gathered import gathered
+from hf_dis.models.triton_gathered import gathered_rows, placed_rows
 from hf_dis.sampling.tails import by_item
 
 TYPES = [
@@ -121,15 +123,35 @@ def test_products_with_tails_stand_beside_them(num_items, num_tails, num_shared)
 @pytest.mark.parametrize("width", [5, 700])
 def test_rows_are_gathered_in_a_type(width, dtype):
     weight, ids = torch.randn(11, width), torch.randint(11, (2, 7))
-    found = weight_rows(weight, ids, dtype)
+    found = gathered_rows(weight, ids, dtype)
     assert found.dtype == dtype
     # The interpreter cuts bfloat16 off, where a device rounds.
     torch.testing.assert_close(
         found.double(), weight[ids].double(), rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0
     )
     strided = torch.cat([weight, weight], 1)[:, width:]
-    assert torch.equal(weight_rows(strided, ids, dtype), found)
-    assert weight_rows(weight, torch.tensor([3, 11]), dtype)[1].isnan().all()
+    assert torch.equal(gathered_rows(strided, ids, dtype), found)
+    assert gathered_rows(weight, torch.tensor([3, 11]), dtype)[1].isnan().all()
+
+
+@pytest.mark.parametrize("ids", [[0, 3, 5, 8, 10], [2], [1, 2, 3, 4, 9], []], ids=str)
+@pytest.mark.parametrize("width", [5, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_are_put_in_their_places_in_a_type(dtype, width, ids):
+    ids, rows = torch.tensor(ids, dtype=torch.long), torch.randn(len(ids), 2 * width).bfloat16()[:, :width]
+    expected = torch.zeros(11, width, dtype=dtype).index_copy_(0, ids, rows.to(dtype))
+    assert torch.equal(placed_rows(rows, ids, 11, dtype), expected)
+
+
+@pytest.mark.parametrize("num_items", [0, 3])
+def test_vectors_of_items_have_the_gradient_of_an_index(num_items, monkeypatch):
+    vectors, positions = torch.randn(6, 5, requires_grad=True), torch.tensor([1, 2, 5])[:num_items]
+    slopes = torch.randn(num_items, 5)
+    gradients = []
+    for name in ("torch", "triton"):
+        monkeypatch.setenv("HF_DIS_KERNELS", name)
+        gradients += torch.autograd.grad(gathered(vectors, positions), vectors, slopes)
+    assert torch.equal(*gradients)
 
 
 def test_the_operations_are_well_formed():
@@ -137,4 +159,5 @@ def test_the_operations_are_well_formed():
     opcheck(item_products, (features, weight, ids, torch.randn(2, 2, 4), torch.bfloat16))
     opcheck(features_gradient, (scales, weight, ids, torch.randn(2, 2, 20), torch.bfloat16))
     opcheck(features_gradient, (scales, weight, ids, None, torch.float32))
-    opcheck(weight_rows, (weight, ids, torch.bfloat16))
+    opcheck(gathered_rows, (weight, ids, torch.bfloat16))
+    opcheck(placed_rows, (weight[:2], torch.tensor([1, 4]), 9, torch.bfloat16))

@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 from hf_dis.sampling import triton_tails as kernels
 from hf_dis.sampling.class_memory import ClassMemory
-from hf_dis.sampling.tails import sample_tails
+from hf_dis.sampling.tails import ClassDensity, sample_tails
 
 
 def both(function, monkeypatch):
@@ -26,8 +26,9 @@ def test_the_density_is_that_of_plain_torch(num_classes, signal_share, of_margin
     memory.squared_signal.uniform_(0, 1e-6)
     memory.marginal.uniform_(0, of_marginal) if of_marginal else None
     expected, found = both(lambda: memory.density(0.1, signal_share), monkeypatch)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-12)
+    assert found.values.dtype == torch.float64
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(found.total, found.values.sum(), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(("num_classes", "num_sampled", "num_tails"), [(50, 7, 1), (600, 300, 3), (9000, 40, 4)])
@@ -36,7 +37,7 @@ def test_the_tails_are_those_of_plain_torch(num_classes, num_sampled, num_tails,
     density = torch.randn(num_classes, dtype=torch.float64).mul(spread).exp()
 
     def sampled():
-        return sample_tails(density, num_sampled, num_tails, torch.Generator().manual_seed(3))
+        return sample_tails(ClassDensity(density), num_sampled, num_tails, torch.Generator().manual_seed(3))
 
     expected, found = both(sampled, monkeypatch)
     assert torch.equal(found.ids, expected.ids)

@@ -10,13 +10,15 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from hf_dis.head import triton_adamw, triton_contributions, triton_products, triton_rows  # noqa: E402
 from hf_dis.loss import triton_exact, triton_exact_sums, triton_sampled  # noqa: E402
-from hf_dis.sampling import triton_assembly, triton_cached, triton_learning, triton_tails  # noqa: E402
+from hf_dis.models import triton_gathered  # noqa: E402
+from hf_dis.sampling import triton_assembly, triton_cached, triton_learning, triton_steps, triton_tails  # noqa: E402
 from hf_dis.teacher import triton_normaliser, triton_ranking, triton_stored  # noqa: E402
 
 NAMES = {
     "f": "*fp32", "b": "*bf16", "h": "*fp16", "d": "*fp64", "l": "*i64", "w": "*i32", "u": "*u8", "i": "i32",
     "n": "fp64",
 }  # fmt: skip
+PLACED = {"BLOCK": 4, "BLOCK_WIDTH": 512}
 PRODUCTS = {"BLOCK_IDS": 32, "BLOCK_WIDTH": 128}
 ROWS = {"PIECE": 64, "BLOCK": 4, "BLOCK_WIDTH": 512}
 OTHERS, ALONE = {"HAS_OTHERS": True}, {"HAS_KEPT": False, "HAS_OTHERS": False}
@@ -44,8 +46,10 @@ CASES = {
         "iiiiiiii",
         WIDE | {"HAS_TAILS": True} | PRODUCTS,
     ),
-    "rows": (triton_products.rows_kernel, ["flb", "bll"], "iiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
+    "gathered rows": (triton_gathered.gathered_rows_kernel, ["flb", "bll"], "iiii", PLACED),
+    "placed rows": (triton_gathered.placed_rows_kernel, ["blf", "flb"], "iiiii", PLACED),
     "normaliser": (triton_normaliser.log_normaliser_kernel, ["bfb", "fff", "hfh", "ddd"], "iiin", NORMALISER),
+    "ranked mass": (triton_normaliser.take_ranked_kernel, ["flf", "dld"], "iiiiin", {"BLOCK": 64}),
     "mass": (triton_normaliser.class_mass_kernel, ["bfff", "ffff", "hfff"], "iiiinn", {"HAS_ADDED": True} | MASS),
     "pieces": (triton_rows.pieces_kernel, ["fflflf", "bblblf", "bblflf"], "iiiii", OTHERS | ROWS),
     "segments": (
@@ -58,9 +62,9 @@ CASES = {
     "factors": (triton_adamw.row_factors_kernel, ["fddlffff"], "innnnnnn", {"BLOCK": 256}),
     "step": (triton_adamw.step_kernel, ["ffflfffff", "bbblbffff"], "iinn", STEP),
     "divergence": (triton_sampled.forward_kl_kernel, ["ffffffff", "bfffffff"], "iiiiin", {"BLOCK": 1024}),
-    "mixture": (triton_sampled.mixed_kernel, ["ffffffffff", "bfffffffff"], "iiiiiinnn", {"BLOCK": 1024}),
-    "first": (triton_contributions.first_kernel, ["lw"], "i", {"BLOCK": 256}),
-    "starts": (triton_contributions.starts_kernel, ["ll"], "i", {"BLOCK": 256}),
+    "mixture": (triton_sampled.mixed_kernel, ["ffffffffffu", "bfffffffffu"], "iiiiiinnn", {"BLOCK": 1024}),
+    "starts": (triton_contributions.starts_kernel, ["lll"], "i", {"BLOCK": 4096}),
+    "lengths": (triton_contributions.lengths_kernel, ["fff", "bbf", "ddd"], "iiiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
     "contributions": (
         triton_contributions.contributions_kernel,
         ["lbflff", "lfflff"],
@@ -68,8 +72,7 @@ CASES = {
         {"HAS_LENGTHS": True, "BLOCK": 256},
     ),
     "class sizes": (triton_contributions.class_sizes_kernel, ["flf"], "i", {"BLOCK": 256}),
-    "class inclusion": (triton_contributions.class_inclusion_kernel, ["fldd"], "iinn", INCLUSION),
-    "kept": (triton_contributions.kept_kernel, ["ddlllll" + "dl"], "i", {"BLOCK": 4096}),
+    "kept": (triton_contributions.kept_kernel, ["flll" + "ddlldl"], "iinn", INCLUSION),
     "best places": (triton_ranking.best_kernel, ["bl", "fl", "hl"], "iii", {"LOWEST_BIT": 0, "BLOCK": 4096}),
     "ranking": (triton_ranking.rank_kernel, ["blbl", "flfl", "hlhl"], "iiii", {"GROUP": 8, "BLOCK": 512}),
     "answers": (
@@ -102,10 +105,11 @@ CASES = {
         ASSEMBLY | {"ALL_RANKS": True},
     ),
     "class sums": (triton_tails.class_sums_kernel, ["ffd"], "i", {"BLOCK": 4096}),
-    "class density": (triton_tails.class_density_kernel, ["ffdd"], "iinnn", {"BLOCK": 4096, "BLOCK_SUMS": 64}),
+    "class density": (triton_tails.class_density_kernel, ["ffddd"], "iinnn", {"BLOCK": 4096, "BLOCK_SUMS": 64}),
     "tail scale": (triton_tails.tail_scale_kernel, ["ddd"], "iin", {"BLOCK": 1024}),
     "tail ids": (triton_tails.tail_ids_kernel, ["dddld"], "iiinn", {"STEPS": 19, "BLOCK": 256}),
     "finite items": (triton_learning.finite_items_kernel, ["ffu", "bfu"], "iii", {"BLOCK": 1024}),
+    "item counts": (triton_learning.item_counts_kernel, ["ul"], "i", {"BLOCK": 4096}),
     "rank sums": (
         triton_learning.rank_sums_kernel,
         ["fflu" + "ld"],
@@ -113,9 +117,9 @@ CASES = {
         {"ITEMS": 64, "BLOCK": 32, "BLOCK_BINS": 16},
     ),
     "tail sums": (triton_learning.tail_sums_kernel, ["fuuf", "buuf"], "iiiii", {"BLOCK_ITEMS": 32, "BLOCK": 32}),
-    "rank steps": (triton_learning.step_ranks_kernel, ["dldddddd"], "iin", {"BLOCK_SCALES": 8, "BLOCK_BINS": 16}),
-    "class steps": (triton_learning.step_classes_kernel, ["lff"], "in", {"BLOCK": 256}),
-    "marginal": (triton_learning.step_marginal_kernel, ["fllf"], "in", {"BLOCK": 1024}),
+    "rank steps": (triton_steps.step_ranks_kernel, ["dldddddd"], "iin", {"BLOCK_SCALES": 8, "BLOCK_BINS": 16}),
+    "class steps": (triton_steps.step_classes_kernel, ["lff"], "in", {"BLOCK": 256}),
+    "marginal": (triton_steps.step_marginal_kernel, ["fllf"], "in", {"BLOCK": 1024}),
     "part sums": (
         triton_exact_sums.part_sums_kernel,
         ["bbf", "fbf", "hhf", "ddd"],

@@ -38,7 +38,7 @@ def test_the_sampled_loss_is_its_formula():
     sampler = make_sampler(40, SamplerSpec(num_sampled_classes=6, num_shared_classes=8, rank_depth=10))
     sample = sampler.sample([TeacherTargets(torch.randn(5, 40), 2.0, 10)], torch.arange(5))
     logits = torch.randn(sample.log_weights.shape, dtype=torch.float64)
-    kd, signal, log_students = sampled_forward_kl(logits, sample, 2.0)
+    kd, signal, log_students, _ = sampled_forward_kl(logits, sample, 2.0)
     for item in range(5):
         weights = sample.log_weights[item].double().exp()
         normaliser = (weights * (logits[item] / 2).exp()).sum()

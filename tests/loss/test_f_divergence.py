@@ -160,7 +160,7 @@ def test_without_the_scale_loss_and_gradient_are_divided_by_the_squared_temperat
 @pytest.mark.parametrize("divergence", OTHERS.values(), ids=OTHERS)
 def test_the_sampler_learns_from_the_signal_of_the_divergence(divergence, monkeypatch):
     sampler, learnt = make_sampler(C, SamplerSpec(num_sampled_classes=6, num_shared_classes=8, rank_depth=10)), []
-    monkeypatch.setattr(sampler, "learn", lambda sample, signal, reduce: learnt.append((sample, signal)))
+    monkeypatch.setattr(sampler, "learn", lambda sample, signal, *others: learnt.append((sample, signal)))
     features, weight, teacher = torch.randn(5, 3), torch.randn(C, 3), torch.randn(5, C)
     DISLoss(sampler, 2.0, **settings_of(divergence))(features, weight, None, teacher)
     ((sample, signal),) = learnt

@@ -23,7 +23,7 @@ def test_the_class_memory_finds_the_classes_that_disagree():
         ids = column_ids(sample)
         dis.learn(sample, sampled_forward_kl(student.gather(1, ids), sample, temperature).signal)
     gap = (student.softmax(1) - teacher.softmax(1)).square().mean(0).sqrt()[5:].double()
-    found = dis.proposal.memory.density(floor=0.0, signal_share=1.0)[5:]
+    found = dis.proposal.memory.density(floor=0.0, signal_share=1.0).values[5:]
     torch.testing.assert_close(found[-10:] / found.sum(), gap[-10:] / gap.sum(), rtol=0.4, atol=0)
     assert found[-10:].min() > found[:-10].max()
 
@@ -53,7 +53,8 @@ def test_the_class_memory_ignores_classes_inside_the_top_of_an_item():
 def test_the_class_density_is_positive_and_sums_to_one():
     memory = ClassMemory(50, 0.9)
     for share in (0.0, 0.5):
-        density = memory.density(0.05, share)
+        density = memory.density(0.05, share).values
         assert density.min() > 0
     memory.marginal.uniform_()
-    assert memory.density(0.05).sum() == pytest.approx(1) and memory.density(0.05).min() >= 0.05 / 50
+    density = memory.density(0.05).values
+    assert density.sum() == pytest.approx(1) and density.min() >= 0.05 / 50

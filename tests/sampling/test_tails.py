@@ -5,7 +5,7 @@ import itertools
 import torch
 from by_definition import capped_slowly, frequencies, generator, within_five_sigma
 
-from hf_dis.sampling.tails import is_outside, sample_tails
+from hf_dis.sampling.tails import ClassDensity, is_outside, sample_tails
 
 
 def test_the_shared_tail_holds_classes_with_their_probability():
@@ -13,7 +13,7 @@ def test_the_shared_tail_holds_classes_with_their_probability():
     expected, seeded, num_trials, num_tails = capped_slowly(density, 4), generator(), 1_500, 3
     sampled = []
     for _ in range(num_trials):
-        ids, probability = sample_tails(density, 4, num_tails, seeded)
+        ids, probability = sample_tails(ClassDensity(density), 4, num_tails, seeded)
         assert (ids.diff() > 0).all()
         torch.testing.assert_close(probability, expected[ids])
         sampled.append(ids)
@@ -25,13 +25,13 @@ def test_the_shared_tail_holds_classes_with_their_probability():
 def test_tails_share_the_classes_that_are_certain_and_differ_in_the_others():
     density = torch.ones(100, dtype=torch.float64)
     density[:2] = 1e3
-    ids = sample_tails(density, 10, 4, generator()).ids
+    ids = sample_tails(ClassDensity(density), 10, 4, generator()).ids
     assert (ids[:, :2] == torch.arange(2)).all()
     assert len(ids[:, 2:].unique()) == 4 * 8
 
 
 def test_a_tail_as_large_as_all_classes_is_all_classes():
-    ids, probability = sample_tails(torch.rand(7), 9, 2, generator())
+    ids, probability = sample_tails(ClassDensity(torch.rand(7)), 9, 2, generator())
     assert ids.tolist() == [list(range(7))] and (probability == 1).all()
 
 

@@ -15,7 +15,7 @@ def gathered(vectors: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         vectors: of all tokens, ``[T, d]``.
-        positions: distinct places among the tokens, ``[N]``.
+        positions: ascending places among the tokens, ``[N]``.
     """
     return _Gathered.apply(vectors, positions, product_type(vectors))
 
@@ -28,14 +28,18 @@ class _Gathered(torch.autograd.Function):
         ctx.save_for_backward(positions)
         ctx.shape, ctx.dtype = vectors.shape, vectors.dtype
         if uses_triton(vectors.device):
-            from hf_dis.head.triton_products import weight_rows
+            from hf_dis.models.triton_gathered import gathered_rows
 
-            return weight_rows(vectors, positions, dtype)
+            return gathered_rows(vectors, positions, dtype)
         return vectors.index_select(0, positions).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (positions,) = ctx.saved_tensors
+        if uses_triton(grad.device):
+            from hf_dis.models.triton_gathered import placed_rows
+
+            return placed_rows(grad, positions, ctx.shape[0], ctx.dtype), None, None
         gradient = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
         return gradient.index_copy_(0, positions, grad.to(ctx.dtype)), None, None

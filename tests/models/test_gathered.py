@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hf_dis.head.gathered import gathered
+from hf_dis.models.gathered import gathered
 
-POSITIONS = torch.tensor([4, 0, 2])
+POSITIONS = torch.tensor([0, 2, 4])
 
 
 def test_vectors_and_gradients_are_those_of_an_index():
