@@ -56,7 +56,7 @@ ITEMS, FEATURES, SHARE, DEPTH, STORED = 32, 64, 0.1, 32, 32
 SPEC = SamplerSpec(num_sampled_classes=32, num_shared_classes=512, num_tails=1, rank_depth=DEPTH)
 # Of the estimate: 400 Gb/s, and how a head of 100 million classes is trained on 64 cards.
 WIRE, CLASSES, CARDS, CARD_ITEMS, CARD_FEATURES = 400e9 / 8, 100_000_000, 64, 128, 512
-# Of the class memory and the density of the shared tail, which each process holds for all classes.
+# Of the class memory and the density of the shared tail, for each class that a process holds.
 CLASS_BYTES = 40
 
 
@@ -78,8 +78,7 @@ class Steps:
         self.sampler = None
         if method == "dis":
             layout = TargetLayout(num_classes, DEPTH, STORED)
-            self.sampler = make_cached_sampler(layout, SPEC, seed=rank)
-            self.sampler.samples_mass = True
+            self.sampler = make_cached_sampler(layout, SPEC, seed=rank, shard=self.head.shard)
         self.generator, self.loss = (
             generator,
             {"exact": self.exact, "partial_fc": self.partial_fc, "dis": self.dis}[method],
@@ -220,7 +219,8 @@ def estimate() -> list[dict]:
     merged = everyone * (8 + 4 * (2 * 2 + 4))  # the label, two maxima and sums, four sums over classes
     stored = everyone * (DEPTH + STORED) * 16
     sampled = 4 * (everyone * SPEC.num_sampled_classes + CARDS * shared) + 2 * 4 * everyone * columns
-    learnt = CARDS * (12 * MASS_POINTS + 16 * shared)
+    # The mass and the signal of sampled classes; of tails the largest densities, the classes and their probabilities.
+    learnt = CARDS * (12 * MASS_POINTS + 16 * shared + 8 * shared + 12 * shared)
     wires = {
         "exact": features + merged + stored,
         "partial_fc": features + merged,
@@ -231,7 +231,7 @@ def estimate() -> list[dict]:
     beside = {
         "exact": held + BLOCK_BYTES,  # a dense gradient and a tile
         "partial_fc": 4 * chosen * (2 * CARD_FEATURES + 2 * everyone),
-        "dis": CLASS_BYTES * CLASSES + 4 * CARD_FEATURES * touched,
+        "dis": CLASS_BYTES * CLASSES / CARDS + 4 * CARD_FEATURES * touched,
     }
     return [
         {

@@ -197,12 +197,11 @@ def _make_sampler(
         row_sparse=row_sparse,
         stored_sample_size=None if stored is None else stored.sample_size,
     )
+    head = next(iter(sharded_heads(student).values()), None)
+    given = {"seed": seed, "device": device, "shard": None if head is None else head.shard}
     if stored is None:
-        sampler = make_sampler(num_classes, spec, seed=seed, device=device)
-    else:
-        sampler = make_cached_sampler(stored, spec, seed=seed, device=device)
-    sampler.samples_mass = bool(sharded_heads(student))
-    return spec, sampler
+        return spec, make_sampler(num_classes, spec, **given)
+    return spec, make_cached_sampler(stored, spec, **given)
 
 
 def _why_dense(

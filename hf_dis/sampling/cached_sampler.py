@@ -8,7 +8,7 @@ computes its stored classes with certainty, and further classes are sampled for 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,15 @@ from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import ranks_to_classes, sample_ranks, systematic_points
-from hf_dis.sampling.proposal import Proposal, TeacherProposal
+from hf_dis.sampling.proposal import Proposal, TeacherProposal, make_proposal
 from hf_dis.sampling.sample import ClassSample
-from hf_dis.sampling.sampler import ClassSampler, make_proposal
+from hf_dis.sampling.sampler import ClassSampler
 from hf_dis.sampling.tails import ClassDensity, Tails, is_outside
 from hf_dis.teacher.cached import UNKNOWN, CachedTargets
 from hf_dis.teacher.compact import TargetLayout
+
+if TYPE_CHECKING:
+    from hf_dis.head.vocab_shard import VocabShard
 
 
 class CachedSampler(ClassSampler):
@@ -120,7 +123,9 @@ class CachedSampler(ClassSampler):
 
     def _class_mass(self, targets: CachedTargets) -> Tensor:
         wants_mass = self.num_shared and self.proposal.wants_class_mass
-        return targets.class_mass() if wants_mass else targets.target.new_empty(0)
+        if not wants_mass:
+            return targets.target.new_empty(0)
+        return targets.class_mass(is_sparse=self.proposal.shard is not None)
 
     def _sample_rest(self, targets: CachedTargets) -> _Columns:
         """K classes per item, sampled uniformly from those that are not ranked."""
@@ -157,7 +162,12 @@ class TailProposal(TeacherProposal):
 
 
 def make_cached_sampler(
-    stored: TargetLayout, spec: SamplerSpec | None = None, *, seed: int = 0, device: torch.device | str = "cpu"
+    stored: TargetLayout,
+    spec: SamplerSpec | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    shard: VocabShard | None = None,
 ) -> CachedSampler:
     """Makes a sampler for stored targets.
 
@@ -166,6 +176,7 @@ def make_cached_sampler(
         spec: how classes are sampled; its proposal is the one of the shared tail.
         seed: of the sampler's own generator; give every process its own.
         device: of the targets.
+        shard: as for :func:`hf_dis.make_sampler`.
 
     Raises:
         ValueError: if ``spec`` asks for ranks that are not stored, or for a truncation.
@@ -185,7 +196,7 @@ def make_cached_sampler(
     )
     spec = spec.resolved(stored_sample_size=stored.sample_size)
     kind = {"dis": TailProposal, "teacher": TeacherProposal, "uniform": Proposal}[spec.proposal]
-    proposal = make_proposal(kind, (stored.num_classes, stored.num_classes - stored.depth, 0), spec, device)
+    proposal = make_proposal(kind, (stored.num_classes, stored.num_classes - stored.depth, 0), spec, device, shard)
     sizes = (spec.num_sampled_classes, spec.num_shared_classes, spec.num_tails)
     return CachedSampler(proposal, stored, *sizes, spec.design, spec.num_updated_classes, seed)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,14 @@ from hf_dis.precision import widest
 from hf_dis.sampling.sample import ClassSample, Statistics
 from hf_dis.sampling.tails import ClassDensity, by_tail
 
+if TYPE_CHECKING:
+    from hf_dis.head.vocab_shard import VocabShard
+
 # Points at which a class mass is sampled where it is sent: 96 KiB. A mass of three times as many classes is as large.
 MASS_POINTS = 2**13
+
+# The parts of a state that have a row for each class.
+CLASS_STATE = ("class_squared_signal", "class_marginal")
 
 
 def sampled_mass(mass: Tensor, generator: torch.Generator) -> Tensor:
@@ -22,21 +30,29 @@ def sampled_mass(mass: Tensor, generator: torch.Generator) -> Tensor:
     over the tail then has 0.5% more variance by the "dis" proposal, and 12% more by the "teacher" proposal.
 
     Args:
-        mass: ``[C]``; below 0 by rounding alone, which counts as 0.
+        mass: ``[C]``; below 0 by rounding alone, which counts as 0. Dense, or sparse and not coalesced.
         generator: a CPU generator.
 
     Returns:
-        sparse, ``[C]``, not coalesced; or the mass as it is, where it is not larger than its sample.
+        sparse, ``[C]``, not coalesced; or the mass, dense, where it is not larger than its sample.
     """
     if len(mass) <= 3 * MASS_POINTS:
-        return mass
+        return mass.to_dense()
     start = torch.rand((), dtype=torch.float64, generator=generator)
-    cumulative = mass.clamp_min(0).cumsum(0, dtype=widest(mass.device))
+    shape, values, entries = mass.shape, mass, None
+    if mass.is_sparse:  # a class without an entry adds nothing to the cumulative sum; the last class has one
+        ids, values = mass._indices()[0], mass._values()
+        given = torch.cat([ids, ids.new_tensor([len(mass) - 1])]), torch.cat([values, values.new_zeros(1)])
+        mass = torch.sparse_coo_tensor(given[0][None], given[1], shape, check_invariants=False).coalesce()
+        entries, values = mass._indices()[0], mass._values()
+    cumulative = values.clamp_min(0).cumsum(0, dtype=widest(mass.device))
     share = cumulative[-1] / MASS_POINTS
     steps = (start + torch.arange(MASS_POINTS, dtype=torch.float64)).to(mass.device, cumulative.dtype)
-    ids = torch.searchsorted(cumulative, steps * share, right=True).clamp_(max=len(mass) - 1)
+    ids = torch.searchsorted(cumulative, steps * share, right=True).clamp_(max=len(values) - 1)
+    if entries is not None:
+        ids = entries[ids]
     values = share.to(torch.float32).expand(MASS_POINTS)
-    return torch.sparse_coo_tensor(ids[None], values, mass.shape, check_invariants=False)
+    return torch.sparse_coo_tensor(ids[None], values, shape, check_invariants=False)
 
 
 class ClassMemory:
@@ -49,38 +65,51 @@ class ClassMemory:
         num_classes: C.
         decay: of the marginal's running mean, in [0, 1).
         device: of the teacher's targets.
+        shard: the classes that are kept here, where other processes keep all other classes; None: all are kept here.
+
+    Attributes:
+        squared_signal, marginal: the running means of the classes that are kept here, ``[S]``.
     """
 
     # Share of a new value in the running mean. A class is sampled rarely, so that a new value has to count at once.
     RENEWAL = 0.3
 
-    def __init__(self, num_classes: int, decay: float, device: torch.device | str = "cpu"):
-        self.decay = decay
+    def __init__(
+        self, num_classes: int, decay: float, device: torch.device | str = "cpu", shard: VocabShard | None = None
+    ):
+        self.num_classes, self.decay, self.shard = num_classes, decay, shard
+        number = num_classes if shard is None else len(shard)
         # An untrained student is close to uniform, so that its signal is about 1/C everywhere.
-        self.squared_signal = torch.full((num_classes,), num_classes**-2.0, device=device)
-        self.marginal = torch.zeros(num_classes, device=device)
-        self._sums = torch.zeros(num_classes, 2, device=device)  # zero between updates
+        self.squared_signal = torch.full((number,), num_classes**-2.0, device=device)
+        self.marginal = torch.zeros(number, device=device)
+        self._sums = torch.zeros(number, 2, device=device)  # zero between updates
         self._zero = torch.zeros((), device=device)
 
     def density(self, floor: float, signal_share: float = 0.5) -> ClassDensity:
         """Signal and marginal, each normalised, mixed, and a uniform share, in the widest type of the device.
+
+        Where processes keep the classes together, every process has to call this.
 
         Args:
             floor: the uniform share, in (0, 1].
             signal_share: share of the signal in the rest, in [0, 1].
         """
         dtype = widest(self.marginal.device)
-        if uses_triton(self.marginal.device):
+        if self.shard is None and uses_triton(self.marginal.device):
             from hf_dis.sampling.triton_tails import class_density, class_sums
 
             means = self.squared_signal, self.marginal
             shares = [(1 - floor) * signal_share, (1 - floor) * (1 - signal_share), floor / len(self.marginal)]
             return ClassDensity(*class_density(*means, class_sums(*means, dtype), shares))
         signal = self.squared_signal.sqrt()
-        sums = torch._foreach_clamp_min([signal.sum(dtype=dtype), self.marginal.sum(dtype=dtype)], 1e-30)
+        sums = [signal.sum(dtype=dtype), self.marginal.sum(dtype=dtype)]
+        if self.shard is not None:
+            sums = list(self.shard.sum(torch.stack(sums)).unbind())
+        sums = torch._foreach_clamp_min(sums, 1e-30)
         mixed = torch.addcdiv(self._zero, signal, sums[0], value=(1 - floor) * signal_share)
         mixed.addcdiv_(self.marginal, sums[1], value=(1 - floor) * (1 - signal_share))
-        return ClassDensity(torch.add(mixed, floor / len(mixed), out=torch.empty_like(mixed, dtype=dtype)))
+        uniform = floor / self.num_classes
+        return ClassDensity(torch.add(mixed, uniform, out=torch.empty_like(mixed, dtype=dtype)))
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
         """Sums over the items of a step.
@@ -91,7 +120,7 @@ class ClassMemory:
             The entry holds the sum of the squared signal over these items, and their number.
         """
         num_tails, num_shared = sample.tail_ids.shape
-        shape = len(self.marginal), 2
+        shape = self.num_classes, 2
         met = _tail_sums(signal[:, signal.shape[1] - num_shared :], sample.outside_top, sample.finite, num_tails)
         return {
             "tail": torch.sparse_coo_tensor(sample.tail_ids.reshape(1, -1), met, shape, check_invariants=False),
@@ -107,18 +136,20 @@ class ClassMemory:
                 sparse.
         """
         tail, mass = statistics["tail"], statistics["class_mass"]
+        ids, values = self._kept(tail)
         if mass.is_sparse:
-            mass = torch.zeros_like(self.marginal).index_add_(0, mass._indices()[0], mass._values())
-        ids = tail._indices()[0]
-        if uses_triton(ids.device):
+            mass = torch.zeros_like(self.marginal).index_add_(0, *self._kept(mass))
+        elif self.shard is not None:
+            mass = mass[self.shard.start : self.shard.stop]
+        if self.shard is None and uses_triton(ids.device):
             from hf_dis.sampling.triton_steps import step_classes, step_marginal
 
-            step_classes(ids, self._sums.index_add_(0, ids, tail._values()), self.squared_signal, self.RENEWAL)
+            step_classes(ids, self._sums.index_add_(0, ids, values), self.squared_signal, self.RENEWAL)
             given = mass, statistics["items"], statistics["not_finite"]
             step_marginal(*given, self.marginal, 1 - self.decay)
             return
         # A class of several tails or processes is summed; each of its entries then finds the same sum.
-        sums = self._sums.index_add_(0, ids, tail._values()).index_select(0, ids)
+        sums = self._sums.index_add_(0, ids, values).index_select(0, ids)
         self._sums.index_fill_(0, ids, 0)
         squared, items = sums.unbind(1)
         known = self.squared_signal.index_select(0, ids)
@@ -130,14 +161,22 @@ class ClassMemory:
         marginal = torch.where(marginal < torch.inf, marginal, self.marginal)
         self.marginal.lerp_(marginal, num_items.clamp(max=1 - self.decay))  # a step without an item changes nothing
 
+    def _kept(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of sparse entries ``[C, ...]`` that are kept here, by their number here, and their values."""
+        ids, values = entries._indices()[0], entries._values()
+        if self.shard is None:
+            return ids, values
+        is_kept = (ids >= self.shard.start) & (ids < self.shard.stop)
+        return ids[is_kept] - self.shard.start, values[is_kept]
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Both running means."""
-        return {"class_squared_signal": self.squared_signal, "class_marginal": self.marginal}
+        """Both running means of the classes that are kept here."""
+        return dict(zip(CLASS_STATE, (self.squared_signal, self.marginal), strict=True))
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores a state that :meth:`state_dict` returned."""
-        self.squared_signal.copy_(state["class_squared_signal"])
-        self.marginal.copy_(state["class_marginal"])
+        for name, values in self.state_dict().items():
+            values.copy_(state[name])
 
 
 def _tail_sums(signal: Tensor, outside_top: Tensor, finite: Tensor | None, num_tails: int) -> Tensor:

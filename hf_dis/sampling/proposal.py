@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from hf_dis.arguments import SamplerSpec
 from hf_dis.precision import widest
 from hf_dis.sampling.answers import Answers
 from hf_dis.sampling.class_memory import ClassMemory
@@ -15,6 +18,9 @@ from hf_dis.sampling.rank_proposal import RankProposal
 from hf_dis.sampling.sample import ClassSample, Statistics
 from hf_dis.sampling.tails import ClassDensity
 from hf_dis.teacher.targets import TeacherTargets
+
+if TYPE_CHECKING:
+    from hf_dis.head.vocab_shard import VocabShard
 
 
 class Proposal:
@@ -28,6 +34,8 @@ class Proposal:
     """
 
     wants_class_mass = False
+    # The classes of :meth:`class_density`, where other processes have all other classes.
+    shard: VocabShard | None = None
 
     def __init__(self, num_classes: int, num_ranks: int, depth: int, device: torch.device | str = "cpu"):
         self.num_classes, self.num_ranks, self.device = num_classes, num_ranks, device
@@ -109,6 +117,7 @@ class TeacherProposal(Proposal):
         num_classes, num_ranks, depth, device: as for :class:`Proposal`.
         floor: the uniform share, in (0, 1].
         decay: of the marginal's running mean, in [0, 1).
+        shard: as for :class:`ClassMemory`.
     """
 
     wants_class_mass = True
@@ -121,10 +130,11 @@ class TeacherProposal(Proposal):
         floor: float,
         decay: float,
         device: torch.device | str = "cpu",
+        shard: VocabShard | None = None,
     ):
         super().__init__(num_classes, num_ranks, depth, device)
-        self.floor = floor
-        self.memory = ClassMemory(num_classes, decay, device)
+        self.floor, self.shard = floor, shard
+        self.memory = ClassMemory(num_classes, decay, device, shard)
 
     def rank_density(self, answers: Answers | TeacherTargets) -> Tensor:
         """The teacher's probabilities by rank, mixed with the uniform share, ``[n, B]``."""
@@ -162,6 +172,7 @@ class DISProposal(Proposal):
         num_classes, num_ranks, depth, device: as for :class:`Proposal`.
         floor: the uniform share, in (0, 1].
         decay: of the running means, in [0, 1).
+        shard: as for :class:`ClassMemory`.
     """
 
     wants_class_mass = True
@@ -174,11 +185,12 @@ class DISProposal(Proposal):
         floor: float,
         decay: float,
         device: torch.device | str = "cpu",
+        shard: VocabShard | None = None,
     ):
         super().__init__(num_classes, num_ranks, depth, device)
-        self.floor = floor
+        self.floor, self.shard = floor, shard
         self.ranks = RankProposal(num_ranks, floor, decay, device)
-        self.memory = ClassMemory(num_classes, decay, device)
+        self.memory = ClassMemory(num_classes, decay, device, shard)
 
     def rank_density(self, answers: Answers | TeacherTargets) -> Tensor:
         """The fitted mixture, ``[B]``."""
@@ -214,3 +226,24 @@ class DISProposal(Proposal):
         """Restores a state that :meth:`state_dict` returned."""
         self.ranks.load_state_dict(state)
         self.memory.load_state_dict(state)
+
+
+def make_proposal(
+    kind: type[Proposal],
+    ranks: tuple[int, int, int],
+    spec: SamplerSpec,
+    device: torch.device | str,
+    shard: VocabShard | None = None,
+) -> Proposal:
+    """Makes a proposal of a kind; a proposal that learns takes floor and decay from the specification.
+
+    Args:
+        kind: the class of the proposal.
+        ranks: C, the number of ranks that items sample from, and the number of ranks resolved one by one.
+        spec: how classes are sampled.
+        device: of the teacher's targets.
+        shard: as for :func:`hf_dis.make_sampler`.
+    """
+    if kind is Proposal:
+        return Proposal(*ranks, device=device)
+    return kind(*ranks, floor=spec.proposal_floor, decay=spec.proposal_decay, device=device, shard=shard)

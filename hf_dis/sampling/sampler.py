@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +17,14 @@ from hf_dis.precision import check_sparse, widest
 from hf_dis.sampling.answers import Answers, Logits, Ranked
 from hf_dis.sampling.class_memory import sampled_mass
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, systematic_starts
-from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal
+from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal, make_proposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum
-from hf_dis.sampling.tails import Tails, is_outside, sample_tails
+from hf_dis.sampling.sharded_tails import sample_sharded_tails
+from hf_dis.sampling.tails import Tails, is_outside
 from hf_dis.teacher.targets import TeacherTargets
+
+if TYPE_CHECKING:
+    from hf_dis.head.vocab_shard import VocabShard
 
 
 class ClassSampler:
@@ -43,7 +48,6 @@ class ClassSampler:
         ValueError: if a shared tail needs sparse tensors, and torch has none for the device.
 
     Attributes:
-        samples_mass: send a sample of the class mass, whose size does not grow with C, to other processes.
         not_finite: the number of items so far from which the proposal did not learn, their signal being NaN or Inf.
     """
 
@@ -65,7 +69,7 @@ class ClassSampler:
         self.num_tails = num_tails if self.num_shared else 1
         self.num_ranks = self.rank_depth if self.num_shared else num_classes
         self.num_sampled = min(num_sampled, self.num_ranks)
-        self.design, self.num_updated, self.samples_mass = design, num_updated, False
+        self.design, self.num_updated = design, num_updated
         if self.num_shared and proposal.wants_class_mass:
             wanted = f"num_shared_classes is {num_shared} with a proposal that learns about classes"
             check_sparse(proposal.device, wanted, "set num_shared_classes=0, or proposal='uniform'")
@@ -86,7 +90,9 @@ class ClassSampler:
             labels: class ids ``[N]``; always in the sample if given.
         """
         if self.num_shared:
-            tails = sample_tails(self.proposal.class_density(), self.num_shared, self.num_tails, self.generator)
+            own, sizes = self.proposal, (self.num_shared, self.num_tails)
+            given = own.class_density(), own.shard, own.num_classes
+            tails = sample_sharded_tails(*given, *sizes, self.generator)
         else:
             none = torch.empty(1, 0, dtype=torch.long, device=self.proposal.device)
             tails = Tails(none, none.to(widest(none.device)))
@@ -226,7 +232,7 @@ class ClassSampler:
             if not statistics:
                 return
             statistics |= _item_counts(len(signal), finite)
-            if self.samples_mass and "class_mass" in statistics:
+            if self.proposal.shard is not None and "class_mass" in statistics:
                 statistics["class_mass"] = sampled_mass(statistics["class_mass"], self.generator)
             if reduce is not None:
                 statistics = reduce(statistics)
@@ -288,7 +294,12 @@ def _label_stratum(labels: Tensor, log_probs: Tensor) -> Stratum:
 
 
 def make_sampler(
-    num_classes: int, spec: SamplerSpec | None = None, *, seed: int = 0, device: torch.device | str = "cpu"
+    num_classes: int,
+    spec: SamplerSpec | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    shard: VocabShard | None = None,
 ) -> ClassSampler:
     """Makes a sampler for C classes of a teacher that gives a logit for every class.
 
@@ -297,6 +308,8 @@ def make_sampler(
         spec: how classes are sampled; sizes that are None take the defaults of a classifier.
         seed: of the sampler's own generator; give every process its own.
         device: of the teacher's targets.
+        shard: the classes of which the sampler keeps what it has learnt, where the samplers of other processes keep
+            all other classes. All of them have to sample and learn together. None: all classes.
 
     Raises:
         TypeError: if C is not a whole number.
@@ -319,22 +332,6 @@ def make_sampler(
         proposal = TopKProposal(*ranks, num_sampled=spec.num_sampled_classes, device=device)
     else:
         kind = {"dis": DISProposal, "teacher": TeacherProposal, "uniform": Proposal}[spec.proposal]
-        proposal = make_proposal(kind, ranks, spec, device)
+        proposal = make_proposal(kind, ranks, spec, device, shard)
     sizes = (num_classes, spec.num_sampled_classes, num_shared, spec.num_tails, depth)
     return ClassSampler(proposal, *sizes, spec.design, spec.num_updated_classes, seed)
-
-
-def make_proposal(
-    kind: type[Proposal], ranks: tuple[int, int, int], spec: SamplerSpec, device: torch.device | str
-) -> Proposal:
-    """Makes a proposal of a kind; a proposal that learns takes floor and decay from the specification.
-
-    Args:
-        kind: the class of the proposal.
-        ranks: C, the number of ranks that items sample from, and the number of ranks resolved one by one.
-        spec: how classes are sampled.
-        device: of the teacher's targets.
-    """
-    if kind is Proposal:
-        return Proposal(*ranks, device=device)
-    return kind(*ranks, floor=spec.proposal_floor, decay=spec.proposal_decay, device=device)

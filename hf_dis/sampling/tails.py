@@ -19,7 +19,7 @@ class ClassDensity(NamedTuple):
     """A density over classes, not necessarily normalised.
 
     Attributes:
-        values: positive, ``[C]``.
+        values: positive, ``[C]``; ``[S]`` where a process has a shard of the classes.
         total: their sum, a scalar, where it came with the values; None elsewhere.
     """
 
@@ -117,8 +117,7 @@ def sample_tails(density: ClassDensity, num_sampled: int, num_tails: int, genera
     values, total = density
     num_classes, dtype = len(values), widest(values.device)
     if num_sampled >= num_classes:
-        ids = torch.arange(num_classes, device=values.device)[None]
-        return Tails(ids, torch.ones_like(ids, dtype=dtype))
+        return every_class(num_classes, values.device)
     values = values.to(dtype)
     total = values.sum() if total is None else total
     start = torch.rand(1, dtype=torch.float64, generator=generator)
@@ -129,21 +128,39 @@ def sample_tails(density: ClassDensity, num_sampled: int, num_tails: int, genera
         cumulative = torch.minimum(values, scale[1]).cumsum(0)
         return Tails(*tail_ids(cumulative, values, scale, float(start), num_sampled, num_tails))
     starts = below_one((start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1, num_sampled)
-    # At most K_t classes can be capped, and they are the largest. All other classes are one entry.
-    sums = values.topk(num_sampled).values.flip(0).cumsum(0)
-    num_others = num_classes - num_sampled
-    others = (total - sums[-1]).clamp_min(num_others * torch.finfo(dtype).tiny)
     # One copy brings the numbers 1..K_t, and the points of each tail.
     numbers = torch.arange(1, num_sampled + 1, dtype=torch.float64)
     points = to_device(torch.cat([numbers[None], starts[:, None] - 1 + numbers]), values.device)
     numbers, points = points.split([1, num_tails])
-    # 1 / κ of capping_scale: where all but j of the largest are capped, j classes share the sum of uncapped ones.
-    most = ((sums + others) / numbers).amin()
+    most = share_of_certain(total, values.topk(num_sampled).values, numbers, num_classes)
     # In units of the density: the classes' shares end to end, and the points on them.
     shares = values.clamp_max(most)
     # Rounding may leave the sum below a point: such a point is the last class's.
     ids = torch.searchsorted(shares[:-1].cumsum(0), points * most, right=True)
     return Tails(ids, shares.take(ids).div_(most))
+
+
+def every_class(num_classes: int, device: torch.device) -> Tails:
+    """One tail of all classes."""
+    ids = torch.arange(num_classes, device=device)[None]
+    return Tails(ids, torch.ones_like(ids, dtype=widest(device)))
+
+
+def share_of_certain(total: Tensor, largest: Tensor, numbers: Tensor, num_classes: int) -> Tensor:
+    """Finds the density from which on a class is certain to be in a tail: 1 / κ.
+
+    At most K_t classes can be capped, and they are the largest. All other classes are one entry.
+
+    Args:
+        total: of the density, a scalar.
+        largest: the K_t largest densities, falling, ``[K_t]``.
+        numbers: 1..K_t, of the same type.
+        num_classes: C, more than K_t.
+    """
+    sums = largest.flip(0).cumsum(0)
+    others = (total - sums[-1]).clamp_min((num_classes - len(largest)) * torch.finfo(largest.dtype).tiny)
+    # 1 / κ of capping_scale: where all but j of the largest are capped, j classes share the sum of uncapped ones.
+    return ((sums + others) / numbers).amin()
 
 
 def is_outside(ids: Tensor, tail_ids: Tensor) -> Tensor:

@@ -101,10 +101,16 @@ class CachedTargets:
             self.compact._replace(stored_ids=stored.gather(1, kept.to(stored.device))), self.num_classes
         )
 
-    def class_mass(self) -> Tensor:
-        """Estimates :meth:`hf_dis.teacher.targets.TeacherTargets.class_mass` without bias, ``[C]``."""
-        tail = self.target[:, self.depth :]
-        return tail.new_zeros(self.num_classes).index_add_(0, self.compact.stored_ids.flatten(), tail.flatten())
+    def class_mass(self, is_sparse: bool = False) -> Tensor:
+        """Estimates :meth:`hf_dis.teacher.targets.TeacherTargets.class_mass` without bias, ``[C]``.
+
+        Args:
+            is_sparse: return a sparse tensor, which is not coalesced.
+        """
+        ids, tail = self.compact.stored_ids.flatten(), self.target[:, self.depth :].flatten()
+        if is_sparse:
+            return torch.sparse_coo_tensor(ids[None], tail, (self.num_classes,), check_invariants=False)
+        return tail.new_zeros(self.num_classes).index_add_(0, ids, tail)
 
 
 class CachedTeacher:

@@ -19,15 +19,17 @@ from transformers.utils import logging
 from hf_dis.arguments import DISArguments
 from hf_dis.distributed.processes import of_first_process, process_index
 from hf_dis.head.tensor_parallel import is_tensor_parallel
+from hf_dis.sampling.class_memory import CLASS_STATE
 from hf_dis.sampling.sampler import ClassSampler
 from hf_dis.trainer.manifest import MANIFEST, check_whole, last_whole_checkpoint, read_manifest
+from hf_dis.trainer.row_files import read_rows, write_rows
 
 if TYPE_CHECKING:
     from hf_dis.trainer.mixin import DISTrainerMixin
 
 logger = logging.get_logger(__name__)
 
-STATE_FILE = "dis_state_{rank}.safetensors"
+STATE_FILE, CLASS_FILE = "dis_state_{rank}.safetensors", "dis_state_classes.safetensors"
 
 
 def find_whole(asked: str | bool, output_dir: str) -> str:
@@ -61,10 +63,14 @@ def find_whole(asked: str | bool, output_dir: str) -> str:
 
 
 def save_sampler(sampler: ClassSampler, output_dir: str) -> None:
-    """Saves the state of this process's sampler."""
+    """Saves the state of this process's sampler; processes that keep classes together write one file of these."""
     os.makedirs(output_dir, exist_ok=True)
     path = os.path.join(output_dir, STATE_FILE.format(rank=process_index()))
-    save_file({name: value.contiguous() for name, value in sampler.state_dict().items()}, f"{path}.part")
+    state, proposal = sampler.state_dict(), sampler.proposal
+    if proposal.shard is not None:
+        rows = {name: state.pop(name) for name in CLASS_STATE}
+        write_rows(os.path.join(output_dir, CLASS_FILE), rows, proposal.shard, proposal.num_classes)
+    save_file({name: value.contiguous() for name, value in state.items()}, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
@@ -121,6 +127,9 @@ def restore_sampler(sampler: ClassSampler, checkpoint: str, processes: int, seed
     rank = process_index()
     is_new = rank >= processes
     state = load_file(os.path.join(checkpoint, STATE_FILE.format(rank=0 if is_new else rank)))
+    shard, rows = sampler.proposal.shard, os.path.join(checkpoint, CLASS_FILE)
+    if shard is not None and os.path.isfile(rows):
+        state |= read_rows(rows, shard, sampler.proposal.num_classes)
     if is_new:
         state["generator"] = sampler.generator.manual_seed(seed + rank).get_state()
     shapes, saved = ({name: tuple(v.shape) for name, v in s.items()} for s in (sampler.state_dict(), state))

@@ -12,7 +12,7 @@ from accelerate import PartialState
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from equality_worker import SamplesByLabel
-from sharded_head_worker import GRADIENTS, WINDOW, examples, settings, student, teacher, whole, whole_rows
+from sharded_head_worker import GRADIENTS, WINDOW, examples, settings, student, teacher, whole, whole_rows, whole_state
 
 from hf_dis import DISConfig, DISDistillationTrainer
 
@@ -54,7 +54,8 @@ def train(folder: Path, kind: str, checkpoint: str | None) -> dict:
         for name, value in state.items()
         if isinstance(value, torch.Tensor)
     }
-    proposal = {name: v.clone() for name, v in trainer.distiller.sampler.state_dict().items() if name != "generator"}
+    proposal = whole_state(head, trainer.distiller.sampler.state_dict())
+    del proposal["generator"]
     return whole(trainer.model, dict(trainer.model.state_dict())) | moments | proposal
 
 

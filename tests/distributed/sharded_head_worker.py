@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hf_dis import DISConfig, DISDistillationTrainer, TeacherCache, cache_teacher_targets
 from hf_dis.head.sharded import ShardedHead, shard_head, sharded_heads
+from hf_dis.sampling.class_memory import CLASS_STATE
 
 C, WINDOW, EXAMPLES, STEPS = 41, 16, 48, 5
 TASKS = {"image": vit, "token classification": bert_tokens}
@@ -124,7 +125,7 @@ def train(
         "logs": [{name: value for name, value in log.items() if "runtime" not in name} for log in logs],
         "metrics": {name: value for name, value in trainer.evaluate().items() if name.endswith(("loss", "kl"))},
         "moments": {name: whole_rows(head, value) for name, value in state.items() if isinstance(value, Tensor)},
-        "proposal": {name: value.clone() for name, value in trainer.distiller.sampler.state_dict().items()},
+        "proposal": whole_state(head, trainer.distiller.sampler.state_dict()),
     }
 
 
@@ -144,6 +145,11 @@ def whole_rows(head: nn.Module, rows: Tensor) -> Tensor:
     parts = [None] * head.shard.number
     dist.all_gather_object(parts, rows.clone())
     return torch.cat(parts)
+
+
+def whole_state(head: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a sampler, with what it keeps by class of all processes."""
+    return {name: whole_rows(head, value) if name in CLASS_STATE else value.clone() for name, value in state.items()}
 
 
 def cases() -> list[tuple[str, str, str, str]]:
@@ -196,7 +202,8 @@ def step_bytes(folder: Path, num_classes: int, proposal: str, shards_teacher: bo
     with bytes_sent() as sent, trainer.distiller.step(batch) as step:
         loss, _ = step.loss(trainer.model(**step.inputs))
         loss.sum().backward()
-        assert trainer.distiller.sampler.samples_mass
+        learner = trainer.distiller.sampler.proposal
+        assert learner.shard is (trainer.head.shard if learner.wants_class_mass else None)
     return sum(sent.values())
 
 

@@ -48,3 +48,16 @@ def test_a_proposal_from_samples_is_nearly_as_good(signal_share, most):
     later = sum(steps[60:]).double()
     variance = [float((later.square() / one.density(0.05, signal_share).values).sum()) for one in (whole, sampled)]
     assert variance[0] < variance[1] < most * variance[0]
+
+
+@pytest.mark.parametrize("entries", [400, 0])
+@pytest.mark.parametrize("num_classes", [50, 50_000])
+def test_a_sparse_mass_is_sampled_as_the_dense_one(num_classes, entries):
+    """With a class that has several entries, and most classes without one; a process without items has none."""
+    ids = torch.randint(num_classes, (entries,), generator=torch.Generator().manual_seed(1))
+    values = torch.randint(1, 9, (entries,), generator=torch.Generator().manual_seed(2)) / 8  # sums are exact
+    sparse = torch.sparse_coo_tensor(ids[None], values, (num_classes,), check_invariants=False)
+    found, expected = (
+        sampled_mass(mass, torch.Generator().manual_seed(3)).to_dense() for mass in (sparse, sparse.to_dense())
+    )
+    assert torch.equal(found, expected) and (found.sum() > 0) == (entries > 0)

@@ -1,0 +1,34 @@
+"""Tails and class memories of which each process has a part of the classes (gloo): those of a process that has all."""
+
+import pytest
+import sharded_tails_worker as worker
+import torch
+from launch import processes
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def runs(request, tmp_path_factory):
+    return processes(request.param, worker.__file__, tmp_path_factory.mktemp("tails"))
+
+
+def test_tails_are_those_of_one_process(runs):
+    """The same classes; the sums of parts are rounded differently."""
+    for rank in runs:
+        assert len(rank["tails"]) == len(worker.CLASSES) * len(worker.KINDS) * len(worker.SIZES) * 20
+        for case, ((ids, inclusion), (all_ids, all_inclusion), same_state) in rank["tails"].items():
+            assert torch.equal(ids, all_ids), case
+            torch.testing.assert_close(inclusion, all_inclusion, rtol=1e-13, atol=0)
+            assert same_state, case
+    different = [rank["tails"][30_011, "flat", "many", 0][0][0] for rank in runs]
+    assert not torch.equal(different[0], different[1])
+
+
+def test_a_memory_of_a_part_is_that_part_of_a_whole_one(runs):
+    for rank in runs:
+        for found, expected in rank["memories"].values():
+            assert len(found) == 3
+            for name, value in expected.items():
+                if name == "density":
+                    torch.testing.assert_close(found[name], value, rtol=1e-14, atol=0)
+                else:
+                    assert torch.equal(found[name], value), name
