@@ -156,7 +156,8 @@ class Distiller:
             the step: give ``step.inputs`` to the student and its outputs to ``step.loss``.
 
         Raises:
-            ValueError: if labels are out of range or of a wrong shape, or the head cannot be switched.
+            ValueError: if labels are out of range or of a wrong shape, positions are not ascending, or the head cannot
+                be switched.
             DataError: if a cache does not hold the targets of the batch.
             FloatingPointError: if the teacher returns NaN or Inf.
         """
@@ -213,6 +214,8 @@ class Distiller:
         """The items of a batch, and the inputs of student and teacher."""
         batch = dict(batch)
         stored = batch.pop(TARGETS, None)
+        if positions is not None and check_values and bool((positions[1:] <= positions[:-1]).any()):
+            raise ValueError("positions are not ascending, or hold a place twice: give positions.unique()")
         items, inputs = split_labels(self.student, self.task, batch, self.label_names, stored, positions)
         if items.labels is not None and check_values:
             check_labels(items.labels, self.num_classes)

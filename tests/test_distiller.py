@@ -288,3 +288,18 @@ def test_a_second_backward_of_an_exact_loss_is_refused(holds_logits):
         loss.sum().backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="one backward pass"):
             loss.sum().backward()
+
+
+@pytest.mark.parametrize("change", [lambda places: places.flip(0), lambda places: places.repeat_interleave(2)])
+def test_positions_that_are_not_ascending_are_refused(change):
+    student, teacher = models(llama)
+    distiller = build_distiller(student, teacher, DISArguments(head_mode="sampled", **SAMPLING))
+    batch = text_batch()
+    places = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten().ne(-100).nonzero()[:, 0]
+    with distiller.step(batch, positions=places) as step:
+        assert len(step.items) == len(places)
+    with (
+        pytest.raises(ValueError, match=r"positions are not ascending.*positions\.unique"),
+        distiller.step(batch, positions=change(places)),
+    ):
+        pass

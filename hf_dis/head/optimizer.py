@@ -45,8 +45,9 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     - each row has its own moments, and its own step count for the bias correction;
     - a row first gets the decay of all steps since it was last in a gradient, Π (1 - lr_t λ_t), under any schedule;
-    - with ``catch_up`` the learning rate of its step is the sum of those of all these steps, Σ lr_t. The sum is cut to
-      1/d for rows of d weights, or lr where lr is larger, so that a step changes a logit by at most about 1;
+    - with ``catch_up`` the learning rate of its step is the sum of those of all these steps, Σ lr_t, times ``gain``.
+      The product is cut to 1/d for rows of d weights, or lr where lr is larger, so that a step changes a logit by at
+      most about 1;
     - all other rows stay as they are.
 
     docs/optimizer.md compares the optimizer with dense AdamW, and derives both rules. They are this project's.
@@ -58,6 +59,8 @@ class RowSparseAdamW(torch.optim.AdamW):
         eps: as for ``torch.optim.AdamW``.
         weight_decay: as for ``torch.optim.AdamW``.
         catch_up: let rows make up for the steps that they missed; False: a row moves by lr in each of its own steps.
+        gain: 1 or more; makes up for the noise of the sample in the second moment, see :func:`gain_of`. No effect
+            without ``catch_up``.
         offload_moments: keep the moments of a row-sparse weight in host memory, where the weight is on an accelerator.
             Only the rows of a step travel. No effect on a processor, whose memory holds the moments anyway.
         moment_dtype: of the moments of a row-sparse weight: ``torch.float32``, or ``torch.bfloat16``, which is rounded
@@ -66,8 +69,8 @@ class RowSparseAdamW(torch.optim.AdamW):
         fused: choice of torch's implementation of the dense steps.
 
     Raises:
-        ValueError: if ``moment_dtype`` has a different value. In a step: if lr · weight_decay is 1 or more for a
-            sparse gradient, which would change the sign of weights.
+        ValueError: if ``gain`` or ``moment_dtype`` has a different value. In a step: if lr · weight_decay is 1 or more
+            for a sparse gradient, which would change the sign of weights.
         RuntimeError: if a parameter's gradient is sparse in one step and dense in another, or sparse in more than its
             rows.
     """
@@ -81,19 +84,22 @@ class RowSparseAdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
         *,
         catch_up: bool = True,
+        gain: float = 1.0,
         offload_moments: bool = False,
         moment_dtype: torch.dtype | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
     ):
+        require(1 <= gain < math.inf, "gain", gain, "1 or more, and finite")
         wanted = f"one of {', '.join(map(str, MOMENT_DTYPES))}"
         require(moment_dtype in MOMENT_DTYPES, "moment_dtype", moment_dtype, wanted)
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
-        self.defaults["catch_up"] = catch_up
+        self.defaults |= {"catch_up": catch_up, "gain": gain}
         # Place and type of moments are of the run and not of its state: both may differ in a resumed run.
         self.defaults |= {"offload_moments": offload_moments, "moment_dtype": moment_dtype}
         for group in self.param_groups:
             group.setdefault("catch_up", catch_up)
+            group.setdefault("gain", gain)
         # A GradScaler lets torch's fused kernel unscale gradients and skip a step that overflowed. The steps by row do
         # neither, so the scaler has to do both itself.
         self._step_supports_amp_scaling = False
@@ -135,12 +141,12 @@ class RowSparseAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros(len(parameter), device=device)
             for name in MOMENTS:
                 state[name] = torch.zeros_like(parameter, **self._moments_of(parameter))
-            # Σ log(1 - lr λ) and Σ lr over the steps of the parameter up to now, and up to the last step of each row.
+            # Σ log(1 - lr λ) and Σ gain lr over the parameter's steps up to now, and up to the last step of each row.
             state["log_decay"] = state["path"] = 0.0
             for name in ROW_SUMS:
                 state[name] = torch.zeros(len(parameter), dtype=widest(device), device=device)
         state["log_decay"] += math.log1p(-decay)
-        state["path"] += group["lr"]
+        state["path"] += group["gain"] * group["lr"]
         travel = lie_in_host_memory(parameter, self.defaults["offload_moments"])
         how = travel, type_of_step(parameter, self.defaults["moment_dtype"])
         _step_touched(parameter, state, group, gradient._indices()[0], gradient._values(), *how)
@@ -162,6 +168,8 @@ class RowSparseAdamW(torch.optim.AdamW):
                 "checkpoint as the student of a new run"
             )
         super().load_state_dict({**state_dict, "state": others})
+        for group in self.param_groups:
+            group.setdefault("gain", 1.0)  # of a state of an earlier version
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, parameter in zip(numbers, parameters, strict=True):
@@ -214,6 +222,18 @@ def _step_touched(
     for parts in zip(*(tensor.split(chunk_rows) for tensor in (ids, places, rows, *factors)), strict=True):
         moments = RowMoments(state, *parts[:2], travel, dtype)
         _step_chunk(parameter, moments, group, parts[0], parts[2].to(dtype), *parts[3:])
+
+
+def gain_of(sampled_share: float) -> float:
+    """Finds the gain of the rows of a head whose classes are sampled with shared tails.
+
+    The noise of the sample makes the second moment larger, and each step of a row smaller. A quarter more brings
+    students to the quality of exact distillation at the same learning rates (``benchmarks/parity.py``).
+
+    Args:
+        sampled_share: the share of all classes that an item samples, in (0, 1]. With all of them there is no noise.
+    """
+    return 1 + (1 - sampled_share) / 4
 
 
 def longest_step(group: dict[str, Any], width: int) -> float:

@@ -127,13 +127,12 @@ def sample_ranks(
         density = density.to(widest(density.device))
         total = density.sum(-1, keepdim=True) + (last_size - 1) * density[..., -1:]
         expected = num_sampled * density / total
-    cumulative = torch.cat([expected[..., :-1], expected[..., -1:] * last_size], -1) if last_size > 1 else expected
-    cumulative = cumulative.cumsum(-1)
-    # A point is below K; rounding may leave the sum below the point.
-    ranks = entry = torch.searchsorted(cumulative, points, right=True).clamp_(max=last)
+    # The sums before the last entry: all points beyond them are the last entry's, whatever the rounding.
+    cumulative = expected[..., :-1].cumsum(-1)
+    ranks = entry = torch.searchsorted(cumulative, points, right=True)
     inclusion = expected.expand(num_items, -1).gather(1, entry)
     if last_size > 1:
-        before_last = (cumulative[..., -2:-1] if last else torch.zeros_like(cumulative)).expand(num_items, 1)
+        before_last = (cumulative[..., -1:] if last else torch.zeros_like(expected)).expand(num_items, 1)
         within_last = ((points - before_last) / expected[..., -1:]).long().clamp(0, last_size - 1)
         ranks = torch.where(entry == last, last + within_last, entry)
     certain = inclusion >= 1 if design == "pps" else torch.zeros_like(entry, dtype=torch.bool)

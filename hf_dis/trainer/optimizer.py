@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dis.distributed.processes import kept_from_ddp
-from hf_dis.head.optimizer import RowSparseAdamW
+from hf_dis.head.optimizer import RowSparseAdamW, gain_of
 from hf_dis.head.row_gradients import clip_grad_norm_
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class OptimizerHooks:
         is_new, given = self.optimizer is None, self.optimizer_cls_and_kwargs
         if self.distiller.row_sparse and given is None:  # for this call: the next training may have other settings
             keywords = self.get_optimizer_cls_and_kwargs(self.args)[1]
-            self.optimizer_cls_and_kwargs = RowSparseAdamW, keywords | keywords_of_moments(self.args)
+            keywords |= {"gain": self._gain(), **keywords_of_moments(self.args)}
+            self.optimizer_cls_and_kwargs = RowSparseAdamW, keywords
         try:
             optimizer = super().create_optimizer(model)
         finally:
@@ -39,6 +40,11 @@ class OptimizerHooks:
         if is_new and self.args.head_learning_rate is not None:
             give_head_rate(optimizer, self.head.parameters(), self.args.head_learning_rate)
         return optimizer
+
+    def _gain(self) -> float:
+        sampler = self.distiller.sampler
+        share = min(1.0, sampler.columns / self.distiller.num_classes)
+        return gain_of(share) if sampler.num_shared else 1.0
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if not self.distiller.row_sparse and not self._is_head_sharded:

@@ -2,12 +2,14 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
 
 from hf_dis import RowSparseAdamW
 from hf_dis.head import optimizer as row_optimizer
+from hf_dis.head.optimizer import gain_of
 
 C, D = 7, 3
 SETTINGS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
@@ -113,15 +115,16 @@ def test_a_row_counts_the_steps_that_it_takes():
         torch.testing.assert_close(params[0].detach()[row], alone.detach(), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("gain", [1.0, 1.5])
 @pytest.mark.parametrize("times", [1.0, 8.0, 40.0], ids=["all steps", "some steps", "no step"])
-def test_a_row_makes_up_for_the_steps_it_missed(times):
-    """The row's step has the missed learning rates, at most 1/d together, at least its own rate."""
+def test_a_row_makes_up_for_the_steps_it_missed(times, gain):
+    """The row's step has the missed learning rates times the gain, at most 1/d together, at least its own rate."""
     touched, rates = [[0, 3], [3], [1, 3], [], [0, 1, 2, 3, 4, 5], [0, 6]], [0.02, 0.005, 0.04, 0.03, 0.01, 0.02]
     rates = [times * rate for rate in rates]
     settings = SETTINGS | {"weight_decay": 0.0}
     for start, most in zip(parameters()[:2], (1 / D, 1.0), strict=True):
         weight = torch.nn.Parameter(start.detach().clone())
-        optimizer, made_up = RowSparseAdamW([weight], **settings), []
+        optimizer, made_up = RowSparseAdamW([weight], **settings, gain=gain), []
         for step, ids in enumerate(touched):
             optimizer.param_groups[0]["lr"] = rates[step]
             weight.grad = rows_of(gradients(step)[weight.dim() == 1], ids)
@@ -130,7 +133,7 @@ def test_a_row_makes_up_for_the_steps_it_missed(times):
             alone, since = torch.nn.Parameter(start.detach()[row].clone()), 0
             reference = torch.optim.AdamW([alone], **settings)
             for step in (step for step, ids in enumerate(touched) if row in ids):
-                missed = sum(rates[since : step + 1])
+                missed = gain * sum(rates[since : step + 1])
                 reference.param_groups[0]["lr"] = max(rates[step], min(missed, most))
                 made_up.append(missed <= most)
                 alone.grad, since = gradients(step)[weight.dim() == 1][row], step + 1
@@ -165,11 +168,26 @@ def test_a_row_of_a_steady_gradient_keeps_up_with_a_row_of_every_step():
         assert some / every == pytest.approx(expected, rel=1e-6)
 
 
-def test_catch_up_is_of_the_group_and_is_saved():
+def test_catch_up_and_gain_are_of_the_group_and_are_saved():
     weight, bias, _ = parameters()
-    optimizer = RowSparseAdamW([{"params": [weight], "catch_up": False}, {"params": [bias]}], **SETTINGS)
+    given = [{"params": [weight], "catch_up": False}, {"params": [bias], "gain": 1.5}]
+    optimizer = RowSparseAdamW(given, **SETTINGS, gain=1.2)
     saved = optimizer.state_dict()
-    assert [group["catch_up"] for group in saved["param_groups"]] == [False, True]
+    assert [(group["catch_up"], group["gain"]) for group in saved["param_groups"]] == [(False, 1.2), (True, 1.5)]
+    for group in saved["param_groups"]:
+        del group["gain"]  # as in a state of an earlier version
+    optimizer.load_state_dict(saved)
+    assert [group["gain"] for group in optimizer.param_groups] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("gain", [0.9, math.inf, math.nan])
+def test_a_gain_below_one_or_not_finite(gain):
+    with pytest.raises(ValueError, match=r"gain is .*1 or more, and finite"):
+        RowSparseAdamW(parameters(), gain=gain)
+
+
+def test_the_gain_falls_to_one_where_an_item_samples_all_classes():
+    assert gain_of(1.0) == 1.0 and gain_of(0.2) == pytest.approx(1.2)
 
 
 def test_a_touched_row_gets_the_decay_of_the_steps_it_missed():

@@ -47,6 +47,14 @@ def test_it_is_the_default_where_the_trainer_makes_an_adamw(make_trainer):
     assert trainer.optimizer.param_groups[0]["catch_up"]
 
 
+@pytest.mark.parametrize(("sizes", "gain"), [((4, 8), 1.175), ((12, 0), 1.0), ((20, 20), 1.0)])
+def test_rows_gain_speed_where_shared_tails_leave_classes_out(make_trainer, sizes, gain):
+    given = {"num_sampled_classes": sizes[0], "num_shared_classes": sizes[1], "rank_depth": 20}
+    trainer = make_trainer(head_mode="sampled", head_learning_rate=3e-2, **given)
+    trainer.create_optimizer()
+    assert [group["gain"] for group in trainer.optimizer.param_groups] == pytest.approx([gain] * 4)
+
+
 def own_optimizer(self, model=None):
     self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
     return self.optimizer
