@@ -136,6 +136,7 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
         try:
             loss = super().training_step(*args, **kwargs)
             if self.distiller.row_sparse and self.accelerator.sync_gradients:
+                self._set_gain(is_exact=self._is_warming_up)
                 average_rows(self.head.parameters(), over_processes=self.head.shard is None)
             return loss
         finally:
@@ -149,14 +150,17 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
                 f"the batches have no labels, so hard_label_weight={settings.hard_label_weight} has no effect: if the "
                 "data has labels, name their column 'labels' and make them class ids (a collator drops strings)"
             )
-        warmup = settings.get_exact_warmup_steps(self.state.max_steps)
         return self.distiller.begin(
             inputs,
-            warming_up=self.state.global_step < warmup,
+            warming_up=self._is_warming_up,
             holds_logits=returns_outputs if self.model.training else self._evaluation.holds_logits,
             check_values=self._checks_values(),
             positions=self._positions.of(inputs),
         )
+
+    @property
+    def _is_warming_up(self) -> bool:
+        return self.state.global_step < self.distiller.arguments.get_exact_warmup_steps(self.state.max_steps)
 
     def _checks_values(self) -> bool:
         """Returns True on a processor; on an accelerator, where checks wait for it, at steps whose logs are due."""

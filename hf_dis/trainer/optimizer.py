@@ -25,14 +25,15 @@ class OptimizerHooks:
 
     distiller: Distiller
     head: SampledHead
+    _sets_gain = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the host's; with ``head_learning_rate`` the head's parameters form groups of their own."""
         is_new, given = self.optimizer is None, self.optimizer_cls_and_kwargs
         if self.distiller.row_sparse and given is None:  # for this call: the next training may have other settings
             keywords = self.get_optimizer_cls_and_kwargs(self.args)[1]
-            keywords |= {"gain": self._gain(), **keywords_of_moments(self.args)}
-            self.optimizer_cls_and_kwargs = RowSparseAdamW, keywords
+            keywords |= keywords_of_moments(self.args)
+            self.optimizer_cls_and_kwargs, self._sets_gain = (RowSparseAdamW, keywords), is_new
         try:
             optimizer = super().create_optimizer(model)
         finally:
@@ -41,10 +42,18 @@ class OptimizerHooks:
             give_head_rate(optimizer, self.head.parameters(), self.args.head_learning_rate)
         return optimizer
 
-    def _gain(self) -> float:
-        sampler = self.distiller.sampler
-        share = min(1.0, sampler.columns / self.distiller.num_classes)
-        return gain_of(share) if sampler.num_shared else 1.0
+    def _set_gain(self, is_exact: bool) -> None:
+        """Sets the gain of the head's rows for a step, in an optimizer that the trainer made.
+
+        Args:
+            is_exact: the step computed all classes, so that its gradient has no noise of a sample.
+        """
+        if self._sets_gain:
+            sampler = self.distiller.sampler
+            share = min(1.0, sampler.columns / self.distiller.num_classes)
+            gain = 1.0 if is_exact or not sampler.num_shared else gain_of(share)
+            for group in self.optimizer.param_groups:
+                group["gain"] = gain
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if not self.distiller.row_sparse and not self._is_head_sharded:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import assert_near, labelled_images, patched_modules, resnet, vit
+from transformers import TrainerCallback
 
 from hf_dis import DISDistillationTrainer, RowSparseAdamW
 from hf_dis.distributed.processes import kept_from_ddp
@@ -49,10 +50,25 @@ def test_it_is_the_default_where_the_trainer_makes_an_adamw(make_trainer):
 
 @pytest.mark.parametrize(("sizes", "gain"), [((4, 8), 1.175), ((12, 0), 1.0), ((20, 20), 1.0)])
 def test_rows_gain_speed_where_shared_tails_leave_classes_out(make_trainer, sizes, gain):
+    """Not in steps that compute all classes."""
     given = {"num_sampled_classes": sizes[0], "num_shared_classes": sizes[1], "rank_depth": 20}
-    trainer = make_trainer(head_mode="sampled", head_learning_rate=3e-2, **given)
-    trainer.create_optimizer()
-    assert [group["gain"] for group in trainer.optimizer.param_groups] == pytest.approx([gain] * 4)
+    gains = []
+
+    class Seen(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            gains.extend({group["gain"] for group in optimizer.param_groups})
+
+    settings = {"exact_warmup_steps": 2, "head_learning_rate": 3e-2, "callbacks": [Seen()]}
+    make_trainer(head_mode="sampled", **settings, **given).train()
+    assert gains == pytest.approx([1.0, 1.0, gain, gain])
+
+
+def test_the_gain_of_an_optimizer_of_ones_own_stays(make_trainer):
+    given = {"num_sampled_classes": 4, "num_shared_classes": 8, "rank_depth": 20, "row_sparse_head": True}
+    student = vit(40)
+    optimizer = RowSparseAdamW(student.parameters(), gain=1.7)
+    make_trainer(student, optimizers=(optimizer, None), head_mode="sampled", max_steps=2, **given).train()
+    assert [group["gain"] for group in optimizer.param_groups] == [1.7]
 
 
 def own_optimizer(self, model=None):
