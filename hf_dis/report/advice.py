@@ -66,7 +66,7 @@ def advice(values: Log) -> list[str]:
         cosine = f" (cosine {values['probe/cosine']:.2f})" if "probe/cosine" in values else ""
         found.append(
             f"relative error {error:.2f} of the gradient{cosine}: the error is larger than the gradient. Raise "
-            f"{more}, or the batch size, or lower learning_rate."
+            f"{more}, or let both follow an accepted gradient_error. Or raise the batch size, or lower learning_rate."
         )
     exact, sampled = values.get("probe/exact_kd_loss"), values.get("probe/sampled_kd_loss")
     if exact is not None and abs(sampled - exact) > LOSS_GAP * exact:

@@ -143,3 +143,21 @@ class Stratum(NamedTuple):
     def exact_target(self) -> Tensor:
         """The same where all classes are certain: no class can carry a rest."""
         return (self.log_probs + self.log_weights).exp_()
+
+
+def item_counts(num_items: int, finite: Tensor | None) -> Statistics:
+    """The numbers of items with and without a finite signal."""
+    if finite is not None and uses_triton(finite.device):
+        from hf_dis.sampling.triton_learning import item_counts
+
+        items, not_finite = item_counts(finite).unbind()
+        return {"items": items, "not_finite": not_finite}
+    items = torch.tensor(num_items) if finite is None else finite.sum()
+    return {"items": items, "not_finite": num_items - items}
+
+
+def label_stratum(labels: Tensor, log_probs: Tensor) -> Stratum:
+    """The label's class as a stratum of its own, certain to be sampled; log-probabilities are ``[N, 1]``."""
+    ids = labels[:, None]
+    log_weights = torch.zeros_like(ids, dtype=torch.float32)
+    return Stratum(ids, log_weights, torch.ones_like(ids, dtype=torch.bool), log_probs, log_probs[:, 0].exp())
