@@ -114,7 +114,7 @@ class Budget:
     def is_due(self) -> bool:
         """Counts a batch, and returns True if the error is to be measured with it."""
         self._batches += 1
-        return self._batches % BATCHES == 1
+        return (self._batches - 1) % BATCHES == 0
 
     def observe(self, measured: Variances) -> None:
         """Takes a measurement of all processes, and chooses the next sizes.
