@@ -32,7 +32,7 @@ MAPPINGS = (
 )
 # Bytes that a step reads and writes per teacher's logit: in passes of plain torch over all classes, in blocks on all
 # classes, and where the logits are ranked. The last one is per feature of each row of the head that an item samples.
-PLAIN_BYTES, EXACT_BYTES, RANKED_BYTES, ROW_BYTES = 165, 16, 3, 28
+PLAIN_BYTES, EXACT_BYTES, RANKED_BYTES, ROW_BYTES = 165, 16, 2, 28
 # Bytes held per logit. Plain autograd holds two tensors in the type of the models and four in float32. The other
 # values are for a block (with the teacher's), the teacher's ranked chunk, and the sampled logits.
 TENSOR_BYTES, BLOCK_HELD, CHUNK_HELD, SAMPLED_HELD = 20, 4, 4, 32

@@ -41,6 +41,7 @@ class ClassSample:
             rounding, ``[C]``; empty for a proposal without a use for it.
         has_label: column ``R - 1`` is the label's.
         with_replacement: an item may hold a class in several of its ranked columns.
+        all_ranks_certain: every item holds all ranks that it samples from, each with certainty.
         updates: the sample of the classes that update the head; all sampled classes update the head if None.
         finite: true for the items that statistics count, those with a finite signal, ``[N]``; all of them if None.
     """
@@ -57,6 +58,7 @@ class ClassSample:
     class_mass: Tensor
     has_label: bool
     with_replacement: bool
+    all_ranks_certain: bool = False
     updates: Updates | None = None
     finite: Tensor | None = None
 

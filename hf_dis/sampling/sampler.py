@@ -141,6 +141,7 @@ class ClassSampler:
             class_mass=class_mass,
             has_label=labels is not None,
             with_replacement=self.design == "replacement",
+            all_ranks_certain=self._samples_all_ranks,
         )
 
     @property
@@ -162,6 +163,7 @@ class ClassSampler:
         names = ("item_ids", "log_weights", "certain", "log_probs", "target", "ranks", "rank_weights", "outside_top")
         columns = zip(names, assemble(*given, self.num_sampled), strict=True)
         others = {"class_mass": class_mass, "has_label": labels is not None, "with_replacement": False}
+        others["all_ranks_certain"] = self._samples_all_ranks
         return ClassSample(tail_ids=tails.ids, **dict(columns), **others)
 
     def _answers(

@@ -106,20 +106,20 @@ def test_a_state_goes_on_where_it_was():
 
 def test_the_sizes_of_a_sampler():
     made = make_budget(DISArguments(gradient_error=0.2), make_sampler(10_000, SamplerSpec(num_updated_classes=16)))
-    assert (made.sampled, made.shared) == ((32, 64), (128, 256, 512, 1024, 2048, 4096))
-    assert [made._updated[size] for size in made.shared] == [16, 16, 16, 32, 64, 128]
+    assert (made.sampled, made.shared) == ((96,), (104, 208, 416, 832, 1664, 3328))
+    assert [made._updated[size] for size in made.shared] == [16, 16, 16, 26, 52, 104]
     per_item = SamplerSpec(num_shared_classes=0)
     made = make_budget(DISArguments(gradient_error=0.2, num_shared_classes=0), make_sampler(10_000, per_item))
     assert (made.sampled, made.shared) == ((32, 64, 128, 256, 512, 1024, 2048, 4096), (0,))
 
 
 def test_sizes_that_were_given_are_kept():
-    given = {"gradient_error": 0.2, "num_shared_classes": 256, "num_updated_classes": 20}
-    sampler = make_sampler(10_000, SamplerSpec(num_shared_classes=256, num_updated_classes=20))
+    given = {"gradient_error": 0.2, "num_shared_classes": 256, "num_updated_classes": 20, "rank_depth": 192}
+    sampler = make_sampler(10_000, SamplerSpec(num_shared_classes=256, num_updated_classes=20, rank_depth=192))
     made = make_budget(DISArguments(**given), sampler)
-    assert (made.sampled, made.shared, made.num_updated) == ((32, 64), (256,), 20)
+    assert (made.sampled, made.shared, made.num_updated) == ((96, 192), (256,), 20)
     with pytest.warns(UserWarning, match=r"gradient_error is 0.2, and has no effect.*given by hand: leave"):
-        assert make_budget(DISArguments(**given, num_sampled_classes=32), sampler) is None
+        assert make_budget(DISArguments(**given, num_sampled_classes=96), sampler) is None
 
 
 @pytest.mark.parametrize(
