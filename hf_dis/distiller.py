@@ -108,7 +108,7 @@ class Distiller:
         if sampler.budget is not None and mode == "sampled" and not self.can_estimate_error:
             raise ValueError(
                 f"gradient_error is {sampler.budget.accepted}, and the error can be estimated only for an output head "
-                "of one layer whose weight is whole on every process: leave gradient_error out, and set "
+                "of one layer whose weight is whole on every process. Leave gradient_error out, and set "
                 "num_shared_classes by hand"
             )
 

@@ -13,6 +13,7 @@ Log = dict[str, Any]
 LOW_COVERAGE = 0.5
 
 # Above this share nearly all ranked samples are certain. The top takes all K, and only a larger K reaches lower ranks.
+# Where all of them are, K is m, and the error is that of the shared tail.
 MOSTLY_CERTAIN = 0.9
 
 # The estimate of the student's normaliser has a relative deviation near 1/√ESS, which is a third at ESS 10. Its
@@ -45,7 +46,7 @@ def advice(values: Log) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value)
     ]
     more = "num_shared_classes (num_sampled_classes if it is 0)"
-    if values.get("dis/certain", 0) > MOSTLY_CERTAIN:
+    if MOSTLY_CERTAIN < values.get("dis/certain", 0) < 1:
         more = "num_sampled_classes"
     error = values.get("probe/relative_error", values.get(ESTIMATED_ERROR))
     # A signal that is spread evenly is estimated well from few classes: where the gradient is good, coverage is not

@@ -77,7 +77,7 @@ class Budget:
 
     The error is measured at every ``BATCHES``-th batch. A larger sample is taken as soon as the error is above the
     accepted one, and a smaller one once its expected error is below ``CALM`` times the accepted one. K_t changes by a
-    factor of two at a time. Where no size will do, all classes are computed, and the sampler goes on learning. It
+    factor of two at a time. Where no size will do, all classes are computed, and the sampler continues to learn. It
     samples again once the largest sample is expected to do.
 
     Args:

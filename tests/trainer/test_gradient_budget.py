@@ -150,5 +150,5 @@ def test_settings_whose_error_no_sample_shows(make_trainer, other):
 
 def test_a_head_whose_error_cannot_be_estimated(make_trainer, monkeypatch):
     monkeypatch.setattr("hf_dis.build._student_stream", lambda *_: None)  # as of several layers, or a sharded head
-    with pytest.raises(ValueError, match=r"gradient_error is 0.3, and the error can be estimated only for.*leave"):
+    with pytest.raises(ValueError, match=r"gradient_error is 0.3, and the error can be estimated only for.*Leave"):
         make_trainer(*models(), **settings(1, gradient_error=0.3))
