@@ -3,8 +3,8 @@
     python benchmarks/crossover.py --json crossover.json
 
 Loss forward and backward, down to the head's dense gradient, on random features and teacher logits; medians of
-interleaved steps. One of d (features), N (items) and the layout (K of 2 K ranks per item, G tails of K_t) is changed at a
-time. exact is the library's own exact loss from the head's input. exact (materialised) is the loss by
+interleaved steps. One of d (features), N (items) and the layout (K of 2 K ranks per item, G tails of K_t) is changed
+at a time. exact is the library's own exact loss from the head's input. exact (materialised) is the loss by
 autograd, which earlier tables call exact. exact / DIS is the ratio of the library's two losses.
 
 Beside the measured times are the times that ``head_mode="auto"`` estimates at set-up, and its decision. The second
