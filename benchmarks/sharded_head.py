@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -83,7 +84,8 @@ class Steps:
             generator,
             {"exact": self.exact, "partial_fc": self.partial_fc, "dis": self.dis}[method],
         )
-        optimizer = torch.optim.AdamW if method == "exact" else RowSparseAdamW
+        # Fused, since AdamW would hold one more tensor of the size of the head.
+        optimizer = partial(torch.optim.AdamW, fused=True) if method == "exact" else RowSparseAdamW
         self.optimizer = optimizer(self.head.parameters(), lr=1e-3)
 
     def run(self) -> None:

@@ -18,11 +18,13 @@ from hf_dis.cache.attach import cached_teacher, check_cache, open_cache
 from hf_dis.cache.reader import TeacherCache
 from hf_dis.distiller import Distiller
 from hf_dis.distributed.processes import of_first_process, process_index
+from hf_dis.distributed.replicas import Replicas
 from hf_dis.head.check import check_row_sparse_head, check_sharded_head
 from hf_dis.head.sharded import sharded_heads
 from hf_dis.head.tensor_parallel import check_tensor_parallel, is_tensor_parallel
 from hf_dis.loss.f_divergence import divergence_of
 from hf_dis.models.head_search import find_head_layers, find_heads
+from hf_dis.models.spread import is_fully_sharded
 from hf_dis.models.tasks import Task, find_task, num_outputs
 from hf_dis.models.ties import find_tied_embeddings
 from hf_dis.models.vocabulary import shared_classes
@@ -66,11 +68,11 @@ def build_distiller(
         tokenizer, teacher_tokenizer: of the models, where their vocabularies have different widths.
         teacher_cache, eval_teacher_cache: stored targets of the training and the evaluation data, or their folders.
         device: of the training; None: that of the student.
-        seed: of the sampler; the index of the process is added, but for a tensor-parallel student.
+        seed: of the sampler; the index of the process is added, or that of its copy of a tensor-parallel student.
         context: entered around the teacher's forwards; ``accelerator.autocast`` for mixed precision.
         precision: the narrowest type that the student computes in, if narrower than its logits.
         label_names: columns of a batch that the student is not given.
-        is_sharded: the student's parameters are sharded by FSDP or DeepSpeed.
+        is_sharded: the trainer will shard the student's parameters by FSDP or DeepSpeed.
         num_items: of a batch, for the choice of ``head_mode="auto"``; None: 128 examples, or 2,048 tokens.
         steps_rows: the optimizer is a :class:`hf_dis.RowSparseAdamW`; decides where ``row_sparse_head`` is None.
 
@@ -79,7 +81,7 @@ def build_distiller(
     """
     arguments, device = (arguments or DISArguments()).settings(), device or next(student.parameters()).device
     task = find_task(student)
-    width = num_outputs(student, task)
+    width, is_sharded = num_outputs(student, task), is_sharded or is_fully_sharded(student)
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
     why_dense = _why_dense(student, width, arguments, is_sharded, steps_rows)
@@ -190,7 +192,8 @@ def _make_sampler(
     row_sparse: bool,
 ) -> tuple[SamplerSpec, ClassSampler]:
     """The specification with the defaults of the task, and its sampler."""
-    seed += 0 if is_tensor_parallel(student) else process_index()
+    replicas = Replicas.of(student)
+    seed += process_index() if replicas is None else replicas.index
     stored = None if cache is None else cache.header.layout
     spec = arguments.sampler_spec().resolved(
         vocab_size=num_classes if task.is_lm else None,

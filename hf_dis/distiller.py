@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_dis.arguments import DISArguments
+from hf_dis.distributed.replicas import Replicas
 from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.head.check import check_head, splits_at_head
 from hf_dis.head.switch import SampledHead
-from hf_dis.head.tensor_parallel import is_tensor_parallel
 from hf_dis.items import Items, check_labels, first_examples
 from hf_dis.loss.f_divergence import divergence_of
 from hf_dis.loss.objective import Losses
@@ -60,11 +60,12 @@ class Distiller:
         label_names: columns of a batch that the student is not given.
         precision: the narrowest type that the student computes in, if narrower than its logits.
         costs: of both kinds of steps, where they were timed.
-        reduce: sums a dict of tensors, some of them sparse, over processes; not used by a tensor-parallel student,
-            whose processes have the same items.
+        reduce: sums a dict of tensors, some of them sparse, over processes. The copies of a tensor-parallel student
+            are summed over in its place.
 
     Attributes:
-        is_tensor_parallel: transformers spread the student over the processes by a ``tp_plan``.
+        replicas: the copies of a student that transformers spread over processes by a ``tp_plan``; None of any other
+            student.
     """
 
     def __init__(
@@ -92,9 +93,9 @@ class Distiller:
         self.sampler, self.teacher, self.head_layers, self.mode = sampler, teacher, tuple(head_layers), mode
         self.row_sparse, self.online_teacher, self.eval_teacher = row_sparse, online_teacher, eval_teacher
         self.student_stream, self.label_names, self.precision = student_stream, tuple(label_names), precision
-        self.is_tensor_parallel = is_tensor_parallel(student)
-        # The processes that hold a tensor-parallel student have the same items, and the same statistics.
-        self.reduce, self.costs = None if self.is_tensor_parallel else reduce, costs
+        self.replicas, self.costs = Replicas.of(student), costs
+        # The processes that hold a copy of a tensor-parallel student have the same items, and the same statistics.
+        self.reduce = reduce if self.replicas is None else self.replicas.sum if self.replicas.number > 1 else None
         self.tied_embeddings = tuple(tied_embeddings)
         self.divergence = divergence_of(arguments)
         self.student_columns, self.teacher_columns = frozenset(), frozenset()
@@ -102,6 +103,11 @@ class Distiller:
             self.student_columns, self.teacher_columns = separate_columns(student, online_teacher.model)
         self._head_is_checked = self._has_checked_values = False
         self._splits: bool | None = None
+
+    @property
+    def is_tensor_parallel(self) -> bool:
+        """True if transformers spread the student over processes by a ``tp_plan``."""
+        return self.replicas is not None
 
     @property
     def head(self) -> SampledHead:

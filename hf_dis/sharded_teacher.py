@@ -23,6 +23,7 @@ from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import Items
 from hf_dis.models.head_search import find_head
 from hf_dis.models.provenance import StoredValue, digest_of, stored_values
+from hf_dis.models.spread import is_fully_sharded, reshard
 from hf_dis.models.tasks import find_task, num_outputs
 from hf_dis.precision import product_type
 from hf_dis.teacher.online import OnlineTeacher
@@ -46,6 +47,7 @@ class ShardedTeacher(OnlineTeacher):
     def __init__(self, model: nn.Module, *args: Any, has_same_items: bool, **keywords: Any):
         super().__init__(model, *args, **keywords)
         self._has_same_items = has_same_items
+        reshard(model)  # whole rows that FSDP keeps may be freed later
         head = model.get_submodule(find_head(model, self.num_outputs))
         self._rows = OwnRows(head.weight, head.bias, head.shard) if isinstance(head, ShardedHead) else own_rows(head)
         shard = self._rows.shard
@@ -139,11 +141,11 @@ class ShardedTeacher(OnlineTeacher):
         """The input of the output layer; None where only the whole model can answer."""
         if self.stream.splits(inputs, items) and self.stream.after_head.bias is None:
             return self.stream.features(inputs, items)
-        if self._has_same_items:
+        if self._has_same_items and not is_fully_sharded(self.model):
             return None
         raise ValueError(
             f"the teacher {type(self.model).__name__} has a sharded head, and computes its logits by more than this "
-            "head from one vector per item: leave the head of the teacher whole"
+            "head from one vector per item: load the teacher whole, or leave its head whole"
         )
 
 
@@ -163,7 +165,7 @@ def is_spread(teacher: nn.Module) -> bool:
     if not is_tensor_parallel(teacher):
         return False
     head = teacher.get_submodule(find_head(teacher, num_outputs(teacher, find_task(teacher))))
-    return own_rows(head) is not None
+    return isinstance(head.weight, DTensor)
 
 
 def whole_digest(teacher: nn.Module) -> str:

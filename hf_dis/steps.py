@@ -181,7 +181,7 @@ class SampledStep:
         self.sample: ClassSample = distiller.sampler.sample(targets, self.items.labels)
         sample = self.sample
         if distiller.is_tensor_parallel and request.check_values:
-            check_same_sample(sample.item_ids, sample.tail_ids)
+            check_same_sample(sample.item_ids, sample.tail_ids, distiller.replicas.group)
         distiller.head.set(sample.item_ids, sample.tail_ids, self.items.positions, sample.updates)
 
     def loss(self, outputs: Any) -> tuple[Tensor, Losses]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.head.sharded import ShardedHead
-from hf_dis.head.tensor_parallel import own_rows
+from hf_dis.head.tensor_parallel import own_rows, own_shard
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import Items
 from hf_dis.models.gathered import gathered
@@ -194,8 +194,7 @@ class SampledHead:
     @property
     def spread(self) -> VocabShard | None:
         """The classes that this process holds of a tensor-parallel head; None of any other head."""
-        rows = own_rows(self.module)
-        return None if rows is None else rows.shard
+        return own_shard(self.module)
 
     def parameters(self) -> list[nn.Parameter]:
         """Lists the parameters of all layers."""

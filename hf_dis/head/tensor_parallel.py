@@ -11,11 +11,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hf_dis.arguments import DISArguments
 from hf_dis.head.sharded import sharded_heads
 from hf_dis.head.vocab_shard import VocabShard
+from hf_dis.models.spread import TENSOR_PARALLEL, is_fully_sharded, rows_of_group, tensor_parallel_mesh
 
 
 class OwnRows(NamedTuple):
@@ -34,16 +36,14 @@ class OwnRows(NamedTuple):
 
 def is_tensor_parallel(model: nn.Module) -> bool:
     """Returns True if transformers spread a model over processes by a ``tp_plan``."""
-    return any(isinstance(one, DTensor) and one.device_mesh.mesh_dim_names == ("tp",) for one in model.parameters())
+    return tensor_parallel_mesh(model) is not None
 
 
-def own_rows(layer: nn.Linear) -> OwnRows | None:
-    """Returns the rows of a tensor-parallel layer that this process holds; None if the weight is whole here.
-
-    Gradients of the rows become gradients of the layer's parameters.
+def own_shard(layer: nn.Linear) -> VocabShard | None:
+    """Returns the classes of a tensor-parallel layer that this process holds; None if the weight is whole here.
 
     Args:
-        layer: an output head. A bias is spread as the weight is.
+        layer: an output head.
 
     Raises:
         ValueError: if this process holds no row.
@@ -51,19 +51,37 @@ def own_rows(layer: nn.Linear) -> OwnRows | None:
     weight = layer.weight
     if not isinstance(weight, DTensor):
         return None
-    group = weight.device_mesh.get_group()
+    group = weight.device_mesh.get_group(TENSOR_PARALLEL)
     # Shard(0) cuts rows as torch.chunk does: the last parts may be shorter.
     size = -(-len(weight) // dist.get_world_size(group))
     start = min(len(weight), size * dist.get_rank(group))
-    shard = VocabShard(start, min(len(weight), start + size), group)
-    return OwnRows(weight.to_local(), None if layer.bias is None else layer.bias.to_local(), shard)
+    return VocabShard(start, min(len(weight), start + size), group)
 
 
-def check_same_sample(item_ids: Tensor, tail_ids: Tensor) -> None:
-    """Checks that the processes of a run have sampled the same classes; every process has to call it.
+def own_rows(layer: nn.Linear) -> OwnRows | None:
+    """Returns the rows of a tensor-parallel layer that this process holds; None if the weight is whole here.
+
+    Gradients of the rows become gradients of the layer's parameters. Rows that FSDP spread once more are gathered,
+    unless the layer runs and has them already.
+
+    Args:
+        layer: an output head. A bias is spread as the weight is.
+
+    Raises:
+        ValueError: if this process holds no row.
+    """
+    shard = own_shard(layer)
+    if shard is None:
+        return None
+    return OwnRows(rows_of_group(layer.weight), None if layer.bias is None else rows_of_group(layer.bias), shard)
+
+
+def check_same_sample(item_ids: Tensor, tail_ids: Tensor, group: dist.ProcessGroup) -> None:
+    """Checks that processes have sampled the same classes; every process of the group has to call it.
 
     Args:
         item_ids, tail_ids: class ids, ``[N, R]`` and ``[G, K_t]``.
+        group: the processes.
 
     Raises:
         ValueError: if numbers of items or classes differ.
@@ -72,10 +90,10 @@ def check_same_sample(item_ids: Tensor, tail_ids: Tensor) -> None:
     items = torch.arange(1, 1 + len(item_ids), device=item_ids.device)
     # Sums of integers that wrap around, so that any two samples are very likely to have different ones.
     own = torch.stack([((item_ids * columns).sum(1) * items).sum(), tail_ids.sum(), columns.new_tensor(len(item_ids))])
-    everyones = VocabShard(0, 1).gather(own).cpu()
+    everyones = VocabShard(0, 1, group).gather(own).cpu()
     if bool((everyones != everyones[0]).any()):
         raise ValueError(
-            f"the processes that hold the student have {everyones[:, -1].tolist()} items, or different classes. Give "
+            f"the processes that hold a student have {everyones[:, -1].tolist()} items, or different classes. Give "
             "all of them the same batches in the same order, the same seed, and the same teacher"
         )
 
@@ -93,10 +111,16 @@ def check_tensor_parallel(
         mode: ``"sampled"`` or ``"exact"``.
 
     Raises:
-        ValueError: if the group is not all processes of the run, the head is made of several layers, a setting
-            needs whole rows, or the teacher is spread in another way.
+        ValueError: if processes of the run hold nothing of the student, the head is made of several layers, a
+            setting needs whole rows, or the teacher is spread in another way.
     """
-    if not is_tensor_parallel(student):
+    mesh = tensor_parallel_mesh(student)
+    if teacher is not None and is_fully_sharded(teacher) and not is_tensor_parallel(teacher):
+        raise ValueError(
+            "FSDP has sharded the teacher, and the processes run its output layer different numbers of times: load "
+            "the teacher whole, or as the tensor-parallel student, or use a cache"
+        )
+    if mesh is None:
         if teacher is not None and is_tensor_parallel(teacher):
             raise ValueError(
                 "the teacher is tensor-parallel and the student is not: the processes have different batches, and "
@@ -109,12 +133,12 @@ def check_tensor_parallel(
             "the student is tensor-parallel, and the head of the teacher is a ShardedHead: load the teacher with "
             "DistributedConfig(tp_size=...) too, or whole, or train from a cache of its targets"
         )
-    sizes = {one.device_mesh.size() for one in student.parameters() if isinstance(one, DTensor)}
-    if sizes != {dist.get_world_size()}:
+    if mesh.size() != dist.get_world_size():
         raise ValueError(
-            f"the student is spread over {sorted(sizes)} processes, and the run has {dist.get_world_size()}: set "
-            "tp_size to the number of processes, or use DISLoss with a VocabShard"
+            f"the student is spread over {mesh.size()} processes, and the run has {dist.get_world_size()}: load it "
+            "with a DistributedConfig whose tp_size * dp_replicate_size * fsdp_size is the number of processes"
         )
+    _check_same_group(mesh, None if teacher is None else tensor_parallel_mesh(teacher))
     if mode == "sampled" and len(names) > 1:
         raise ValueError(
             f"the output head is made of {' and '.join(names)}, and the student is tensor-parallel: a "
@@ -129,4 +153,16 @@ def check_tensor_parallel(
         raise ValueError(
             f"probe_steps is {arguments.probe_steps}, and the student is tensor-parallel: the probe takes the "
             "exact gradient of a whole head; set probe_steps to 0"
+        )
+
+
+def _check_same_group(student: DeviceMesh, teacher: DeviceMesh | None) -> None:
+    """Checks that the classes of a teacher are spread over the same processes as those of its student."""
+    if teacher is None:
+        return
+    mine, theirs = (dist.get_process_group_ranks(mesh.get_group(TENSOR_PARALLEL)) for mesh in (student, teacher))
+    if mine != theirs:
+        raise ValueError(
+            f"process {dist.get_rank()} holds the student together with the processes {mine}, and the teacher with "
+            f"{theirs}, which have other items: load both with the same DistributedConfig, or load the teacher whole"
         )

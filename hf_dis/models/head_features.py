@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from hf_dis.models.spread import is_fully_sharded
 
 
 @contextmanager
@@ -24,16 +26,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def _first_feature(head: nn.Module) -> Iterator[None]:
+    """Lets a head return the first entry of each feature vector within a context, without a product."""
+    own = head.__dict__.get("forward")
+    head.forward = lambda features: features[..., :1]
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
+
+
 class _HeadReached(Exception):
     """Ends a forward once the head has been given its features."""
-
-    def __init__(self, features: Tensor):
-        self.features = features
 
 
 @torch.no_grad()
 def head_features(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Computes the input of a model's head, with the model in evaluation mode; the forward ends there.
+
+    A forward of FSDP2 has to reach its end, so that head runs without a product.
 
     Args:
         model: a model, not wrapped for several processes.
@@ -46,18 +60,24 @@ def head_features(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor]) 
     Raises:
         ValueError: if the model does not call its head.
     """
+    held: list[Tensor] = []
+    runs_on = is_fully_sharded(model)
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        raise _HeadReached(args[0])
+        held.append(args[0])
+        if not runs_on:
+            raise _HeadReached
 
     hook = head.register_forward_pre_hook(stop)
     try:
-        with evaluating(model):
+        with evaluating(model), _first_feature(head) if runs_on else nullcontext():
             model(**inputs)
-    except _HeadReached as reached:
-        return reached.features
+    except _HeadReached:
+        pass
     finally:
         hook.remove()
+    if held:
+        return held[0]
     raise ValueError(
         f"{type(model).__name__} does not call its output head, a {type(head).__name__}: the features have to pass "
         "through a head; name the layer that the model calls with head_name"

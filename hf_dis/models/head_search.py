@@ -178,8 +178,8 @@ def _check_spread(name: str, module: nn.Linear) -> None:
         if not is_spread_by_rows(value):
             raise ValueError(
                 f"the {kind} of the output head {name!r} is a {type(value).__name__}, and not spread by its rows for "
-                "tensor parallelism. Load the student with DistributedConfig(tp_size=...) and without FSDP, or with "
-                "no tp_plan"
+                "tensor parallelism. Load the student with DistributedConfig(tp_size=...), or whole; with FSDP alone "
+                "call build_distiller before fully_shard"
             )
 
 

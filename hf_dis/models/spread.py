@@ -1,13 +1,59 @@
-"""Parameters that transformers spreads over processes."""
+"""Parameters that transformers and FSDP spread over processes."""
 
 from __future__ import annotations
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+TENSOR_PARALLEL = "tp"
 
 
 def is_spread_by_rows(value: torch.Tensor) -> bool:
-    """Returns True for a parameter whose rows transformers spread over processes by a ``tp_plan``."""
-    return (
-        isinstance(value, DTensor) and value.device_mesh.mesh_dim_names == ("tp",) and value.placements == (Shard(0),)
-    )
+    """Returns True for a parameter whose rows transformers spread over processes by a ``tp_plan``.
+
+    FSDP may have copied the rows of a process to other processes, or have spread these rows once more.
+    """
+    if not isinstance(value, DTensor):
+        return False
+    placements = dict(zip(value.device_mesh.mesh_dim_names or (), value.placements, strict=False))
+    return placements.get(TENSOR_PARALLEL) == Shard(0)
+
+
+def tensor_parallel_mesh(model: nn.Module) -> DeviceMesh | None:
+    """Returns the processes over which a ``tp_plan`` spread a model, with those of FSDP; None for any other model."""
+    meshes = [one.device_mesh for one in model.parameters() if isinstance(one, DTensor)]
+    # A parameter that FSDP has made whole again has the dimension of the plan alone.
+    return max((one for one in meshes if TENSOR_PARALLEL in (one.mesh_dim_names or ())), key=_ndim, default=None)
+
+
+def _ndim(mesh: DeviceMesh) -> int:
+    return mesh.ndim
+
+
+def rows_of_group(value: DTensor) -> torch.Tensor:
+    """Returns the rows of a parameter that a ``tp_plan`` gives this process; those that FSDP spread are gathered.
+
+    Every process has to call it. Gradients of the rows become gradients of the parameter.
+
+    Args:
+        value: as for :func:`is_spread_by_rows`.
+    """
+    names = value.device_mesh.mesh_dim_names
+    if len(names) > 1:
+        value = value.redistribute(placements=[Shard(0) if name == TENSOR_PARALLEL else Replicate() for name in names])
+    return value.to_local()
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Returns True if torch's ``fully_shard`` (FSDP2) sharded a module of a model."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the whole parameters that FSDP2 has kept from an earlier forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from torch import Tensor
 
+from hf_dis.distributed.replicas import Replicas
 from hf_dis.items import Items
 from hf_dis.loss.objective import Losses
 from hf_dis.precision import widest
@@ -62,3 +66,19 @@ class Evaluation:
     def means(self) -> dict[str, float]:
         """The means over all items: ``loss``, and each term under its name."""
         return self._means.pop()
+
+
+def gather_examples(accelerator: Accelerator, replicas: Replicas | None, values: Any) -> Any:
+    """Gathers values per example over processes, without the examples that only fill up the last batch.
+
+    Args:
+        accelerator: of the run; in an evaluation.
+        replicas: the copies of a tensor-parallel student, or None. The processes of a copy have the same examples,
+            which count once.
+        values: tensors ``[n, ...]``, in lists, tuples or dicts.
+    """
+    if replicas is None:
+        return accelerator.gather_for_metrics(values)
+    state = accelerator.gradient_state
+    cut = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+    return recursively_apply(lambda tensor: replicas.gather(tensor)[:cut], values)

@@ -33,7 +33,7 @@ from hf_dis.trainer.checks import (
     check_trainer_arguments,
     makes_row_optimizer,
 )
-from hf_dis.trainer.evaluation import Evaluation
+from hf_dis.trainer.evaluation import Evaluation, gather_examples
 from hf_dis.trainer.expected import expected_items
 from hf_dis.trainer.features import extract_features
 from hf_dis.trainer.optimizer import OptimizerHooks
@@ -172,9 +172,8 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
         """Σ loss / items of the window, times the number of processes that the gradient is averaged over."""
         if num_items_in_batch is None or not self.model.training:
             return losses.sum() / max(1, len(losses))
-        averaged = self.args.average_tokens_across_devices and not self.distiller.is_tensor_parallel
-        processes = self.accelerator.num_processes if averaged else 1
-        return losses.sum() / torch.as_tensor(num_items_in_batch).clamp_min(1) * processes
+        copies = self._num_copies if self.args.average_tokens_across_devices else 1
+        return losses.sum() / torch.as_tensor(num_items_in_batch).clamp_min(1) * copies
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         if not batch_samples:
@@ -182,14 +181,17 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
         self._positions = KnownPositions(batch_samples)
         counts = (self.distiller.count(batch, self._positions.of(batch)) for batch in batch_samples)
         num_items = torch.tensor(sum(counts), device=device)
-        # The processes that hold a tensor-parallel student have the same items, which count once.
-        has_others = self.accelerator.num_processes > 1 and not self.distiller.is_tensor_parallel
-        if self.args.average_tokens_across_devices and has_others:
-            num_items = self.accelerator.gather(num_items).sum()
+        if self.args.average_tokens_across_devices and self._num_copies > 1:
+            num_items = self.accelerator.gather(num_items).sum() // self.get_tp_size()
         self.num_items_seen += num_items
         return num_items
 
     # The engine
+
+    @property
+    def _num_copies(self) -> int:
+        """The copies of the student; the processes that hold one of a tensor-parallel student have the same items."""
+        return self.accelerator.num_processes // self.get_tp_size()
 
     @property
     def head(self) -> SampledHead:
@@ -335,11 +337,8 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
         return output
 
     def gather_examples(self, values: Any) -> Any:
-        """Gathers values per example over processes, without the examples that only fill up the last batch.
-
-        The processes that hold a tensor-parallel student have the same examples, which count once.
-        """
-        return values if self.distiller.is_tensor_parallel else self.accelerator.gather_for_metrics(values)
+        """Gathers values per example over processes, without the examples that only fill up the last batch."""
+        return gather_examples(self.accelerator, self.distiller.replicas, values)
 
     def extract_features(self, dataset: Any) -> Tensor:
         """The features that the student's head is given; see :func:`hf_dis.trainer.features.extract_features`."""

@@ -12,14 +12,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig, PartialState
-from equality_worker import Keeps
+from equality_worker import Keeps, SamplesByLabel
 from tiny_models import labelled_tokens, llama
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
-from hf_dis import DISArguments, DISConfig, DISDistillationTrainer, build_distiller, cache_teacher_targets
+from hf_dis import (
+    ClassSampler,
+    DISArguments,
+    DISConfig,
+    DISDistillationTrainer,
+    build_distiller,
+    cache_teacher_targets,
+)
 
 V, EXAMPLES, STEPS = 41, 44, 5
 TEACHERS = ("whole", "spread", "cached")
@@ -36,6 +43,10 @@ def cases() -> list[tuple[bool, str, str, str]]:
     """Tied, teacher, divergence and mode; a cache serves the forward KL alone."""
     every = product((True, False), TEACHERS, ("forward_kl", "reverse_kl"), MODES)
     return [case for case in every if case[1:3] != ("cached", "reverse_kl") and (case[3] != "per item" or case[0])]
+
+
+def float32_cases() -> list[tuple[bool, str, str, str]]:
+    return [(is_tied, "spread", "forward_kl", mode) for is_tied in (True, False) for mode in ("per item", "exact")]
 
 
 def processes() -> int:
@@ -58,8 +69,10 @@ def saved(folder: Path) -> dict[str, Path]:
     return folders
 
 
-def load(folder: Path, is_spread: bool = True, dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
-    spread = {"distributed_config": DistributedConfig(tp_size=processes())} if is_spread and processes() > 1 else {}
+def load(folder: Path, is_spread: bool = True, dtype: torch.dtype = torch.float64, **sizes: int) -> LlamaForCausalLM:
+    """A model, spread over all processes or as a DistributedConfig of these sizes says."""
+    config = DistributedConfig(**(sizes or {"tp_size": processes()}))
+    spread = {"distributed_config": config} if is_spread and processes() > 1 else {}
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, **spread)
     assert isinstance(model.lm_head.weight, DTensor) == bool(spread)
     return model
@@ -132,14 +145,36 @@ def steps(folder: Path) -> dict:
 # Trainings
 
 
-def train(folders: dict[str, Path], folder: Path, case: tuple[bool, str, str, str], **keywords) -> dict:
-    is_tied, kind, divergence, mode = case
-    dtype = torch.float32 if keywords.get("bf16") else torch.float64
-    data = examples()
+def split_alike(sampler: ClassSampler) -> None:
+    """Makes the samples of items independent of their split; of a cache those that are a tail alone."""
+    if type(sampler) is ClassSampler:
+        sampler.__class__ = SamplesByLabel
+        return
+    own = sampler.sample
+
+    def sample(*args):
+        sampler.generator.manual_seed(3)
+        return own(*args)
+
+    sampler.sample = sample
+
+
+def train(
+    folders: dict[str, Path],
+    folder: Path,
+    case: tuple[bool, str, str, str],
+    data: list[dict] | None = None,
+    dtype: torch.dtype = torch.float64,
+    one_sample: bool = False,
+    sizes: dict[str, int] | None = None,
+    **keywords,
+) -> dict:
+    """A training; with one_sample its samples are the same however items are split."""
+    (is_tied, kind, divergence, mode), sizes, data = case, sizes or {}, data or examples()
     if kind == "cached":
         given = {"teacher_cache": folder / "cache"}
     else:
-        given = {"teacher_model": load(folders["teacher"], kind == "spread", dtype)}
+        given = {"teacher_model": load(folders["teacher"], kind == "spread", dtype, **sizes)}
     settings = {
         "output_dir": str(folder / "out"),
         "divergence": divergence,
@@ -162,7 +197,7 @@ def train(folders: dict[str, Path], folder: Path, case: tuple[bool, str, str, st
     }
     keeps = Keeps()
     trainer = DISDistillationTrainer(
-        load(folders["tied" if is_tied else "untied"], dtype=dtype),
+        load(folders["tied" if is_tied else "untied"], dtype=dtype, **sizes),
         args=DISConfig(**settings),
         train_dataset=data,
         eval_dataset=data[:13],  # not a multiple of anything
@@ -170,6 +205,8 @@ def train(folders: dict[str, Path], folder: Path, case: tuple[bool, str, str, st
         **given,
     )
     keeps.trainer = trainer
+    if one_sample:
+        split_alike(trainer.distiller.sampler)
     trainer.train()
     output = trainer.predict(data[:13])
     trainer.save_model(folder / "saved")
@@ -181,6 +218,7 @@ def train(folders: dict[str, Path], folder: Path, case: tuple[bool, str, str, st
         "metrics": {name: value for name, value in output.metrics.items() if name.endswith(("loss", "kl"))},
         "predictions": output.predictions,
         "saved": dict(load(folder / "saved", False, dtype).named_parameters()),
+        "proposal": trainer.distiller.sampler.state_dict(),
         "items": int(trainer.num_items_seen),
     }
 
@@ -193,7 +231,9 @@ def run(folder: Path) -> None:
     teacher = load(folders["teacher"])  # in two processes the cache is written by a tensor-parallel teacher
     cache_teacher_targets(teacher, examples(), folder / "cache", depth=8, sample_size=6, show_progress=False)
     results = {"world_size": processes(), **{case: train(folders, folder, case) for case in cases()}}
-    results["bf16"] = train(folders, folder, (True, "spread", "forward_kl", "warm-up"), bf16=True)
+    case, single = (True, "spread", "forward_kl", "warm-up"), {"dtype": torch.float32}
+    results["bf16"] = train(folders, folder, case, bf16=True, **single)
+    results["float32"] = {one: train(folders, folder, one, **single) for one in float32_cases()}
     best = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     case = (True, "whole", "forward_kl", "sampled")
     results["best"] = train(folders, folder, case, learning_rate=0.5, lr_scheduler_type="constant", **best)

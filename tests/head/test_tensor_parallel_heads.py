@@ -62,7 +62,7 @@ def test_a_bias_that_is_whole(four_processes):
 
 
 def test_other_processes_than_those_of_the_run(four_processes):
-    with pytest.raises(ValueError, match=r"spread over \[2\] processes, and the run has 4: set tp_size to the number"):
+    with pytest.raises(ValueError, match=r"spread over 2 processes, and the run has 4: load .* number of processes"):
         check(spread(processes=2))
 
 
@@ -101,6 +101,6 @@ def test_samples_that_differ(monkeypatch, other):
     found = []
     monkeypatch.setattr(VocabShard, "gather", lambda self, own: (found.append(own), torch.stack(found))[1])
     for _ in range(2):
-        check_same_sample(ITEM_IDS, TAIL_IDS)
+        check_same_sample(ITEM_IDS, TAIL_IDS, None)
     with pytest.raises(ValueError, match=r"have \[4, 4, \d\] items, or different classes. Give all of them the same"):
-        check_same_sample(*OTHERS[other])
+        check_same_sample(*OTHERS[other], None)

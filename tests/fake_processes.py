@@ -11,5 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 def one_of_four(rank: int) -> Iterator[None]:
     """Joins this process to a group of four as the process ``rank``; nothing is sent."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
-    yield
-    dist.destroy_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
