@@ -1,7 +1,8 @@
-"""CIFAR-100 for paper_cifar.py: residual networks for small images, augmented views, and a teacher's stored logits."""
+"""CIFAR-100 for paper_cifar.py: residual networks for small images, and views stored with a teacher's logits."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,12 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_dis.cache import SeededViews
 
+# Of the training images, in parts of 1.
 MEAN, STD = [0.5071, 0.4866, 0.4409], [0.2673, 0.2564, 0.2762]
+# Of stored views.
+ARRAYS = {"images": np.uint8, "labels": np.int16, "logits": np.float16}
 AUGMENT = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+# On whole batches: per image, the two operations take 0.1 ms, a tenth of a step of the student.
 NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
@@ -70,11 +75,12 @@ class CifarResNet(PreTrainedModel):
         """Computes the logits of images, and the cross-entropy where labels are given.
 
         Args:
-            pixel_values: ``[B, 3, 32, 32]``.
+            pixel_values: ``[B, 3, 32, 32]``, uint8.
             labels: class ids, ``[B]``.
         """
         # Convolutions of processors are a third faster with the channels last.
-        logits = self.classifier(self.body(pixel_values.contiguous(memory_format=torch.channels_last)))
+        images = NORMALISE(pixel_values).contiguous(memory_format=torch.channels_last)
+        logits = self.classifier(self.body(images))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -116,29 +122,28 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         image = self.images[index]
-        return {
-            "pixel_values": NORMALISE(AUGMENT(image) if self.is_augmented else image),
-            "labels": self.labels[index],
-        }
+        return {"pixel_values": AUGMENT(image) if self.is_augmented else image, "labels": self.labels[index]}
 
 
-class WithLogits(torch.utils.data.Dataset):
-    """A dataset with the teacher's logits of each element as ``stored_logits``.
+class StoredViews(torch.utils.data.Dataset):
+    """Views with the teacher's logits, which a folder keeps in three arrays.
 
     Args:
-        dataset: of images.
-        logits: ``[len(dataset), C]``.
+        folder: that :func:`stored_views` wrote.
     """
 
-    def __init__(self, dataset: torch.utils.data.Dataset, logits: np.ndarray):
-        self.dataset, self.logits = dataset, logits
+    def __init__(self, folder: Path):
+        self.images, self.labels, self.logits = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        stored = torch.from_numpy(self.logits[index].astype(np.float32))
-        return {**self.dataset[index], "stored_logits": stored}
+        return {
+            "pixel_values": torch.from_numpy(self.images[index].copy()),
+            "labels": int(self.labels[index]),
+            "stored_logits": torch.from_numpy(self.logits[index].astype(np.float32)),
+        }
 
 
 class StoredTeacher(nn.Module):
@@ -150,23 +155,31 @@ class StoredTeacher(nn.Module):
 
 
 @torch.no_grad()
-def stored_logits(teacher: CifarResNet, views: SeededViews, path: Path) -> np.ndarray:
-    """Computes the teacher's logits of all views once, and keeps them in float16: ``[len(views), C]``.
+def stored_views(teacher: CifarResNet, views: SeededViews, folder: Path) -> StoredViews:
+    """Makes all views and the teacher's logits of them once: a student then trains in half of the time.
 
     Args:
         teacher: in evaluation mode, on its device.
-        views: of the training images.
-        path: of the array, which is read if it is there.
+        views: of the images.
+        folder: of the arrays: uint8 images, labels, and float16 logits. A whole folder is read, not made again.
     """
-    if not path.exists():
-        unfinished = path.with_suffix(".part")
-        size = len(views), teacher.config.num_labels
-        logits = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=size)
+    if not folder.exists():
+        unfinished = folder.with_suffix(".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        shapes = (3, 32, 32), (), (teacher.config.num_labels,)
+        arrays = [
+            np.lib.format.open_memmap(unfinished / f"{name}.npy", mode="w+", dtype=dtype, shape=(len(views), *shape))
+            for (name, dtype), shape in zip(ARRAYS.items(), shapes, strict=True)
+        ]
         done = 0
         for batch in DataLoader(views, batch_size=256):
-            found = teacher(batch["pixel_values"].to(teacher.device)).logits
-            logits[done : done + len(found)] = found.cpu()
-            done += len(found)
-        logits.flush()
-        unfinished.rename(path)
-    return np.load(path, mmap_mode="r")
+            images, labels = batch["pixel_values"], batch["labels"]
+            logits = teacher(images.to(teacher.device)).logits.cpu()
+            for array, values in zip(arrays, (images, labels, logits), strict=True):
+                array[done : done + len(labels)] = values
+            done += len(labels)
+        for array in arrays:
+            array.flush()
+        unfinished.rename(folder)
+    return StoredViews(folder)

@@ -3,8 +3,8 @@
     python benchmarks/crossover.py --json crossover.json
 
 Loss forward and backward, down to the head's dense gradient, on random features and teacher logits; medians of
-interleaved steps. One of d (features), N (items) and the layout (K sampled per item, G tails of K_t) is changed at a
-time. exact is the library's own exact loss from the head's input. exact (materialised) is the loss by
+interleaved steps. One of d (features), N (items) and the layout (K of 2 K ranks per item, G tails of K_t) is changed
+at a time. exact is the library's own exact loss from the head's input. exact (materialised) is the loss by
 autograd, which earlier tables call exact. exact / DIS is the ratio of the library's two losses.
 
 Beside the measured times are the times that ``head_mode="auto"`` estimates at set-up, and its decision. The second
@@ -46,7 +46,8 @@ SETTINGS = [
 def measure(num_classes: int, setting: dict[str, int], repeats: int, device: torch.device) -> dict:
     """The times of the steps at one size, and the estimates for them."""
     sampled, shared, tails = (setting[key] for key in ("sampled", "shared", "tails"))
-    spec = SamplerSpec(num_sampled_classes=sampled, num_shared_classes=shared, num_tails=tails)
+    sizes = {"num_sampled_classes": sampled, "rank_depth": 2 * sampled, "num_shared_classes": shared}
+    spec = SamplerSpec(**sizes, num_tails=tails)
     times = time_head_steps(
         num_classes,
         spec,

@@ -18,9 +18,9 @@ of the file's records as means over seeds. The table has both KL divergences on 
 prompts, and the teacher's log-likelihood per token of that text.
 
 --time: a whole training step without the writing, at 50,257 tokens and random weights: teacher, student, loss,
-backward, clipping and optimizer, on 16 completions of 64 tokens. The student has 2 layers, 128 wide, the teacher 4
-layers, 256 wide. trl is TRL's DistillationTrainer, the other methods are DISOnPolicyTrainer. The trainers step in
-turn; ms is the median.
+backward, clipping and optimizer, on --prompts completions of 64 tokens. The student has 2 layers, 128 wide, the
+teacher 4 layers, 256 wide. trl is TRL's DistillationTrainer, the other methods are DISOnPolicyTrainer. The trainers
+step in turn; ms is the median.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ COMMON = {
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 EVAL_PROMPTS = 128
 # Of --time.
-VOCABULARY, FIRST_TOKEN, PROMPT_TOKENS, COMPLETION_TOKENS, PROMPTS = 50_257, 1000, 16, 64, 16
+VOCABULARY, FIRST_TOKEN, PROMPT_TOKENS, COMPLETION_TOKENS = 50_257, 1000, 16, 64
 
 
 class OnPolicyTask:
@@ -157,15 +158,15 @@ class WithoutWriting(TrainerCallback):
         self.milliseconds.append(1000 * (time.perf_counter() - self._started - self._writing))
 
 
-def timed_steps(method: str, divergence: str, steps: int, tokenizer: Any, use_cpu: bool) -> list[float]:
+def timed_steps(method: str, divergence: str, steps: int, prompts: int, tokenizer: Any, use_cpu: bool) -> list[float]:
     """Milliseconds of the steps of a trainer without the writing; the first step, which makes moments, is left out."""
     torch.manual_seed(0)
     prompt = tokenizer.decode(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT_TOKENS))
-    data = Dataset.from_dict({"prompt": [prompt] * PROMPTS})
+    data = Dataset.from_dict({"prompt": [prompt] * prompts})
     common = {
         "max_steps": steps + 1,
         "max_completion_length": COMPLETION_TOKENS,
-        "per_device_train_batch_size": PROMPTS,
+        "per_device_train_batch_size": prompts,
         "bf16": False,
         "gradient_checkpointing": False,
         "use_cpu": use_cpu,
@@ -187,20 +188,21 @@ def timed_steps(method: str, divergence: str, steps: int, tokenizer: Any, use_cp
     return times.milliseconds[1:]
 
 
-def measure_times(divergences: list[str], steps: int, rounds: int, use_cpu: bool) -> list[dict]:
+def measure_times(given: argparse.Namespace, use_cpu: bool) -> list[dict]:
     """Records of the median step by each method and divergence, the methods in turn."""
     tokenizer = sft_task.chat_tokenizer(32_000)
     methods, records = ("trl", "exact", "dis", "dis dense"), []
-    for divergence in divergences:
+    for prompts, divergence in product(given.prompts, given.divergences):
         times: dict[str, list[float]] = {method: [] for method in methods}
-        for _ in range(rounds):
+        for _ in range(given.rounds):
             for method in methods:
-                times[method] += timed_steps(method, divergence, steps, tokenizer, use_cpu)
+                times[method] += timed_steps(method, divergence, given.steps, prompts, tokenizer, use_cpu)
         medians = {method: statistics.median(values) for method, values in times.items()}
         for method, ms in medians.items():
-            records.append({"divergence": divergence, "method": method, "vocab": VOCABULARY, "ms": ms})
-            ratio = f"{ms / medians['dis']:.2f}"
-            print(row(divergence, method, f"{ms:,.0f}", ratio), flush=True)
+            tokens, ratio = prompts * COMPLETION_TOKENS, f"{ms / medians['dis']:.2f}"
+            described = {"divergence": divergence, "tokens": tokens, "method": method, "vocab": VOCABULARY}
+            records.append({**described, "command": command(), "ms": ms})
+            print(row(divergence, f"{tokens:,}", method, f"{ms:,.0f}", ratio), flush=True)
     return records
 
 
@@ -213,6 +215,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--seeds", nargs="*", type=int, default=[0], help="none: print the file's table alone")
     made.add_argument("--folder", default="runs/on_policy_models", help="of teacher and initial student")
     made.add_argument("--time", action="store_true", help="time steps, and train no student")
+    made.add_argument("--prompts", nargs="+", type=int, default=[16, 48], help="of --time")
     made.add_argument("--steps", type=int, default=4, help="of --time, per method and round")
     made.add_argument("--rounds", type=int, default=4, help="of --time")
     given = parse(made)
@@ -227,8 +230,8 @@ def main() -> None:
     print(machine(given.device), flush=True)
     use_cpu = given.device.type == "cpu"
     if given.time:
-        print(header("divergence", "method", "ms", "method / dis"))
-        write(measure_times(given.divergences, given.steps, given.rounds, use_cpu), given.json, given.device)
+        print(header("divergence", "tokens", "method", "ms", "method / dis"))
+        write(measure_times(given, use_cpu), given.json, given.device)
         return
     names = ("divergence", "rate", "method", "seed")
     done = {tuple(one[name] for name in names) for one in read(given.json)}

@@ -6,8 +6,9 @@
 
 Teacher and student are residual networks for small images (arXiv 1512.03385), of 20 and 8 layers: a pair of
 arXiv 1902.03393 that two processor cores train. SGD with momentum, a cosine schedule, crops and flips; --epochs is far
-below the 240 epochs that are usual. The teacher is trained on labels first. All students see the same augmented
-images, so that the teacher's logits are computed once, in --folder. Methods, all with a tenth of hard labels:
+below the 240 epochs that are usual. Both compute in bfloat16 by autocast. The teacher is trained on labels first. All
+students see the same augmented images, which --folder keeps with the teacher's logits. Methods, all with a tenth of
+hard labels:
 
 labels         hard labels alone
 exact          exact KD
@@ -33,7 +34,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from cifar_task import CifarResNet, CifarResNetConfig, Images, StoredTeacher, WithLogits, stored_logits
+from cifar_task import CifarResNet, CifarResNetConfig, Images, StoredTeacher, StoredViews, stored_views
 from common import append, command, header, is_saved, machine, parse, parser, read, row
 from datasets import Dataset
 from students import by_setting
@@ -72,6 +73,7 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "max_grad_norm": 5.0,
+    "bf16": True,
     "save_strategy": "no",
     "disable_tqdm": True,
     "report_to": "none",
@@ -103,19 +105,18 @@ class Students:
         self.given, self.use_cpu = given, given.device.type == "cpu"
         splits = load_cifar100(given.data_dir, verify_checksum=not given.no_verify_checksum)
         train, test = (self._some_of(splits[name]) for name in ("train", "test"))
-        self.views = SeededViews(Images(train, is_augmented=True), given.epochs)
-        test_images = Images(test, is_augmented=False)
         teacher = self._teacher(train).eval()
-        self.test = WithLogits(test_images, stored_logits(teacher, SeededViews(test_images, 1), self._path("test")))
-        self.train = WithLogits(self.views, stored_logits(teacher, self.views, self._path(f"train_{given.epochs}")))
+        self.test = self._stored("test", teacher, SeededViews(Images(test, is_augmented=False), 1))
+        views = SeededViews(Images(train, is_augmented=True), given.epochs)
+        self.train = self._stored(f"train_{given.epochs}", teacher, views)
 
     def _some_of(self, split: Dataset) -> Dataset:
         """The images of a split, or so many of them, always the same."""
         number = self.given.images
         return split if number is None else split.shuffle(seed=0).take(min(number, len(split)))
 
-    def _path(self, name: str) -> Path:
-        return self.given.folder / f"logits_{name}.npy"
+    def _stored(self, name: str, teacher: CifarResNet, views: SeededViews) -> StoredViews:
+        return stored_views(teacher, views, self.given.folder / name)
 
     def _teacher(self, train: Dataset) -> CifarResNet:
         """The teacher of the folder, or a new one."""
@@ -251,7 +252,9 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--teacher_epochs", type=int, default=15)
     made.add_argument("--depth", type=int, default=8)
     made.add_argument("--teacher_depth", type=int, default=20)
-    made.add_argument("--folder", type=Path, default=Path("runs/paper_cifar"), help="of the teacher and its logits")
+    made.add_argument(
+        "--folder", type=Path, default=Path("runs/paper_cifar"), help="of the teacher and the stored views"
+    )
     made.add_argument("--hours", action="store_true", help="print the time of the runs that are left, and end")
     made.add_argument("--plot", type=Path, help="an image of top-1 against K")
     given = parse(made)

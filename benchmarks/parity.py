@@ -15,7 +15,9 @@ All else is the default, and all methods of a task have the same batches. A line
 that is in the file already is not run again. Every call prints the table of the file's records: means over seeds, and
 the difference to exact distillation.
 
---settings tries other settings of DISConfig in place of the defaults. They are a method of their own, by --name.
+--settings tries other settings of DISConfig in place of the defaults. They are a method of their own, by --name. With
+probe_steps among them, records have the estimated and the probed error of the gradient at every log, and the table is
+followed by their ratios.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from common import append, command, header, machine, parse, parser, read, row
@@ -31,6 +33,8 @@ from parity_tasks import MakeTrainer, glyphs, glyphs_cached, text, text_tied, te
 from students import by_setting
 from transformers import set_seed
 from transformers.utils import logging
+
+from hf_dis import DISDistillationTrainer
 
 TASKS = {"glyphs": glyphs, "glyphs_cached": glyphs_cached, "text": text}
 TASKS |= {"text_trained": text_trained, "text_tied": text_tied}
@@ -51,10 +55,21 @@ def train(make: MakeTrainer, rate: float, settings: dict[str, Any], seed: int, u
         set_seed(seed)
         trainer.train()
         metrics = trainer.evaluate()
-    distiller = trainer.distiller
+    found = {"logits": mean_logits(trainer), "kl": metrics["eval_kl"], "top1": metrics.get("eval_top1")}
+    errors = [
+        (log["dis/gradient_error"], log["probe/relative_error"])
+        for log in trainer.state.log_history
+        if "probe/relative_error" in log
+    ]
+    return found | ({"errors": errors} if errors else {})
+
+
+def mean_logits(trainer: DISDistillationTrainer) -> float:
+    """The share of the student's logits that the steps computed: the mean over logs, where it changes."""
+    distiller, names = trainer.distiller, ("dis/num_sampled_classes", "dis/num_shared_classes")
+    sizes = [sum(log[name] for name in names) for log in trainer.state.log_history if names[0] in log]
     exact = distiller.mode == "exact"
-    logits = distiller.num_classes if exact else distiller.sampler.columns
-    return {"logits": logits / distiller.num_classes, "kl": metrics["eval_kl"], "top1": metrics.get("eval_top1")}
+    return mean(sizes or [distiller.num_classes if exact else distiller.sampler.columns]) / distiller.num_classes
 
 
 def print_table(records: list[dict]) -> None:
@@ -73,6 +88,17 @@ def print_table(records: list[dict]) -> None:
         quality = None if top1 is None else f"{top1:.1%}", f"{kl:.4f}"
         at = f"x{rate:g}" if rate >= 1 else f"{rate:g}"
         print(row(task, at, method, f"{logits:.1%}", len(runs), *quality, *against))
+
+
+def print_errors(records: list[dict]) -> None:
+    """The ratios of the estimated to the probed error of the gradient, over the probes of all seeds."""
+    cells = by_setting([one for one in records if "errors" in one], ("task", "rate", "method"))
+    if cells:
+        print(header("task", "rate", "method", "probes", "median of estimated / probed", "lowest", "highest"))
+    for (task, rate, method), runs in sorted(cells.items()):
+        ratios = [estimated / probed for one in runs.values() for estimated, probed in one["errors"]]
+        shown = (f"{value:.2f}" for value in (median(ratios), min(ratios), max(ratios)))
+        print(row(task, f"x{rate:g}" if rate >= 1 else f"{rate:g}", method, len(ratios), *shown))
 
 
 def _mean(records: Any, name: str) -> float | None:
@@ -130,6 +156,7 @@ def main() -> None:
             described = dict(zip(("task", "rate", "method", "seed"), key, strict=True))
             append(given.json, {**described, "command": command(), **record}, given.device)
     print_table(read(given.json))
+    print_errors(read(given.json))
 
 
 if __name__ == "__main__":

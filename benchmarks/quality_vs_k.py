@@ -52,6 +52,7 @@ def two_strata(num_sampled: int, num_shared: int, num_tails: int = 1, head_rate:
     """Classes sampled from each item's 2 K best-ranked ones, and shared tails."""
     return {
         "num_sampled_classes": num_sampled,
+        "rank_depth": 2 * num_sampled,
         "num_shared_classes": num_shared,
         "num_tails": num_tails,
         "head_rate": head_rate,

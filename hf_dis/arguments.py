@@ -1,155 +1,17 @@
-"""Settings of the method: ``SamplerSpec`` for how classes are sampled, ``DISArguments`` for all of them."""
+"""DISArguments: the settings of the method, for any host."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from math import ceil, inf, log2
+from dataclasses import dataclass, field, fields
+from math import ceil, inf
 from typing import Any, Literal
 
 from hf_dis.checks import require, require_number
+from hf_dis.sampling.spec import SamplerSpec, setting
 
-PROPOSALS = ("dis", "teacher", "uniform", "topk")
-DESIGNS = ("pps", "replacement")
 HEAD_MODES = ("auto", "sampled", "exact")
 MOMENT_DTYPES = ("float32", "bfloat16", None)
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
-
-
-def _setting(default: Any, text: str, **of_parser: Any) -> Any:
-    """A field with a help text, and further arguments of argparse, for the command line."""
-    return field(default=default, metadata={"help": text, **of_parser})
-
-
-@dataclass(frozen=True)
-class SamplerSpec:
-    """Settings of the sampler: sizes, proposal and design. A size of None takes the default of the task.
-
-    Args:
-        num_sampled_classes: K >= 1, classes sampled per item from the teacher's ranking. None: 32 with shared tails,
-            128 without, 16 for language models. From a cache with shared tails: how many classes of an item's stored
-            sample a step uses; None uses all of them. From a cache without: classes besides the stored ones; None:
-            512.
-        num_shared_classes: K_t >= 0, classes of a shared tail, sampled from all classes below the top of the ranking.
-            0 is the layout of arXiv 1812.00914: all K classes of an item come from all C ranks. None: 512; for
-            language models the power of two nearest to C/128, from 1,024 to 4,096; 0 with ``design="replacement"`` or
-            ``proposal="topk"``.
-        num_tails: G >= 1, shared tails per step; item i uses tail ``i mod G``. More tails make the gradient of a batch
-            less noisy and touch up to G·K_t rows of the head. None: 16, 1 without shared tails.
-        num_updated_classes: U >= 1. At most U·N of the distinct sampled classes update a row-sparse head; they are
-            sampled in backward in proportion to the size of their gradient, which stays unbiased. None: K_t/32, and
-            at least 16, or 32 for language models; all classes where the head is dense or there is no shared tail.
-        rank_depth: m >= 1, ranks that are resolved one by one. With shared tails the K classes of an item come from
-            its m best-ranked ones, so m >= K. None: 2 K; K for language models with shared tails.
-        proposal: ``"dis"`` (fitted during training), or a fixed baseline: ``"teacher"`` (FTIS), ``"uniform"``,
-            ``"topk"`` (truncation, biased).
-        design: ``"pps"``: distinct classes, the likeliest ones certain. ``"replacement"``: independent samples, as in
-            arXiv 1812.00914; needs ``num_shared_classes=0``.
-        proposal_floor: uniform share of the proposals, in (0, 1]. It bounds every importance weight.
-        proposal_decay: decay of the running means that the proposals are fitted to, in [0, 1).
-
-    Raises:
-        TypeError: if a value is not a number where a number is expected.
-        ValueError: if a value is outside its range, or two values exclude each other.
-    """
-
-    num_sampled_classes: int | None = _setting(
-        None, "Classes sampled per item; if not given 32, or 16 for language models."
-    )
-    num_shared_classes: int | None = _setting(
-        None,
-        "Classes of a shared tail; 0: no shared tail, all classes are sampled item by item. "
-        "If not given 512, or 1,024 to 4,096 for language models, by their vocabulary.",
-    )
-    num_tails: int | None = _setting(None, "Shared tails per step, used by the items in turn; if not given 16.")
-    num_updated_classes: int | None = _setting(
-        None,
-        "Classes per item that update a row-sparse head; if not given 1/32 of num_shared_classes, at least 16, or 32 "
-        "for language models.",
-    )
-    rank_depth: int | None = _setting(
-        None, "Ranks that are resolved one by one; if not given 2 K, or K for language models."
-    )
-    proposal: Literal["dis", "teacher", "uniform", "topk"] = _setting(
-        "dis", "Where classes are sampled: fitted during training, or a fixed baseline."
-    )
-    design: Literal["pps", "replacement"] = _setting(
-        "pps", "Distinct classes, or independent samples with replacement."
-    )
-    proposal_floor: float = _setting(0.05, "Uniform share of the proposals, in (0, 1].")
-    proposal_decay: float = _setting(0.95, "Decay of the running means that the proposals are fitted to, in [0, 1).")
-
-    def __post_init__(self) -> None:
-        for name in ("num_sampled_classes", "num_shared_classes", "num_tails", "num_updated_classes", "rank_depth"):
-            value, lowest = getattr(self, name), 0 if name == "num_shared_classes" else 1
-            if value is not None:
-                require_number(name, value, int)
-                require(value >= lowest, name, value, f"{lowest} or more, or None for the default of the task")
-        for name in ("proposal_floor", "proposal_decay"):
-            require_number(name, getattr(self, name), float)
-        require(self.proposal in PROPOSALS, "proposal", self.proposal, f"one of {', '.join(PROPOSALS)}")
-        require(self.design in DESIGNS, "design", self.design, f"one of {', '.join(DESIGNS)}")
-        require(0 < self.proposal_floor <= 1, "proposal_floor", self.proposal_floor, "in (0, 1]; 0.05 is usual")
-        require(0 <= self.proposal_decay < 1, "proposal_decay", self.proposal_decay, "in [0, 1); 0.95 is usual")
-        has_tail = self._num_shared(vocab_size=None) > 0
-        require(
-            has_tail or self.num_tails in (None, 1),
-            "num_tails",
-            self.num_tails,
-            "1 without a shared tail; set num_shared_classes to the size of a tail",
-        )
-        require(
-            self.design == "pps" or not has_tail or self.proposal == "topk",
-            "design",
-            self.design,
-            "'pps' with shared tails; set num_shared_classes=0 to sample with replacement",
-        )
-
-    def _num_shared(self, vocab_size: int | None) -> int:
-        if self.num_shared_classes is not None:
-            return self.num_shared_classes
-        if self.proposal == "topk" or self.design == "replacement":
-            return 0
-        if vocab_size is None:
-            return 512
-        # At 262,144 tokens and 512 items per step 1,024 leave the student 8% of KL behind, 2,048 5%
-        # (benchmarks/large_vocabulary.py). Up to 185,000 tokens 1,024 suffice.
-        return min(max(2 ** round(log2(vocab_size / 128)), 1024), 4096)
-
-    def resolved(
-        self, *, vocab_size: int | None = None, row_sparse: bool = False, stored_sample_size: int | None = None
-    ) -> SamplerSpec:
-        """The same specification with every default of the task filled in.
-
-        ``num_updated_classes`` stays None where all sampled classes update the head, and ``rank_depth`` stays None
-        with a cache, whose depth is fixed.
-
-        Args:
-            vocab_size: C of a language model; None: the classes are not a vocabulary.
-            row_sparse: the gradient of the head is row-sparse.
-            stored_sample_size: T of the cache that is trained from; None where the teacher is loaded.
-        """
-        num_shared, is_lm = self._num_shared(vocab_size), vocab_size is not None
-        if stored_sample_size is not None:
-            num_sampled = max(1, stored_sample_size) if num_shared else 512
-        elif is_lm:
-            num_sampled = 16
-        else:
-            num_sampled = 32 if num_shared else 128
-        if self.num_sampled_classes is not None:
-            num_sampled = self.num_sampled_classes
-        num_updated, depth = self.num_updated_classes, self.rank_depth
-        if num_updated is None and row_sparse and num_shared:
-            num_updated = max(32 if is_lm else 16, num_shared // 32)  # 16 tails of 512 items: every sampled class
-        if depth is None and stored_sample_size is None:
-            depth = num_sampled if is_lm and num_shared else 2 * num_sampled
-        return replace(
-            self,
-            num_sampled_classes=num_sampled,
-            num_shared_classes=num_shared,
-            num_tails=self.num_tails or (16 if num_shared else 1),
-            num_updated_classes=num_updated,
-            rank_depth=depth,
-        )
 
 
 def check_divergence(divergence: str, jsd_beta: float | None = None, skew_alpha: float | None = None) -> None:
@@ -215,6 +77,9 @@ class DISArguments:
             :class:`hf_dis.RowSparseAdamW` does. In a loop of your own, give that class the argument of this name.
         moment_dtype: type of the moments of a row-sparse head's weight: ``"float32"``, or ``"bfloat16"``, which is
             rounded at random without bias (docs/optimizer.md). None: the type of the weight. As ``offload_moments``.
+        gradient_error: relative error ‖ĝ - g‖ / ‖g‖ of the gradient on the head's input that is accepted, above 0. K
+            and K_t follow the error, estimated from the sample, by powers of two; where no sample will do, all classes
+            are computed (docs/choosing-k.md). Sizes given by hand are kept. None: the sizes are fixed.
         exact_warmup_steps: steps at the start that compute all classes while the proposals learn; below 1 a share of
             all steps. These steps cost the time and memory of exact distillation (docs/choosing-k.md).
         probe_steps: steps between two comparisons of the sampled loss and gradient with the exact ones; 0: never.
@@ -224,20 +89,20 @@ class DISArguments:
         ValueError: if a value is outside its range, or two values exclude each other.
     """
 
-    temperature: float = _setting(2.0, "Divides the logits of teacher and student; above 0.")
-    hard_label_weight: float = _setting(
+    temperature: float = setting(2.0, "Divides the logits of teacher and student; above 0.")
+    hard_label_weight: float = setting(
         0.1, "Share of cross-entropy in the loss, within [0, 1]; the rest is distillation."
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = _setting(
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = setting(
         "forward_kl", "The divergence of the student from the teacher."
     )
-    jsd_beta: float | None = _setting(
+    jsd_beta: float | None = setting(
         None, "The teacher's share of the mixture in divergence 'jsd', in (0, 1); if not given 0.5."
     )
-    skew_alpha: float | None = _setting(
+    skew_alpha: float | None = setting(
         None, "The teacher's share of the mixture in divergence 'skew_kl', in (0, 1); if not given 0.1."
     )
-    scale_by_temperature: bool = _setting(True, "Multiply the divergence by the square of the temperature.")
+    scale_by_temperature: bool = setting(True, "Multiply the divergence by the square of the temperature.")
     num_sampled_classes: int | None = _of_spec("num_sampled_classes")
     num_shared_classes: int | None = _of_spec("num_shared_classes")
     num_tails: int | None = _of_spec("num_tails")
@@ -247,30 +112,33 @@ class DISArguments:
     design: Literal["pps", "replacement"] = _of_spec("design")
     proposal_floor: float = _of_spec("proposal_floor")
     proposal_decay: float = _of_spec("proposal_decay")
-    head_mode: Literal["auto", "sampled", "exact"] = _setting(
+    head_mode: Literal["auto", "sampled", "exact"] = setting(
         "auto", "Compute sampled classes only, all of them, or whichever is faster."
     )
-    head_name: str | None = _setting(None, "Name of the student's output head, where it is not found automatically.")
-    head_learning_rate: float | None = _setting(
+    head_name: str | None = setting(None, "Name of the student's output head, where it is not found automatically.")
+    head_learning_rate: float | None = setting(
         None, "Learning rate of the output head; if not given, that of all other parameters."
     )
-    row_sparse_head: bool | None = _setting(
+    row_sparse_head: bool | None = setting(
         None,
         "Gradients and optimizer steps for the sampled rows of the head only (lazy AdamW); if not given, wherever "
         "optimizer and head allow it.",
         nargs="?",  # a flag alone is True
         const=True,
     )
-    offload_moments: bool = _setting(
+    offload_moments: bool = setting(
         False, "Keep the optimizer's moments of a row-sparse head in host memory; only the rows of a step travel."
     )
-    moment_dtype: Literal["float32", "bfloat16"] | None = _setting(
+    moment_dtype: Literal["float32", "bfloat16"] | None = setting(
         None, "Type of the optimizer's moments of a row-sparse head; if not given, that of the head's weight."
     )
-    exact_warmup_steps: float = _setting(
+    gradient_error: float | None = setting(
+        None, "Accepted relative error of the gradient, which the numbers of sampled classes follow; above 0."
+    )
+    exact_warmup_steps: float = setting(
         0.0, "Steps at the start that compute all classes; below 1: a share of all steps."
     )
-    probe_steps: int = _setting(0, "Steps between two comparisons of sampled and exact loss and gradient; 0: never.")
+    probe_steps: int = setting(0, "Steps between two comparisons of sampled and exact loss and gradient; 0: never.")
 
     def __post_init__(self) -> None:
         for name in ("temperature", "hard_label_weight", "exact_warmup_steps"):
@@ -288,6 +156,7 @@ class DISArguments:
             self.exact_warmup_steps,
             "a whole number of steps, or a share of them within [0, 1)",
         )
+        self._check_gradient_error()
         require(self.probe_steps >= 0, "probe_steps", self.probe_steps, "0 (never) or more")
         require(
             self.head_learning_rate is None or self.head_learning_rate >= 0,
@@ -315,6 +184,19 @@ class DISArguments:
             self.num_updated_classes,
             "None with row_sparse_head=False: a dense gradient touches every row of the head anyway",
         )
+
+    def _check_gradient_error(self) -> None:
+        error = self.gradient_error
+        if error is None:
+            return
+        require_number("gradient_error", error, float)
+        require(0 < error < inf, "gradient_error", error, "above 0 and finite; 0.1 to 0.5 is usual")
+        for name, value in (("proposal", "topk"), ("head_mode", "exact")):
+            if getattr(self, name) == value:
+                raise ValueError(
+                    f"gradient_error is {error} and {name} is {value!r}, whose error no sample shows: leave "
+                    f"gradient_error out, or set another {name}"
+                )
 
     def settings(self) -> DISArguments:
         """The settings of the method alone, as a :class:`hf_dis.Distiller` reads them; a copy."""

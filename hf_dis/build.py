@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_dis.arguments import DISArguments, SamplerSpec
+from hf_dis.arguments import DISArguments
 from hf_dis.autotune import ITEMS, TOKENS, HeadCosts, measure_costs
 from hf_dis.cache.attach import cached_teacher, check_cache, open_cache
 from hf_dis.cache.reader import TeacherCache
@@ -28,8 +28,10 @@ from hf_dis.models.spread import is_fully_sharded
 from hf_dis.models.tasks import Task, find_task, num_outputs
 from hf_dis.models.ties import find_tied_embeddings
 from hf_dis.models.vocabulary import shared_classes
+from hf_dis.sampling.budget import make_budget
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.sampling.sampler import ClassSampler, make_sampler
+from hf_dis.sampling.spec import SamplerSpec
 from hf_dis.sharded_teacher import ShardedTeacher, is_spread
 from hf_dis.teacher.cached import CachedTeacher
 from hf_dis.teacher.loading import check_separate, placed
@@ -203,8 +205,12 @@ def _make_sampler(
     head = next(iter(sharded_heads(student).values()), None)
     given = {"seed": seed, "device": device, "shard": None if head is None else head.shard}
     if stored is None:
-        return spec, make_sampler(num_classes, spec, **given)
-    return spec, make_cached_sampler(stored, spec, **given)
+        sampler = make_sampler(num_classes, spec, **given)
+    else:
+        sampler = make_cached_sampler(stored, spec, **given)
+    if arguments.gradient_error is not None:
+        sampler.budget = make_budget(arguments, sampler)
+    return spec, sampler
 
 
 def _why_dense(

@@ -149,12 +149,16 @@ class DISLoss:
         first_item = 0
         for logits in chunks:
             self._check_devices(device, teacher_logits=logits)
-            check_teacher_logits(logits, self.sampler.proposal.num_classes, first_item, check_finite)
+            on_cpu = device.type == "cpu"
+            check_teacher_logits(logits, self.sampler.proposal.num_classes, first_item, check_finite and not on_cpu)
             if check_finite and self.divergence.needs_full_support:
                 check_support(logits, first_item)
+            targets = TeacherTargets(logits, self.temperature, self.sampler.rank_depth)
+            if check_finite and on_cpu:
+                targets.check_finite(first_item)
             first_item += len(logits)
-            yield TeacherTargets(logits, self.temperature, self.sampler.rank_depth)
-            del logits  # the next chunk may be computed without this one in memory
+            yield targets
+            del logits, targets  # the next chunk may be computed without this one in memory
 
 
 def _check_shapes(

@@ -9,6 +9,7 @@ Needs torch alone. A host makes a :class:`Distiller` with :func:`hf_dis.build_di
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,14 @@ from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.head.check import check_head, splits_at_head
 from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items, check_labels, first_examples
+from hf_dis.loss.divergence import SampledLoss
 from hf_dis.loss.f_divergence import divergence_of
 from hf_dis.loss.objective import Losses
 from hf_dis.models.after_head import AfterHead
 from hf_dis.models.columns import separate_columns
 from hf_dis.models.tasks import Task, base_model, find_items, split_labels
-from hf_dis.sampling.sample import Statistics
+from hf_dis.report.gradient_error import GradientError, gradient_error
+from hf_dis.sampling.sample import ClassSample, Statistics
 from hf_dis.sampling.sampler import ClassSampler
 from hf_dis.steps import EvaluationStep, ExactStep, Request, SampledStep, Step, WarmupStep
 from hf_dis.teacher.cached import TARGETS, CachedTeacher
@@ -103,6 +106,17 @@ class Distiller:
             self.student_columns, self.teacher_columns = separate_columns(student, online_teacher.model)
         self._head_is_checked = self._has_checked_values = False
         self._splits: bool | None = None
+        if sampler.budget is not None and mode == "sampled" and not self.can_estimate_error:
+            raise ValueError(
+                f"gradient_error is {sampler.budget.accepted}, and the error can be estimated only for an output head "
+                "of one layer whose weight is whole on every process. Leave gradient_error out, and set "
+                "num_shared_classes by hand"
+            )
+
+    @property
+    def is_tensor_parallel(self) -> bool:
+        """True if transformers spread the student over processes by a ``tp_plan``."""
+        return self.replicas is not None
 
     @property
     def is_tensor_parallel(self) -> bool:
@@ -182,9 +196,49 @@ class Distiller:
             self._head_is_checked = True
             if self.arguments.probe_steps and self.student_stream is not None:
                 self.student_stream.splits(inputs, items)  # compared while the head is not switched
-        if warming_up:
+        if warming_up or self.wants_all_classes:
             return WarmupStep(self, request, holds_logits or not self.splits_at_head(request))
         return SampledStep(self, request)
+
+    def learn(self, sample: ClassSample, result: SampledLoss) -> None:
+        """Lets the sampler learn from a step, and its budget follow the error of the gradient.
+
+        Args:
+            sample: the classes.
+            result: of the divergence at these classes.
+        """
+        self.sampler.learn(sample, result.signal, self.reduce, result.finite)
+        budget = self.sampler.budget
+        if budget is not None and budget.is_due():
+            self.sampler.follow(self.gradient_error(sample, result), self.reduce)
+            if self.wants_all_classes:
+                warnings.warn(  # Python shows it once
+                    f"gradient_error is {budget.accepted}, and a sample of {self.sampler.columns:,} of "
+                    f"{self.num_classes:,} classes has a larger error: all classes are computed, until a sample is "
+                    "expected to have a smaller error",
+                    RuntimeWarning,
+                    stacklevel=1,
+                )
+
+    @property
+    def wants_all_classes(self) -> bool:
+        """True while no sample keeps the accepted error of the gradient."""
+        return self.sampler.budget is not None and self.sampler.budget.wants_all_classes
+
+    @property
+    def can_estimate_error(self) -> bool:
+        """True if the head is one layer with its weight on this process."""
+        return self.student_stream is not None and not self.is_tensor_parallel
+
+    def gradient_error(self, sample: ClassSample, result: SampledLoss) -> GradientError:
+        """The error of the gradient of some items, see :func:`hf_dis.report.gradient_error.gradient_error`.
+
+        Args:
+            sample: the classes.
+            result: of the divergence at these classes.
+        """
+        weight, _ = self.head.weight_and_bias()
+        return gradient_error(weight, sample, result, self.divergence)
 
     def end(self) -> None:
         """Releases the head: the student is an ordinary model again."""

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from hf_dis.arguments import SamplerSpec
 from hf_dis.autotune import MARGIN
 from hf_dis.errors import DataError, first_line
 from hf_dis.loss.exact_head import DEVICE_BLOCK_BYTES
 from hf_dis.models.head_search import find_heads
 from hf_dis.models.tasks import Task, find_task, num_outputs
+from hf_dis.sampling.spec import SamplerSpec
 from hf_dis.teacher.targets import KERNEL_CHUNKS, chunk_items
 
 # The mappings that a model without a named class is looked up in.
@@ -32,7 +32,7 @@ MAPPINGS = (
 )
 # Bytes that a step reads and writes per teacher's logit: in passes of plain torch over all classes, in blocks on all
 # classes, and where the logits are ranked. The last one is per feature of each row of the head that an item samples.
-PLAIN_BYTES, EXACT_BYTES, RANKED_BYTES, ROW_BYTES = 165, 16, 3, 28
+PLAIN_BYTES, EXACT_BYTES, RANKED_BYTES, ROW_BYTES = 165, 16, 2, 28
 # Bytes held per logit. Plain autograd holds two tensors in the type of the models and four in float32. The other
 # values are for a block (with the teacher's), the teacher's ranked chunk, and the sampled logits.
 TENSOR_BYTES, BLOCK_HELD, CHUNK_HELD, SAMPLED_HELD = 20, 4, 4, 32

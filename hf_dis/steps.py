@@ -24,7 +24,7 @@ from hf_dis.loss.objective import Losses, Objective
 from hf_dis.loss.sampled import sampled_loss
 from hf_dis.models.head_features import head_features
 from hf_dis.report.diagnostics import probe, sample_quality
-from hf_dis.report.gradient_error import GradientError, gradient_error
+from hf_dis.report.gradient_error import GradientError
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.targets import TeacherTargets, chunk_items
@@ -138,7 +138,7 @@ class WarmupStep(ExactStep):
         self.sample = distiller.sampler.sample(targets, self.items.labels)
         logits = self._sampled_logits(outputs)
         self.result = distiller.divergence.sampled(logits, self.sample, distiller.arguments.temperature)
-        distiller.sampler.learn(self.sample, self.result.signal, distiller.reduce, self.result.finite)
+        distiller.learn(self.sample, self.result)
         return distiller.with_router_loss(*exact.result(), outputs)
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ class SampledStep:
         loss, terms, self.result = sampled_loss(
             outputs.logits, self.sample, settings.temperature, settings.hard_label_weight, distiller.divergence
         )
-        distiller.sampler.learn(self.sample, self.result.signal, distiller.reduce, self.result.finite)
+        distiller.learn(self.sample, self.result)
         return distiller.with_router_loss(loss, terms, outputs)
 
     def quality(self) -> dict[str, Tensor | GradientError]:
@@ -317,11 +317,8 @@ Step = SampledStep | WarmupStep | ExactStep | EvaluationStep
 
 def _quality(distiller: Distiller, sample: ClassSample, result: SampledLoss) -> dict[str, Tensor | GradientError]:
     quality: dict[str, Tensor | GradientError] = sample_quality(sample, result)
-    # Without a stream the head has several layers, or a process has a part of its weight.
-    is_whole = distiller.student_stream is not None and not distiller.is_tensor_parallel
-    if is_whole and distiller.arguments.proposal != "topk":
-        weight, _ = distiller.head.weight_and_bias()
-        quality["gradient_error"] = gradient_error(weight, sample, result, distiller.divergence)
+    if distiller.can_estimate_error and distiller.arguments.proposal != "topk":
+        quality["gradient_error"] = distiller.gradient_error(sample, result)
     return quality
 
 

@@ -16,6 +16,14 @@ def fixed_seed():
 
 
 @pytest.fixture(autouse=True)
+def verbosity_kept():
+    """A script that a test calls sets the level of transformers' logs for the whole process."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.fixture(autouse=True)
 def warnings_told_anew():
     """Repeats in the next test the warnings that are given once."""
     logging.warning_once.cache_clear()

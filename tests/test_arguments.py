@@ -52,7 +52,7 @@ def test_defaults_depend_on_the_task_and_the_teacher():
         found = SamplerSpec(num_shared_classes=shared, design=design).resolved(**given)
         return tuple(getattr(found, f"num_{name}") for name in ("sampled_classes", "shared_classes", "tails"))
 
-    assert sizes() == (32, 512, 16) and sizes(vocab_size=32_000) == (16, 1024, 16)
+    assert sizes() == (96, 416, 16) and sizes(vocab_size=32_000) == (16, 1024, 16)
     tails = {50: 1024, 151_936: 1024, 185_000: 1024, 186_000: 2048, 262_144: 2048, 10**6: 4096}
     assert {size: sizes(vocab_size=size)[1] for size in tails} == tails
     assert sizes(shared=0) == sizes(design="replacement") == (128, 0, 1)
@@ -68,7 +68,8 @@ def test_the_depth_follows_the_number_of_sampled_classes():
     def depth(**given):
         return SamplerSpec(**given).resolved().rank_depth
 
-    assert depth() == 64 and depth(num_sampled_classes=5) == 10 and depth(rank_depth=33) == 33
+    assert depth() == 96 and depth(num_sampled_classes=5) == 5 and depth(rank_depth=133) == 133
+    assert depth(num_shared_classes=0) == 256
     assert SamplerSpec().resolved(vocab_size=50).rank_depth == 16
     assert SamplerSpec(num_shared_classes=0).resolved(vocab_size=50).rank_depth == 32
     assert SamplerSpec().resolved(stored_sample_size=9).rank_depth is None  # the depth of the cache

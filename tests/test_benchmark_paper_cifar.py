@@ -67,23 +67,24 @@ def test_the_network_of_20_layers_has_its_published_size():
     assert sum(one.numel() for one in model.parameters()) - shortcuts == 269_722  # 0.27 M, table 6 of arXiv 1512.03385
 
 
-def test_logits_are_of_the_view_that_the_student_sees(tmp_path):
+def test_stored_logits_are_of_the_stored_view(tmp_path):
     archive = write_cifar100_archive(tmp_path, train=6, test=3)
     split = load_cifar100(archive, verify_checksum=False, cache_dir=tmp_path / "cache")["train"]
     views = SeededViews(cifar_task.Images(split, is_augmented=True), 3)
     teacher = cifar_task.CifarResNet(cifar_task.CifarResNetConfig(8)).eval()
-    (tmp_path / "logits.part").write_bytes(b"of a run that was stopped")
-    stored = cifar_task.stored_logits(teacher, views, tmp_path / "logits.npy")
-    dataset = cifar_task.WithLogits(views, stored)
+    (tmp_path / "train.part").mkdir()  # of a run that was stopped
+    dataset = cifar_task.stored_views(teacher, views, tmp_path / "train")
+    assert len(dataset) == 18
     for index in (0, 7, 17):
-        one = dataset[index]
-        expected = teacher(one["pixel_values"][None]).logits[0]
+        one, view = dataset[index], views[index]
+        assert torch.equal(one["pixel_values"], view["pixel_values"]) and one["labels"] == view["labels"]
+        expected = teacher(view["pixel_values"][None]).logits[0]
         torch.testing.assert_close(one["stored_logits"], expected, atol=5e-3, rtol=5e-3)
     assert not torch.equal(dataset[1]["pixel_values"], dataset[7]["pixel_values"])
-    changed = np.load(tmp_path / "logits.npy")
+    changed = np.load(tmp_path / "train/logits.npy")
     changed[0] = 1
-    np.save(tmp_path / "logits.npy", changed)  # read, not computed again
-    assert (cifar_task.stored_logits(teacher, views, tmp_path / "logits.npy")[0] == 1).all()
+    np.save(tmp_path / "train/logits.npy", changed)  # read, not computed again
+    assert (cifar_task.stored_views(teacher, views, tmp_path / "train").logits[0] == 1).all()
 
 
 def test_a_call_goes_on_with_the_records_of_another(run, tmp_path):

@@ -32,7 +32,7 @@ def test_the_defaults_are_those_of_the_task():
     text = build_distiller(llama(2000), llama(2000, seed=1), DISArguments(head_mode="sampled"))
     samplers = image.sampler, text.sampler
     sizes = [(one.num_sampled, one.num_shared, one.num_tails, one.rank_depth) for one in samplers]
-    assert sizes == [(32, 512, 16, 64), (16, 1024, 16, 16)]
+    assert sizes == [(96, 416, 16, 96), (16, 1024, 16, 16)]
 
 
 def test_a_teacher_is_frozen_in_evaluation_mode_and_a_student_is_left_as_it_is():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import parity
 import pytest
@@ -49,3 +50,22 @@ def test_a_student_that_is_in_the_file_is_not_trained_again(monkeypatch, capsys,
 
 
 RESULT = {"logits": 0.16, "top1": 0.6}
+
+
+def test_estimated_errors_beside_those_of_probes(capsys):
+    probes = [[0.11, 0.1], [0.18, 0.2], [0.3, 0.3]]
+    parity.print_errors([record("dis", 0, 0.3), record("probed", 0, 0.3) | {"errors": probes}])
+    assert "| glyphs | x5 | probed | 3 | 1.00 | 0.90 | 1.10 |" in capsys.readouterr().out
+    parity.print_errors([record("dis", 0, 0.3)])
+    assert capsys.readouterr().out == ""
+
+
+def test_logits_are_the_mean_over_logs_where_the_sizes_change():
+    distiller = SimpleNamespace(mode="sampled", num_classes=1000, sampler=SimpleNamespace(columns=500))
+    logs = [{"dis/num_sampled_classes": 40, "dis/num_shared_classes": size} for size in (60, 160)]
+    trainer = SimpleNamespace(distiller=distiller, state=SimpleNamespace(log_history=[*logs, {"eval_kl": 0.1}]))
+    assert parity.mean_logits(trainer) == 0.15
+    trainer.state.log_history = []
+    assert parity.mean_logits(trainer) == 0.5
+    distiller.mode = "exact"
+    assert parity.mean_logits(trainer) == 1.0

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LAYOUTS = {(32, 512, 16): "the default", (32, 512, 1): "one tail", (128, 0, 1): "item by item"}
+LAYOUTS = {(32, 512, 16): "16 tails", (32, 512, 1): "one tail", (128, 0, 1): "item by item"}
 
 
 def records(name):

@@ -13,6 +13,7 @@ Log = dict[str, Any]
 LOW_COVERAGE = 0.5
 
 # Above this share nearly all ranked samples are certain. The top takes all K, and only a larger K reaches lower ranks.
+# Where all of them are, K is m, and the error is that of the shared tail.
 MOSTLY_CERTAIN = 0.9
 
 # The estimate of the student's normaliser has a relative deviation near 1/√ESS, which is a third at ESS 10. Its
@@ -45,7 +46,7 @@ def advice(values: Log) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value)
     ]
     more = "num_shared_classes (num_sampled_classes if it is 0)"
-    if values.get("dis/certain", 0) > MOSTLY_CERTAIN:
+    if MOSTLY_CERTAIN < values.get("dis/certain", 0) < 1:
         more = "num_sampled_classes"
     error = values.get("probe/relative_error", values.get(ESTIMATED_ERROR))
     # A signal that is spread evenly is estimated well from few classes: where the gradient is good, coverage is not
@@ -66,7 +67,7 @@ def advice(values: Log) -> list[str]:
         cosine = f" (cosine {values['probe/cosine']:.2f})" if "probe/cosine" in values else ""
         found.append(
             f"relative error {error:.2f} of the gradient{cosine}: the error is larger than the gradient. Raise "
-            f"{more}, or the batch size, or lower learning_rate."
+            f"{more}, or let both follow an accepted gradient_error. Or raise the batch size, or lower learning_rate."
         )
     exact, sampled = values.get("probe/exact_kd_loss"), values.get("probe/sampled_kd_loss")
     if exact is not None and abs(sampled - exact) > LOSS_GAP * exact:

@@ -140,7 +140,7 @@ class RunningMeans:
             over = counts
             if isinstance(value, GradientError):
                 self._errors.add(name)
-                value, over = value
+                value, over = value.squared_error, value.squared_length
             dtype = widest(value.device)
             value = value.detach().to(dtype)
             count = value.new_full((), value.numel()) if over is None else over.to(dtype).sum()

@@ -18,13 +18,24 @@ MEASURED_ITEMS = 64
 
 
 class GradientError(NamedTuple):
-    """The squared error of gradients on the head's input, and their squared length, estimated, ``[n]`` each.
+    """Squared errors of gradients on the head's input, and their squared length, estimated, ``[n]`` each.
 
-    The root of the one sum over the other is ‖ĝ - g‖ / ‖g‖.
+    The root of the sum of errors over the sum of lengths is ‖ĝ - g‖ / ‖g‖.
+
+    Attributes:
+        own: squared error by the classes that an item samples of its own.
+        shared: squared error by the classes of its tail.
+        squared_length: of the exact gradient.
     """
 
-    squared_error: Tensor
+    own: Tensor
+    shared: Tensor
     squared_length: Tensor
+
+    @property
+    def squared_error(self) -> Tensor:
+        """The squared error by all classes."""
+        return self.own + self.shared
 
 
 @torch.no_grad()
@@ -65,11 +76,12 @@ def _estimated(weight: Tensor, sample: ClassSample, result: SampledLoss, diverge
         for other_scales, other in centres:
             squares += scales * other_scales * (centre * other).sum(1, keepdim=True)
     spread = weights.square() if sample.with_replacement else weights * (weights - 1)
-    squared_error = (spread.masked_fill(sample.certain, 0) * squares.clamp_min(0)).sum(1)
+    errors = spread.masked_fill(sample.certain, 0) * squares.clamp_min(0)
+    own, shared = (part.sum(1) for part in errors.tensor_split([sample.item_ids.shape[1]], 1))
     factors = divergence.weighted_signal(sample, result).masked_fill(~used, 0)
     squared_length = weighted_rows(factors, weight, *ids).square().sum(1)
     # The square of an estimate is too long by its variance.
-    return GradientError(squared_error, squared_length - squared_error)
+    return GradientError(own, shared, squared_length - own - shared)
 
 
 def _some_items(sample: ClassSample, result: SampledLoss) -> tuple[ClassSample, SampledLoss]:

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import ranks_to_classes, sample_ranks, systematic_points
 from hf_dis.sampling.proposal import Proposal, TeacherProposal, make_proposal
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.sampling.sampler import ClassSampler
+from hf_dis.sampling.spec import SamplerSpec
 from hf_dis.sampling.tails import ClassDensity, Tails, is_outside
 from hf_dis.teacher.cached import UNKNOWN, CachedTargets
 from hf_dis.teacher.compact import TargetLayout
@@ -70,6 +70,10 @@ class CachedSampler(ClassSampler):
     def columns(self) -> int:
         """Student logits computed per item; the label's is not counted."""
         return self.num_stored + self.num_sampled + self.num_shared
+
+    def _resize(self) -> None:
+        super()._resize()
+        self._places = torch.arange(self.num_stored + self.num_sampled, device=self._places.device)
 
     def _sample(self, teacher: Iterable[CachedTargets], tails: Tails, labels: Tensor | None) -> ClassSample:
         targets = CachedTargets.cat(list(teacher))

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_dis.arguments import SamplerSpec
 from hf_dis.precision import widest
 from hf_dis.sampling.answers import Answers
 from hf_dis.sampling.class_memory import ClassMemory
 from hf_dis.sampling.rank_proposal import RankProposal
 from hf_dis.sampling.sample import ClassSample, Statistics
+from hf_dis.sampling.spec import SamplerSpec
 from hf_dis.sampling.tails import ClassDensity
 from hf_dis.teacher.targets import TeacherTargets
 
@@ -201,20 +201,23 @@ class DISProposal(Proposal):
         return self.memory.density(self.floor)
 
     def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
-        """Those of the ranks and, where there is a shared tail, those of the classes."""
-        statistics = self.ranks.statistics(sample, signal)
+        """Those of the ranks, unless all of them are certain, and those of the classes, if there is a shared tail."""
+        statistics = {} if sample.all_ranks_certain else self.ranks.statistics(sample, signal)
         if sample.tail_ids.numel():
             statistics |= self.memory.statistics(sample, signal)
         return statistics
 
     def update(self, statistics: Statistics) -> None:
         """As :meth:`RankProposal.update` and :meth:`ClassMemory.update`."""
-        self.ranks.update(statistics)
+        if "rank_squared" in statistics:
+            self.ranks.update(statistics)
         if "tail" in statistics:
             self.memory.update(statistics)
 
     def scalars(self) -> dict[str, float]:
-        """The weight of each component, ``dis/laplace_<scale>``."""
+        """The weight of each component, ``dis/laplace_<scale>``; none where all ranks are certain."""
+        if not self.ranks.observed:
+            return {}
         weights = zip(self.ranks.scales.tolist(), self.ranks.weights.tolist(), strict=True)
         return {f"dis/laplace_{scale:g}": weight for scale, weight in weights}
 

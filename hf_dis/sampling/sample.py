@@ -41,6 +41,7 @@ class ClassSample:
             rounding, ``[C]``; empty for a proposal without a use for it.
         has_label: column ``R - 1`` is the label's.
         with_replacement: an item may hold a class in several of its ranked columns.
+        all_ranks_certain: every item holds all ranks that it samples from, each with certainty.
         updates: the sample of the classes that update the head; all sampled classes update the head if None.
         finite: true for the items that statistics count, those with a finite signal, ``[N]``; all of them if None.
     """
@@ -57,6 +58,7 @@ class ClassSample:
     class_mass: Tensor
     has_label: bool
     with_replacement: bool
+    all_ranks_certain: bool = False
     updates: Updates | None = None
     finite: Tensor | None = None
 
@@ -143,3 +145,21 @@ class Stratum(NamedTuple):
     def exact_target(self) -> Tensor:
         """The same where all classes are certain: no class can carry a rest."""
         return (self.log_probs + self.log_weights).exp_()
+
+
+def item_counts(num_items: int, finite: Tensor | None) -> Statistics:
+    """The numbers of items with and without a finite signal."""
+    if finite is not None and uses_triton(finite.device):
+        from hf_dis.sampling.triton_learning import item_counts
+
+        items, not_finite = item_counts(finite).unbind()
+        return {"items": items, "not_finite": not_finite}
+    items = torch.tensor(num_items) if finite is None else finite.sum()
+    return {"items": items, "not_finite": num_items - items}
+
+
+def label_stratum(labels: Tensor, log_probs: Tensor) -> Stratum:
+    """The label's class as a stratum of its own, certain to be sampled; log-probabilities are ``[N, 1]``."""
+    ids = labels[:, None]
+    log_weights = torch.zeros_like(ids, dtype=torch.float32)
+    return Stratum(ids, log_weights, torch.ones_like(ids, dtype=torch.bool), log_probs, log_probs[:, 0].exp())

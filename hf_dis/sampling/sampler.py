@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_dis.arguments import SamplerSpec
 from hf_dis.checks import require, require_number
 from hf_dis.kernels import uses_triton
 from hf_dis.precision import check_sparse, widest
 from hf_dis.sampling.answers import Answers, Logits, Ranked
+from hf_dis.sampling.budget import Budget, Variances
 from hf_dis.sampling.class_memory import sampled_mass
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, systematic_starts
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal, make_proposal
-from hf_dis.sampling.sample import ClassSample, Statistics, Stratum
+from hf_dis.sampling.sample import ClassSample, Statistics, Stratum, item_counts, label_stratum
 from hf_dis.sampling.sharded_tails import sample_sharded_tails
+from hf_dis.sampling.spec import SamplerSpec
 from hf_dis.sampling.tails import Tails, is_outside
 from hf_dis.teacher.targets import TeacherTargets
 
 if TYPE_CHECKING:
     from hf_dis.head.vocab_shard import VocabShard
+    from hf_dis.report.gradient_error import GradientError
 
 
 class ClassSampler:
@@ -48,6 +50,7 @@ class ClassSampler:
         ValueError: if a shared tail needs sparse tensors, and torch has none for the device.
 
     Attributes:
+        budget: chooses K and K_t of the next batch by the error of the gradient; None: they are fixed.
         not_finite: the number of items so far from which the proposal did not learn, their signal being NaN or Inf.
     """
 
@@ -74,6 +77,7 @@ class ClassSampler:
             wanted = f"num_shared_classes is {num_shared} with a proposal that learns about classes"
             check_sparse(proposal.device, wanted, "set num_shared_classes=0, or proposal='uniform'")
         self.generator = torch.Generator().manual_seed(seed)
+        self.budget: Budget | None = None
         self.not_finite = torch.zeros((), dtype=torch.long, device=proposal.device)
 
     @property
@@ -111,7 +115,7 @@ class ClassSampler:
         if labels is None:
             mass = 1 - strata[0].mass
         else:
-            own = _label_stratum(labels, answers.label_log_probs)
+            own = label_stratum(labels, answers.label_log_probs)
             # All classes are ranked where no tail is shared.
             in_top = (answers.ids == own.ids).any(1) if self.num_shared else torch.ones_like(labels, dtype=torch.bool)
             strata = [ranked.stratum.without(own, in_top), own]
@@ -137,6 +141,7 @@ class ClassSampler:
             class_mass=class_mass,
             has_label=labels is not None,
             with_replacement=self.design == "replacement",
+            all_ranks_certain=self._samples_all_ranks,
         )
 
     @property
@@ -158,6 +163,7 @@ class ClassSampler:
         names = ("item_ids", "log_weights", "certain", "log_probs", "target", "ranks", "rank_weights", "outside_top")
         columns = zip(names, assemble(*given, self.num_sampled), strict=True)
         others = {"class_mass": class_mass, "has_label": labels is not None, "with_replacement": False}
+        others["all_ranks_certain"] = self._samples_all_ranks
         return ClassSample(tail_ids=tails.ids, **dict(columns), **others)
 
     def _answers(
@@ -231,7 +237,7 @@ class ClassSampler:
             statistics = self.proposal.statistics(replace(sample, finite=finite), signal)
             if not statistics:
                 return
-            statistics |= _item_counts(len(signal), finite)
+            statistics |= item_counts(len(signal), finite)
             if self.proposal.shard is not None and "class_mass" in statistics:
                 statistics["class_mass"] = sampled_mass(statistics["class_mass"], self.generator)
             if reduce is not None:
@@ -239,12 +245,30 @@ class ClassSampler:
             self.proposal.update(statistics)
             self.not_finite += statistics["not_finite"]
 
+    def follow(self, error: GradientError, reduce: Callable[[Statistics], Statistics] | None = None) -> None:
+        """Gives the budget an estimated error of the gradient, and takes its sizes for the next batch.
+
+        Args:
+            error: of some items.
+            reduce: as for :meth:`learn`; all processes take the same sizes.
+        """
+        sums = {"errors": torch.stack([part.to(widest(part.device)).sum() for part in error])}
+        sums = sums if reduce is None else reduce(sums)
+        self.budget.observe(Variances(*sums["errors"].tolist()))
+        self._resize()
+
+    def _resize(self) -> None:
+        self.num_sampled, self.num_shared = self.budget.sizes
+        self.num_updated = self.budget.num_updated
+
     def scalars(self) -> dict[str, float]:
         """Numbers to log, read from the device: the proposal's, and ``dis/not_finite`` if any item was left out.
 
         Warns once if any item was left out.
         """
         scalars, not_finite = self.proposal.scalars(), int(self.not_finite)
+        if self.budget is not None:
+            scalars |= {"dis/num_sampled_classes": self.num_sampled, "dis/num_shared_classes": self.num_shared}
         if not_finite:
             warnings.warn(  # Python shows it once
                 "logits of student or teacher had NaN or Inf: dis/not_finite is the number of these items, from which "
@@ -259,6 +283,7 @@ class ClassSampler:
         """The states of proposal and generator, and the number of items left out."""
         return {
             **self.proposal.state_dict(),
+            **({} if self.budget is None else self.budget.state_dict()),
             "generator": self.generator.get_state(),
             "not_finite": self.not_finite,
         }
@@ -268,29 +293,14 @@ class ClassSampler:
         self.generator.set_state(state["generator"])
         self.not_finite.copy_(state["not_finite"])
         self.proposal.load_state_dict(state)
+        if self.budget is not None and "budget" in state:
+            self.budget.load_state_dict(state)
+            self._resize()
 
 
 def _is_known_to_be_finite(signal: Tensor) -> bool:
     """Looks at the sum on a CPU, which saves four passes over the signal; elsewhere the look would wait."""
     return signal.device.type == "cpu" and bool(signal.sum().isfinite())
-
-
-def _item_counts(num_items: int, finite: Tensor | None) -> Statistics:
-    """The numbers of items with and without a finite signal."""
-    if finite is not None and uses_triton(finite.device):
-        from hf_dis.sampling.triton_learning import item_counts
-
-        items, not_finite = item_counts(finite).unbind()
-        return {"items": items, "not_finite": not_finite}
-    items = torch.tensor(num_items) if finite is None else finite.sum()
-    return {"items": items, "not_finite": num_items - items}
-
-
-def _label_stratum(labels: Tensor, log_probs: Tensor) -> Stratum:
-    """The label's class as a stratum of its own, certain to be sampled; log-probabilities are ``[N, 1]``."""
-    ids = labels[:, None]
-    log_weights = torch.zeros_like(ids, dtype=torch.float32)
-    return Stratum(ids, log_weights, torch.ones_like(ids, dtype=torch.bool), log_probs, log_probs[:, 0].exp())
 
 
 def make_sampler(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,14 @@ class OnlineTeacher:
 
     def __call__(self, inputs: dict[str, Tensor], items: Items, check_values: bool = True) -> Iterator[TeacherTargets]:
         """Yields the ranked targets of each chunk of items, in order; takes the arguments of :meth:`all_classes`."""
-        # map keeps no chunk while the next one is computed, as the variable of a loop would.
-        return map(partial(self._rank, len(items)), self._logits(inputs, items, check_values))
+        on_cpu, first_item = next(iter(inputs.values())).device.type == "cpu", 0
+        for logits in self._logits(inputs, items, check_values, check_finite=check_values and not on_cpu):
+            targets = TeacherTargets(logits, self.temperature, self.depth, BLOCKS_OF_CHUNK, len(items))
+            if check_values and on_cpu:
+                targets.check_finite(first_item)
+            first_item += len(targets)
+            yield targets
+            del logits, targets  # the next chunk is computed without this one in memory
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,9 +85,6 @@ class OnlineTeacher:
         """Names and values of the weights by which the teacher is recognised."""
         return stored_values(self.model)
 
-    def _rank(self, num_items: int, logits: Tensor) -> TeacherTargets:
-        return TeacherTargets(logits, self.temperature, self.depth, BLOCKS_OF_CHUNK, num_items)
-
     def all_classes(self, inputs: dict[str, Tensor], items: Items, check_values: bool = True) -> Iterator[Tensor]:
         """Yields the logits of each chunk of items, ``[n, C]``.
 
@@ -95,14 +98,19 @@ class OnlineTeacher:
                 the student has, unless the teacher may.
             FloatingPointError: if the logits hold NaN or Inf; names the items.
         """
-        return self._logits(inputs, items, check_values, ALL_CLASSES_CHUNKS)
+        return self._logits(inputs, items, check_values, check_values, ALL_CLASSES_CHUNKS)
 
     def _logits(
-        self, inputs: dict[str, Tensor], items: Items, check_values: bool, chunks: int | None = None
+        self,
+        inputs: dict[str, Tensor],
+        items: Items,
+        check_values: bool,
+        check_finite: bool,
+        chunks: int | None = None,
     ) -> Iterator[Tensor]:
         first_item = 0
         for logits in self.stream(inputs, items, chunks):
-            check_teacher_logits(logits, self.num_outputs, first_item, check_values)
+            check_teacher_logits(logits, self.num_outputs, first_item, check_finite)
             logits = logits[:, : self.num_classes]
             if check_values and not self.may_mask:
                 check_support(logits, first_item)

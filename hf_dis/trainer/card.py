@@ -182,6 +182,7 @@ def _settings(trainer: DISTrainerMixin) -> dict[str, Any]:
         "Rank depth (m)": sampler.rank_depth,
         "Proposal": settings.proposal if kind.__module__.startswith(PACKAGE) else kind.__name__,
         "Design": sampler.design,
+        **({} if sampler.budget is None else {"Accepted error of the gradient": sampler.budget.accepted}),
         "Exact warm-up steps": settings.get_exact_warmup_steps(trainer.state.max_steps),
     }
     if distiller.mode == "exact":

@@ -136,7 +136,7 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
         try:
             loss = super().training_step(*args, **kwargs)
             if self.distiller.row_sparse and self.accelerator.sync_gradients:
-                self._set_gain(is_exact=self._is_warming_up)
+                self._set_gain(is_exact=self._is_warming_up or self.distiller.wants_all_classes)
                 average_rows(self.head.parameters(), over_processes=self.head.shard is None)
             return loss
         finally:

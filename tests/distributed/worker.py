@@ -24,7 +24,7 @@ RUNS = {
 }
 
 
-def trainer(output_dir: Path, seed: int = 0, **keywords) -> DISDistillationTrainer:
+def trainer(output_dir: Path, seed: int = 0, num_classes: int = 40, **keywords) -> DISDistillationTrainer:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     defaults = {
         "per_device_train_batch_size": WINDOW // 2,
@@ -43,8 +43,8 @@ def trainer(output_dir: Path, seed: int = 0, **keywords) -> DISDistillationTrain
     }
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
     return DISDistillationTrainer(
-        vit(40, seed),
-        vit(40, seed=1, spread=30),
+        vit(num_classes, seed),
+        vit(num_classes, seed=1, spread=30),
         DISConfig(**{"output_dir": str(output_dir), **quiet, **defaults, **keywords}),
         train_dataset=labelled_images(2 * WINDOW, 40),
         eval_dataset=labelled_images(13, 40, seed=3),  # not a multiple of anything

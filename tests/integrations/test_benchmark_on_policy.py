@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import chats
@@ -49,11 +50,12 @@ def test_the_page_has_the_times_of_the_records():
     root = Path(__file__).parents[2]
     page = (root / "docs/divergences.md").read_text()
     records = json.loads((root / "benchmarks/results/on_policy_time.json").read_text())
-    dis = {one["divergence"]: one["ms"] for one in records if one["method"] == "dis"}
-    assert len(records) == 8
+    dis = {(one["divergence"], one["tokens"]): one["ms"] for one in records if one["method"] == "dis"}
+    assert len(records) == 16
     for one in records:
-        ratio = one["ms"] / dis[one["divergence"]]
-        assert f"| {one['divergence']} | {one['method']} | {one['ms']:,.0f} | {ratio:.2f} |\n" in page
+        ratio = one["ms"] / dis[one["divergence"], one["tokens"]]
+        cells = one["divergence"], f"{one['tokens']:,}", one["method"], f"{one['ms']:,.0f}", f"{ratio:.2f}"
+        assert f"| {' | '.join(cells)} |\n" in page
 
 
 def test_a_call_without_seeds_prints_the_table_alone(monkeypatch, tmp_path, capsys):
@@ -82,10 +84,10 @@ def test_steps_are_timed_without_the_writing(monkeypatch):
     monkeypatch.setattr(on_policy, "VOCABULARY", len(chats.tokenizer()))
     monkeypatch.setattr(on_policy, "PROMPT_TOKENS", 4)
     monkeypatch.setattr(on_policy, "COMPLETION_TOKENS", 4)
-    monkeypatch.setattr(on_policy, "PROMPTS", 2)
     monkeypatch.setattr(on_policy, "FIRST_TOKEN", 10)
     monkeypatch.setattr(on_policy.sft_task, "chat_tokenizer", lambda num_tokens: chats.tokenizer())
-    records = on_policy.measure_times(["jsd"], 2, 1, use_cpu=True)
+    given = SimpleNamespace(divergences=["jsd"], prompts=[2], steps=2, rounds=1)
+    records = on_policy.measure_times(given, use_cpu=True)
     assert [one["method"] for one in records] == ["trl", "exact", "dis", "dis dense"]
     assert all(one["ms"] > 0 for one in records)
 

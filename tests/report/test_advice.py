@@ -63,6 +63,8 @@ def test_coverage_that_nothing_was_compared_with_asks_for_a_probe():
     assert "num_shared_classes" in line and "probe_steps" in line
     (line,) = advice({"dis/coverage": 0.41, "dis/certain": 0.95})
     assert "Raise num_sampled_classes;" in line
+    (line,) = advice({"dis/coverage": 0.41, "dis/certain": 1.0})  # K = m: the error is the tail's
+    assert "Raise num_shared_classes" in line
 
 
 def test_the_estimated_error_is_judged_where_there_is_no_probe():

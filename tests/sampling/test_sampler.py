@@ -208,15 +208,16 @@ def test_k_beyond_the_ranks_that_are_sampled_from_is_refused(proposal, shared):
         )
 
 
-def test_the_ranking_is_resolved_to_twice_k_if_not_told():
-    assert make_sampler(1_000, SamplerSpec(num_sampled_classes=30)).rank_depth == 60
-    assert make_sampler(50, SamplerSpec(num_sampled_classes=30)).rank_depth == 50
+def test_the_ranking_is_resolved_to_k_or_to_twice_k_without_a_shared_tail():
+    assert make_sampler(1_000, SamplerSpec(num_sampled_classes=30)).rank_depth == 30
+    per_item = SamplerSpec(num_sampled_classes=30, num_shared_classes=0)
+    assert make_sampler(1_000, per_item).rank_depth == 60 and make_sampler(50, per_item).rank_depth == 50
     assert make_sampler(1_000, SamplerSpec(num_sampled_classes=30, rank_depth=40)).rank_depth == 40
 
 
 @pytest.mark.parametrize(
     ("num_classes", "keywords", "columns"),
-    [(1_000, {"num_shared_classes": 0}, 30), (1_000, {"num_shared_classes": 70}, 100), (50, {}, 30), (30, {}, 30)],
+    [(1_000, {"num_shared_classes": 0}, 30), (1_000, {"num_shared_classes": 70}, 100), (50, {}, 80), (30, {}, 30)],
 )
 def test_columns_are_the_logits_of_an_item(num_classes, keywords, columns):
     """A shared tail only where there are classes below the ranked ones."""

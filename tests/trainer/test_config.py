@@ -49,6 +49,7 @@ COMMAND_LINE = {
     "num_tails": 2,
     "num_updated_classes": 16,
     "rank_depth": 64,
+    "gradient_error": 0.2,
     "proposal": "teacher",
     "design": "pps",
     "proposal_floor": 0.1,

@@ -132,7 +132,7 @@ def test_the_layout_of_language_models(make_trainer):
     ).distiller.sampler
     assert (deeper.num_sampled, deeper.rank_depth, deeper.num_shared) == (16, 32, 0)
     sampler = make_trainer(vit(600), vit(600), train_dataset=labelled_images(8, 600), **layout).distiller.sampler
-    assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared, sampler.num_tails) == (32, 64, 512, 16)
+    assert (sampler.num_sampled, sampler.rank_depth, sampler.num_shared, sampler.num_tails) == (96, 96, 416, 16)
 
 
 def test_only_supervised_tokens_reach_the_head(make_trainer):
