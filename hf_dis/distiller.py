@@ -119,11 +119,6 @@ class Distiller:
         return self.replicas is not None
 
     @property
-    def is_tensor_parallel(self) -> bool:
-        """True if transformers spread the student over processes by a ``tp_plan``."""
-        return self.replicas is not None
-
-    @property
     def head(self) -> SampledHead:
         """The student's output head."""
         return SampledHead(self.student, self.head_layers, self.row_sparse, self.tied_embeddings)
