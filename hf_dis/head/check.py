@@ -135,8 +135,8 @@ def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: 
         is_sharded: the student's parameters are sharded by FSDP or DeepSpeed.
 
     Raises:
-        ValueError: if torch is too old or has no sparse tensors for the device, if the head is sharded, or if its
-            weight is tied to a layer with dense gradients.
+        ValueError: if torch is too old or has no sparse tensors for the device. Or if FSDP or DeepSpeed shards the
+            head, or its weight is tied to a layer with dense gradients.
     """
     if torch.__version__ < (2, 14):
         raise ValueError(
