@@ -9,8 +9,8 @@ from hf_dis.head.optimizer import RowSparseAdamW
 from hf_dis.head.sharded import ShardedHead, shard_head
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.report.callback import DISReportCallback
+from hf_dis.sampler_spec import SamplerSpec
 from hf_dis.sampling.sampler import ClassSampler, make_sampler
-from hf_dis.sampling.spec import SamplerSpec
 from hf_dis.trainer.config import DISConfig
 from hf_dis.trainer.mixin import DISTrainerMixin
 from hf_dis.trainer.trainer import DISDistillationTrainer

@@ -7,7 +7,7 @@ from math import ceil, inf
 from typing import Any, Literal
 
 from hf_dis.checks import require, require_number
-from hf_dis.sampling.spec import SamplerSpec, setting
+from hf_dis.sampler_spec import SamplerSpec, setting
 
 HEAD_MODES = ("auto", "sampled", "exact")
 MOMENT_DTYPES = ("float32", "bfloat16", None)

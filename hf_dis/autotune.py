@@ -19,9 +19,9 @@ from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.loss.exact import slices
 from hf_dis.loss.exact_head import exact_head_loss
 from hf_dis.loss.sampled import sampled_loss
+from hf_dis.sampler_spec import SamplerSpec
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.sampling.sampler import make_sampler
-from hf_dis.sampling.spec import SamplerSpec
 from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.compact import CompactTargets, TargetLayout, compact_targets
 from hf_dis.teacher.targets import TeacherTargets, chunk_items

@@ -28,10 +28,10 @@ from hf_dis.models.spread import is_fully_sharded
 from hf_dis.models.tasks import Task, find_task, num_outputs
 from hf_dis.models.ties import find_tied_embeddings
 from hf_dis.models.vocabulary import shared_classes
+from hf_dis.sampler_spec import SamplerSpec
 from hf_dis.sampling.budget import make_budget
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.sampling.sampler import ClassSampler, make_sampler
-from hf_dis.sampling.spec import SamplerSpec
 from hf_dis.sharded_teacher import ShardedTeacher, is_spread
 from hf_dis.teacher.cached import CachedTeacher
 from hf_dis.teacher.loading import check_separate, placed

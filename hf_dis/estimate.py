@@ -21,7 +21,7 @@ from hf_dis.errors import DataError, first_line
 from hf_dis.loss.exact_head import DEVICE_BLOCK_BYTES
 from hf_dis.models.head_search import find_heads
 from hf_dis.models.tasks import Task, find_task, num_outputs
-from hf_dis.sampling.spec import SamplerSpec
+from hf_dis.sampler_spec import SamplerSpec
 from hf_dis.teacher.targets import KERNEL_CHUNKS, chunk_items
 
 # The mappings that a model without a named class is looked up in.

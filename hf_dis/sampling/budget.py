@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_dis.sampling.spec import UPDATED_SHARE
+from hf_dis.sampler_spec import UPDATED_SHARE
 
 if TYPE_CHECKING:
     from hf_dis.arguments import DISArguments

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from hf_dis.checks import require
 from hf_dis.kernels import uses_triton
+from hf_dis.sampler_spec import SamplerSpec
 from hf_dis.sampling.designs import ranks_to_classes, sample_ranks, systematic_points
 from hf_dis.sampling.proposal import Proposal, TeacherProposal, make_proposal
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.sampling.sampler import ClassSampler
-from hf_dis.sampling.spec import SamplerSpec
 from hf_dis.sampling.tails import ClassDensity, Tails, is_outside
 from hf_dis.teacher.cached import UNKNOWN, CachedTargets
 from hf_dis.teacher.compact import TargetLayout

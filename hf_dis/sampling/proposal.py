@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_dis.precision import widest
+from hf_dis.sampler_spec import SamplerSpec
 from hf_dis.sampling.answers import Answers
 from hf_dis.sampling.class_memory import ClassMemory
 from hf_dis.sampling.rank_proposal import RankProposal
 from hf_dis.sampling.sample import ClassSample, Statistics
-from hf_dis.sampling.spec import SamplerSpec
 from hf_dis.sampling.tails import ClassDensity
 from hf_dis.teacher.targets import TeacherTargets
 

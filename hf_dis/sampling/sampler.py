@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_dis.checks import require, require_number
 from hf_dis.kernels import uses_triton
 from hf_dis.precision import check_sparse, widest
+from hf_dis.sampler_spec import SamplerSpec
 from hf_dis.sampling.answers import Answers, Logits, Ranked
 from hf_dis.sampling.budget import Budget, Variances
 from hf_dis.sampling.class_memory import sampled_mass
@@ -20,7 +21,6 @@ from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, sys
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal, make_proposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum, item_counts, label_stratum
 from hf_dis.sampling.sharded_tails import sample_sharded_tails
-from hf_dis.sampling.spec import SamplerSpec
 from hf_dis.sampling.tails import Tails, is_outside
 from hf_dis.teacher.targets import TeacherTargets
 

@@ -263,7 +263,10 @@ REFUSED = {
         r"'lm_head' is a Parameter of torch.int8.*llm_int8_skip_modules",
     ),
     "4-bit": (with_weight(Packed), r"'lm_head' is a Packed of torch.float32.*llm_int8_skip_modules"),
-    "spread by other means": (with_weight(tensor_parallel), r"weight of .*'lm_head' is a DTensor.*with no tp_plan"),
+    "spread by other means": (
+        with_weight(tensor_parallel),
+        r"weight of .*'lm_head' is a DTensor.*with FSDP alone",
+    ),
     "DoRA on the head": (
         adapted(peft.LoraConfig(target_modules=["lm_head"], use_dora=True)),
         r"of the output head 'base_model.model.lm_head' is not a plain LoRA \(Dora.*use_dora=False",
