@@ -20,6 +20,7 @@ from hf_dis import DISArguments, build_distiller, cache_teacher_targets
 # Two copies of a model, each spread over two processes; FSDP spreads the parts of a copy once more.
 LAYOUTS = {"copied": {"dp_replicate_size": 2}, "FSDP": {"fsdp_size": 2}}
 EXAMPLES, WINDOW = 32, 16  # of an optimizer step
+EVEN = 44  # tokens of tied models under FSDP, whose rows have to be a multiple of the processes
 PER_ITEM = {"gradient_accumulation_steps": 2, "num_shared_classes": 0, "proposal": "teacher"}
 MODES = {
     "per item": PER_ITEM,
@@ -90,19 +91,24 @@ def run(folder: Path) -> None:
     ParallelismConfig._validate_accelerator = lambda *_: None
     PartialState(cpu=True)
     share_groups()
-    folders, results = models.saved(folder), {"world_size": models.processes()}
+    results = {"world_size": models.processes()}
+    uneven, even = models.saved(folder), models.saved(folder / "even", EVEN)
     for name, sizes in LAYOUTS.items():
         sizes, own = {"tp_size": 2, **sizes} if models.processes() > 1 else {}, folder / name
-        teacher = models.load(folders["teacher"], **sizes)
-        cache_teacher_targets(teacher, data("causal LM")[:EXAMPLES], own / "cache", **STORED)
-        results |= {(name, *case): train(folders, own, case, sizes) for case in CASES[name]}
-        single = {"dtype": torch.float32}
-        results |= {(name, *case, "float32"): train(folders, own, case, sizes, **single) for case in FLOAT32[name]}
-        results[name, "own loop"] = own_loop(folders, sizes)
-    results["apart"] = train(folders, own, (True, "whole", "forward_kl", "apart"), sizes)
+        tied = even if name == "FSDP" else uneven
+        if name == "copied":
+            teacher = models.load(uneven["teacher"], **sizes)
+            cache_teacher_targets(teacher, data("causal LM")[:EXAMPLES], own / "cache", **STORED)
+        for case in CASES[name]:
+            results[(name, *case)] = train(tied if case[0] else uneven, own, case, sizes)
+        for case in FLOAT32[name]:
+            found = train(tied if case[0] else uneven, own, case, sizes, dtype=torch.float32)
+            results[(name, *case, "float32")] = found
+        results[name, "own loop"] = own_loop(tied, sizes)
+    results["apart"] = train(even, own, (True, "whole", "forward_kl", "apart"), sizes)
     best = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     given = {"learning_rate": 0.5, "lr_scheduler_type": "constant", **best}
-    results["best"] = train(folders, folder / "best", CASES["FSDP"][1], sizes, **given)
+    results["best"] = train(even, folder / "best", CASES["FSDP"][1], sizes, **given)
     torch.save(results, folder / f"rank_{int(os.environ.get('RANK', 0))}.pt")
 
 

@@ -5,6 +5,7 @@ import replicas_worker as worker
 import torch
 from fake_processes import one_of_four
 from launch import processes
+from same_training import assert_same_training
 from tiny_models import assert_near, llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,36 +32,18 @@ def named(cases):
     )
 
 
-def assert_same_training(found, expected, tolerance):
-    """Compares with a tolerance relative to the largest weight, gradient or loss."""
-    size = max(float(value.abs().max()) for value in expected["student"].values())
-    assert_near(found["student"], expected["student"], tolerance * size)
-    assert_near(found["saved"], expected["saved"], tolerance * size)
-    assert len(found["gradients"]) == len(expected["gradients"]) == worker.models.STEPS
-    for mine, theirs in zip(found["gradients"], expected["gradients"], strict=True):
-        size = max(float(value.abs().max()) for value in theirs.values())
-        assert size > 1e-3
-        assert_near(mine, theirs, tolerance * size)
-    for mine, theirs in zip(found["logs"], expected["logs"], strict=True):
-        for name in ("loss", "grad_norm", "kd_loss", "ce_loss"):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-6), name  # a Trainer sums them in float32
-    assert found["metrics"] == pytest.approx(expected["metrics"], rel=max(tolerance, 1e-9))
-    assert found["predictions"] == pytest.approx(expected["predictions"], abs=10 * tolerance)
-    assert found["items"] == expected["items"]
-
-
 @pytest.mark.slow
 @named(worker.CASES)
 def test_a_training_is_that_of_one_process(runs, case):
     for rank in runs[1]:
-        assert_same_training(rank[case], runs[0][case], 1e-10)
+        assert_same_training(rank[case], runs[0][case], worker.models.STEPS, 1e-10)
 
 
 @pytest.mark.slow
 @named(worker.FLOAT32)
 def test_a_training_in_float32_is_that_of_one_process(runs, case):
     for rank in runs[1]:
-        assert_same_training(rank[(*case, "float32")], runs[0][(*case, "float32")], 1e-6)
+        assert_same_training(rank[(*case, "float32")], runs[0][(*case, "float32")], worker.models.STEPS, 1e-6)
 
 
 @pytest.mark.slow
