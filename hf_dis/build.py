@@ -26,7 +26,7 @@ from hf_dis.loss.f_divergence import divergence_of
 from hf_dis.models.head_search import find_head_layers, find_heads
 from hf_dis.models.spread import is_fully_sharded
 from hf_dis.models.tasks import Task, find_task, num_outputs
-from hf_dis.models.ties import find_tied_embeddings
+from hf_dis.models.ties import check_tied_rows, find_tied_embeddings
 from hf_dis.models.vocabulary import shared_classes
 from hf_dis.sampler_spec import SamplerSpec
 from hf_dis.sampling.budget import make_budget
@@ -118,6 +118,7 @@ def _head(
     layers = _find_head(student, width, arguments, mode)
     check_sharded_head(student, teacher, layers, is_sharded)
     check_tensor_parallel(student, teacher, layers, arguments, mode)
+    check_tied_rows(student)
     return {"head_layers": layers, **_row_sparse(student, layers, arguments, mode, is_sharded, why_dense)}
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_dis.head.sampled_linear import sampled_columns
 from hf_dis.head.sharded import ShardedHead, sharded_heads
@@ -16,7 +17,7 @@ from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items
 from hf_dis.models.after_head import AfterHead
 from hf_dis.models.head_features import evaluating
-from hf_dis.models.spread import is_spread_by_rows
+from hf_dis.models.spread import is_fully_sharded, is_spread_by_rows
 from hf_dis.models.ties import modules_with
 from hf_dis.precision import check_sparse
 
@@ -134,15 +135,15 @@ def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: 
         is_sharded: the student's parameters are sharded by FSDP or DeepSpeed.
 
     Raises:
-        ValueError: if torch is too old or has no sparse tensors for the device, if the head is sharded, or if its
-            weight is tied to a layer with dense gradients.
+        ValueError: if torch is too old or has no sparse tensors for the device. Or if FSDP or DeepSpeed shards the
+            head, or its weight is tied to a layer with dense gradients.
     """
     if torch.__version__ < (2, 14):
         raise ValueError(
             f"row_sparse_head is set, but torch is {torch.__version__}, which has no norm of sparse gradients: it "
             "needs torch 2.14 or newer; or set row_sparse_head=False"
         )
-    if is_sharded:
+    if is_sharded and not sharded_heads(student):
         raise ValueError(
             "row_sparse_head is set, but FSDP and DeepSpeed shard dense gradients only: set it to False, or use plain "
             "data parallelism"
@@ -181,10 +182,11 @@ def check_sharded_head(
         )
     if not heads:
         return
-    if is_sharded:
+    spread_twice = any(isinstance(one, DTensor) for head in heads.values() for one in head.parameters())
+    if spread_twice or (is_sharded and not is_fully_sharded(student)):
         raise ValueError(
-            f"the head {', '.join(heads)} is sharded, and FSDP or DeepSpeed shards the student once more: use plain "
-            "data parallelism for the rest of the student"
+            f"the head {', '.join(heads)} is sharded, and FSDP or DeepSpeed shards this head once more: give "
+            "fully_shard its parameters as ignored_params, or use plain data parallelism"
         )
     if tuple(heads) != tuple(names):
         raise ValueError(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
+from math import prod
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from hf_dis.models.spread import TENSOR_PARALLEL, reshard
 
 
 def modules_with(model: nn.Module, parameter: nn.Parameter) -> dict[str, nn.Module]:
@@ -35,3 +41,36 @@ def find_tied_embeddings(model: nn.Module, head_layers: Iterable[str]) -> tuple[
         if isinstance(module, nn.Embedding)
     }
     return tuple(found)
+
+
+def check_tied_rows(model: nn.Module) -> None:
+    """Checks that tied weights take the steps of each other where FSDP2 shards them in different units.
+
+    Each unit pads the rows of a process to a number that all processes share. A padded copy belongs to one unit, and
+    the optimizer steps one of the copies.
+
+    Raises:
+        ValueError: if FSDP2 has to pad the rows of such a weight.
+    """
+    reshard(model)  # a weight that is whole after a forward is one of each unit
+    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    holders: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders[parameter].append(name)
+    for parameter, names in holders.items():
+        apart = {max((unit for unit in units if name.startswith(unit and f"{unit}.")), default="") for name in names}
+        if len(apart) < 2 or not isinstance(parameter, DTensor):
+            continue
+        mesh = parameter.device_mesh
+        sizes = {
+            name: mesh.size(place)
+            for place, name in enumerate(mesh.mesh_dim_names or ["fsdp"])
+            if not parameter.placements[place].is_replicate()
+        }
+        shared = prod(size for name, size in sizes.items() if name != TENSOR_PARALLEL)
+        if shared > 1 and len(parameter) % prod(sizes.values()):
+            raise ValueError(
+                f"{' and '.join(names)} are tied, and FSDP2 shards them apart: their {len(parameter)} rows have to "
+                f"be a multiple of {prod(sizes.values())}, or one of them keeps its old values. Enlarge the "
+                "vocabulary by resize_token_embeddings, load the model without fsdp_size, or untie the weights"
+            )

@@ -172,12 +172,14 @@ def bytes_sent():
         own = getattr(dist, name)
 
         def call(*args, **kwargs):
-            sent[name] = sent.get(name, 0) + args[place].numel() * args[place].itemsize
+            tensor = [*args, *kwargs.values()][place]
+            sent[name] = sent.get(name, 0) + tensor.numel() * tensor.itemsize
             return own(*args, **kwargs)
 
         return mock.patch.object(dist, name, call)
 
     names = {"all_reduce": 0, "all_gather_into_tensor": 1, "all_to_all_single": 1, "broadcast": 0}
+    names |= {"all_gather_single": 1, "reduce_scatter_single": 1}  # of FSDP
     patches = [counted(name, place) for name, place in names.items()]
     for patch in patches:
         patch.start()

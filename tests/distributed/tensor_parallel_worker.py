@@ -45,16 +45,20 @@ def cases() -> list[tuple[bool, str, str, str]]:
     return [case for case in every if case[1:3] != ("cached", "reverse_kl") and (case[3] != "per item" or case[0])]
 
 
+def float32_cases() -> list[tuple[bool, str, str, str]]:
+    return [(is_tied, "spread", "forward_kl", mode) for is_tied in (True, False) for mode in ("per item", "exact")]
+
+
 def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def saved(folder: Path) -> dict[str, Path]:
+def saved(folder: Path, num_tokens: int = V) -> dict[str, Path]:
     """The folders of the checkpoints, which the first process writes."""
     models = {
-        "tied": llama(V, tie_word_embeddings=True),
-        "untied": llama(V),
-        "teacher": llama(V, seed=1, spread=30, num_hidden_layers=2),
+        "tied": llama(num_tokens, tie_word_embeddings=True),
+        "untied": llama(num_tokens),
+        "teacher": llama(num_tokens, seed=1, spread=30, num_hidden_layers=2),
     }
     folders = {name: folder / name for name in models}
     if int(os.environ.get("RANK", 0)) == 0:
@@ -214,6 +218,7 @@ def train(
         "metrics": {name: value for name, value in output.metrics.items() if name.endswith(("loss", "kl"))},
         "predictions": output.predictions,
         "saved": dict(load(folder / "saved", False, dtype).named_parameters()),
+        "proposal": trainer.distiller.sampler.state_dict(),
         "items": int(trainer.num_items_seen),
     }
 
@@ -228,6 +233,7 @@ def run(folder: Path) -> None:
     results = {"world_size": processes(), **{case: train(folders, folder, case) for case in cases()}}
     case, single = (True, "spread", "forward_kl", "warm-up"), {"dtype": torch.float32}
     results["bf16"] = train(folders, folder, case, bf16=True, **single)
+    results["float32"] = {one: train(folders, folder, one, **single) for one in float32_cases()}
     best = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     case = (True, "whole", "forward_kl", "sampled")
     results["best"] = train(folders, folder, case, learning_rate=0.5, lr_scheduler_type="constant", **best)

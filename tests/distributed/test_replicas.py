@@ -5,6 +5,7 @@ import replicas_worker as worker
 import torch
 from fake_processes import one_of_four
 from launch import processes
+from same_training import assert_same_training
 from tiny_models import assert_near, llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,36 +32,29 @@ def named(cases):
     )
 
 
-def assert_same_training(found, expected, tolerance):
-    """Compares with a tolerance relative to the largest weight, gradient or loss."""
-    size = max(float(value.abs().max()) for value in expected["student"].values())
-    assert_near(found["student"], expected["student"], tolerance * size)
-    assert_near(found["saved"], expected["saved"], tolerance * size)
-    assert len(found["gradients"]) == len(expected["gradients"]) == worker.models.STEPS
-    for mine, theirs in zip(found["gradients"], expected["gradients"], strict=True):
-        size = max(float(value.abs().max()) for value in theirs.values())
-        assert size > 1e-3
-        assert_near(mine, theirs, tolerance * size)
-    for mine, theirs in zip(found["logs"], expected["logs"], strict=True):
-        for name in ("loss", "grad_norm", "kd_loss", "ce_loss"):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-6), name  # a Trainer sums them in float32
-    assert found["metrics"] == pytest.approx(expected["metrics"], rel=max(tolerance, 1e-9))
-    assert found["predictions"] == pytest.approx(expected["predictions"], abs=10 * tolerance)
-    assert found["items"] == expected["items"]
-
-
 @pytest.mark.slow
 @named(worker.CASES)
 def test_a_training_is_that_of_one_process(runs, case):
     for rank in runs[1]:
-        assert_same_training(rank[case], runs[0][case], 1e-10)
+        assert_same_training(rank[case], runs[0][case], worker.models.STEPS, 1e-10)
 
 
 @pytest.mark.slow
-@named(worker.CASES)
+@named(worker.FLOAT32)
 def test_a_training_in_float32_is_that_of_one_process(runs, case):
     for rank in runs[1]:
-        assert_same_training(rank[(*case, "float32")], runs[0][(*case, "float32")], 1e-6)
+        assert_same_training(rank[(*case, "float32")], runs[0][(*case, "float32")], worker.models.STEPS, 1e-6)
+
+
+@pytest.mark.slow
+def test_statistics_of_a_class_are_summed_once_over_the_copies(runs):
+    case = ("FSDP", False, "whole", "forward_kl", "warm-up")
+    expected = runs[0][case]["proposal"]
+    for rank in runs[1]:
+        found = rank[case]["proposal"]
+        for name in expected.keys() - {"generator"}:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+            assert torch.equal(found[name], runs[1][0][case]["proposal"][name])
 
 
 @pytest.mark.slow
@@ -68,6 +62,24 @@ def test_a_training_in_float32_is_that_of_one_process(runs, case):
 def test_a_loop_without_a_trainer(runs, layout):
     for rank in runs[1]:
         assert_near(rank[layout, "own loop"], runs[0][layout, "own loop"], 1e-10)
+
+
+@pytest.mark.slow
+def test_copies_may_divide_by_items_of_their_own(runs):
+    """The copies then weigh as much, whatever the number of their items."""
+    together, apart = (rank["apart"]["gradients"][0] for rank in (runs[0], runs[1][0]))
+    weight = "model.norm.weight"
+    # The second copy has no item in the first step.
+    torch.testing.assert_close(2 * apart[weight], together[weight], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_the_best_model_is_loaded_at_the_end(runs):
+    expected = runs[0]["best"]
+    for rank in runs[1]:
+        assert rank["best"]["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-9)
+        assert_near(rank["best"]["student"], expected["student"], 1e-10)
+        assert rank["best"]["metrics"]["test_loss"] == pytest.approx(min(expected["evaluated"]), rel=1e-9)
 
 
 # In one process

@@ -4,6 +4,7 @@ import pytest
 import tensor_parallel_worker as worker
 import torch
 from launch import two_processes
+from same_training import assert_same_training
 from tiny_models import assert_near
 
 pytestmark = pytest.mark.slow  # test_sharded_exact compares single steps
@@ -19,20 +20,14 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("case", worker.cases(), ids=lambda case: ", ".join(map(str, case)))
 def test_a_training_is_that_of_one_process(runs, case):
-    expected = runs[0][case]
     for rank in runs[1]:
-        found = rank[case]
-        assert_near(found["student"], expected["student"], 1e-10)
-        for mine, theirs in zip(found["gradients"], expected["gradients"], strict=True):
-            assert_near(mine, theirs, 1e-10)
-        for mine, theirs in zip(found["logs"], expected["logs"], strict=True):
-            for name in ("loss", "grad_norm", "kd_loss", "ce_loss"):
-                assert mine[name] == pytest.approx(theirs[name], rel=1e-6), name  # a Trainer sums them in float32
-        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-9)
-        assert found["predictions"] == pytest.approx(expected["predictions"], abs=1e-10)
-        assert found["items"] == expected["items"]
-        assert_near(found["saved"], expected["student"], 1e-10)
-    assert len(expected["gradients"]) == worker.STEPS
+        assert_same_training(rank[case], runs[0][case], worker.STEPS, 1e-10)
+
+
+@pytest.mark.parametrize("case", worker.float32_cases(), ids=lambda case: ", ".join(map(str, case)))
+def test_a_training_in_float32_is_that_of_one_process(runs, case):
+    for rank in runs[1]:
+        assert_same_training(rank["float32"][case], runs[0]["float32"][case], worker.STEPS, 1e-6)
 
 
 def test_mixed_precision_trains(runs):

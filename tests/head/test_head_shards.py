@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import bart, gpt2, images, llama, vit
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from hf_dis import DISLoss, ShardedHead, VocabShard, make_sampler, shard_head
 from hf_dis.head.check import check_sharded_head
@@ -166,8 +167,18 @@ def test_a_head_that_was_sharded_before_the_processes_were_joined(monkeypatch):
 
 
 def test_a_sharded_head_under_fsdp():
-    with pytest.raises(ValueError, match=r"FSDP or DeepSpeed shards the student once more.*plain data parallelism"):
+    with pytest.raises(ValueError, match=r"shards this head once more.*ignored_params.*plain data parallelism"):
         check_sharded_head(sharded(), None, ["classifier"], is_sharded=True)
+
+
+def test_a_sharded_head_that_fsdp2_shards_too(four_processes):
+    student = sharded()
+    fully_shard(student)
+    with pytest.raises(ValueError, match=r"shards this head once more.*ignored_params"):
+        check_sharded_head(student, None, ["classifier"], is_sharded=True)
+    student = sharded()
+    fully_shard(student, ignored_params={*student.classifier.parameters()})
+    check_sharded_head(student, None, ["classifier"], is_sharded=True)
 
 
 def test_a_student_outside_transformers(make_trainer):
