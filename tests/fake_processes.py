@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
@@ -15,3 +16,5 @@ def one_of_four(rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # It keeps meshes of the group, which are equal to those of the next one.
+        _clear_sharding_prop_cache()

@@ -32,6 +32,7 @@ MATHS = (
         "items.py",
         "kernels.py",
         "precision.py",
+        "sampler_spec.py",
     ),
     *("distributed", "head", "loss", "sampling"),
     *("models/after_head.py", "models/gathered.py", "models/head_features.py", "models/spread.py", "models/ties.py"),
