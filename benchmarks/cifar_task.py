@@ -22,7 +22,7 @@ MEAN, STD = [0.5071, 0.4866, 0.4409], [0.2673, 0.2564, 0.2762]
 # Of stored views.
 ARRAYS = {"images": np.uint8, "labels": np.int16, "logits": np.float16}
 AUGMENT = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
-# On whole batches: per image, the two operations take 0.1 ms, a tenth of a step of the student.
+# On whole batches, since the two operations take 0.1 ms for a single image.
 NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
@@ -156,7 +156,7 @@ class StoredTeacher(nn.Module):
 
 @torch.no_grad()
 def stored_views(teacher: CifarResNet, views: SeededViews, folder: Path) -> StoredViews:
-    """Makes all views and the teacher's logits of them once: a student then trains in half of the time.
+    """Makes all views and the teacher's logits of them once, for all students.
 
     Args:
         teacher: in evaluation mode, on its device.

@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from common import append, command, header, is_saved, machine, parse, parser, read, row, write
 from datasets import Dataset
+from students import by_setting
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
@@ -129,6 +130,47 @@ def print_table(records: list[dict]) -> None:
         reverse = [run["reverse_kl"] for run in runs]
         spread = f"{statistics.mean(reverse):.3f}", f"{min(reverse):.3f} to {max(reverse):.3f}"
         print(row(divergence, f"x{rate:g}", method, len(runs), *spread, *means))
+
+
+def print_best(records: list[dict]) -> None:
+    """DIS against exact distillation by the reverse KL, each at its best rate, over the seeds that both have.
+
+    The best rate is the one with the least mean over the seeds that all rates of the method have. The difference of
+    the means is in units of its standard error, once for seeds that belong together and once for seeds that do not.
+    """
+    cells = by_setting(records, ("divergence", "method", "rate"))
+    names = "exact at", "dis at", "seeds", "exact", "dis", "dis / exact", "difference by seed", "difference of means"
+    rows = []
+    for divergence in DIVERGENCES:
+        rates = {
+            method: {key[2]: runs for key, runs in cells.items() if key[:2] == (divergence, method)}
+            for method in ("exact", "dis")
+        }
+        if all(rates.values()):
+            best = {method: _best_rate(runs) for method, runs in rates.items()}
+            runs = [rates[method][best[method]] for method in ("exact", "dis")]
+            seeds = sorted(set(runs[0]) & set(runs[1]))
+            if len(seeds) > 1:
+                given = [[side[seed]["reverse_kl"] for seed in seeds] for side in runs]
+                at = [f"x{best[method]:g}" for method in ("exact", "dis")]
+                rows.append(row(divergence, *at, len(seeds), *_difference(*given)))
+    if rows:
+        print(header("divergence", *names), *rows, sep="\n")
+
+
+def _best_rate(runs: dict[float, dict[int, dict]]) -> float:
+    """The rate with the least mean reverse KL over the seeds that all rates have."""
+    seeds = set.intersection(*map(set, runs.values()))
+    return min(runs, key=lambda rate: statistics.mean(runs[rate][seed]["reverse_kl"] for seed in seeds))
+
+
+def _difference(exact: list[float], dis: list[float]) -> list[str]:
+    """Both means, their ratio, and their difference in standard errors: by seed, and of independent means."""
+    means, number = (statistics.mean(exact), statistics.mean(dis)), len(exact)
+    by_seed = statistics.variance([mine - theirs for mine, theirs in zip(dis, exact, strict=True)])
+    errors = (by_seed / number) ** 0.5, ((statistics.variance(exact) + statistics.variance(dis)) / number) ** 0.5
+    shown = [f"{(means[1] - means[0]) / error:.1f}" if error else "" for error in errors]
+    return [*(f"{value:.4f}" for value in means), f"{means[1] / means[0]:.3f}", *shown]
 
 
 class WithoutWriting(TrainerCallback):
@@ -250,6 +292,7 @@ def main() -> None:
         described = dict(zip(names, key, strict=True))
         append(given.json, {**described, "command": command(), **record}, given.device)
     print_table(read(given.json))
+    print_best(read(given.json))
 
 
 if __name__ == "__main__":

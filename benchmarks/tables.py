@@ -42,9 +42,11 @@ TABLES = (
     Table("optimizer.md", "parity.jsonl", parity.print_table),
     Table("how-it-works.md", "layouts.jsonl", parity.print_table),
     Table("choosing-k.md", "gradient_error.jsonl", parity.print_table),
+    Table("choosing-k.md", "probes.jsonl", parity.print_errors),
     Table("items.md", "items.jsonl", items.print_table),
     Table("language-models.md", "large_vocabulary.jsonl", large_vocabulary.print_table),
     Table("divergences.md", "on_policy.jsonl", on_policy.print_table),
+    Table("divergences.md", "on_policy.jsonl", on_policy.print_best),
 )
 
 

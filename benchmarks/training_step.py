@@ -17,8 +17,8 @@ dis_cached            row_sparse_head, from a cache of the teacher's targets, lo
 
 The cache has its default of 300 bytes per item: 32 ranked classes and, of 100,000, 75 samples of the tail.
 
-Layouts of DIS: the default is that of classifiers, K = 96 and 16 shared tails of K_t = 416, or 512 from a cache. There
-all stored classes take the place of K. U = 16 classes per item update the head. In "all update" all sampled
+Layouts of DIS: the default is that of classifiers, K = 96 and 16 shared tails of K_t = 416. From a cache all stored
+classes take the place of K, and K_t is 512. U = 16 classes per item update the head. In "all update" all sampled
 classes update it. In "per item" classes are sampled item by item, K = 128 (from a cache the stored ones and 512
 further).
 

@@ -195,25 +195,31 @@ class Distiller:
             return WarmupStep(self, request, holds_logits or not self.splits_at_head(request))
         return SampledStep(self, request)
 
-    def learn(self, sample: ClassSample, result: SampledLoss) -> None:
+    def learn(self, sample: ClassSample, result: SampledLoss) -> GradientError | None:
         """Lets the sampler learn from a step, and its budget follow the error of the gradient.
 
         Args:
             sample: the classes.
             result: of the divergence at these classes.
+
+        Returns:
+            the error, if the budget measured it.
         """
         self.sampler.learn(sample, result.signal, self.reduce, result.finite)
         budget = self.sampler.budget
-        if budget is not None and budget.is_due():
-            self.sampler.follow(self.gradient_error(sample, result), self.reduce)
-            if self.wants_all_classes:
-                warnings.warn(  # Python shows it once
-                    f"gradient_error is {budget.accepted}, and a sample of {self.sampler.columns:,} of "
-                    f"{self.num_classes:,} classes has a larger error: all classes are computed, until a sample is "
-                    "expected to have a smaller error",
-                    RuntimeWarning,
-                    stacklevel=1,
-                )
+        if budget is None or not budget.is_due():
+            return None
+        error = self.gradient_error(sample, result)
+        self.sampler.follow(error, self.reduce)
+        if self.wants_all_classes:
+            warnings.warn(  # Python shows it once
+                f"gradient_error is {budget.accepted}, and a sample of {self.sampler.columns:,} of "
+                f"{self.num_classes:,} classes has a larger error: all classes are computed, until a sample is "
+                "expected to have a smaller error",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+        return error
 
     @property
     def wants_all_classes(self) -> bool:

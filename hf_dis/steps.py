@@ -138,7 +138,7 @@ class WarmupStep(ExactStep):
         self.sample = distiller.sampler.sample(targets, self.items.labels)
         logits = self._sampled_logits(outputs)
         self.result = distiller.divergence.sampled(logits, self.sample, distiller.arguments.temperature)
-        distiller.learn(self.sample, self.result)
+        self.error = distiller.learn(self.sample, self.result)
         return distiller.with_router_loss(*exact.result(), outputs)
 
     @torch.no_grad()
@@ -154,7 +154,7 @@ class WarmupStep(ExactStep):
 
     def quality(self) -> dict[str, Tensor | GradientError]:
         """As :meth:`SampledStep.quality`."""
-        return _quality(self.distiller, self.sample, self.result)
+        return _quality(self.distiller, self.sample, self.result, self.error)
 
     def probe(self) -> dict[str, Tensor]:
         """As :meth:`SampledStep.probe`."""
@@ -196,7 +196,7 @@ class SampledStep:
         loss, terms, self.result = sampled_loss(
             outputs.logits, self.sample, settings.temperature, settings.hard_label_weight, distiller.divergence
         )
-        distiller.learn(self.sample, self.result)
+        self.error = distiller.learn(self.sample, self.result)
         return distiller.with_router_loss(loss, terms, outputs)
 
     def quality(self) -> dict[str, Tensor | GradientError]:
@@ -205,7 +205,7 @@ class SampledStep:
         Where the head is one layer with its weight on this process, ``gradient_error`` is that of some items,
         estimated from the sample. A truncation has none, since its sample never holds the dropped classes.
         """
-        return _quality(self.distiller, self.sample, self.result)
+        return _quality(self.distiller, self.sample, self.result, self.error)
 
     def probe(self) -> dict[str, Tensor]:
         """Sampled loss and gradient of the batch against the exact ones; see :func:`hf_dis.report.diagnostics.probe`.
@@ -315,10 +315,12 @@ def _added(exact: ExactTerms, targets: Iterable[TeacherTargets | CachedTargets])
 Step = SampledStep | WarmupStep | ExactStep | EvaluationStep
 
 
-def _quality(distiller: Distiller, sample: ClassSample, result: SampledLoss) -> dict[str, Tensor | GradientError]:
+def _quality(
+    distiller: Distiller, sample: ClassSample, result: SampledLoss, error: GradientError | None
+) -> dict[str, Tensor | GradientError]:
     quality: dict[str, Tensor | GradientError] = sample_quality(sample, result)
     if distiller.can_estimate_error and distiller.arguments.proposal != "topk":
-        quality["gradient_error"] = distiller.gradient_error(sample, result)
+        quality["gradient_error"] = distiller.gradient_error(sample, result) if error is None else error
     return quality
 
 

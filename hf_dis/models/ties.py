@@ -44,16 +44,21 @@ def find_tied_embeddings(model: nn.Module, head_layers: Iterable[str]) -> tuple[
 
 
 def check_tied_rows(model: nn.Module) -> None:
-    """Checks that tied weights take the steps of each other where FSDP2 shards them in different units.
+    """Checks that an optimizer steps all copies of a tied weight that FSDP2 shards in different units.
 
     Each unit pads the rows of a process to a number that all processes share. A padded copy belongs to one unit, and
     the optimizer steps one of the copies.
+
+    Args:
+        model: sharded by FSDP2 or not.
 
     Raises:
         ValueError: if FSDP2 has to pad the rows of such a weight.
     """
     reshard(model)  # a weight that is whole after a forward is one of each unit
     units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    if not units:
+        return
     holders: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders[parameter].append(name)

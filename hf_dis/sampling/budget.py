@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Batches from one measurement of the error to the next.
 BATCHES = 10
 
-# The older half of what is known counts less with each measurement: a single one is off by a tenth.
+# What is known keeps this share at each measurement: a single measurement is off by a tenth.
 DECAY = 0.5
 
 # A sample shrinks once the smaller one is expected to have this share of the accepted error. The distance to the error
@@ -77,8 +77,8 @@ class Budget:
 
     The error is measured at every ``BATCHES``-th batch. A larger sample is taken as soon as the error is above the
     accepted one, and a smaller one once its expected error is below ``CALM`` times the accepted one. K_t changes by a
-    factor of two at a time. Where no size will do, all classes are computed, and the sampler continues to learn. It
-    samples again once the largest sample is expected to do.
+    factor of two at a time. Where no sample keeps the accepted error, all classes are computed, and the sampler
+    continues to learn. Classes are sampled again once the largest sample is expected to keep the error.
 
     Args:
         accepted: relative error ‖ĝ - g‖ / ‖g‖ of the gradient on the head's input, above 0.
@@ -89,7 +89,7 @@ class Budget:
 
     Attributes:
         sizes: that the next batch has.
-        wants_all_classes: no sample will do.
+        wants_all_classes: no sample keeps the accepted error.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Budget:
         return self._known.at(self.sizes, sizes, self.num_ranks is not None and sizes.num_sampled >= self.num_ranks)
 
     def _chosen(self) -> Sizes | None:
-        """The cheapest sizes that will do within a factor of two, or None: all classes."""
+        """The fewest classes that keep the error, within a factor of two, or None: all classes."""
         near = [size for size in self.shared if self.sizes.num_shared <= 2 * size <= 4 * self.sizes.num_shared]
         choices = sorted((Sizes(own, size) for own in self.sampled for size in near), key=sum)
         for sizes in choices:

@@ -163,8 +163,7 @@ class ClassSampler:
         names = ("item_ids", "log_weights", "certain", "log_probs", "target", "ranks", "rank_weights", "outside_top")
         columns = zip(names, assemble(*given, self.num_sampled), strict=True)
         others = {"class_mass": class_mass, "has_label": labels is not None, "with_replacement": False}
-        others["all_ranks_certain"] = self._samples_all_ranks
-        return ClassSample(tail_ids=tails.ids, **dict(columns), **others)
+        return ClassSample(tail_ids=tails.ids, all_ranks_certain=self._samples_all_ranks, **dict(columns), **others)
 
     def _answers(
         self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None

@@ -56,10 +56,10 @@ class OnlineTeacher:
 
     def __call__(self, inputs: dict[str, Tensor], items: Items, check_values: bool = True) -> Iterator[TeacherTargets]:
         """Yields the ranked targets of each chunk of items, in order; takes the arguments of :meth:`all_classes`."""
-        on_cpu, first_item = next(iter(inputs.values())).device.type == "cpu", 0
-        for logits in self._logits(inputs, items, check_values, check_finite=check_values and not on_cpu):
+        first_item, is_whole = 0, self.num_outputs == self.num_classes  # targets have all outputs of the model
+        for logits in self._logits(inputs, items, check_values, check_finite=check_values and not is_whole):
             targets = TeacherTargets(logits, self.temperature, self.depth, BLOCKS_OF_CHUNK, len(items))
-            if check_values and on_cpu:
+            if check_values and is_whole:
                 targets.check_finite(first_item)
             first_item += len(targets)
             yield targets

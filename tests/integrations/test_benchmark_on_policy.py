@@ -109,3 +109,16 @@ def test_the_time_of_writing_is_not_counted(monkeypatch):
     now += 0.25
     times.on_step_end(None, None, None)
     assert times.milliseconds == [250.0]
+
+
+def test_each_method_is_compared_at_its_best_rate(capsys):
+    def record(method, rate, seed, kl):
+        return {"divergence": "jsd", "rate": rate, "method": method, "seed": seed, "reverse_kl": kl}
+
+    exact = [record("exact", 4.0, seed, kl) for seed, kl in enumerate((0.10, 0.12, 0.99))]
+    worse = [record("exact", 8.0, seed, 0.2) for seed in (0, 1)]  # seed 2 does not decide on the rate
+    dis = [record("dis", 8.0, seed, kl) for seed, kl in enumerate((0.11, 0.15))]
+    on_policy.print_best([*exact, *worse, *dis, record("dis", 4.0, 0, 0.3)])
+    assert "| jsd | x4 | x8 | 2 | 0.1100 | 0.1300 | 1.182 | 2.0 | 0.9 |" in capsys.readouterr().out
+    on_policy.print_best([exact[0], dis[0]])
+    assert capsys.readouterr().out == ""

@@ -78,6 +78,15 @@ def test_infinities_that_cancel_are_found():
         next(OnlineTeacher(Echo(), 12, 2.0, 5).all_classes({"logits": logits}, Items(len(logits))))
 
 
+@pytest.mark.parametrize("column", [3, 11], ids=["shared", "of the teacher alone"])
+def test_every_output_of_a_ranked_teacher_is_checked(column):
+    model = vit(12)
+    with torch.no_grad():
+        model.classifier.bias[column] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"NaN or Inf in items \[0, 1\]"):
+        next(OnlineTeacher(model, 11, 2.0, 5)({"pixel_values": images(2, 8)}, Items(2)))
+
+
 def test_masked_classes_are_taken_and_an_item_without_any_class_is_not():
     logits = torch.randn(3, 12)
     logits[:, 4:] = -torch.inf

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import assert_near, labelled_images, labelled_tokens, llama, vit
 
-from hf_dis import cache_teacher_targets
+from hf_dis import cache_teacher_targets, distiller
 from hf_dis.sampling import budget
 
 CLASSES = 600
@@ -152,3 +152,11 @@ def test_a_head_whose_error_cannot_be_estimated(make_trainer, monkeypatch):
     monkeypatch.setattr("hf_dis.build._student_stream", lambda *_: None)  # as of several layers, or a sharded head
     with pytest.raises(ValueError, match=r"gradient_error is 0.3, and the error can be estimated only for.*Leave"):
         make_trainer(*models(), **settings(1, gradient_error=0.3))
+
+
+def test_an_error_that_the_budget_measured_is_not_measured_again(make_trainer, monkeypatch):
+    calls, measure = [], distiller.gradient_error
+    monkeypatch.setattr(distiller, "gradient_error", lambda *given: calls.append(given) or measure(*given))
+    trainer = make_trainer(*models(), **settings(1, gradient_error=0.3))
+    trainer.train()
+    assert len(calls) == len(logs(trainer, "dis/gradient_error")) == 1
