@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
@@ -27,7 +28,11 @@ from hf_dis.head import sharded
 from hf_dis.trainer.manifest import what_is_torn
 
 TIMEOUT = 30  # seconds
+TIMEOUT_OF_KILLS = 120
 LENGTH = {"max_steps": 16, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+
+# The ranks of processes, and the callback that breaks them.
+Breaking = tuple[range, Callable[[], TrainerCallback]]
 
 
 class Breaks(TrainerCallback):
@@ -41,7 +46,32 @@ class Breaks(TrainerCallback):
             mock.patch.object(sharded, "own_columns", lambda *args: self.how()).start()
 
 
-def train(folder: Path, timeout: int, breaks: Breaks | None = None) -> None:
+class Waits(TrainerCallback):
+    """Lets a process wait for its kill, since a fast machine would train to the end, and past the next kill's step.
+
+    Args:
+        step: of the checkpoint that the kill waits for.
+        file: of this checkpoint, which is written and waits to be renamed. Empty: the process waits two steps later.
+        seconds: to wait.
+    """
+
+    def __init__(self, step: int, file: str, seconds: int):
+        self.step, self.file, self.seconds, self.replace = step, file, seconds, os.replace
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        mock.patch.object(os, "replace", self.replaced).start()
+
+    def replaced(self, source: str | Path, target: str | Path) -> None:
+        if self.file and str(source).endswith(self.file) and f"checkpoint-{self.step}/" in str(source):
+            time.sleep(self.seconds)
+        self.replace(source, target)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step + 1:
+            time.sleep(self.seconds)
+
+
+def train(folder: Path, timeout: int, breaks: TrainerCallback | None = None) -> None:
     """Resumes from the newest whole checkpoint, trains to the end, and saves the student."""
     torn = {path.name: what_is_torn(path) for path in folder.glob("checkpoint-*")}
     gradients = GRADIENTS["row-sparse"] | {"moment_dtype": "bfloat16"}
@@ -63,23 +93,19 @@ def train(folder: Path, timeout: int, breaks: Breaks | None = None) -> None:
     PartialState().destroy_process_group()
 
 
-def child(rank: int, number: int, port: int, folder: Path, breaking: tuple[int, int, str] | None, timeout: int):
-    """A process of a training; ``breaking`` is a rank, a step, and ``"exits"`` or ``"stops"``."""
+def child(rank: int, number: int, port: int, folder: Path, breaking: Breaking | None, timeout: int):
+    """A process of a training."""
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in given.items()} | {"MASTER_ADDR": "localhost"})
     torch.set_num_threads(1)
     log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    breaks = None
-    if breaking is not None and breaking[0] == rank:
-        how = {"exits": lambda: os._exit(3), "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP)}
-        breaks = Breaks(breaking[1], how[breaking[2]])
-    train(folder, timeout, breaks)
+    train(folder, timeout, breaking[1]() if breaking is not None and rank in breaking[0] else None)
 
 
 def started(
-    number: int, folder: Path, breaking: tuple[int, int, str] | None = None, timeout: int = 120
+    number: int, folder: Path, breaking: Breaking | None = None, timeout: int = TIMEOUT_OF_KILLS
 ) -> list[multiprocessing.Process]:
     """Starts the processes of a training."""
     folder.mkdir(exist_ok=True)
@@ -120,7 +146,11 @@ def kill(processes: list[multiprocessing.Process], folder: Path, step: int, mome
 def run(folder: Path, number: int, last_number: int, moments: list[float | str]) -> None:
     """Kills a training again and again, and lets another number of processes end it."""
     for place, moment in enumerate(moments, 1):
-        kill(started(number, folder), folder, 2 * place + place % 2, moment)
+        # The first process renames files; every kill ends the second.
+        step = 2 * place + place % 2
+        file, ranks = (moment, range(1)) if isinstance(moment, str) else ("", range(1, 2))
+        waits = functools.partial(Waits, step, file, TIMEOUT_OF_KILLS)
+        kill(started(number, folder, (ranks, waits)), folder, step, moment)
     ended(started(last_number, folder))
 
 
@@ -133,7 +163,8 @@ def ended(processes: list[multiprocessing.Process]) -> None:
 
 def run_broken(folder: Path, number: int, how: str) -> None:
     """Lets the second process break in the third step, and waits for the errors of the remaining ones."""
-    processes = started(number, folder, (1, 2, how), TIMEOUT)
+    hows = {"exits": lambda: os._exit(3), "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP)}
+    processes = started(number, folder, (range(1, 2), lambda: Breaks(2, hows[how])), TIMEOUT)
     for rank, one in enumerate(processes):
         if rank != 1:
             one.join()
