@@ -13,6 +13,10 @@ dis_1024       DIS with tails of 1,024 tokens, the default up to 185,000 tokens
 dis_4096       DIS with tails of 4,096 tokens
 dis_cached     DIS from a cache of the teacher's targets; its time has the writing of the cache, which is given apart
 topk           KD on the teacher's 2,064 likeliest tokens, as many as DIS samples per token
+topk_bucket    the same, and a bucket of all other tokens
+negatives      KD on the labels of a batch and uniform negatives, 2,064 tokens in all, as PartialFC takes them
+trl_chunked    exact KD by TRL's chunked divergence
+liger          exact KD by Liger's chunked loss, if it is installed
 exact_in_time  exact KD for the time that DIS took with the same seed
 
 A line is written for each student, and a run that is in the file already is not run again. A line has KL to the
@@ -30,11 +34,14 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+import peer_students
 import students
 from common import append, command, header, is_saved, machine, parse, parser, read, row
 from datasets import DatasetDict, load_dataset
+from peers import NEEDS
 from step_memory import StepMemory
 from students import CLOCKS, clock_of, seconds_per_step
+from timing import available
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -45,10 +52,12 @@ import clm_task
 import item_cache
 import item_task
 
-from hf_dis import DISConfig, DISDistillationTrainer
+from hf_dis import DISConfig, DISDistillationTrainer, Distiller
 
 KEY = ("tokenizer", "width", "max_steps", "learning_rate", "method", "seed")
-METHODS = ("exact", "dis", "dis_1024", "dis_4096", "dis_cached", "topk", "exact_in_time")
+COLUMNS = 2064  # of DIS at 262,144 tokens: 16 ranked ones and 2,048 of a tail
+PEERS = peer_students.losses(COLUMNS)
+METHODS = ("exact", "dis", "dis_1024", "dis_4096", "dis_cached", "topk", *PEERS, "exact_in_time")
 BLOCK, BATCH = 128, 4
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": BATCH,
@@ -64,13 +73,14 @@ SETTINGS: dict[str, Any] = {
     "report_to": "none",
 }
 EXACT = {"head_mode": "exact"}
-TOP_K = {"proposal": "topk", "num_sampled_classes": 2064, "num_shared_classes": 0, "num_tails": None}
+TOP_K = {"proposal": "topk", "num_sampled_classes": COLUMNS, "num_shared_classes": 0, "num_tails": None}
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "exact": EXACT,
     "exact_in_time": EXACT,
     "dis_1024": {"num_shared_classes": 1024},
     "dis_4096": {"num_shared_classes": 4096},
     "topk": TOP_K,
+    **dict.fromkeys(PEERS, EXACT),
 }
 # Of the trainings on labels: blocks per step, and the learning rate.
 LABEL_BATCH, LABEL_RATE = 16, 2e-3
@@ -175,7 +185,9 @@ class LargeVocabulary:
             clock.add(**writing)
         student = clm_task.build_model(self.num_tokens, given.width, 2, seed=1, tied=True)
         student.load_state_dict(self.student.state_dict())
-        trainer = DISDistillationTrainer(
+        is_peer = method in PEERS
+        source |= {"loss": PEERS[method]} if is_peer else {}
+        trainer = (peer_students.PeerTrainer if is_peer else DISDistillationTrainer)(
             model=student,
             args=args,
             train_dataset=self.train,
@@ -191,12 +203,18 @@ class LargeVocabulary:
         return {
             "vocab": self.num_tokens,
             "steps": steps,
-            "logits": self.num_tokens if distiller.mode == "exact" else distiller.sampler.columns,
+            "logits": self._logits(method, distiller),
             **{name: clock.curve[-1][name] for name in (*CLOCKS, "kl", "perplexity")},
             **{f"writing_{name}": spent for name, spent in writing.items()},
             "peak_mb": memory.megabytes,
             "curve": clock.curve,
         }
+
+    def _logits(self, method: str, distiller: Distiller) -> int:
+        """Logits of the student per token."""
+        if method == "negatives":
+            return COLUMNS
+        return self.num_tokens if distiller.mode == "exact" else distiller.sampler.columns
 
 
 def steps_in_time(records: list[dict], key: dict[str, Any], clock: str) -> int:
@@ -280,12 +298,13 @@ def main() -> None:
     done = [{name: one[name] for name in KEY} for one in read(given.json)]
     wanted = []
     if given.tokenizer:
+        methods = available(given.methods, NEEDS)
         common = given.tokenizer.resolve().parent.name, given.width, given.steps
         wanted = [
             dict(zip(KEY, (*common, rate, method, seed), strict=True))
             for seed in given.seeds
             for rate in given.learning_rates
-            for method in (one for one in METHODS if one in given.methods)
+            for method in (one for one in METHODS if one in methods)
         ]
         wanted = [key for key in wanted if key not in done]
     task = LargeVocabulary(given) if wanted else None

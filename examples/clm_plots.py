@@ -25,6 +25,10 @@ TITLES = {
     "dis_4096": "DIS, tails of 4,096",
     "labels_in_cached_time": "labels only in the time of DIS from a cache",
     "topk": "top-K KD",
+    "topk_bucket": "top-K KD with a bucket",
+    "negatives": "KD on uniform negatives",
+    "trl_chunked": "TRL",
+    "liger": "Liger",
 }
 COLOURS = {
     "exact": GRAY,
@@ -37,6 +41,10 @@ COLOURS = {
     "dis_4096": OLIVE,
     "labels_in_cached_time": TEAL,
     "topk": RED,
+    "topk_bucket": "#a0693f",
+    "negatives": "#c25fa6",
+    "trl_chunked": GREEN,
+    "liger": "#c7b299",
 }
 CLOCKS = {"seconds": "seconds of training", "cpu_seconds": "seconds of training, of one processor core"}
 QUALITIES = {"kl": "KL to teacher", "perplexity": "perplexity"}
