@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import error_time
 import items
 import large_vocabulary
 import on_policy
@@ -43,6 +44,7 @@ TABLES = (
     Table("how-it-works.md", "layouts.jsonl", parity.print_table),
     Table("choosing-k.md", "gradient_error.jsonl", parity.print_table),
     Table("choosing-k.md", "probes.jsonl", parity.print_errors),
+    Table("choosing-k.md", "error_time.jsonl", error_time.print_table),
     Table("items.md", "items.jsonl", items.print_table),
     Table("language-models.md", "large_vocabulary.jsonl", large_vocabulary.print_table),
     Table("divergences.md", "on_policy.jsonl", on_policy.print_table),
