@@ -11,6 +11,9 @@ exact           all tokens of the vocabulary
 dis             all defaults: the head is row-sparse
 dis started     as dis, and a tenth of the steps exact, in which the proposals learn
 dis dense       the default layout, a dense gradient of the head
+dis all rows    as dis, and every sampled row is updated
+dis 2048        as dis, with tails of 2,048 tokens
+dis 4096        as dis, with tails of 4,096 tokens
 dis example     the layout of the example: 4 tails of 4,096 shared tokens, a tenth of the steps exact
 
 A line is written for each student, and a run that is in the file already is not run again. Every call prints a table
@@ -59,6 +62,9 @@ METHODS = {
     "dis": {"head_mode": "sampled"},
     "dis started": {"head_mode": "sampled", "exact_warmup_steps": 0.1},
     "dis dense": {"head_mode": "sampled", "row_sparse_head": False},
+    "dis all rows": {"head_mode": "sampled", "num_updated_classes": 1000},
+    "dis 2048": {"head_mode": "sampled", "num_shared_classes": 2048},
+    "dis 4096": {"head_mode": "sampled", "num_shared_classes": 4096},
     "dis example": {"head_mode": "sampled", **{name: run_on_policy.FROM_SCRATCH[name] for name in EXAMPLE}},
 }
 # Settings of run_on_policy.py besides those of the sample.
