@@ -6,8 +6,8 @@
 The tasks are glyphs and text of benchmarks/parity.py, at equal rates of body and head. In "logged", the default, the
 trainer estimates ``dis/gradient_error`` for its logs, at every tenth step. In "followed" the numbers of classes follow
 the error: ``gradient_error`` is 0.3 for glyphs and 0.03 for text. share is the time of the estimates over the time of
-all steps, loader and teacher included. Both are processor time of all threads. On an accelerator they are seconds, and the
-clock is read when its work is done.
+all steps, loader and teacher included. Both are processor time of all threads. On an accelerator they are seconds,
+and the clock is read when its work is done.
 """
 
 from __future__ import annotations
