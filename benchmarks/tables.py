@@ -19,6 +19,7 @@ import error_time
 import items
 import large_vocabulary
 import on_policy
+import paper_cifar
 import parity
 from common import read
 
@@ -47,6 +48,7 @@ TABLES = (
     Table("choosing-k.md", "error_time.jsonl", error_time.print_table),
     Table("items.md", "items.jsonl", items.print_table),
     Table("language-models.md", "large_vocabulary.jsonl", large_vocabulary.print_table),
+    Table("benchmarks.md", "paper_cifar.jsonl", paper_cifar.print_table),
     Table("divergences.md", "on_policy.jsonl", on_policy.print_table),
     Table("divergences.md", "on_policy.jsonl", on_policy.print_best),
 )
