@@ -1,0 +1,106 @@
+"""Bytes that decide between the two ways of a head that FSDP2 shards, and the layers that FSDP2 has to gather."""
+
+import pytest
+import torch
+from fake_processes import one_of_four
+from tiny_models import gpt2, llama
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from hf_dis.head.fsdp_rows import FsdpRows, StepNumbers
+from hf_dis.head.switch import SampledHead
+from hf_dis.models.fsdp_units import KeptSharded
+from hf_dis.models.head_search import find_head_layers
+from hf_dis.models.spread import is_sharded_by_fsdp
+
+C = 43  # 11 rows for each of three processes, and 10
+
+
+@pytest.fixture(scope="module")
+def third_of_four():
+    """One group for all tests: torch keeps the meshes of a group that has ended."""
+    with one_of_four(rank=2):
+        yield
+
+
+def test_bytes_of_both_ways():
+    # 2 processes: 5 and 4 items of 3 own classes, 2 tails of 7 classes, features of 15 values and a bias, bfloat16.
+    numbers = StepNumbers([[9, 8], [6, 10]], [5, 4], own=3, tails=2, shared=7, width=16, itemsize=2)
+    # 8 rows and 6 rows come from the other process, with a class id of 4 bytes; gradients go back.
+    assert numbers.bytes_of_rows() == (8 + 6) * (4 + 2 * 16 * 2)
+    # 6 items, of which each tail has 3, go to the other process.
+    ids, features, logits = 6 * 3 + 2 * 7, 6 * 16, 6 * (3 + 7)
+    assert numbers.bytes_of_features() == 2 * (4 * ids + 2 * 2 * (features + logits))
+
+
+def test_many_processes_send_rows_and_few_send_features():
+    def ways(processes, items):
+        rows = [[items * 8 // processes] * processes] * processes
+        numbers = StepNumbers(rows, [items] * processes, own=8, tails=1, shared=0, width=1024, itemsize=2)
+        return numbers.bytes_of_rows() < numbers.bytes_of_features()
+
+    assert not ways(4, 2048) and ways(64, 2048)
+
+
+def sharded(build=llama, **keywords):
+    model = build(C)
+    fully_shard(model, **keywords)
+    return model, model.get_submodule(find_head_layers(model, C)[0])
+
+
+def test_rows_of_a_process(third_of_four):
+    model, head = sharded()
+    rows = FsdpRows.of(model, head)
+    assert is_sharded_by_fsdp(rows.weight) and rows.weight.to_local().shape == (11, head.in_features)
+    assert rows.bias is None
+    rows.release()
+
+
+def test_layers_that_fsdp2_has_to_gather(third_of_four):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+    hybrid = llama(C)
+    layers = find_head_layers(hybrid, C)
+    fully_shard(hybrid, mesh=mesh)
+    assert FsdpRows.of(hybrid, hybrid.get_submodule(layers[0])) is None
+    assert FsdpRows.of(*sharded(gpt2)) is None  # the embedding needs the weight
+    assert FsdpRows.of(llama(C), llama(C).lm_head) is None
+    with pytest.raises(ValueError, match=r"'lm_head' is a DTensor.*HSDP call build_distiller before"):
+        find_head_layers(hybrid, C)
+
+
+def test_a_unit_gets_its_parameters_back(third_of_four):
+    model = llama(C)
+    fully_shard([model.model.norm, model.lm_head])
+    fully_shard(model)
+    model(input_ids=torch.ones(1, 2, dtype=torch.long))  # sets FSDP2 up
+    (group,) = model.lm_head._get_fsdp_state()._fsdp_param_groups
+    before = list(group.fsdp_params)
+    head = SampledHead(model, ("lm_head",))
+    head.set(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    assert len(before) == 2 and group.fsdp_params == before[:1]
+    head.clear()
+    assert group.fsdp_params == before
+    # A group of the head alone is left out.
+    alone = llama(C)
+    fully_shard(alone.lm_head)
+    fully_shard(alone)
+    alone(input_ids=torch.ones(1, 2, dtype=torch.long))
+    state = alone.lm_head._get_fsdp_state()
+    kept = KeptSharded(alone, [alone.lm_head.weight])
+    assert kept.found == 1 and state._fsdp_param_groups == []
+    kept.release()
+    assert len(state._fsdp_param_groups[0].fsdp_params) == 1
+
+
+def test_a_model_that_is_not_set_up_is_left_as_it_is(third_of_four):
+    model, head = sharded()
+    assert KeptSharded(model, [head.weight]).found == 0
+
+
+def test_tensor_parallel_rows_are_not_those_of_fsdp(third_of_four):
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+    weight = torch.distributed.tensor.distribute_tensor(
+        torch.zeros(8, 2), mesh, [torch.distributed.tensor.Shard(0)], src_data_rank=None
+    )
+    assert not is_sharded_by_fsdp(weight) and not is_sharded_by_fsdp(nn.Parameter(torch.zeros(8, 2)))
