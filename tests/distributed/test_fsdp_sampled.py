@@ -1,6 +1,6 @@
 """Students whose heads FSDP2 shards (gloo): rows stay sharded in sampled steps, and train as those of whole heads."""
 
-import fsdp_rows_worker as worker
+import fsdp_sampled_worker as worker
 import pytest
 from launch import two_processes
 from tiny_models import assert_near
@@ -8,7 +8,7 @@ from tiny_models import assert_near
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return two_processes(worker.__file__, tmp_path_factory.mktemp("rows"), "fast")
+    return two_processes(worker.__file__, tmp_path_factory.mktemp("sampled"), "fast")
 
 
 @pytest.fixture(scope="module")
