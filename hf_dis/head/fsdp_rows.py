@@ -124,7 +124,7 @@ class FsdpRows:
             start = self._rows_each * self._processes.index
             shard = VocabShard(start, start + len(weight), self._group)
             given = features, weight, bias, item_ids, tail_ids, shard, numbers.items
-            logits = logits_of_all_items(*given)
+            logits = logits_of_all_items(*given).clone()  # FSDP2 warns of an output that is a view
             return logits if added is None else logits + _at(added, item_ids, tail_ids, len(features))
         fetched = _Fetched.apply(weight, bias, self._asked(ids, numbers), features.dtype)
         rows, bias = fetched if self.bias is not None else (fetched, None)

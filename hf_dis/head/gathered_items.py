@@ -42,7 +42,7 @@ def logits_of_all_items(
         updates: the sample of the classes of all processes whose rows get a gradient; None: all of them.
     """
     num_tails = len(tail_ids)
-    most = -(-max(numbers) // num_tails) * num_tails
+    most = -(-max(1, *numbers) // num_tails) * num_tails  # a filler, where no process has an item
     ids = shard.gather(torch.cat([filled(item_ids, most, -1).flatten(), tail_ids.flatten()]).int()).long()
     item_ids, tail_ids = ids.tensor_split([most * item_ids.shape[1]], 1)
     # Items of all processes in turn, so that item i uses tail i mod (P·G) of all tails.
