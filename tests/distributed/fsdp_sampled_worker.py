@@ -53,7 +53,7 @@ def slow_cases() -> list[tuple[str, ...]]:
         for way in WAYS
         for dtype in DTYPES
     ]
-    return [case for case in every if case not in cases()]
+    return [case for case in every if case not in cases() and (case[0], case[2]) != ("token classification", "pair")]
 
 
 def shard(model: nn.Module, unit: str, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
