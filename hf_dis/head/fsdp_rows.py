@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
@@ -68,10 +69,14 @@ class FsdpRows:
     Args:
         model: that FSDP2 sharded, with no unit gathered.
         layer: of its output head; the weight, ``[C, d]``, and the bias are sharded by their rows.
+        embeddings: that share the weight.
+
+    Attributes:
+        embeddings: as given; :meth:`embedded` has to take the place of their forward.
     """
 
-    def __init__(self, model: nn.Module, layer: nn.Linear):
-        self.weight, self.bias = layer.weight, layer.bias
+    def __init__(self, model: nn.Module, layer: nn.Linear, embeddings: Sequence[nn.Embedding] = ()):
+        self.weight, self.bias, self.embeddings = layer.weight, layer.bias, embeddings
         self._kept = KeptSharded(model, list(layer.parameters(recurse=False)))
         self._group = self.weight.device_mesh.get_group()
         self._processes = VocabShard(0, 1, self._group)
@@ -82,8 +87,8 @@ class FsdpRows:
     def of(cls, model: nn.Module, layer: nn.Linear) -> FsdpRows | None:
         """Finds the rows of a layer; None where every process has the whole layer, or FSDP2 has to gather it.
 
-        FSDP2 gathers a layer whose weight an embedding shares, which several groups of processes hold, or which is
-        offloaded to the processor.
+        FSDP2 gathers a layer that several groups of processes hold, or that is offloaded to the processor. So it does
+        if the weight is shared with more than plain embeddings, or is in several units.
 
         Args:
             model: the student.
@@ -93,12 +98,17 @@ class FsdpRows:
             return None
         reshard(model)  # units that FSDP2 keeps whole after a forward
         parameters = list(layer.parameters(recurse=False))
-        if not all(map(is_sharded_by_fsdp, parameters)) or len(modules_with(model, layer.weight)) > 1:
+        if not all(map(is_sharded_by_fsdp, parameters)):
             return None
         mesh = layer.weight.device_mesh
         if mesh.size() == 1 or layer.weight.device.type != mesh.device_type:
             return None
-        return cls(model, layer)
+        others = [module for module in modules_with(model, layer.weight).values() if module is not layer]
+        if not all(map(_is_plain_embedding, others)):
+            return None
+        rows = cls(model, layer, others)
+        # A unit that is not set up is gathered, and its embeddings run as they are.
+        return rows if rows._kept.found or not others else None
 
     def release(self) -> None:
         """Lets FSDP2 gather the layer again."""
@@ -126,7 +136,7 @@ class FsdpRows:
             given = features, weight, bias, item_ids, tail_ids, shard, numbers.items
             logits = logits_of_all_items(*given).clone()  # FSDP2 warns of an output that is a view
             return logits if added is None else logits + _at(added, item_ids, tail_ids, len(features))
-        fetched = _Fetched.apply(weight, bias, self._asked(ids, numbers), features.dtype)
+        fetched = _Fetched.apply(weight, bias, self._asked(ids, numbers.rows), features.dtype)
         rows, bias = fetched if self.bias is not None else (fetched, None)
         if added is not None:
             extra = added[ids].to(rows.dtype)
@@ -134,22 +144,43 @@ class FsdpRows:
         of_items, of_tails = places.split([item_ids.numel(), used_tails.numel()])
         return sampled_logits(features, rows, bias, of_items.view_as(item_ids), of_tails.view_as(used_tails))
 
+    def embedded(self, embedding: nn.Embedding, ids: Tensor) -> Tensor:
+        """Computes the output of an embedding that shares the weight, in the type in which FSDP2 would gather it.
+
+        Every process of the group has to call this, and to run its backward.
+
+        Args:
+            embedding: one of ``embeddings``.
+            ids: of tokens, ``[...]``.
+        """
+        needed, places = ids.unique(return_inverse=True)
+        rows = [numbers[:-1] for numbers in self._gathered(needed, [0])]
+        asked = self._asked(needed, rows)
+        found = _Fetched.apply(self.weight.to_local(), None, asked, self._kept.dtype or self.weight.dtype)
+        if embedding.padding_idx is not None:  # its row has no gradient
+            found = torch.where(needed[:, None] == embedding.padding_idx, found.detach(), found)
+        return F.embedding(places, found)
+
     def _numbers(self, ids: Tensor, features: Tensor, item_ids: Tensor, tail_ids: Tensor) -> tuple[StepNumbers, bool]:
         """The numbers of a step, and True if all processes have as many columns and tails."""
         shapes = item_ids.shape[1], *tail_ids.shape
-        ends = torch.arange(1, self._processes.number + 1, device=ids.device) * self._rows_each
-        ends = torch.searchsorted(ids, ends)
-        own = torch.cat([ends.diff(prepend=ends.new_zeros(1)), ends.new_tensor([len(features), *shapes])])
-        everyones = self._processes.gather(own).tolist()  # waits for an accelerator
+        everyones = self._gathered(ids, [len(features), *shapes])
         rows, items = [one[:-4] for one in everyones], [one[-4] for one in everyones]
         width = self.weight.shape[1] + (self.bias is not None)
         numbers = StepNumbers(rows, items, *shapes, width, features.dtype.itemsize)
         return numbers, all(tuple(one[-3:]) == shapes for one in everyones)
 
-    def _asked(self, ids: Tensor, numbers: StepNumbers) -> _Asked:
+    def _gathered(self, ids: Tensor, numbers: Sequence[int]) -> list[list[int]]:
+        """Gathers of each process the number of ascending ids that each process holds, and other numbers."""
+        ends = torch.arange(1, self._processes.number + 1, device=ids.device) * self._rows_each
+        ends = torch.searchsorted(ids, ends)
+        own = torch.cat([ends.diff(prepend=ends.new_zeros(1)), ends.new_tensor(numbers)])
+        return self._processes.gather(own).tolist()  # waits for an accelerator
+
+    def _asked(self, ids: Tensor, rows: Sequence[Sequence[int]]) -> _Asked:
         """Tells each process the classes whose rows this process needs."""
         index = self._processes.index
-        needed, asked = numbers.rows[index], [rows[index] for rows in numbers.rows]
+        needed, asked = rows[index], [one[index] for one in rows]
         theirs = self._processes.exchange(ids.int(), needed, asked).long()
         return _Asked(self._processes, theirs - self._rows_each * index, needed, asked)
 
@@ -206,6 +237,13 @@ class _Fetched(torch.autograd.Function):
         if ctx.dtypes[1] is None:
             return total.to(ctx.dtypes[0]), None, None, None
         return total[:, :-1].to(ctx.dtypes[0]).contiguous(), total[:, -1].to(ctx.dtypes[1]).contiguous(), None, None
+
+
+def _is_plain_embedding(module: nn.Module) -> bool:
+    """Returns True if a module looks rows up and does nothing else to them, or to their gradient."""
+    if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward:
+        return False
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
 
 def _at(values: Tensor, item_ids: Tensor, tail_ids: Tensor, num_items: int) -> Tensor:

@@ -177,6 +177,8 @@ class SampledHead:
         for layer in self.layers.values():
             fsdp = FsdpRows.of(self._model, layer)
             self._switch(layer, Sampled(item_ids, tail_ids, positions, updates, self.row_sparse, bias, fsdp))
+            for embedding in [] if fsdp is None else fsdp.embeddings:
+                self._switch(embedding, fsdp.embedded)
             bias = None  # added by the first layer alone
         for embedding in self._embeddings:
             self._switch(embedding, _SparseEmbedding())
@@ -232,15 +234,11 @@ class SampledHead:
         if self._adds_bias is not None:
             self._adds_bias.__dict__.pop(LOGITS_BIAS, None)
         for layer in (*self.layers.values(), *self._embeddings):
-            state = layer.__dict__
-            switched = state.pop("switched", None)
-            if switched is not None:
-                if isinstance(switched, Sampled) and switched.fsdp is not None:
-                    switched.fsdp.release()
-                del state["forward"]
-                own = state.pop("full_forward")
-                if own is not None:
-                    state["forward"] = own
+            switched = self._unswitch(layer)
+            if isinstance(switched, Sampled) and switched.fsdp is not None:
+                for embedding in switched.fsdp.embeddings:
+                    self._unswitch(embedding)
+                switched.fsdp.release()
 
     def _hold(self, holding: _Held) -> _Held:
         self.clear()
@@ -254,6 +252,17 @@ class SampledHead:
         layer.__dict__["full_forward"] = layer.__dict__.get("forward")
         layer.switched = switched
         layer.forward = types.MethodType(_switched_forward, layer)
+
+    @staticmethod
+    def _unswitch(layer: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
+        state = layer.__dict__
+        switched = state.pop("switched", None)
+        if switched is not None:
+            del state["forward"]
+            own = state.pop("full_forward")
+            if own is not None:
+                state["forward"] = own
+        return switched
 
     def _take_logits_bias(self) -> Tensor | None:
         """Returns the bias ``[C]`` that the model adds to all logits, and leaves the model a zero until :meth:`clear`.

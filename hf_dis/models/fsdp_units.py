@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -24,10 +25,12 @@ class KeptSharded:
 
     Attributes:
         found: the number of the parameters that FSDP2 would gather.
+        dtype: in which FSDP2 would gather the parameters; None: in their own.
     """
 
     def __init__(self, model: nn.Module, parameters: Collection[nn.Parameter]):
         self.found = 0
+        self.dtype: torch.dtype | None = None
         self._units: list[tuple[FSDPModule, list[Any], list[tuple[Any, list[Any]]]]] = []
         wanted, seen = {id(parameter) for parameter in parameters}, set()
         for module in model.modules():
@@ -38,13 +41,12 @@ class KeptSharded:
                 continue
             groups = state._fsdp_param_groups
             before = [(group, group.fsdp_params) for group in groups]
-            rest = [[one for one in params if id(one.sharded_param) not in wanted] for _, params in before]
-            left_out = sum(len(params) for _, params in before) - sum(map(len, rest))
-            if left_out:
-                self.found += left_out
+            own = [one for _, params in before for one in params if id(one.sharded_param) in wanted]
+            if own:
+                self.found, self.dtype = self.found + len(own), own[0].param_dtype
                 self._units.append((module, groups, before))
-                for (group, _), params in zip(before, rest, strict=True):
-                    group.fsdp_params = params
+                for group, params in before:
+                    group.fsdp_params = [one for one in params if id(one.sharded_param) not in wanted]
                 # FSDP2 cannot gather a group of nothing.
                 state._fsdp_param_groups = [group for group in groups if group.fsdp_params]
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from equality_worker import SamplesByLabel
 from fsdp_heads_worker import batch
 from sharded_head_worker import bytes_sent, student, teacher
+from tiny_models import bert_mlm, tokens
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -154,6 +155,28 @@ def mixed(is_gathered: bool) -> dict[str, Tensor]:
     return whole({name: one.grad for name, one in model.named_parameters()})
 
 
+def tied() -> list[dict[str, Tensor]]:
+    """The gradients of a masked language model whose head has a bias and shares its weight; and of a whole one."""
+    found, number, rank = [], dist.get_world_size(), dist.get_rank()
+    batches = [tokens(3, 41, seed=other) for other in range(number)]
+    for is_sharded in (True, False):
+        model = bert_mlm(41).double().train()
+        assert model.bert.embeddings.word_embeddings.padding_idx == 0
+        if is_sharded:
+            fully_shard(model)
+        distiller = build_distiller(model, bert_mlm(41, seed=1, spread=30).double(), DISArguments(**MODES["one tail"]))
+        distiller.sampler.__class__ = SamplesByLabel
+        kept: list[int] = []
+        with counting(kept):
+            for one in [batches[rank]] if is_sharded else batches:
+                with distiller.step(one | {"labels": one["input_ids"]}) as step:
+                    loss = step.loss(model(**step.inputs))[0].sum()
+                    (loss if is_sharded else loss / number).backward()
+        assert kept == ([2, 2] if is_sharded else [])
+        found.append(whole({name: one.grad for name, one in model.named_parameters()}))
+    return found
+
+
 def step_bytes(num_classes: int, way: str | None, is_gathered: bool = False) -> int:
     """The bytes of a step for a number of classes."""
     model = shard(student("image", False, num_classes).float().train(), "root")
@@ -189,6 +212,7 @@ def run(folder: Path, kind: str) -> None:
         for case in sorted(alike):
             results[case] = train(case, True), expected
     if kind == "fast":
+        results["tied"] = tied()
         results["mixed"] = [mixed(is_gathered) for is_gathered in (False, True)]
         results["bytes"] = {way: [step_bytes(number, way) for number in SIZES] for way in (*WAYS, None)}
         results["bytes", "gathered"] = [step_bytes(number, None, True) for number in SIZES]

@@ -33,7 +33,7 @@ CASES = [
     (True, "whole", "forward_kl", "sampled"),
     (False, "whole", "forward_kl", "exact"),
 ]
-FLOAT32 = CASES[:2]
+FLOAT32, BF16 = [*CASES[:2], CASES[4]], [CASES[0], CASES[4]]
 BEST = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
 BEST |= {"learning_rate": 0.5, "lr_scheduler_type": "constant"}
 
@@ -101,7 +101,8 @@ def run(folder: Path) -> None:
             results[by, case] = train(folders, own, by, case)
         for case in FLOAT32:
             results[by, case, "float32"] = train(folders, own, by, case, dtype=torch.float32)
-        results[by, "bf16"] = train(folders, own, by, CASES[0], dtype=torch.float32, bf16=True)
+        for case in BF16:
+            results[by, case, "bf16"] = train(folders, own, by, case, dtype=torch.float32, bf16=True)
     results["best"] = train(folders, folder / "best", "transformers", CASES[0], **BEST)
     if models.processes() > 1:
         efficient = {"fsdp_config": {"cpu_ram_efficient_loading": "true"}}

@@ -48,6 +48,14 @@ def test_bytes_that_a_step_sends(ranks):
         assert few > max(by_rows, by_features)
 
 
+def test_a_head_that_shares_its_weight_with_an_embedding(ranks):
+    for rank in ranks:
+        found, expected = rank["tied"]
+        assert_near(found, expected, 1e-10)
+        weight = expected["bert.embeddings.word_embeddings.weight"]
+        assert int((weight != 0).any(1).sum()) > 8
+
+
 def test_mixed_precision(ranks):
     for rank in ranks:
         found, expected = rank["mixed"]

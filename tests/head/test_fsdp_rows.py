@@ -1,6 +1,7 @@
 """Bytes that decide between the two ways of a head that FSDP2 shards, and the layers that FSDP2 has to gather."""
 
 import pytest
+import torch
 from fake_processes import one_of_four
 from tiny_models import gpt2, llama
 from torch.distributed.device_mesh import init_device_mesh
@@ -53,13 +54,25 @@ def test_rows_of_a_process(third_of_four):
     rows.release()
 
 
+def test_an_embedding_of_the_same_weight(third_of_four):
+    model, head = sharded(gpt2)
+    model(input_ids=torch.ones(1, 2, dtype=torch.long))
+    rows = FsdpRows.of(model, head)
+    assert rows.embeddings == [model.transformer.wte]
+    rows.release()
+
+
 def test_layers_that_fsdp2_has_to_gather(third_of_four):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
     hybrid = llama(C)
     layers = find_head_layers(hybrid, C)
     fully_shard(hybrid, mesh=mesh)
     assert FsdpRows.of(hybrid, hybrid.get_submodule(layers[0])) is None
-    assert FsdpRows.of(*sharded(gpt2)) is None  # the embedding needs the weight
+    assert FsdpRows.of(*sharded(gpt2)) is None  # not set up: the embedding needs the weight
+    scaled, head = sharded(gpt2)
+    scaled.transformer.wte.scale_grad_by_freq = True
+    scaled(input_ids=torch.ones(1, 2, dtype=torch.long))
+    assert FsdpRows.of(scaled, head) is None
     assert FsdpRows.of(llama(C), llama(C).lm_head) is None
     with pytest.raises(ValueError, match=r"'lm_head' is a DTensor.*HSDP call build_distiller before"):
         find_head_layers(hybrid, C)
