@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from hf_dis.head.own_columns import own_columns
+from hf_dis.head.gathered_items import filled, logits_of_all_items
 from hf_dis.head.processes import check_processes, only_saved_whole
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.precision import product_type
@@ -126,7 +126,7 @@ class ShardedHead(nn.Linear):
         own = self.weight, self.bias
         weight, bias = (None if one is None else _Divided.apply(one, self.shard.number) for one in own)
         numbers = self.numbers(len(flat))
-        everyones = self.shard.gathered(_filled(flat, max(numbers)))
+        everyones = self.shard.gathered(filled(flat, max(numbers)))
         logits = F.linear(everyones, weight, bias)
         return self.shard.side_by_side(logits, self.sizes)[: len(flat)].unflatten(0, leading)
 
@@ -146,28 +146,12 @@ class ShardedHead(nn.Linear):
             features: the head's input for the items of this process, ``[N, d]``.
             item_ids, tail_ids, row_sparse, updates: as for :func:`hf_dis.head.sampled_linear.sampled_logits`.
         """
-        shard, features = self.shard, features.to(product_type(features))
+        features = features.to(product_type(features))
         numbers, numbers_updated = self.numbers(len(features), 0 if updates is None else updates.number)
-        num_tails = len(tail_ids)
-        most = -(-max(numbers) // num_tails) * num_tails
-        ids = shard.gather(torch.cat([_filled(item_ids, most, -1).flatten(), tail_ids.flatten()]).int()).long()
-        item_ids, tail_ids = ids.tensor_split([most * item_ids.shape[1]], 1)
-        # Items of all processes in turn, so that item i uses tail i mod (P·G) of all tails.
-        in_turn = shard.number, most // num_tails, num_tails
-        item_ids = item_ids.reshape(*in_turn, -1).transpose(0, 1).flatten(0, 2)
-        tail_ids = tail_ids.reshape(shard.number, num_tails, -1)
-        # A tail that no item uses counts for nothing.
-        used = torch.arange(num_tails) < torch.tensor(numbers)[:, None]
-        tail_ids = tail_ids.masked_fill(~used.to(tail_ids.device)[..., None], -1).flatten(0, 1)
-        everyones = shard.gathered(_filled(features, most))
-        everyones = everyones.unflatten(1, in_turn[1:]).transpose(0, 1).flatten(0, 2)
         if updates is not None:
             updates = updates._replace(number=sum(numbers_updated))
-        with torch.autocast(features.device.type, enabled=False):
-            rows, ids = (self.weight, self.bias), (item_ids, tail_ids, shard.start)
-            logits = own_columns(everyones, *rows, *ids, row_sparse, updates, shard.number)
-        by_process = logits.unflatten(0, (in_turn[1], shard.number, num_tails)).transpose(0, 1).flatten(1, 2)
-        return shard.of_items(by_process)[: len(features)]
+        given = features, self.weight, self.bias, item_ids, tail_ids, self.shard, numbers
+        return logits_of_all_items(*given, row_sparse, updates)
 
     @torch.no_grad()
     def top_k(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -188,8 +172,8 @@ class ShardedHead(nn.Linear):
         if not 1 <= k <= self.out_features:
             raise ValueError(f"k is {k}, and the head has {self.out_features} classes: it has to be in 1..C")
         shard, most, width = self.shard, max(self.numbers(len(features))), min(k, len(self.weight))
-        filled, found = _filled(features.to(self.weight.dtype), most), []
-        for chunk in filled.split(max(1, TILE_ELEMENTS // self.out_features)):
+        everyones, found = filled(features.to(self.weight.dtype), most), []
+        for chunk in everyones.split(max(1, TILE_ELEMENTS // self.out_features)):
             best = F.linear(shard.gather(chunk), self.weight, self.bias).topk(width)
             missing = 0, k - width
             logits = F.pad(best.values, missing, value=-torch.inf)
@@ -293,11 +277,6 @@ def shard_head(
 def sharded_heads(model: nn.Module) -> dict[str, ShardedHead]:
     """Finds the sharded heads of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ShardedHead)}
-
-
-def _filled(values: Tensor, length: int, filler: int = 0) -> Tensor:
-    """Fills values ``[n, ...]`` up to a length."""
-    return F.pad(values, (0, 0, 0, length - len(values)), value=filler)
 
 
 def _check_head(model: nn.Module, name: str, head: nn.Module) -> None:

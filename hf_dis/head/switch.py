@@ -15,69 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_dis.head.sampled_linear import sampled_logits
+from hf_dis.head.fsdp_rows import FsdpRows
+from hf_dis.head.sampled_forward import Sampled, with_bias
 from hf_dis.head.sharded import ShardedHead
 from hf_dis.head.tensor_parallel import own_rows, own_shard
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import Items
-from hf_dis.models.gathered import gathered
 from hf_dis.precision import product_type
 from hf_dis.sampling.designs import Updates
 
 # The buffer, [1, C], that Bart, Marian, Pegasus and their relatives add to the logits of all classes.
 LOGITS_BIAS = "final_logits_bias"
-
-
-class _Sampled(NamedTuple):
-    """Computes the sampled classes; see :meth:`SampledHead.set`."""
-
-    item_ids: Tensor
-    tail_ids: Tensor
-    positions: Tensor | None
-    updates: Updates | None
-    row_sparse: bool
-    bias: Tensor | None
-
-    def __call__(self, layer: nn.Linear, features: Tensor) -> Tensor:
-        leading = features.shape[:-1]
-        if self.positions is not None:
-            features = gathered(features.reshape(-1, features.shape[-1]), self.positions)
-        elif len(leading) == 2 and leading[0] == len(self.item_ids):
-            # The model picks a position of each example after the head, so all positions compute its classes.
-            return self._at_all_positions(layer, features)
-        elif leading != self.item_ids.shape[:1]:
-            raise ValueError(
-                f"the head {type(layer).__name__} got features of shape {tuple(features.shape)} for "
-                f"{len(self.item_ids)} items of sampled classes. It has to get one feature vector per item, [N, d], "
-                "or a sequence of vectors per item, [N, S, d]: name another head with head_name, or use "
-                "head_mode='exact'"
-            )
-        return self._logits(layer, features, self.item_ids)
-
-    def _at_all_positions(self, layer: nn.Linear, features: Tensor) -> Tensor:
-        """Computes the classes of each example at all of its positions: ``[B, S, R + K_t]`` for ``[B, S, d]``."""
-        num_items, length = features.shape[:2]
-        # The vectors go position by position. The last example is repeated until the number of vectors per position
-        # is a multiple of G: then vector i uses tail i mod G at every position.
-        repeats = -num_items % len(self.tail_ids)
-        items = torch.arange(num_items + repeats, device=features.device).clamp(max=num_items - 1)
-        flat = features[items].transpose(0, 1).flatten(0, 1)
-        logits = self._logits(layer, flat, self.item_ids[items].repeat(length, 1))
-        return logits.unflatten(0, (length, len(items))).transpose(0, 1)[:num_items]
-
-    def _logits(self, layer: nn.Linear, features: Tensor, item_ids: Tensor) -> Tensor:
-        if isinstance(layer, ShardedHead):
-            return layer.sampled(features, item_ids, self.tail_ids, self.row_sparse, self.updates)
-        rows = own_rows(layer)
-        if rows is not None:
-            weight, bias, shard = rows
-            if self.bias is not None:
-                added = self.bias[shard.start : shard.stop]
-                bias = added if bias is None else bias + added
-            ids = item_ids, self.tail_ids
-            return sampled_logits(features, weight, bias, *ids, updates=self.updates, shard=shard)
-        bias = _with_bias(layer, self.bias)
-        return sampled_logits(features, layer.weight, bias, item_ids, self.tail_ids, self.row_sparse, self.updates)
 
 
 class _AtPositions(NamedTuple):
@@ -154,7 +102,7 @@ class SampledHead:
     def __init__(
         self, model: nn.Module, names: Sequence[str], row_sparse: bool = False, embeddings: Sequence[str] = ()
     ):
-        self.layers = {name: model.get_submodule(name) for name in names}
+        self._model, self.layers = model, {name: model.get_submodule(name) for name in names}
         self.row_sparse = row_sparse
         self._embeddings = [model.get_submodule(name) for name in embeddings] if row_sparse else []
         self._adds_bias = next((found for name in names if (found := _adds_logits_bias(model, name))), None)
@@ -189,7 +137,7 @@ class SampledHead:
         rows = own_rows(self.module)
         if rows is not None:
             return rows.weight, rows.bias
-        return self.module.weight, _with_bias(self.module, self._logits_bias())
+        return self.module.weight, with_bias(self.module, self._logits_bias())
 
     @property
     def spread(self) -> VocabShard | None:
@@ -227,7 +175,10 @@ class SampledHead:
         self.clear()
         bias = self._take_logits_bias()
         for layer in self.layers.values():
-            self._switch(layer, _Sampled(item_ids, tail_ids, positions, updates, self.row_sparse, bias))
+            fsdp = FsdpRows.of(self._model, layer)
+            self._switch(layer, Sampled(item_ids, tail_ids, positions, updates, self.row_sparse, bias, fsdp))
+            for embedding in [] if fsdp is None else fsdp.embeddings:
+                self._switch(embedding, fsdp.embedded)
             bias = None  # added by the first layer alone
         for embedding in self._embeddings:
             self._switch(embedding, _SparseEmbedding())
@@ -283,12 +234,11 @@ class SampledHead:
         if self._adds_bias is not None:
             self._adds_bias.__dict__.pop(LOGITS_BIAS, None)
         for layer in (*self.layers.values(), *self._embeddings):
-            state = layer.__dict__
-            if state.pop("switched", None) is not None:
-                del state["forward"]
-                own = state.pop("full_forward")
-                if own is not None:
-                    state["forward"] = own
+            switched = self._unswitch(layer)
+            if isinstance(switched, Sampled) and switched.fsdp is not None:
+                for embedding in switched.fsdp.embeddings:
+                    self._unswitch(embedding)
+                switched.fsdp.release()
 
     def _hold(self, holding: _Held) -> _Held:
         self.clear()
@@ -302,6 +252,17 @@ class SampledHead:
         layer.__dict__["full_forward"] = layer.__dict__.get("forward")
         layer.switched = switched
         layer.forward = types.MethodType(_switched_forward, layer)
+
+    @staticmethod
+    def _unswitch(layer: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
+        state = layer.__dict__
+        switched = state.pop("switched", None)
+        if switched is not None:
+            del state["forward"]
+            own = state.pop("full_forward")
+            if own is not None:
+                state["forward"] = own
+        return switched
 
     def _take_logits_bias(self) -> Tensor | None:
         """Returns the bias ``[C]`` that the model adds to all logits, and leaves the model a zero until :meth:`clear`.
@@ -335,12 +296,6 @@ def _adds_logits_bias(model: nn.Module, head_name: str) -> nn.Module | None:
     parents = head_name.split(".")[:-1]
     around = (model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents), -1, -1))
     return next((module for module in around if LOGITS_BIAS in module._buffers), None)
-
-
-def _with_bias(layer: nn.Linear, added: Tensor | None) -> Tensor | None:
-    if layer.bias is None or added is None:
-        return layer.bias if added is None else added
-    return layer.bias + added
 
 
 @torch.compiler.disable(reason="the items and the classes of a step are data")

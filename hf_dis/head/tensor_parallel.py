@@ -12,12 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from hf_dis.arguments import DISArguments
 from hf_dis.head.sharded import sharded_heads
 from hf_dis.head.vocab_shard import VocabShard
-from hf_dis.models.spread import TENSOR_PARALLEL, is_fully_sharded, rows_of_group, tensor_parallel_mesh
+from hf_dis.models.spread import (
+    TENSOR_PARALLEL,
+    is_fully_sharded,
+    is_spread_by_rows,
+    rows_of_group,
+    tensor_parallel_mesh,
+)
 
 
 class OwnRows(NamedTuple):
@@ -49,7 +54,7 @@ def own_shard(layer: nn.Linear) -> VocabShard | None:
         ValueError: if this process holds no row.
     """
     weight = layer.weight
-    if not isinstance(weight, DTensor):
+    if not is_spread_by_rows(weight):
         return None
     group = weight.device_mesh.get_group(TENSOR_PARALLEL)
     # Shard(0) cuts rows as torch.chunk does: the last parts may be shorter.

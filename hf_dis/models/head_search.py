@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import is_peft_available
 
-from hf_dis.models.spread import is_spread_by_rows
+from hf_dis.models.spread import is_fully_sharded, is_sharded_by_fsdp, is_spread_by_rows
 
 if is_peft_available():
     from peft import PeftModel
@@ -100,7 +100,10 @@ def find_head_layers(model: nn.Module, num_classes: int, head_name: str | None =
             "among the tokens of the text, which the teacher does not get; use LoRA, or train the whole student"
         )
     heads = find_heads(model, num_classes, head_name)
-    return tuple(layer for name in heads for layer in _linear_layers(name, model.get_submodule(name)))
+    layers = tuple(layer for name in heads for layer in _linear_layers(name, model.get_submodule(name)))
+    for layer in layers:
+        _check_spread(layer, model.get_submodule(layer), is_fully_sharded(model))
+    return layers
 
 
 def _layers_of_width(modules: dict[str, nn.Module], num_classes: int) -> list[str]:
@@ -161,9 +164,7 @@ def _linear_layers(name: str, module: nn.Module) -> list[str]:
             f"of quantisation, of other adapters and of trainable_token_indices, {exact}"
         )
     weight = module.weight
-    if isinstance(weight, DTensor):
-        _check_spread(name, module)
-    elif type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
+    if type(weight) not in (nn.Parameter, torch.Tensor, DTensor) or not weight.is_floating_point():
         raise ValueError(
             f"the weight of the output head {name!r} is a {type(weight).__name__} of {weight.dtype}: single rows of a "
             "quantised weight cannot be read. Load the student with the head left as it is (llm_int8_skip_modules, "
@@ -172,14 +173,18 @@ def _linear_layers(name: str, module: nn.Module) -> list[str]:
     return [name]
 
 
-def _check_spread(name: str, module: nn.Linear) -> None:
-    """Checks that a head that is spread over processes is spread by its rows, weight and bias alike."""
-    for kind, value in module.named_parameters(recurse=False):
-        if not is_spread_by_rows(value):
+def _check_spread(name: str, layer: nn.Linear, is_fsdp: bool) -> None:
+    """Checks that a layer that is spread over processes is spread by its rows, weight and bias alike."""
+    values = dict(layer.named_parameters(recurse=False))
+    if not any(isinstance(value, DTensor) for value in values.values()):
+        return
+    for kind, value in values.items():
+        if not is_spread_by_rows(value) and not (is_fsdp and is_sharded_by_fsdp(value)):
             raise ValueError(
-                f"the {kind} of the output head {name!r} is a {type(value).__name__}, and not spread by its rows for "
-                "tensor parallelism. Load the student with DistributedConfig(tp_size=...), or whole; with FSDP alone "
-                "call build_distiller before fully_shard"
+                f"the {kind} of the output head {name!r} is a {type(value).__name__}, and not spread by its rows "
+                "for tensor parallelism, or by FSDP2 over one group of processes. Load the student with "
+                "DistributedConfig(tp_size=...) or DistributedConfig(fsdp_size=...), or whole; with HSDP call "
+                "build_distiller before fully_shard"
             )
 
 

@@ -22,6 +22,16 @@ def is_spread_by_rows(value: torch.Tensor) -> bool:
     return placements.get(TENSOR_PARALLEL) == Shard(0)
 
 
+def is_sharded_by_fsdp(value: torch.Tensor) -> bool:
+    """Returns True for a parameter whose rows FSDP2 spread over one group of processes, without tensor parallelism.
+
+    The parameter of a unit that FSDP2 has gathered is an ordinary one.
+    """
+    if not isinstance(value, DTensor) or value.placements != (Shard(0),):
+        return False
+    return TENSOR_PARALLEL not in (value.device_mesh.mesh_dim_names or ())
+
+
 def tensor_parallel_mesh(model: nn.Module) -> DeviceMesh | None:
     """Returns the processes over which a ``tp_plan`` spread a model, with those of FSDP; None for any other model."""
     meshes = [one.device_mesh for one in model.parameters() if isinstance(one, DTensor)]

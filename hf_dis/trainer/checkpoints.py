@@ -19,6 +19,7 @@ from transformers.utils import logging
 from hf_dis.arguments import DISArguments
 from hf_dis.distributed.processes import of_first_process, process_index
 from hf_dis.head.tensor_parallel import is_tensor_parallel
+from hf_dis.models.spread import is_fully_sharded
 from hf_dis.sampling.class_memory import CLASS_STATE
 from hf_dis.sampling.sampler import ClassSampler
 from hf_dis.trainer.manifest import MANIFEST, check_whole, last_whole_checkpoint, read_manifest
@@ -157,8 +158,9 @@ def load_as_from_pretrained(model: PreTrainedModel, checkpoint: str) -> None:
     Some models (ViT, Swin, Dinov2, ...) save their weights under other names than their modules have. Trainer would
     load the file's names as they are, warn, and continue with a random encoder.
     """
-    # Each process reads its part of a tensor-parallel model.
-    spread = {"distributed_config": model.config.distributed_config} if is_tensor_parallel(model) else {}
+    # Each process reads its part of a model that transformers spread.
+    is_spread = is_tensor_parallel(model) or is_fully_sharded(model)
+    spread = {"distributed_config": model.config.distributed_config} if is_spread else {}
     saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype, **spread)
     model.load_state_dict(saved.state_dict())
 

@@ -65,17 +65,17 @@ def settings(**keywords) -> dict:
     }
 
 
-def examples(task: str) -> list[dict]:
+def examples(task: str, dtype: torch.dtype = torch.float64) -> list[dict]:
     """Labelled examples; of the tokens the second half of the first window has none that is supervised."""
-    items = [{name: widened(value) for name, value in item.items()} for item in data(task)]
+    items = [{name: of_type(value, dtype) for name, value in item.items()} for item in data(task)]
     items = (items + items)[:EXAMPLES]
     for number, item in enumerate(items):
         item["labels"] = item["labels"] if task != "image" else (3 * number) % C
     return items
 
 
-def widened(value: Tensor | int) -> Tensor | int:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def of_type(value: Tensor | int, dtype: torch.dtype) -> Tensor | int:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def student(task: str, is_sharded: bool, num_classes: int = C) -> nn.Module:
@@ -99,16 +99,18 @@ def train(
     cache: Path | None = None,
     own_samples: bool = True,
     shards_teacher: bool = False,
+    dtype: torch.dtype = torch.float64,
     **keywords,
 ):
     """Trains for some steps; returns the student, the gradients, the logs and the state of the optimizer."""
-    given = {"teacher_model": teacher(task, is_sharded=shards_teacher)} if cache is None else {"teacher_cache": cache}
+    given = {"teacher_model": teacher(task, is_sharded=shards_teacher).to(dtype)}
+    given, items = given if cache is None else {"teacher_cache": cache}, examples(task, dtype)
     keeps = Keeps()
     trainer = DISDistillationTrainer(
-        student(task, is_sharded),
+        student(task, is_sharded).to(dtype),
         args=DISConfig(output_dir=str(folder), **settings(**keywords)),
-        train_dataset=examples(task),
-        eval_dataset=examples(task)[:13],  # not a multiple of anything
+        train_dataset=items,
+        eval_dataset=items[:13],  # not a multiple of anything
         callbacks=[keeps],
         **given,
     )
@@ -242,6 +244,9 @@ def run(folder: Path) -> None:
             run = train(folder / "out", task, True, shards_teacher=is_sharded, **given)
             results[("sharded teacher", *case, is_sharded)] = run
     for task in TASKS:
+        for gradients, given in GRADIENTS.items():
+            single = {**ONE_SAMPLE, **given, "dtype": torch.float32}
+            results["float32", task, gradients] = train(folder / "out", task, processes > 1, **single)
         with mock.patch.object(ShardedHead, "forward", autospec=True, side_effect=ShardedHead.forward) as whole_logits:
             results["exact", task, True] = train(folder / "out", task, True, head_mode="exact")
         results["whole logits", task] = whole_logits.call_count

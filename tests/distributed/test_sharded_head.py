@@ -4,6 +4,7 @@ import pytest
 import sharded_head_worker as worker
 import torch
 from launch import processes
+from same_training import largest
 from tiny_models import assert_near
 
 pytestmark = pytest.mark.slow  # test_sharded_exact and test_shards compare the parts in two processes
@@ -73,6 +74,22 @@ def test_the_number_of_processes_changes_nothing(runs, case, number):
 def test_a_sharded_head_of_one_process_trains_as_a_whole_one(runs, task):
     (alone,) = runs[1]
     assert_same_training(alone[task, "online", "reverse_kl", "row-sparse", "one sample"], alone["one sample", task])
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("gradients", worker.GRADIENTS)
+@pytest.mark.parametrize("task", worker.TASKS)
+def test_a_sharded_head_trains_as_a_whole_one_in_float32(runs, task, gradients, number):
+    """To a millionth of the largest weight, and to two of the largest gradient of a step, as both are rounded."""
+    expected = runs[1][0]["float32", task, gradients]
+    for rank in runs[number]:
+        found = rank["float32", task, gradients]
+        assert_near(found["student"], expected["student"], 1e-6 * largest(expected["student"]))
+        assert len(found["gradients"]) == len(expected["gradients"]) == worker.STEPS
+        for mine, theirs in zip(found["gradients"], expected["gradients"], strict=True):
+            assert_near(mine, theirs, 2e-6 * largest(theirs))
+        for mine, theirs in zip(found["logs"], expected["logs"], strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("task", worker.TASKS)

@@ -265,7 +265,7 @@ REFUSED = {
     "4-bit": (with_weight(Packed), r"'lm_head' is a Packed of torch.float32.*llm_int8_skip_modules"),
     "spread by other means": (
         with_weight(tensor_parallel),
-        r"weight of .*'lm_head' is a DTensor.*with FSDP alone",
+        r"weight of .*'lm_head' is a DTensor.*one group of processes.*fsdp_size",
     ),
     "DoRA on the head": (
         adapted(peft.LoraConfig(target_modules=["lm_head"], use_dora=True)),
