@@ -142,10 +142,6 @@ class Stratum(NamedTuple):
         share = weighted.masked_fill_(self.certain, -torch.inf).softmax(1).nan_to_num_(0)
         return torch.addcmul(exact, share, rest[:, None])
 
-    def exact_target(self) -> Tensor:
-        """The same where all classes are certain: no class can carry a rest."""
-        return (self.log_probs + self.log_weights).exp_()
-
 
 def item_counts(num_items: int, finite: Tensor | None) -> Statistics:
     """The numbers of items with and without a finite signal."""
