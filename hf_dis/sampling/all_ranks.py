@@ -10,7 +10,9 @@ from hf_dis.sampling.sample import ClassSample
 from hf_dis.sampling.tails import Tails, is_outside
 
 
-def sample_all_ranks(answers: Answers, tails: Tails, labels: Tensor | None, class_mass: Tensor) -> ClassSample:
+def sample_all_ranks(
+    answers: Answers, tails: Tails, labels: Tensor | None, class_mass: Tensor, ranks: Tensor
+) -> ClassSample:
     """Makes the columns of all items at a time: only the tail's classes can be uncertain, and share what is left.
 
     Args:
@@ -18,6 +20,7 @@ def sample_all_ranks(answers: Answers, tails: Tails, labels: Tensor | None, clas
         tails: the shared tails.
         labels: class ids ``[N]``; always in the sample if given.
         class_mass: as :class:`ClassSample` has it.
+        ranks: 0..m-1, ``[m]``.
     """
     ids = answers.ids
     num_items, num_ranked = ids.shape
@@ -26,10 +29,8 @@ def sample_all_ranks(answers: Answers, tails: Tails, labels: Tensor | None, clas
     if labels is not None:  # the label's own column takes its place among the ranked classes
         own[:, :num_ranked].masked_fill_(ids == labels[:, None], -torch.inf)
         ids = torch.cat([ids, labels[:, None]], 1)
-    of_tails, is_certain = tails.columns(outside_top, labels)
-    log_weights = torch.cat([own, of_tails], 1)
-    certain = torch.ones_like(log_weights, dtype=torch.bool)
-    certain[:, own.shape[1] :] = is_certain
+    log_weights = torch.cat([own, tails.log_weights(outside_top, labels)], 1)
+    certain = log_weights <= 0  # a column that is not used has no part in anything
     return ClassSample(
         item_ids=ids,
         tail_ids=tails.ids,
@@ -37,7 +38,7 @@ def sample_all_ranks(answers: Answers, tails: Tails, labels: Tensor | None, clas
         certain=certain,
         log_probs=answers.columns,
         target=target_of(answers.columns, log_weights, certain),
-        ranks=torch.arange(num_ranked, device=ids.device).expand(num_items, -1),
+        ranks=ranks.expand(num_items, -1),
         rank_weights=own.new_ones(1, num_ranked).expand(num_items, -1),
         outside_top=outside_top,
         class_mass=class_mass,

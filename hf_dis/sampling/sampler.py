@@ -73,6 +73,7 @@ class ClassSampler:
         self.num_tails = num_tails if self.num_shared else 1
         self.num_ranks = self.rank_depth if self.num_shared else num_classes
         self.num_sampled = min(num_sampled, self.num_ranks)
+        self._ranks = torch.arange(self.rank_depth, device=proposal.device)
         self.design, self.num_updated = design, num_updated
         if self.num_shared and proposal.wants_class_mass:
             wanted = f"num_shared_classes is {num_shared} with a proposal that learns about classes"
@@ -112,7 +113,7 @@ class ClassSampler:
         if self.num_shared and uses_triton(answers.ids.device):
             return self._assembled(answers, tails, labels, class_mass)
         if self._samples_all_ranks:
-            return sample_all_ranks(answers, tails, labels, class_mass)
+            return sample_all_ranks(answers, tails, labels, class_mass, self._ranks)
         ranked, outside_top = answers.ranked or self._sample_ranked(answers), is_outside(answers.ids, tails.ids)
         strata = [ranked.stratum]
         if labels is None:
