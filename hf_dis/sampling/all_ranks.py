@@ -30,7 +30,7 @@ def sample_all_ranks(
         own[:, :num_ranked].masked_fill_(ids == labels[:, None], -torch.inf)
         ids = torch.cat([ids, labels[:, None]], 1)
     log_weights = torch.cat([own, tails.log_weights(outside_top, labels)], 1)
-    certain = log_weights <= 0  # a column that is not used has no part in anything
+    certain = log_weights <= 0  # the columns that are not used too: their values have no part in anything
     return ClassSample(
         item_ids=ids,
         tail_ids=tails.ids,

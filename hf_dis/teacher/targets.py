@@ -204,7 +204,9 @@ class TeacherTargets:
         """Finds all answers, three launches per block for the normaliser; returns the class mass, added to a mass."""
         logits, (candidates, peaks) = self.logits, self._best_candidates(self._depth)
         offsets = torch.empty_like(peaks, dtype=torch.promote_types(logits.dtype, torch.float32))
-        torch.mul(peaks, -1 / self.temperature, out=offsets)  # any number near it will do
+        # Any number near it will do: rounded as logits are, but float16 might overflow.
+        peaks = widen(peaks) if logits.dtype == torch.float16 else peaks
+        torch.mul(peaks, -1 / self.temperature, out=offsets)
         totals = offsets.new_empty(len(logits))
         for items, counted in self._turns():
             exponentials = _shifted(logits[items], offsets[items], self.temperature).exp_()
