@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from hf_dis.kernels import uses_triton
 from hf_dis.loss.classes import ALL_CLASSES, Classes
 from hf_dis.loss.divergence import by_blocks
-from hf_dis.loss.sampled_softmax import times_each
+from hf_dis.loss.sampled_softmax import times_each, weighted_log_softmax
 from hf_dis.sampling.sample import ClassSample
 
 
@@ -49,7 +49,7 @@ def cross_entropy_results(logits: Tensor, log_weights: Tensor, label: int) -> tu
     Args:
         logits: the student's, of the sampled classes, ``[N, R + K_t]``.
         log_weights: log ω of these classes, ``[N, R + K_t]``.
-        label: the column of the label, whose weight is 1.
+        label: the column of the label.
 
     Returns:
         the loss ``[N]`` and the gradient on the logits, ``[N, R + K_t]``, in float32 or wider.
@@ -60,11 +60,10 @@ def cross_entropy_results(logits: Tensor, log_weights: Tensor, label: int) -> tu
         return triton_sampled.cross_entropy(logits, log_weights, label)
 
     def block(logits: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-        log_shares = torch.add(log_weights, logits).log_softmax(1)
-        loss = -log_shares[:, label]  # the label's ω is 1
+        log_shares, minus_normaliser = weighted_log_softmax(logits, log_weights)
         gradient = log_shares.exp_()
         gradient[:, label].sub_(1)
-        return loss, gradient
+        return -(minus_normaliser[:, 0] + logits[:, label]), gradient
 
     return by_blocks(block, logits, log_weights)
 
