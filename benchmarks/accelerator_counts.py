@@ -7,13 +7,15 @@ student and teacher are an embedding and a layer norm, whose few launches count 
 fake CUDA tensors (benchmarks/fake_cuda.py): ``lm`` has 8,192 tokens, 151,936 classes and 2,048 features,
 ``classifier`` 1,024 examples, 1,000,000 classes and 512 features. The teacher's logits are given, stored in a cache,
 or computed by a teacher of the same width. Head modes are ``sampled``, with row-sparse gradients of the head, and
-``exact``, with dense ones. Dense parameters are stepped by torch's fused AdamW.
+``exact``, with dense ones. A row-sparse gradient is taken to have 16 rows per item. Dense parameters are stepped by
+torch's fused AdamW. ``--operations`` prints what each operation moves.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -152,15 +154,25 @@ def of_student(shape: Shape, counts: Counts, row_sparse: bool, targets: str, mod
     return measured
 
 
-def measure(counts: Counts, loss: Tensor, weight: nn.Parameter, mode: str) -> dict[str, float]:
-    """Runs backward; the peak beyond the gradient of W, and the bytes moved by the loss and the head, in GB."""
+def measure(counts: Counts, loss: Tensor, weight: nn.Parameter, mode: str) -> dict[str, float | dict[str, float]]:
+    """Runs backward; the peak beyond the gradient of W, and the bytes moved by the loss and the head, in GB.
+
+    The bytes are those of all operations, and of each name of an operation.
+    """
     forward = counts.peak() if mode == "sampled" else 0  # an exact forward computes the gradient of W
     loss.backward()
     rows = counts.sizes["tolist"][0] if weight.grad.is_sparse else len(weight)  # a fake sparse tensor holds nothing
     peak = max(forward, counts.peak() - rows * weight[0].nbytes)
     of_body = {key for key in counts.moved if key[1] in BODY and key[0].split(":")[0] in BODY_PLACES}
-    moved = sum(number for key, number in counts.moved.items() if key not in of_body)
-    return {"peak_gb": round(peak / 1e9, 3), "moved_gb": round(moved / 1e9, 2)}
+    operations = Counter()
+    for key, number in counts.moved.items():
+        if key not in of_body:
+            operations[key[1]] += number
+    return {
+        "peak_gb": round(peak / 1e9, 3),
+        "moved_gb": round(operations.total() / 1e9, 2),
+        "operations": {name: round(number / 1e9, 3) for name, number in operations.most_common()},
+    }
 
 
 def tiny(shape: Shape) -> Shape:
@@ -211,7 +223,7 @@ def finish(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> 
 
 def count(
     shape: Shape, targets: str, row_sparse: bool = True, kernels: str = "torch", mode: str = "sampled"
-) -> dict[str, str | int | float]:
+) -> dict[str, str | int | float | dict[str, float]]:
     """The counts of one step in its steady state, as a record.
 
     Args:
@@ -244,6 +256,7 @@ def count(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="Append the records to this file, one per line.")
+    parser.add_argument("--operations", action="store_true", help="Print the GB of each operation, too.")
     arguments = parser.parse_args()
     names = ("shape", "targets", "mode", "kernels", "launches", "waits", "peak_gb", "moved_gb")
     print("| " + " | ".join(names) + " |")
@@ -252,6 +265,8 @@ def main() -> None:
         for targets, mode, kernels in product(TARGETS_KINDS, MODES, KERNELS):
             record = count(shape, targets, kernels=kernels, mode=mode)
             print("| " + " | ".join(str(record[name]) for name in names) + " |", flush=True)
+            if arguments.operations:
+                print(", ".join(f"{name} {size}" for name, size in record["operations"].items() if size > 0.02))
             if arguments.json:
                 with arguments.json.open("a") as file:
                     file.write(json.dumps({**record, "sample": asdict(shape.spec)}) + "\n")

@@ -16,7 +16,8 @@ from hf_dis.loss.f_divergence import make_divergence
 from hf_dis.loss.sampled import sampled_loss
 from hf_dis.sampling.sample import Statistics
 from hf_dis.sampling.sampler import ClassSampler
-from hf_dis.teacher.targets import TeacherTargets, check_support, check_teacher_logits
+from hf_dis.teacher.logit_checks import check_support, check_teacher_logits
+from hf_dis.teacher.targets import TeacherTargets
 
 
 class DISLoss:

@@ -26,8 +26,9 @@ from hf_dis.models.provenance import StoredValue, digest_of, stored_values
 from hf_dis.models.spread import is_fully_sharded, reshard
 from hf_dis.models.tasks import find_task, num_outputs
 from hf_dis.precision import product_type
+from hf_dis.teacher.logit_checks import check_support
 from hf_dis.teacher.online import OnlineTeacher
-from hf_dis.teacher.targets import TeacherTargets, check_support, chunk_items
+from hf_dis.teacher.targets import TeacherTargets, chunk_items
 
 # Elements of a block of rows that exist at a time: 64 MiB in float32.
 BLOCK_ELEMENTS = 2**24

@@ -38,7 +38,8 @@ MATHS = (
     *("models/after_head.py", "models/gathered.py", "models/head_features.py", "models/spread.py", "models/ties.py"),
     "models/triton_gathered.py",
     *("report/diagnostics.py", "report/gradient_error.py"),
-    *("teacher/cached.py", "teacher/compact.py", "teacher/ranking.py", "teacher/targets.py"),
+    *("teacher/cached.py", "teacher/compact.py", "teacher/logit_checks.py"),
+    *("teacher/ranking.py", "teacher/targets.py"),
     *("teacher/triton_normaliser.py", "teacher/triton_ranking.py", "teacher/triton_stored.py"),
 )
 MATHS_FILES = sorted(

@@ -12,8 +12,9 @@ from torch import Tensor
 from hf_dis.distributed.exchange import OwnItems, SameItems
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.sampling.tails import of_items
+from hf_dis.teacher.logit_checks import check_teacher_logits
 from hf_dis.teacher.ranking import Candidates, top_ranked
-from hf_dis.teacher.targets import TeacherTargets, block_items, check_teacher_logits, log_probs, widen
+from hf_dis.teacher.targets import TeacherTargets, block_items, log_probs, widen
 
 PRECISION = "Check these inputs, and the teacher's precision: a float16 teacher overflows at 65,504, so try bfloat16"
 
@@ -48,7 +49,7 @@ class ShardTargets(TeacherTargets):
         highest, places = own.topk(min(depth, sum(exchange.sizes)))
         self.of_everyone = self._normalised()
         ranked = Candidates(highest, ids.gather(1, places), sum(exchange.sizes))
-        self._found = exchange.own(self.of_everyone), ranked
+        self._found = (exchange.own(self.of_everyone),), ranked
         self.counted = slice(0, len(highest), 1)
 
     def __len__(self) -> int:

@@ -19,6 +19,8 @@ from hf_dis.sampling.tails import at_tails, by_item, by_tail, in_turns
 # torch warns at the first CSR tensor, whatever the tensor is used for.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
+# Elements of the tails' rows, 32 MiB in bfloat16, up to which backward finds them kept: else it gathers them again.
+KEPT_ELEMENTS = 2**24
 # Elements of the gathered rows [n, K, d] that exist at a time. On a processor 1 MiB in float32 stays in its cache.
 GATHER_ELEMENTS = 2**18
 # Elsewhere at most this number of gathers of so many elements and more, 128 MiB in float32; and more gathers only
@@ -57,13 +59,13 @@ def sampled_logits(
             of an item's own classes not before backward. The kernels of Triton give NaN.
     """
     device, tail_ids = features.device.type, tail_ids[: max(1, len(features))]
-    if torch.is_autocast_enabled(device):
-        features = features.to(torch.get_autocast_dtype(device))
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
     with torch.autocast(device, enabled=False):
         if shard is None:
-            return _SampledLinear.apply(features, weight, bias, item_ids, tail_ids, row_sparse, updates)
+            return _SampledLinear.apply(features, weight, bias, item_ids, tail_ids, row_sparse, updates, dtype)
         ids = item_ids, tail_ids, shard.start
-        return shard.joined(own_columns(shard.copied(features), weight, bias, *ids, row_sparse, updates))
+        features = shard.copied(features.to(dtype))
+        return shard.joined(own_columns(features, weight, bias, *ids, row_sparse, updates))
 
 
 def sampled_columns(logits: Tensor, item_ids: Tensor, tail_ids: Tensor) -> Tensor:
@@ -72,33 +74,43 @@ def sampled_columns(logits: Tensor, item_ids: Tensor, tail_ids: Tensor) -> Tenso
 
 
 def weighted_rows(
-    scales: Tensor, weight: Tensor, item_ids: Tensor, tail_ids: Tensor, tail_rows: Tensor | None = None
+    scales: Tensor,
+    weight: Tensor,
+    item_ids: Tensor,
+    tail_ids: Tensor,
+    tail_rows: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Sums the rows of the sampled classes of each item, times their scales: ``[N, d]``, of the type of the scales.
+    """Sums the rows of the sampled classes of each item, times their scales: ``[N, d]``.
 
     Args:
         scales: ``[N, R + K_t]``.
         weight: of the head, ``[C, d]``.
         item_ids, tail_ids: as for :func:`sampled_logits`.
-        tail_rows: the rows of the tails' classes in that type, ``[G, K_t, d]``; None: they are gathered here.
+        tail_rows: the rows of the tails' classes in the type of the scales, ``[G, K_t, d]``; None: they are gathered
+            here.
+        dtype: of the result; None: that of the scales.
     """
     tail_ids = tail_ids[: max(1, len(scales))]
     own, shared = scales.split([item_ids.shape[1], tail_ids.shape[1]], dim=1)
     rows = _tail_rows(weight, tail_ids, scales.dtype) if tail_rows is None else tail_rows
-    return _features_gradient(own, weight, item_ids, by_tail(shared, len(tail_ids)) @ rows)
+    return _features_gradient(own, weight, item_ids, by_tail(shared, len(tail_ids)) @ rows, dtype or scales.dtype)
 
 
 class _SampledLinear(torch.autograd.Function):
     """``h Wᵀ + b`` at sampled classes; ``[N, K, d]`` is never held."""
 
     @staticmethod
-    def forward(ctx, features, weight, bias, item_ids, tail_ids, row_sparse, updates):
+    def forward(ctx, features, weight, bias, item_ids, tail_ids, row_sparse, updates, dtype):
+        # The gradient has the type of what is given, without another pass that would widen it.
+        ctx.features_dtype, features = features.dtype, features.to(dtype)
         by_kernels = uses_triton(features.device)
         rows = _tail_rows(weight, tail_ids, features.dtype)
-        # A second gather takes one kernel, or two launches of torch. Without kernels memory is scarcer.
-        ctx.save_for_backward(features, weight, item_ids, tail_ids, rows if by_kernels else None)
+        is_kept = by_kernels or rows.numel() <= KEPT_ELEMENTS  # without kernels memory is scarcer
+        ctx.save_for_backward(features, weight, item_ids, tail_ids, rows if is_kept else None)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.row_sparse, ctx.updates = row_sparse, updates
+        ctx.item_numbers = None if by_kernels else _item_numbers(item_ids)
         num_own = item_ids.shape[1]
         tails = by_tail(features, len(tail_ids)) @ rows.mT
         if bias is not None:
@@ -109,7 +121,7 @@ class _SampledLinear(torch.autograd.Function):
             logits = item_products(features, weight, item_ids, tails, features.dtype)
         else:
             logits = features.new_empty(len(features), num_own + tail_ids.shape[1])
-            _item_products(features, weight, item_ids, out=logits[:, :num_own])
+            _item_products(features, weight, item_ids, ctx.item_numbers, out=logits[:, :num_own])
             _write(logits[:, num_own:], tails)
         if bias is not None:
             logits[:, :num_own] += bias.take(item_ids)
@@ -121,7 +133,7 @@ class _SampledLinear(torch.autograd.Function):
         wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_features = grad_weight = grad_bias = None
         if wants_features:
-            grad_features = weighted_rows(grad, weight, item_ids, tail_ids, rows)
+            grad_features = weighted_rows(grad, weight, item_ids, tail_ids, rows, ctx.features_dtype)
         item_grad, tail_grad = grad.split([item_ids.shape[1], tail_ids.shape[1]], dim=1)
         if (wants_weight or wants_bias) and uses_triton(grad.device):
             from hf_dis.head.triton_gradients import HeadGradients
@@ -131,9 +143,10 @@ class _SampledLinear(torch.autograd.Function):
                 grad_weight = found.weight(weight, ctx.row_sparse)
             if wants_bias:
                 grad_bias = found.bias(len(weight), ctx.bias_dtype, ctx.row_sparse)
-            return grad_features, grad_weight, grad_bias, None, None, None, None
+            return grad_features, grad_weight, grad_bias, *[None] * 5
         if wants_weight or wants_bias:
-            of_head = _Contributions.of(features, item_ids, tail_ids, item_grad, tail_grad, weight.dtype)
+            grads = item_grad, tail_grad, weight.dtype
+            of_head = _Contributions.of(features, item_ids, tail_ids, ctx.item_numbers, *grads)
             is_sampled = ctx.updates is not None and ctx.updates.number < len(of_head.ids)
             touched = TouchedRows(of_head.ids, of_head.sizes() if is_sampled else None, ctx.updates)
         if wants_weight:
@@ -142,7 +155,7 @@ class _SampledLinear(torch.autograd.Function):
         if wants_bias:
             rows = touched.bias_rows(of_head.sums()).to(ctx.bias_dtype)
             grad_bias = touched.gradient(rows, weight.shape[:1], ctx.row_sparse)
-        return grad_features, grad_weight, grad_bias, None, None, None, None
+        return grad_features, grad_weight, grad_bias, *[None] * 5
 
 
 class _Contributions(NamedTuple):
@@ -168,13 +181,13 @@ class _Contributions(NamedTuple):
     tails: Tensor
 
     @classmethod
-    def of(cls, features, item_ids, tail_ids, item_grad, tail_grad, dtype: torch.dtype) -> _Contributions:
-        num_items, num_columns = item_ids.shape
+    def of(cls, features, item_ids, tail_ids, item_numbers, item_grad, tail_grad, dtype) -> _Contributions:
+        num_items = len(item_ids)
         by_tails = by_tail(tail_grad, len(tail_ids))
         of_tails = by_tails.mT @ by_tail(features, len(tail_ids))
         vectors = features.new_empty(num_items + tail_ids.numel(), features.shape[1], dtype=dtype)
         torch.cat([features, of_tails.flatten(0, 1)], out=vectors)  # widens as it writes
-        numbers = torch.arange(len(vectors), device=vectors.device)
+        of_tails = torch.arange(num_items, len(vectors), device=vectors.device)
         ids = torch.cat([item_ids.flatten(), tail_ids.flatten()])
         scales = torch.ones_like(ids, dtype=torch.promote_types(item_grad.dtype, dtype))
         alone = scales[: item_ids.numel()]
@@ -182,7 +195,7 @@ class _Contributions(NamedTuple):
         return cls(
             ids=ids,
             vectors=vectors,
-            which=torch.cat([numbers[:num_items].repeat_interleave(num_columns), numbers[num_items:]]),
+            which=torch.cat([item_numbers, of_tails]),
             scales=scales,
             alone=alone,
             tails=by_tails,
@@ -201,7 +214,12 @@ class _Contributions(NamedTuple):
         return self.scales.abs() * lengths.index_select(0, self.which)
 
 
-def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, out: Tensor) -> None:
+def _item_numbers(item_ids: Tensor) -> Tensor:
+    """Numbers the items, 0..N-1, once for each of their classes: ``[N·R]`` for ``[N, R]``."""
+    return torch.arange(len(item_ids), device=item_ids.device)[:, None].expand_as(item_ids).flatten()
+
+
+def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, item_numbers: Tensor, out: Tensor) -> None:
     """Writes ``h wᵀ`` of each item with its classes into ``out``, ``[N, R]``."""
     if not item_ids.numel():
         return
@@ -223,7 +241,7 @@ def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, out: Tens
         out.copy_(places.values().view(item_ids.shape))
         return
     if features.is_cuda and _bags_take(features, weight):
-        out.copy_(_bag_products(features, weight, item_ids))
+        out.copy_(_bag_products(features, weight, item_ids, item_numbers))
         return
     wide = torch.promote_types(features.dtype, torch.float32)
     size = _gathered_items(len(item_ids), item_ids.shape[1] * weight.shape[1], features.device)
@@ -241,12 +259,11 @@ def _bags_take(features: Tensor, weight: Tensor) -> bool:
     return is_wide and torch.promote_types(features.dtype, weight.dtype) == weight.dtype
 
 
-def _bag_products(features: Tensor, weight: Tensor, item_ids: Tensor) -> Tensor:
+def _bag_products(features: Tensor, weight: Tensor, item_ids: Tensor, bags: Tensor) -> Tensor:
     """Computes ``h wᵀ`` of each item with its classes, ``[N, R]``, in the type of W; one kernel, and no gathered row.
 
     The products are the gradient of ``embedding_bag`` on the weights of its entries. No class id is checked on a GPU.
     """
-    bags = torch.arange(len(item_ids), device=item_ids.device)[:, None].expand_as(item_ids).flatten()
     given = features.to(weight.dtype), weight, item_ids.flatten(), bags, bags  # the bag of an entry says it all
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(*given, mode=0).view(item_ids.shape)
 
@@ -260,19 +277,20 @@ def _tail_rows(weight: Tensor, tail_ids: Tensor, dtype: torch.dtype) -> Tensor:
     return F.embedding(tail_ids, weight).to(dtype)
 
 
-def _features_gradient(scales: Tensor, weight: Tensor, item_ids: Tensor, tails: Tensor) -> Tensor:
+def _features_gradient(scales: Tensor, weight: Tensor, item_ids: Tensor, tails: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums the rows of each item's classes, times their scales, and the item's part of ``tails``, ``[N, d]``.
 
     Args:
         scales, weight, item_ids: of the items, ``[N, R]``, ``[C, d]`` and ``[N, R]``.
         tails: the parts of the tails' classes, by tail, ``[G, n, d]``.
+        dtype: of the result.
     """
     if uses_triton(weight.device):
         from hf_dis.head.triton_products import features_gradient
 
-        return features_gradient(scales, weight, item_ids, tails, scales.dtype)
+        return features_gradient(scales, weight, item_ids, tails, dtype)
     own = F.embedding_bag(item_ids, weight, mode="sum", per_sample_weights=scales.to(weight.dtype))
-    gradient, num_tails = scales.new_empty(own.shape), len(tails)
+    gradient, num_tails = scales.new_empty(own.shape, dtype=dtype), len(tails)
     if len(own) % num_tails:
         return torch.add(own, by_item(tails, len(own)), out=gradient)  # rounds once
     by_turns = (in_turns(values, num_tails) for values in (own, gradient))

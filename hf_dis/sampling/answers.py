@@ -12,7 +12,7 @@ from hf_dis.kernels import uses_triton
 from hf_dis.sampling.sample import Stratum
 from hf_dis.sampling.tails import at_tails, of_items
 from hf_dis.teacher.ranking import Candidates
-from hf_dis.teacher.targets import TeacherTargets, log_probs
+from hf_dis.teacher.targets import TeacherTargets, joined_normaliser, log_probs
 
 
 class Ranked(NamedTuple):
@@ -31,7 +31,7 @@ class Logits(NamedTuple):
         candidates: the logits among which the m best-ranked ones of each item are.
         tails: logits of the classes of the item's shared tail, ``[n, K_t]``; None with ``columns``.
         labels: the label's logit, ``[n, 1]``; None without labels, and with ``columns``.
-        log_normaliser: log Σ exp(logit / τ) over all classes, ``[n, 1]``.
+        normaliser: the parts of log Σ exp(logit / τ) over all classes, as :class:`TeacherTargets` has them.
         counted: the items that the mass of the chunk counts.
         items_per_counted: the items that each counted item stands for.
         ranked: the sampled ranks, where all C ranks are sampled from.
@@ -41,7 +41,7 @@ class Logits(NamedTuple):
     candidates: Candidates
     tails: Tensor | None
     labels: Tensor | None
-    log_normaliser: Tensor
+    normaliser: tuple[Tensor, ...]
     counted: slice
     items_per_counted: float
     ranked: Ranked | None
@@ -79,7 +79,7 @@ class Logits(NamedTuple):
             targets.candidates,
             tails,
             of_label,
-            targets.log_normaliser,
+            targets.normaliser,
             targets.counted,
             targets.items_per_counted,
             ranked,
@@ -125,7 +125,7 @@ class Answers(NamedTuple):
         has_label = parts[0].labels is not None
         chosen = [(part.labels, part.tails) if has_label else (part.tails,) for part in parts]
         logits = torch.cat([highest, *map(_cat, zip(*chosen, strict=True))], 1)
-        columns = log_probs(logits, _cat([part.log_normaliser for part in parts]), temperature)
+        columns = log_probs(logits, joined_normaliser([part.normaliser for part in parts]), temperature)
         own, labels, tails = columns.tensor_split([ids.shape[1], ids.shape[1] + has_label], 1)
         ranked = [part.ranked for part in parts]
         return cls(
@@ -167,7 +167,7 @@ def _counted(parts: Sequence[Logits]) -> dict[float, list[slice]]:
     """The counted items of all chunks, by the items that each stands for; most chunks have the same size."""
     first_item, alike = 0, {}
     for part in parts:
-        here = slice(first_item, first_item + len(part.log_normaliser), part.counted.step)
+        here = slice(first_item, first_item + len(part.candidates.places), part.counted.step)
         slices = alike.setdefault(part.items_per_counted, [])
         before = slices.pop() if slices else here
         follows = before.stop == here.start and before.step == here.step

@@ -193,7 +193,7 @@ def _tail_sums(signal: Tensor, outside_top: Tensor, finite: Tensor | None, num_t
 
         return tail_sums(signal, outside_top, finite, num_tails)
     met = outside_top if finite is None else outside_top & finite[:, None]
-    squared = signal.square().masked_fill_(~met, 0)
+    squared = torch.where(met, signal, 0).square()
     sums = torch.empty(2, num_tails, signal.shape[1], dtype=torch.float32, device=signal.device)
     for values, total in zip((squared, met), sums, strict=True):
         torch.sum(by_tail(values, num_tails), 1, dtype=torch.float32, out=total)

@@ -31,7 +31,8 @@ class ClassSample:
         tail_ids: class ids of each tail, ascending, ``[G, K_t]``.
         log_weights: log ω of every column, ``[N, R + K_t]``; ``-inf`` where an item does not use a column because
             another of its columns holds the same class.
-        certain: true where the class had the inclusion probability 1, ``[N, R + K_t]``.
+        certain: true where the class had the inclusion probability 1, ``[N, R + K_t]``; true or false at a column that
+            is not used.
         log_probs: the teacher's log-probabilities at the temperature, ``[N, R + K_t]``.
         target: estimated teacher probabilities, each item sums to one, ``[N, R + K_t]``.
         ranks: the teacher's rank of the K ranked columns, ``[N, K]``; 0 is the best-ranked class.
@@ -141,10 +142,6 @@ class Stratum(NamedTuple):
         rest = (self.mass - exact.sum(1)).clamp_min_(0)
         share = weighted.masked_fill_(self.certain, -torch.inf).softmax(1).nan_to_num_(0)
         return torch.addcmul(exact, share, rest[:, None])
-
-    def exact_target(self) -> Tensor:
-        """The same where all classes are certain: no class can carry a rest."""
-        return (self.log_probs + self.log_weights).exp_()
 
 
 def item_counts(num_items: int, finite: Tensor | None) -> Statistics:

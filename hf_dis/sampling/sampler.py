@@ -14,6 +14,7 @@ from hf_dis.checks import require, require_number
 from hf_dis.kernels import uses_triton
 from hf_dis.precision import check_sparse, widest
 from hf_dis.sampler_spec import SamplerSpec
+from hf_dis.sampling.all_ranks import sample_all_ranks
 from hf_dis.sampling.answers import Answers, Logits, Ranked
 from hf_dis.sampling.budget import Budget, Variances
 from hf_dis.sampling.class_memory import sampled_mass
@@ -72,6 +73,7 @@ class ClassSampler:
         self.num_tails = num_tails if self.num_shared else 1
         self.num_ranks = self.rank_depth if self.num_shared else num_classes
         self.num_sampled = min(num_sampled, self.num_ranks)
+        self._ranks = torch.arange(self.rank_depth, device=proposal.device)
         self.design, self.num_updated = design, num_updated
         if self.num_shared and proposal.wants_class_mass:
             wanted = f"num_shared_classes is {num_shared} with a proposal that learns about classes"
@@ -110,6 +112,8 @@ class ClassSampler:
         answers, class_mass = self._answers(teacher, tails, labels)
         if self.num_shared and uses_triton(answers.ids.device):
             return self._assembled(answers, tails, labels, class_mass)
+        if self._samples_all_ranks:
+            return sample_all_ranks(answers, tails, labels, class_mass, self._ranks)
         ranked, outside_top = answers.ranked or self._sample_ranked(answers), is_outside(answers.ids, tails.ids)
         strata = [ranked.stratum]
         if labels is None:
@@ -122,17 +126,14 @@ class ClassSampler:
             mass = 1 - strata[0].mass - own.mass
         shared = Stratum(tails.ids, *tails.columns(outside_top, labels), answers.tail_log_probs, mass)
         # The label is the only class of its stratum, and certain: its target is the mass.
-        of_ranked = strata[0].exact_target() if self._samples_all_ranks else strata[0].target()
-        target = torch.cat([of_ranked, *(one.mass[:, None] for one in strata[1:]), shared.target()], 1)
+        target = torch.cat([strata[0].target(), *(one.mass[:, None] for one in strata[1:]), shared.target()], 1)
         columns = [*strata, shared]
         return ClassSample(
             item_ids=torch.cat([stratum.ids for stratum in strata], 1),
             tail_ids=tails.ids,
             log_weights=torch.cat([stratum.log_weights for stratum in columns], 1),
             certain=torch.cat([stratum.certain for stratum in columns], 1),
-            log_probs=answers.columns
-            if self._samples_all_ranks
-            else torch.cat([stratum.log_probs for stratum in columns], 1),
+            log_probs=torch.cat([stratum.log_probs for stratum in columns], 1),
             # All zero where the teacher gives every sampled class the probability 0: the item then has no loss.
             target=target.div_(target.sum(1, keepdim=True).clamp_min_(torch.finfo(target.dtype).tiny)),
             ranks=ranked.ranks,
@@ -141,7 +142,6 @@ class ClassSampler:
             class_mass=class_mass,
             has_label=labels is not None,
             with_replacement=self.design == "replacement",
-            all_ranks_certain=self._samples_all_ranks,
         )
 
     @property
@@ -175,8 +175,11 @@ class ClassSampler:
             temperature = targets.temperature
             # Where all C ranks are sampled from, only the chunk can tell their classes.
             ranked = None if self.num_shared else self._sample_all_ranks(targets)
+            by_kernels = uses_triton(tails.ids.device)
+            if wants_mass and not by_kernels:  # the normaliser comes with the mass
+                mass = targets.class_mass(mass)
             parts.append(Logits.of(targets, tails.ids, labels, first_item, ranked))
-            if wants_mass:  # after the answers, of which the normaliser is a part
+            if wants_mass and by_kernels:  # the normaliser comes with the answers
                 mass = targets.class_mass(mass)
             first_item += len(targets)
             del targets  # the next chunk is computed without this one in memory
@@ -188,13 +191,6 @@ class ClassSampler:
     def _sample_ranked(self, answers: Answers) -> Ranked:
         """K of each item's m ranks."""
         mass = answers.log_probs.exp().sum(1)
-        if self._samples_all_ranks:
-            ranks = torch.arange(self.num_ranks, device=mass.device).repeat(len(mass), 1)
-            log_weights, certain = (
-                torch.zeros_like(ranks, dtype=torch.float32),
-                torch.ones_like(ranks, dtype=torch.bool),
-            )
-            return Ranked(ranks, Stratum(answers.ids, log_weights, certain, answers.log_probs, mass))
         ranks, log_weights, certain = self._sample_ranks(answers)
         # Above the resolved depth a rank is a place in the ranking.
         ids, log_probs = (values.gather(1, ranks) for values in (answers.ids, answers.log_probs))

@@ -39,14 +39,15 @@ class Tails(NamedTuple):
     inclusion: Tensor
 
     def columns(self, outside: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Makes the columns of each item, ``[N, K_t]`` each.
+        """Makes the columns of each item, ``[N, K_t]`` each: :meth:`log_weights`, and true where π is 1."""
+        return self.log_weights(outside, labels), of_items(self.inclusion >= 1, 0, len(outside))
+
+    def log_weights(self, outside: Tensor, labels: Tensor | None) -> Tensor:
+        """Computes log ω of the columns of each item, -inf where another column holds the class, ``[N, K_t]``.
 
         Args:
             outside: true for classes that the item has in no other column, ``[N, K_t]``.
             labels: class ids ``[N]``, which have a column of their own; None: there is none.
-
-        Returns:
-            log ω, -inf where another column holds the class; and true where π is 1.
         """
         num_items, num_tails = len(outside), len(self.ids)
         if labels is None:
@@ -57,8 +58,7 @@ class Tails(NamedTuple):
         log_weights = torch.empty_like(self.inclusion, dtype=torch.float32)
         torch.log(self.inclusion, out=log_weights)
         log_weights = log_weights.neg_().expand(-(-num_items // num_tails), -1, -1)
-        log_weights = log_weights.masked_fill(in_turns(unused, num_tails), -torch.inf).flatten(0, 1)[:num_items]
-        return log_weights, of_items(self.inclusion >= 1, 0, num_items)
+        return log_weights.masked_fill(in_turns(unused, num_tails), -torch.inf).flatten(0, 1)[:num_items]
 
 
 def of_items(tails: Tensor, first_item: int, num_items: int) -> Tensor:

@@ -13,14 +13,9 @@ from torch import Tensor, nn
 from hf_dis.items import Items
 from hf_dis.models.provenance import stored_values
 from hf_dis.models.tasks import base_model, find_task, num_outputs
+from hf_dis.teacher.logit_checks import check_support, check_teacher_logits
 from hf_dis.teacher.stream import LogitStream
-from hf_dis.teacher.targets import (
-    ALL_CLASSES_CHUNKS,
-    BLOCKS_OF_CHUNK,
-    TeacherTargets,
-    check_support,
-    check_teacher_logits,
-)
+from hf_dis.teacher.targets import ALL_CLASSES_CHUNKS, BLOCKS_OF_CHUNK, TeacherTargets
 
 
 class OnlineTeacher:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from math import log
+from itertools import product
+from math import gcd, log
 
 import torch
 from torch import Tensor
 
 from hf_dis.kernels import uses_triton
+from hf_dis.teacher.logit_checks import check_teacher_logits
 from hf_dis.teacher.ranking import GROUP, Candidates, best_groups, group_members, num_groups, top_ranked
 
 # Elements of the [n, C] logits of a chunk: 64 MiB in float32.
@@ -20,7 +23,10 @@ BLOCK_ELEMENTS = 2**18
 # Elsewhere the number of parts is fixed, so that launches do not grow with the work, between the least and the most
 # elements of a part. 2^26 elements keep a device busy; 2^30 are 2 GiB in bfloat16.
 # Kernels hold little beside the logits of a chunk, so that fewer chunks need no more memory.
-DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK, KERNEL_CHUNKS = 6, 15, 2, 5
+DEVICE_CHUNKS, DEVICE_BLOCKS, BLOCKS_OF_CHUNK, KERNEL_CHUNKS = 7, 16, 4, 5
+# Blocks that take turns at the items, where this number of blocks and more fits: the first of them holds all counted
+# items, whose exponentials need no second pass. Turns among all items of a batch would reach beyond 32-bit offsets.
+TURNS = 4
 # Chunks for a loss on all classes, which holds a block of the student's logits beside each.
 ALL_CLASSES_CHUNKS = 8
 LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**30
@@ -108,20 +114,20 @@ class TeacherTargets:
         self._blocks = blocks
         self._mass: Tensor | None = None
         self._depth = min(depth, logits.shape[1])
-        self._found: tuple[Tensor, Candidates] | None = None
-        if uses_triton(logits.device):
-            return  # computed with the first answers that are asked for
-        if on_cpu:
+        self._found: tuple[tuple[Tensor, ...], Candidates] | None = None
+        if on_cpu:  # elsewhere computed with the first answers that are asked for
             candidates = Candidates(*top_ranked(logits, self._depth), logits.shape[1])
-            peaks, normalised = candidates.logits[:, :1], self._normalised_in_cache
-        else:
-            candidates, peaks = self._best_candidates(self._depth)
-            normalised = self._normalised_by_blocks
-        self._found = normalised(widen(peaks), block_items(logits, blocks)), candidates
+            normaliser = self._normalised_in_cache(widen(candidates.logits[:, :1]), block_items(logits, blocks))
+            self._found = (normaliser,), candidates
 
-    @property
+    @cached_property
     def log_normaliser(self) -> Tensor:
         """log Σ exp(logit / τ), ``[n, 1]``, float32 or wider."""
+        return joined_normaliser([self.normaliser])
+
+    @property
+    def normaliser(self) -> tuple[Tensor, ...]:
+        """The parts of :attr:`log_normaliser`, which :func:`joined_normaliser` joins for all chunks at a time."""
         return self._answers[0]
 
     @property
@@ -130,12 +136,15 @@ class TeacherTargets:
         return self._answers[1]
 
     @property
-    def _answers(self) -> tuple[Tensor, Candidates]:
+    def _answers(self) -> tuple[tuple[Tensor, ...], Candidates]:
         if self._found is None:
-            self._found = self._found_by_kernels()
+            if uses_triton(self.logits.device):
+                self._found = self._found_by_kernels()
+            else:
+                self._mass = self._find_by_blocks()
         return self._found
 
-    def _found_by_kernels(self) -> tuple[Tensor, Candidates]:
+    def _found_by_kernels(self) -> tuple[tuple[Tensor, ...], Candidates]:
         from hf_dis.teacher.triton_normaliser import log_normaliser
 
         logits, depth, groups = self.logits, self._depth, num_groups(self.logits.shape[1], self._depth)
@@ -149,7 +158,7 @@ class TeacherTargets:
         else:
             best = maxima.topk(depth, dim=1, sorted=False).indices if groups else None
             ranked = top_ranked(logits, depth, best)
-        return normaliser, Candidates(*ranked, logits.shape[1])
+        return (normaliser,), Candidates(*ranked, logits.shape[1])
 
     def columns(self, tail_ids: Tensor, labels: Tensor | None, first_item: int) -> Tensor:
         """Computes by kernels the log-probabilities of ranked classes, shared tails and labels, side by side.
@@ -164,7 +173,7 @@ class TeacherTargets:
         logits, temperature, asked = self.logits, self.temperature, (tail_ids, labels, first_item)
         if self._found is None and num_groups(logits.shape[1], self._depth) and logits.dtype != torch.float64:
             normaliser, _, _, *ranked, columns = answers_of_items(logits, temperature, self._depth, GROUP, *asked)
-            self._found = normaliser, Candidates(*ranked, logits.shape[1])
+            self._found = (normaliser,), Candidates(*ranked, logits.shape[1])
             return columns
         return answers_at(logits, self.highest, self.log_normaliser, *asked, temperature)
 
@@ -191,28 +200,37 @@ class TeacherTargets:
             del exponentials  # the next block is computed without this one in memory
         return highest / self.temperature + torch.cat(totals)[:, None].log_()
 
-    def _normalised_by_blocks(self, peaks: Tensor, items: int) -> Tensor:
-        """The normaliser in three launches per block; keeps what the class mass takes of it."""
-        totals, self._offsets = peaks.new_empty(len(peaks)), peaks * (-1 / self.temperature)
-        parts = (values.split(items) for values in (self.logits, self._offsets, totals))
-        for part, offset, total in zip(*parts, strict=True):
-            torch.sum(_shifted(part, offset, self.temperature).exp_(), 1, out=total)
-        self._shares = totals[self.counted].reciprocal()
-        return totals.log_()[:, None] - self._offsets
+    def _find_by_blocks(self, mass: Tensor | None = None) -> Tensor:
+        """Finds all answers, three launches per block for the normaliser; returns the class mass, added to a mass."""
+        logits, (candidates, peaks) = self.logits, self._best_candidates(self._depth)
+        offsets = torch.empty_like(peaks, dtype=torch.promote_types(logits.dtype, torch.float32))
+        # Any number near it will do: rounded as logits are, but float16 might overflow.
+        peaks = widen(peaks) if logits.dtype == torch.float16 else peaks
+        torch.mul(peaks, -1 / self.temperature, out=offsets)
+        totals = offsets.new_empty(len(logits))
+        for items, counted in self._turns():
+            exponentials = _shifted(logits[items], offsets[items], self.temperature).exp_()
+            torch.sum(exponentials, 1, out=totals[items])
+            if counted is not None:
+                beta, mass = (0, totals.new_empty(logits.shape[1])) if mass is None else (1, mass)
+                # Autocast would round a product without out.
+                given = mass, exponentials[counted].T, totals[items][counted].reciprocal()
+                mass = torch.addmv(*given, alpha=self.items_per_counted, beta=beta, out=torch.empty_like(mass))
+                del given
+            del exponentials  # the next block is computed without this one in memory
+        self._found = (totals, offsets), candidates
+        return totals.new_zeros(logits.shape[1]) if mass is None else mass
 
-    def _mass_by_blocks(self, mass: Tensor | None) -> Tensor:
-        """The mass of the counted items, with a mass that is added, in three launches per block."""
-        size = block_items(self.logits, self._blocks)
-        beta, mass = (0, self._shares.new_empty(self.logits.shape[1])) if mass is None else (1, mass)
-        counted = self.logits[self.counted], self._offsets[self.counted], self._shares
-        for part, offset, share in zip(*(values.split(size) for values in counted), strict=True):
-            exponentials = _shifted(part, offset, self.temperature).exp_()
-            # Autocast would round a product without out.
-            given = mass, exponentials.T, share
-            mass = torch.addmv(*given, alpha=self.items_per_counted, beta=beta, out=torch.empty_like(mass))
-            beta = 1
-            del exponentials, given  # the next block is computed without this one in memory
-        return mass
+    def _turns(self) -> Iterator[tuple[slice, slice | None]]:
+        """The items of each block, which take turns; and those of the block that the class mass counts, if any."""
+        number, size, step = len(self.logits), block_items(self.logits, self._blocks), self.counted.step
+        turns = min(TURNS, 1 << (-(-number // size) - 1).bit_length())
+        for first, turn in product(range(0, number, turns * size), range(turns)):
+            items = range(first + turn, min(first + turns * size, number), turns)
+            counted = next((place for place, item in enumerate(items[:step]) if item % step == 0), None)
+            if items:
+                of_block = None if counted is None else slice(counted, None, step // gcd(turns, step))
+                yield slice(items.start, items.stop, turns), of_block
 
     @cached_property
     def _ranked(self) -> tuple[Tensor, Tensor]:
@@ -261,6 +279,8 @@ class TeacherTargets:
     def class_mass(self, added: Tensor | None = None) -> Tensor:
         """Sums the probability of each class over the counted items, times :attr:`items_per_counted`, ``[C]``.
 
+        Without kernels an accelerator finds the normaliser in the same passes: ask for the mass first.
+
         Args:
             added: the mass of other items, ``[C]``, which is added.
         """
@@ -272,10 +292,21 @@ class TeacherTargets:
             counted = (values[self.counted] for values in (self.logits, self.log_normaliser))
             mass = class_mass(*counted, self.temperature, self.items_per_counted, added)
         else:
-            mass = self._mass_by_blocks(added)
+            mass = self._find_by_blocks(added)
         if added is None:  # kept for targets that serve several steps
             self._mass = mass
         return mass
+
+
+def joined_normaliser(parts: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """Joins the normalisers of consecutive chunks of items, ``[N, 1]``.
+
+    Args:
+        parts: of each chunk log Σ exp(logit / τ), ``[n, 1]``; or Σ exp(logit / τ + offset), ``[n]``, and the offsets,
+            ``[n, 1]``.
+    """
+    joined = [one[0] if len(one) == 1 else torch.cat(one) for one in zip(*parts, strict=True)]
+    return joined[0] if len(joined) == 1 else joined[0].log()[:, None] - joined[1]
 
 
 def log_probs(logits: Tensor, log_normaliser: Tensor, temperature: float) -> Tensor:
@@ -294,53 +325,3 @@ def log_probs(logits: Tensor, log_normaliser: Tensor, temperature: float) -> Ten
 def _shifted(logits: Tensor, offset: Tensor, temperature: float) -> Tensor:
     """Computes ``logits / τ + offset`` in the type of the offset, in one launch that widens."""
     return torch.add(offset, logits, alpha=1 / temperature)
-
-
-def check_support(logits: Tensor, first_item: int = 0) -> None:
-    """Checks that a teacher gives every class a probability above 0; on an accelerator this waits for the device.
-
-    Args:
-        logits: of consecutive items, ``[n, C]``, without NaN and +Inf.
-        first_item: number of the first of these items in the batch.
-
-    Raises:
-        ValueError: if classes are masked, by -inf or by the lowest numbers of the type; names the items.
-    """
-    masked = logits.amin(1) < torch.finfo(logits.dtype).min / 2
-    if masked.any():
-        raise ValueError(
-            f"the teacher masks classes in items {(masked.nonzero()[:, 0] + first_item).tolist()[:20]} of the batch: "
-            "their logits are -inf, or as low as their type allows. divergence='reverse_kl' is infinite where the "
-            "teacher's probability is 0: set divergence to 'jsd' or 'skew_kl', or give masked classes a floor, for "
-            "example the item's highest logit minus 30"
-        )
-
-
-def check_teacher_logits(logits: Tensor, num_classes: int, first_item: int = 0, check_finite: bool = True) -> None:
-    """Checks the logits of a teacher. Classes may be masked: their logits are -inf.
-
-    Args:
-        logits: of consecutive items, ``[n, C]``.
-        num_classes: C, as the student has it.
-        first_item: number of the first of these items in the batch.
-        check_finite: look for NaN and Inf; on an accelerator this waits for the device.
-
-    Raises:
-        ValueError: if the logits do not have C columns.
-        FloatingPointError: if logits are NaN or Inf, or all logits of an item are -inf; names the items.
-    """
-    if logits.shape[-1] != num_classes:
-        raise ValueError(
-            f"the teacher has logits of {logits.shape[-1]} classes, the student of {num_classes}: "
-            "both need the same classes in the same order; use a teacher trained on the student's labels"
-        )
-    # The sum is the fastest pass. It may overflow, or be -inf for masked classes, and neither is an error: then the
-    # largest logit of each item decides. It is NaN or Inf where a logit is, and -inf where all classes are masked.
-    if check_finite and not logits.sum(dtype=torch.float32).isfinite():
-        bad = ~logits.amax(1).isfinite()
-        if bad.any():
-            raise FloatingPointError(
-                f"the teacher's logits hold NaN or Inf in items {(bad.nonzero()[:, 0] + first_item).tolist()[:20]} of "
-                "the batch, or are -inf for all classes. Check these inputs, and the teacher's precision: a float16 "
-                "teacher overflows at 65,504, so try bfloat16"
-            )

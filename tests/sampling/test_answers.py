@@ -12,7 +12,7 @@ def part(number, step):
     normaliser, places = torch.zeros(number, 1), torch.zeros(number, 1, dtype=torch.long)
     counted = slice(0, number, step)
     per_counted = max(1, number) / max(1, len(range(number)[counted]))
-    return Logits(Candidates(normaliser, places, 1), None, None, normaliser, counted, per_counted, None)
+    return Logits(Candidates(normaliser, places, 1), None, None, (normaliser,), counted, per_counted, None)
 
 
 @pytest.mark.parametrize(

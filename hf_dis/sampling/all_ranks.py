@@ -1,0 +1,67 @@
+"""The sample of a step where each item holds all the ranks that it samples from, each with certainty."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_dis.sampling.answers import Answers
+from hf_dis.sampling.sample import ClassSample
+from hf_dis.sampling.tails import Tails, is_outside
+
+
+def sample_all_ranks(
+    answers: Answers, tails: Tails, labels: Tensor | None, class_mass: Tensor, ranks: Tensor
+) -> ClassSample:
+    """Makes the columns of all items at a time: only the tail's classes can be uncertain, and share what is left.
+
+    Args:
+        answers: the teacher's targets, with columns of ranked classes, label and tail.
+        tails: the shared tails.
+        labels: class ids ``[N]``; always in the sample if given.
+        class_mass: as :class:`ClassSample` has it.
+        ranks: 0..m-1, ``[m]``.
+    """
+    ids = answers.ids
+    num_items, num_ranked = ids.shape
+    outside_top = is_outside(ids, tails.ids)
+    own = ids.new_zeros(num_items, num_ranked + (labels is not None), dtype=torch.float32)
+    if labels is not None:  # the label's own column takes its place among the ranked classes
+        own[:, :num_ranked].masked_fill_(ids == labels[:, None], -torch.inf)
+        ids = torch.cat([ids, labels[:, None]], 1)
+    log_weights = torch.cat([own, tails.log_weights(outside_top, labels)], 1)
+    certain = log_weights <= 0  # the columns that are not used too: their values have no part in anything
+    return ClassSample(
+        item_ids=ids,
+        tail_ids=tails.ids,
+        log_weights=log_weights,
+        certain=certain,
+        log_probs=answers.columns,
+        target=target_of(answers.columns, log_weights, certain),
+        ranks=ranks.expand(num_items, -1),
+        rank_weights=own.new_ones(1, num_ranked).expand(num_items, -1),
+        outside_top=outside_top,
+        class_mass=class_mass,
+        has_label=labels is not None,
+        with_replacement=False,
+        all_ranks_certain=True,
+    )
+
+
+def target_of(log_probs: Tensor, log_weights: Tensor, certain: Tensor) -> Tensor:
+    """Estimates the teacher's probabilities as :meth:`hf_dis.sampling.sample.Stratum.target`, from all columns.
+
+    Args:
+        log_probs: the teacher's log-probabilities, ``[N, R]``.
+        log_weights: log ω, ``[N, R]``; ``-inf`` where a column is not used.
+        certain: true where the class has the inclusion probability 1, ``[N, R]``.
+
+    Returns:
+        ``[N, R]``; each item sums to one, or is all zero where the teacher gives every class the probability 0.
+    """
+    weighted = log_probs + log_weights
+    exact = weighted.exp().mul_(certain)
+    rest = (1 - exact.sum(1, keepdim=True)).clamp_min_(0)
+    share = weighted.masked_fill_(certain, -torch.inf).softmax(1).nan_to_num_(0)
+    target = torch.addcmul(exact, share, rest)
+    return target.div_(target.sum(1, keepdim=True).clamp_min_(torch.finfo(target.dtype).tiny))
