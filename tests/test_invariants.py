@@ -36,7 +36,7 @@ MATHS = (
     ),
     *("distributed", "head", "loss", "sampling"),
     *("models/after_head.py", "models/gathered.py", "models/head_features.py", "models/spread.py", "models/ties.py"),
-    "models/triton_gathered.py",
+    *("models/fsdp_units.py", "models/triton_gathered.py"),
     *("report/diagnostics.py", "report/gradient_error.py"),
     *("teacher/cached.py", "teacher/compact.py", "teacher/logit_checks.py"),
     *("teacher/ranking.py", "teacher/targets.py"),

@@ -24,7 +24,7 @@ from sharded_head_worker import GRADIENTS, examples, settings, student, teacher,
 from transformers import TrainerCallback
 
 from hf_dis import DISConfig, DISDistillationTrainer
-from hf_dis.head import sharded
+from hf_dis.head import gathered_items
 from hf_dis.trainer.manifest import what_is_torn
 
 TIMEOUT = 30  # seconds
@@ -43,7 +43,7 @@ class Breaks(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            mock.patch.object(sharded, "own_columns", lambda *args: self.how()).start()
+            mock.patch.object(gathered_items, "own_columns", lambda *args: self.how()).start()
 
 
 class Waits(TrainerCallback):
