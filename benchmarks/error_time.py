@@ -6,20 +6,20 @@
 The tasks are glyphs and text of benchmarks/parity.py, at equal rates of body and head. In "logged", the default, the
 trainer estimates ``dis/gradient_error`` for its logs, at every tenth step. In "followed" the numbers of classes follow
 the error: ``gradient_error`` is 0.3 for glyphs and 0.03 for text. share is the time of the estimates over the time of
-all steps, loader and teacher included. Both are processor time of all threads. On an accelerator they are seconds,
-and the clock is read when its work is done.
+all steps, loader and teacher included. Both are processor time of all threads. On an
+accelerator they are the time between events of the device.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from common import append, command, header, machine, parse, parser, read, row
 from parity_tasks import glyphs, text
+from timing import stopwatch
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -27,21 +27,14 @@ TASKS = {"glyphs": glyphs, "text": text}
 ACCEPTED = {"glyphs": 0.3, "text": 0.03}
 
 
-def clock(device: torch.device) -> float:
-    """Processor time, or the time at which an accelerator has done all its work."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
 def timed(function: Callable, spent: list[float], device: torch.device) -> Callable:
-    """The same function, which adds the time of each call to a list."""
+    """The same function, which adds the milliseconds of each call to a list."""
+    watch = stopwatch(device, cpu_time=True)
 
     def call(*args: Any) -> Any:
-        started = clock(device)
+        watch.start()
         found = function(*args)
-        spent.append(clock(device) - started)
+        spent.append(watch.stop())
         return found
 
     return call
@@ -55,10 +48,9 @@ def measure(task: str, make: Callable, settings: dict[str, Any], steps: int, dev
         set_seed(0)
         spent: list[float] = []
         trainer.distiller.gradient_error = timed(trainer.distiller.gradient_error, spent, device)
-        started = clock(device)
-        trainer.train()
-        whole = clock(device) - started
-    return {"task": task, "steps": steps, "estimates": len(spent), "estimates_s": sum(spent), "steps_s": whole}
+        whole = stopwatch(device, cpu_time=True).milliseconds(trainer.train)
+    seconds = {"estimates_s": sum(spent) / 1000, "steps_s": whole / 1000}
+    return {"task": task, "steps": steps, "estimates": len(spent), **seconds}
 
 
 def print_table(records: list[dict]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import peers
 import torch
 import torch.nn.functional as F
+from sampling_methods import with_bucket
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
@@ -43,15 +44,9 @@ def _bucket_kl(features: Tensor, teacher_features: Tensor, weight: Tensor, teach
     """The sum of the KL divergences of a few items."""
     with torch.no_grad():
         log_p, ids = (teacher_features @ teacher_weight.T).log_softmax(1).topk(min(k, len(weight)), dim=1)
-        log_p = _with_bucket(log_p)
+        log_p = with_bucket(log_p)
     log_s = (features @ weight.T).log_softmax(1).gather(1, ids)
-    return F.kl_div(_with_bucket(log_s), log_p, reduction="sum", log_target=True)
-
-
-def _with_bucket(log_probs: Tensor) -> Tensor:
-    """Adds the log-probability of all other classes; rounding must not make the bucket empty."""
-    rest = (1 - log_probs.exp().sum(1, keepdim=True)).clamp_min(torch.finfo(log_probs.dtype).eps)
-    return torch.cat([log_probs, rest.log()], 1)
+    return F.kl_div(with_bucket(log_s), log_p, reduction="sum", log_target=True)
 
 
 def negatives(

@@ -234,10 +234,13 @@ class Truncation(Method):
 
     def _shortened(self, log_probs: Tensor, ids: Tensor) -> Tensor:
         kept = log_probs.gather(1, ids)
-        if not self.has_bucket:
-            return kept
-        rest = (-kept.logsumexp(1, keepdim=True).clamp_max(-1e-7).expm1()).log()
-        return torch.cat([kept, rest], 1)
+        return with_bucket(kept) if self.has_bucket else kept
+
+
+def with_bucket(log_probs: Tensor) -> Tensor:
+    """Adds the log-probability of all remaining classes, ``[n, K + 1]`` for ``[n, K]``, at least log 1e-7."""
+    rest = (-log_probs.logsumexp(1, keepdim=True).clamp_max(-1e-7).expm1()).log()
+    return torch.cat([log_probs, rest], 1)
 
 
 def truncations(sampled: int) -> list[Method]:

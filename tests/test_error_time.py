@@ -5,6 +5,7 @@ import sys
 
 import error_time
 import pytest
+from timing import Stopwatch
 from tiny_models import labelled_images, vit
 
 from hf_dis import DISConfig, DISDistillationTrainer
@@ -29,7 +30,7 @@ def make():
 def test_estimates_of_every_tenth_step_are_timed(make, monkeypatch, tmp_path, capsys):
     file, clock = tmp_path / "records.jsonl", iter(range(1000))
     monkeypatch.setattr(error_time, "TASKS", {"glyphs": lambda teacher, folder: make})
-    monkeypatch.setattr(error_time, "clock", lambda device: next(clock))
+    monkeypatch.setattr(error_time, "stopwatch", lambda device, cpu_time: Stopwatch(lambda: next(clock)))
     monkeypatch.setattr(sys, "argv", f"error_time.py --steps 12 --tasks glyphs --json {file}".split())
     error_time.main()
     for line, name in zip(file.read_text().splitlines(), ("logged", "followed"), strict=True):
