@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from hf_dis.head.gathered_items import logits_of_all_items
-from hf_dis.head.sampled_linear import sampled_logits
+from hf_dis.head.gathered_items import logits_of_all_items, padded_number
+from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.models.fsdp_units import KeptSharded
 from hf_dis.models.spread import is_fully_sharded, is_sharded_by_fsdp, reshard
@@ -55,7 +55,7 @@ class StepNumbers(NamedTuple):
 
     def bytes_of_features(self) -> int:
         """Counts the bytes that all processes get where features travel: ids, features, logits, and gradients."""
-        most, columns = -(-max(self.items) // self.tails) * self.tails, self.own + self.shared
+        most, columns = padded_number(self.items, self.tails), self.own + self.shared
         ids = most * self.own + self.tails * self.shared
         values = 2 * most * (self.width + columns)
         return len(self.items) * (len(self.items) - 1) * (ids * ID_BYTES + values * self.itemsize)
@@ -78,8 +78,7 @@ class FsdpRows:
     def __init__(self, model: nn.Module, layer: nn.Linear, embeddings: Sequence[nn.Embedding] = ()):
         self.weight, self.bias, self.embeddings = layer.weight, layer.bias, embeddings
         self._kept = KeptSharded(model, list(layer.parameters(recurse=False)))
-        self._group = self.weight.device_mesh.get_group()
-        self._processes = VocabShard(0, 1, self._group)
+        self._processes = VocabShard(0, 1, self.weight.device_mesh.get_group())
         # Shard(0) cuts rows as torch.chunk does: the last parts may be shorter, or empty.
         self._rows_each = -(-len(self.weight) // self._processes.number)
 
@@ -132,10 +131,12 @@ class FsdpRows:
         all_hold_rows = self._rows_each * (self._processes.number - 1) < len(self.weight)
         if all_hold_rows and is_alike and numbers.bytes_of_features() < numbers.bytes_of_rows():
             start = self._rows_each * self._processes.index
-            shard = VocabShard(start, start + len(weight), self._group)
+            shard = VocabShard(start, start + len(weight), self._processes.group)
             given = features, weight, bias, item_ids, tail_ids, shard, numbers.items
             logits = logits_of_all_items(*given).clone()  # FSDP2 warns of an output that is a view
-            return logits if added is None else logits + _at(added, item_ids, tail_ids, len(features))
+            if added is None:
+                return logits
+            return logits + sampled_columns(added.expand(len(features), -1), item_ids, tail_ids)
         fetched = _Fetched.apply(weight, bias, self._asked(ids, numbers.rows), features.dtype)
         rows, bias = fetched if self.bias is not None else (fetched, None)
         if added is not None:
@@ -244,9 +245,3 @@ def _is_plain_embedding(module: nn.Module) -> bool:
     if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward:
         return False
     return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-
-
-def _at(values: Tensor, item_ids: Tensor, tail_ids: Tensor, num_items: int) -> Tensor:
-    """The values of all classes, ``[C]``, at the columns of the items, ``[N, R + K_t]``."""
-    tails = torch.arange(num_items, device=tail_ids.device) % len(tail_ids)
-    return torch.cat([values[item_ids], values[tail_ids][tails]], 1)

@@ -42,7 +42,7 @@ def logits_of_all_items(
         updates: the sample of the classes of all processes whose rows get a gradient; None: all of them.
     """
     num_tails = len(tail_ids)
-    most = -(-max(1, *numbers) // num_tails) * num_tails  # a filler, where no process has an item
+    most = padded_number(numbers, num_tails)
     ids = shard.gather(torch.cat([filled(item_ids, most, -1).flatten(), tail_ids.flatten()]).int()).long()
     item_ids, tail_ids = ids.tensor_split([most * item_ids.shape[1]], 1)
     # Items of all processes in turn, so that item i uses tail i mod (P·G) of all tails.
@@ -59,6 +59,16 @@ def logits_of_all_items(
         logits = own_columns(everyones, *given, row_sparse, updates, shard.number)
     by_process = logits.unflatten(0, (in_turn[1], shard.number, num_tails)).transpose(0, 1).flatten(1, 2)
     return shard.of_items(by_process)[: len(features)]
+
+
+def padded_number(numbers: Sequence[int], num_tails: int) -> int:
+    """Finds the number of items that each process sends: a multiple of G, and a filler where no process has an item.
+
+    Args:
+        numbers: N of each process.
+        num_tails: G.
+    """
+    return -(-max(1, *numbers) // num_tails) * num_tails
 
 
 def filled(values: Tensor, length: int, filler: int = 0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -59,6 +60,9 @@ def rows_of_group(value: DTensor) -> torch.Tensor:
 
 def is_fully_sharded(model: nn.Module) -> bool:
     """Returns True if torch's ``fully_shard`` (FSDP2) sharded a module of a model."""
+    # Steps ask too: a run of one process need not look at the modules.
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
