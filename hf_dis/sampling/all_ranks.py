@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_dis.sampling.answers import Answers
-from hf_dis.sampling.sample import ClassSample
+from hf_dis.sampling.sample import ClassSample, estimated_target, normalised
 from hf_dis.sampling.tails import Tails, is_outside
 
 
@@ -49,19 +49,9 @@ def sample_all_ranks(
 
 
 def target_of(log_probs: Tensor, log_weights: Tensor, certain: Tensor) -> Tensor:
-    """Estimates the teacher's probabilities as :meth:`hf_dis.sampling.sample.Stratum.target`, from all columns.
+    """Estimates the teacher's probabilities from all columns at a time; each item sums to one, ``[N, R]``.
 
     Args:
-        log_probs: the teacher's log-probabilities, ``[N, R]``.
-        log_weights: log ω, ``[N, R]``; ``-inf`` where a column is not used.
-        certain: true where the class has the inclusion probability 1, ``[N, R]``.
-
-    Returns:
-        ``[N, R]``; each item sums to one, or is all zero where the teacher gives every class the probability 0.
+        log_probs, log_weights, certain: as :func:`hf_dis.sampling.sample.estimated_target` takes them, ``[N, R]``.
     """
-    weighted = log_probs + log_weights
-    exact = weighted.exp().mul_(certain)
-    rest = (1 - exact.sum(1, keepdim=True)).clamp_min_(0)
-    share = weighted.masked_fill_(certain, -torch.inf).softmax(1).nan_to_num_(0)
-    target = torch.addcmul(exact, share, rest)
-    return target.div_(target.sum(1, keepdim=True).clamp_min_(torch.finfo(target.dtype).tiny))
+    return normalised(estimated_target(log_probs, log_weights, certain, 1.0))

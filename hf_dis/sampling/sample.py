@@ -132,16 +132,33 @@ class Stratum(NamedTuple):
         return self._replace(log_weights=log_weights, mass=torch.addcmul(self.mass, label.mass, held, value=-1))
 
     def target(self) -> Tensor:
-        """The teacher's probabilities, estimated so that they sum to the mass, ``[N, K]``.
+        """Estimates the teacher's probabilities by :func:`estimated_target`, ``[N, K]``."""
+        return estimated_target(self.log_probs, self.log_weights, self.certain, self.mass[:, None])
 
-        Certain classes keep their probability. The other classes share the rest of the mass in proportion to ω·p (a
-        ratio estimator). Where no sampled class can carry the rest, the rest is left out.
-        """
-        weighted = self.log_probs + self.log_weights  # log ω·p: log p of a certain class, -inf of an unused one
-        exact = weighted.exp().mul_(self.certain)
-        rest = (self.mass - exact.sum(1)).clamp_min_(0)
-        share = weighted.masked_fill_(self.certain, -torch.inf).softmax(1).nan_to_num_(0)
-        return torch.addcmul(exact, share, rest[:, None])
+
+def estimated_target(log_probs: Tensor, log_weights: Tensor, certain: Tensor, mass: Tensor | float) -> Tensor:
+    """Estimates the teacher's probabilities so that they sum to a mass, ``[N, K]``.
+
+    Certain classes keep their probability. The other classes share the rest of the mass in proportion to ω·p (a ratio
+    estimator). Where no sampled class can carry the rest, the rest is left out.
+
+    Args:
+        log_probs, log_weights, certain: as :class:`Stratum` has them, ``[N, K]``.
+        mass: the teacher's probability of all classes that were sampled from, ``[N, 1]`` or a number.
+    """
+    weighted = log_probs + log_weights  # log ω·p: log p of a certain class, -inf of an unused one
+    exact = weighted.exp().mul_(certain)
+    rest = (mass - exact.sum(1, keepdim=True)).clamp_min_(0)
+    share = weighted.masked_fill_(certain, -torch.inf).softmax(1).nan_to_num_(0)
+    return torch.addcmul(exact, share, rest)
+
+
+def normalised(target: Tensor) -> Tensor:
+    """Scales the target of each item to a sum of one, in place, ``[N, R]``.
+
+    A target is left at zero where the teacher gives every sampled class the probability 0: the item has no loss.
+    """
+    return target.div_(target.sum(1, keepdim=True).clamp_min_(torch.finfo(target.dtype).tiny))
 
 
 def item_counts(num_items: int, finite: Tensor | None) -> Statistics:

@@ -20,7 +20,7 @@ from hf_dis.sampling.budget import Budget, Variances
 from hf_dis.sampling.class_memory import sampled_mass
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, systematic_starts
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal, make_proposal
-from hf_dis.sampling.sample import ClassSample, Statistics, Stratum, item_counts, label_stratum
+from hf_dis.sampling.sample import ClassSample, Statistics, Stratum, item_counts, label_stratum, normalised
 from hf_dis.sampling.sharded_tails import sample_sharded_tails
 from hf_dis.sampling.tails import Tails, is_outside
 from hf_dis.teacher.targets import TeacherTargets
@@ -134,8 +134,7 @@ class ClassSampler:
             log_weights=torch.cat([stratum.log_weights for stratum in columns], 1),
             certain=torch.cat([stratum.certain for stratum in columns], 1),
             log_probs=torch.cat([stratum.log_probs for stratum in columns], 1),
-            # All zero where the teacher gives every sampled class the probability 0: the item then has no loss.
-            target=target.div_(target.sum(1, keepdim=True).clamp_min_(torch.finfo(target.dtype).tiny)),
+            target=normalised(target),
             ranks=ranked.ranks,
             rank_weights=ranked.stratum.log_weights.exp(),
             outside_top=outside_top,
