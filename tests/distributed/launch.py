@@ -6,14 +6,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 
 
 def two_processes(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """Runs ``script FOLDER ARGUMENTS`` by torchrun; returns the results that each process saved in ``rank_<n>.pt``."""
     return processes(2, script, folder, *arguments)
+
+
+def alone_and_processes(
+    number: int, worker: ModuleType, folders: pytest.TempPathFactory
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The results of a worker's ``run`` in this process, and of its script in several processes."""
+    folder = folders.mktemp("alone")
+    worker.run(folder)
+    alone = torch.load(folder / "rank_0.pt", weights_only=False)
+    return alone, processes(number, worker.__file__, folders.mktemp("several"))
 
 
 def processes(number: int, script: str, folder: Path, *arguments: str, **environment: str) -> list[dict[str, Any]]:

@@ -2,8 +2,7 @@
 
 import fsdp_trainer_worker as worker
 import pytest
-import torch
-from launch import two_processes
+from launch import alone_and_processes
 from same_training import assert_same_training
 from tiny_models import assert_near
 
@@ -13,10 +12,7 @@ STEPS = worker.models.STEPS
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    worker.run(folder)
-    alone = torch.load(folder / "rank_0.pt", weights_only=False)
-    return alone, two_processes(worker.__file__, tmp_path_factory.mktemp("two"))
+    return alone_and_processes(2, worker, tmp_path_factory)
 
 
 def named(cases):

@@ -4,7 +4,7 @@ import pytest
 import replicas_worker as worker
 import torch
 from fake_processes import one_of_four
-from launch import processes
+from launch import alone_and_processes
 from same_training import assert_same_training
 from tiny_models import assert_near, llama
 from torch import nn
@@ -20,10 +20,7 @@ from hf_dis.models.spread import is_fully_sharded, is_spread_by_rows
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    worker.run(folder)
-    alone = torch.load(folder / "rank_0.pt", weights_only=False)
-    return alone, processes(4, worker.__file__, tmp_path_factory.mktemp("four"))
+    return alone_and_processes(4, worker, tmp_path_factory)
 
 
 def named(cases):

@@ -2,8 +2,7 @@
 
 import pytest
 import tensor_parallel_worker as worker
-import torch
-from launch import two_processes
+from launch import alone_and_processes
 from same_training import assert_same_training
 from tiny_models import assert_near
 
@@ -12,10 +11,7 @@ pytestmark = pytest.mark.slow  # test_sharded_exact compares single steps
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    worker.run(folder)
-    alone = torch.load(folder / "rank_0.pt", weights_only=False)
-    return alone, two_processes(worker.__file__, tmp_path_factory.mktemp("two"))
+    return alone_and_processes(2, worker, tmp_path_factory)
 
 
 @pytest.mark.parametrize("case", worker.cases(), ids=lambda case: ", ".join(map(str, case)))
