@@ -113,7 +113,7 @@ class SamplerSpec:
             # 96 certain classes and 416 of a tail leave half of the distance to exact distillation that 32 of 64
             # ranks and 512 leave (benchmarks/parity.py, glyphs at x20).
             return 512 if is_stored else 416
-        # At 262,144 tokens and 512 items per step 1,024 leave the student 8% of KL behind, 2,048 5%
+        # At 262,144 tokens and 512 items per step 1,024 leave the student 4% of KL behind, 2,048 1%
         # (benchmarks/large_vocabulary.py). Up to 185,000 tokens 1,024 suffice.
         return min(max(2 ** round(log2(vocab_size / 128)), 1024), 4096)
 
