@@ -1,17 +1,19 @@
 """Time, memory and bytes on the wire of a training step of a sharded head, by classes and processes.
 
-    python benchmarks/sharded_head.py --classes 1000000 4000000 16000000 --processes 2 4 --json sharded_head.json
+    python benchmarks/sharded_head.py --json sharded_head.jsonl
+    python benchmarks/sharded_head.py --json sharded_head.jsonl --classes  # prints what the file has
     python benchmarks/sharded_head.py --estimate
 
 Each process has 32 items of random features, and its rows of a random head. A step is loss, backward and optimizer.
 There is no teacher's forward. The processes talk by gloo on this machine. Methods:
 
-exact       all classes, stored targets, in tiles (hf_dis.distributed.exact_head); dense gradient, AdamW
+exact       all classes, stored targets, in tiles (hf_dis.distributed.exact_head); dense gradient, fused AdamW
 partial_fc  PartialFC (arXiv 2010.05222): the labels and a uniform tenth of each shard's classes, softmax over these
 dis         the "dis" proposal with stored targets and a shared tail; row-sparse gradient, RowSparseAdamW
 
 ms is the median over steps of the slowest process. peak_mb is the highest resident size of a process, on Linux, less
-that before the head was made. bytes are those that a process gives to torch.distributed in a step.
+that before the head was made. bytes are those that a process gives to torch.distributed in a step. A line is written
+for each measurement, and one that is in the file already is not made again. 16 million classes need 20 GB of memory.
 
 --estimate prints the table of docs/distributed.md from formulae: no process is started.
 """
@@ -36,7 +38,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import header, machine, parse, parser, row, write
+from common import append, command, header, machine, parse, parser, read, row
 from torch import Tensor
 
 from hf_dis import RowSparseAdamW, SamplerSpec, ShardedHead
@@ -52,6 +54,7 @@ from hf_dis.teacher.cached import CachedTargets
 from hf_dis.teacher.compact import CompactTargets, TargetLayout
 
 METHODS = ("exact", "partial_fc", "dis")
+KEY = ("processes", "classes", "method")
 ITEMS, FEATURES, SHARE, DEPTH, STORED = 32, 64, 0.1, 32, 32
 SPEC = SamplerSpec(num_sampled_classes=32, num_shared_classes=512, num_tails=1, rank_depth=DEPTH)
 # Of the estimate: 400 Gb/s, and how a head of 100 million classes is trained on 64 cards.
@@ -83,8 +86,9 @@ class Steps:
             generator,
             {"exact": self.exact, "partial_fc": self.partial_fc, "dis": self.dis}[method],
         )
-        optimizer = torch.optim.AdamW if method == "exact" else RowSparseAdamW
-        self.optimizer = optimizer(self.head.parameters(), lr=1e-3)
+        parameters = self.head.parameters()
+        # The fused step is the Trainer's default, and has no temporary copy of the weight.
+        self.optimizer = torch.optim.AdamW(parameters, fused=True) if method == "exact" else RowSparseAdamW(parameters)
 
     def run(self) -> None:
         """One step."""
@@ -198,10 +202,10 @@ def launch(method: str, num_classes: int, processes: int, repeats: int) -> dict:
     """Starts the processes of a measurement, and returns the record."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         setting = ["--measure", method, str(num_classes), str(repeats), str(path)]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        finished = subprocess.run([*command, __file__, *setting], env=environment, capture_output=True, text=True)
+        finished = subprocess.run([*start, __file__, *setting], env=environment, capture_output=True, text=True)
         if finished.returncode:
             raise RuntimeError(f"{method} with {num_classes} classes failed:\n{finished.stderr[-3000:]}")
         return json.loads(path.read_text())
@@ -252,11 +256,19 @@ def print_estimate() -> None:
         print(row(*(value if isinstance(value, str) else f"{value:.1f}" for value in one.values())))
 
 
+def print_table(records: list[dict]) -> None:
+    """Time, memory and bytes by processes, classes and method."""
+    print(header("processes", "classes", "method", "ms", "peak MB per process", "bytes per step"))
+    for one in sorted(records, key=lambda one: (one["processes"], one["classes"], METHODS.index(one["method"]))):
+        shown = (f"{one[name]:,.0f}" for name in ("ms", "peak_mb", "bytes"))
+        print(row(one["processes"], f"{one['classes']:,}", one["method"], *shown))
+
+
 def main() -> None:
     """Runs the script."""
     made = parser(__doc__)
-    made.add_argument("--classes", type=int, nargs="+", default=[1_000_000, 4_000_000, 16_000_000])
-    made.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    made.add_argument("--classes", type=int, nargs="*", default=[1_000_000, 4_000_000, 16_000_000])
+    made.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     made.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     made.add_argument("--repeats", type=int, default=5, help="steps that are timed")
     made.add_argument("--estimate", action="store_true", help="print the estimate, and run nothing")
@@ -269,14 +281,16 @@ def main() -> None:
     if arguments.estimate:
         print_estimate()
         return
-    print(machine(arguments.device))
-    print(header("processes", "classes", "method", "ms", "peak MB per process", "bytes per step"))
-    records = []
-    for processes, num_classes, method in product(arguments.processes, arguments.classes, arguments.methods):
-        record = launch(method, num_classes, processes, arguments.repeats)
-        records.append(record)
-        print(row(processes, num_classes, method, f"{record['ms']:.1f}", f"{record['peak_mb']:.0f}", record["bytes"]))
-        write(records, arguments.json, arguments.device)
+    if arguments.json is None:
+        made.error("--json is needed: the file of the records, which a later call continues")
+    print(machine(arguments.device), flush=True)
+    done = {tuple(one[name] for name in KEY) for one in read(arguments.json)}
+    for key in product(arguments.processes, arguments.classes, arguments.methods):
+        if key not in done:
+            processes, num_classes, method = key
+            record = launch(method, num_classes, processes, arguments.repeats)
+            append(arguments.json, {**record, "command": command()}, arguments.device)
+    print_table(read(arguments.json))
 
 
 if __name__ == "__main__":

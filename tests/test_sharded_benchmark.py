@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest import mock
 
 import pytest
 import sharded_head
@@ -17,16 +18,18 @@ def records_of(monkeypatch, path, num_classes, *methods):
     sizes = ["--classes", str(num_classes), "--processes", "2", "--repeats", "1", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", ["sharded_head.py", *sizes, "--methods", *methods])
     sharded_head.main()
-    return json.loads(path.read_text())
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.slow
 def test_the_steps_run_and_what_they_send_does_not_grow_with_the_classes(tmp_path, monkeypatch):
-    records = records_of(monkeypatch, tmp_path / "few.json", FEW, *sharded_head.METHODS)
+    records = records_of(monkeypatch, tmp_path / "few.jsonl", FEW, *sharded_head.METHODS)
     assert [one["method"] for one in records] == list(sharded_head.METHODS)
     assert all(one["ms"] > 0 and one["peak_mb"] > 0 and one["device"] == "cpu" for one in records)
-    (many,) = records_of(monkeypatch, tmp_path / "many.json", MANY, "dis")
+    (many,) = records_of(monkeypatch, tmp_path / "many.jsonl", MANY, "dis")
     assert 0 < many["bytes"] == records[-1]["bytes"]
+    with mock.patch.object(sharded_head, "launch", side_effect=AssertionError("a measurement is made again")):
+        assert records_of(monkeypatch, tmp_path / "few.jsonl", FEW, *sharded_head.METHODS) == records
 
 
 def test_the_loss_over_chosen_classes_is_a_cross_entropy():
