@@ -16,6 +16,7 @@ LAYOUTS = {
     "some update": SamplerSpec(num_sampled_classes=4, num_shared_classes=8, rank_depth=8, num_updated_classes=2),
     "per item": SamplerSpec(num_sampled_classes=6, num_shared_classes=0),
 }
+CASES = [(True, True), (True, False), (False, True)]
 
 
 def trained(layout: str, labelled: bool, has_bias: bool) -> tuple[torch.Tensor, ...]:
@@ -36,8 +37,7 @@ def trained(layout: str, labelled: bool, has_bias: bool) -> tuple[torch.Tensor, 
     return torch.stack(losses), torch.stack(gradients), *(parameter.detach() for parameter in parameters)
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("labelled", "has_bias"), CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_by_the_kernels_is_that_of_plain_torch(layout, labelled, has_bias, monkeypatch):
     """A labelled step without a bias takes one kernel for logits, loss and the gradient on the features."""
@@ -62,8 +62,7 @@ def compiled(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("labelled", "has_bias"), CASES)
 @pytest.mark.parametrize("layout", [*LAYOUTS, "exact"])
 def test_a_batch_with_another_number_of_items_compiles_no_kernel(layout, labelled, has_bias, monkeypatch, compiled):
     monkeypatch.setenv(VARIABLE, "triton")
