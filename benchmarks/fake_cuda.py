@@ -48,6 +48,7 @@ ROWS_OF = {
     "_embedding_bag_per_sample_weights_backward": ((1,), 2),
     "item_products": ((1,), 2),
     "features_gradient": ((1,), 2),
+    "sampled_head": ((1,), 2),
     "gathered_rows": ((0,), 1),
     "step_rows": ((0, 1, 2), 3),
 }

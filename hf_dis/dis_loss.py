@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_dis.checks import require
+from hf_dis.fused.sampled_head import is_fused, mean_loss
 from hf_dis.head.sampled_linear import sampled_logits
 from hf_dis.head.vocab_shard import VocabShard, check_shards
 from hf_dis.items import check_labels
@@ -133,9 +134,14 @@ class DISLoss:
         """
         with torch.no_grad():
             sample = self.sampler.sample(targets, labels)
+        options = self.temperature, self.hard_label_weight, self.divergence
+        if self.shard is None and is_fused(features, weight, bias, sample, self.divergence):
+            loss, signal, finite = mean_loss(features, weight, sample, *options, self.row_sparse_head)
+            self.sampler.learn(sample, signal, self.reduce, finite)
+            return loss
         ids = sample.item_ids, sample.tail_ids
         logits = sampled_logits(features, weight, bias, *ids, self.row_sparse_head, sample.updates, self.shard)
-        loss, _, result = sampled_loss(logits, sample, self.temperature, self.hard_label_weight, self.divergence)
+        loss, _, result = sampled_loss(logits, sample, *options)
         self.sampler.learn(sample, result.signal, self.reduce, result.finite)
         return loss.mean() if len(features) else loss.sum()
 

@@ -34,7 +34,7 @@ MATHS = (
         "precision.py",
         "sampler_spec.py",
     ),
-    *("distributed", "head", "loss", "sampling"),
+    *("distributed", "fused", "head", "loss", "sampling"),
     *("models/after_head.py", "models/gathered.py", "models/head_features.py", "models/spread.py", "models/ties.py"),
     *("models/fsdp_units.py", "models/triton_gathered.py"),
     *("report/diagnostics.py", "report/gradient_error.py"),

@@ -66,9 +66,16 @@ class HeadGradients:
             self._starts = starts[: number + 1]
             self.ids = in_order.index_select(0, starts[:number])
 
-    def weight(self, weight: Tensor, sparse: bool) -> Tensor:
-        """Computes the weight's gradient: a coalesced sparse COO tensor, or dense and zero elsewhere."""
-        given = self._features, self._which, self._scales, self._starts, weight.dtype
+    def weight(self, weight: Tensor, sparse: bool, factor: Tensor | None = None) -> Tensor:
+        """Computes the weight's gradient: a coalesced sparse COO tensor, or dense and zero elsewhere.
+
+        Args:
+            weight: of the head, ``[C, d]``.
+            sparse: return a sparse tensor.
+            factor: of the whole gradient, a scalar; None: 1.
+        """
+        scales = self._scales if factor is None else self._scales * factor
+        given = self._features, self._which, scales, self._starts, weight.dtype
         rows = segment_rows(*given, self._kept, self._weights, self._of_tails)
         return self._gradient(rows, weight.shape, sparse)
 

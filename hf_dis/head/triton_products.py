@@ -14,6 +14,46 @@ from hf_dis.kernels import block_size, sum_dtype, unit_columns
 
 
 @triton.jit
+def block_products(
+    feature, weight, ids, column, num_ids, num_classes, width, weight_stride,
+    WIDE: tl.constexpr, BLOCK_IDS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Computes the products of an item with BLOCK_IDS of its classes; NaN for a class that does not exist.
+
+    The features and the ids are those of the item. The columns are the places of the classes among the ids.
+    """
+    row = tl.load(ids + column, column < num_ids, -1).to(tl.int64)
+    is_class = (row >= 0) & (row < num_classes)
+    total = tl.zeros((BLOCK_IDS,), WIDE)
+    for start in range(0, width, BLOCK_WIDTH):
+        place = start + tl.arange(0, BLOCK_WIDTH)
+        inside = place < width
+        value = tl.load(feature + place, inside, 0).to(WIDE)
+        places = weight + (row * weight_stride)[:, None] + place[None, :]
+        vectors = tl.load(places, is_class[:, None] & inside[None, :], 0).to(WIDE)
+        total += tl.sum(vectors * value[None, :], 1)
+    return tl.where(is_class, total, float("nan"))
+
+
+@triton.jit
+def add_rows(
+    total, scales, weight, ids, place, inside, num_ids, num_classes, weight_stride,
+    WIDE: tl.constexpr, BLOCK_IDS: tl.constexpr,
+):  # fmt: skip
+    """Adds the scaled rows of an item at some columns to a total; NaN for a class that does not exist."""
+    for start in range(0, num_ids, BLOCK_IDS):
+        column = start + tl.arange(0, BLOCK_IDS)
+        row = tl.load(ids + column, column < num_ids, -1).to(tl.int64)
+        is_class = (row >= 0) & (row < num_classes)
+        scale = tl.load(scales + column, column < num_ids, 0).to(WIDE)
+        scale = tl.where(is_class | (column >= num_ids), scale, float("nan"))
+        places = weight + (row * weight_stride)[:, None] + place[None, :]
+        vectors = tl.load(places, is_class[:, None] & inside[None, :], 0).to(WIDE)
+        total += tl.sum(vectors * scale[:, None], 0)
+    return total
+
+
+@triton.jit
 def products_kernel(
     features,
     weight,
@@ -41,17 +81,11 @@ def products_kernel(
     out += item * (num_ids + num_shared)
     if block < num_blocks:
         column = block * BLOCK_IDS + tl.arange(0, BLOCK_IDS)
-        row = tl.load(ids + item * ids_stride + column, column < num_ids, -1).to(tl.int64)
-        is_class = (row >= 0) & (row < num_classes)
-        total = tl.zeros((BLOCK_IDS,), WIDE)
-        for start in range(0, width, BLOCK_WIDTH):
-            place = start + tl.arange(0, BLOCK_WIDTH)
-            inside = place < width
-            feature = tl.load(features + item * features_stride + place, inside, 0).to(WIDE)
-            places = weight + (row * weight_stride)[:, None] + place[None, :]
-            vectors = tl.load(places, is_class[:, None] & inside[None, :], 0).to(WIDE)
-            total += tl.sum(vectors * feature[None, :], 1)
-        total = tl.where(is_class, total, float("nan"))
+        feature = features + item * features_stride
+        total = block_products(
+            feature, weight, ids + item * ids_stride, column, num_ids, num_classes, width, weight_stride,
+            WIDE, BLOCK_IDS, BLOCK_WIDTH,
+        )  # fmt: skip
         tl.store(out + column, total, column < num_ids)
     else:
         shared = (block - num_blocks) * BLOCK_SHARED + tl.arange(0, BLOCK_SHARED)
@@ -87,15 +121,10 @@ def features_gradient_kernel(
     if HAS_TAILS:
         of_tail = item % num_tails * most_items + item // num_tails
         total += tl.load(tails + of_tail * width + place, inside, 0).to(WIDE)
-    for start in range(0, num_ids, BLOCK_IDS):
-        column = start + tl.arange(0, BLOCK_IDS)
-        row = tl.load(ids + item * ids_stride + column, column < num_ids, -1).to(tl.int64)
-        is_class = (row >= 0) & (row < num_classes)
-        scale = tl.load(scales + item * scales_stride + column, column < num_ids, 0).to(WIDE)
-        scale = tl.where(is_class | (column >= num_ids), scale, float("nan"))
-        places = weight + (row * weight_stride)[:, None] + place[None, :]
-        vectors = tl.load(places, is_class[:, None] & inside[None, :], 0).to(WIDE)
-        total += tl.sum(vectors * scale[:, None], 0)
+    total = add_rows(
+        total, scales + item * scales_stride, weight, ids + item * ids_stride, place, inside,
+        num_ids, num_classes, weight_stride, WIDE, BLOCK_IDS,
+    )  # fmt: skip
     tl.store(out + item * width + place, total, inside)
 
 
@@ -132,7 +161,7 @@ def item_products(features: Tensor, weight: Tensor, ids: Tensor, tails: Tensor, 
             num_shared,
             num_tails,
             most_items,
-            WIDE=_wide(features, weight),
+            WIDE=wide_type(features, weight),
             **blocks,
         )
     return out
@@ -171,7 +200,7 @@ def features_gradient(scales: Tensor, weight: Tensor, ids: Tensor, tails: Tensor
             out,
             None if tails is None else tails.contiguous(),
             *sizes,
-            WIDE=_wide(scales, weight),
+            WIDE=wide_type(scales, weight),
             HAS_TAILS=tails is not None,
             **blocks,
         )
@@ -183,6 +212,6 @@ def _(scales, weight, ids, tails, dtype):
     return scales.new_empty(len(ids), weight.shape[1], dtype=dtype)
 
 
-def _wide(*tensors: Tensor) -> tl.dtype:
+def wide_type(*tensors: Tensor) -> tl.dtype:
     """The type in which a kernel sums."""
     return tl.float64 if sum_dtype(*tensors) == torch.float64 else tl.float32

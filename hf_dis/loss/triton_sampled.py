@@ -27,13 +27,24 @@ def above_minus_inf(values):
 
 
 @triton.jit
-def _log_sum(logits, log_weights, width, factor, BLOCK: tl.constexpr):
+def _load_logits(logits, tails, num_own, column, width):
+    """Reads logits of an item; those from column num_own on lie elsewhere if there are tails."""
+    if tails is None:
+        values = tl.load(logits + column, column < width, 0)
+    else:
+        values = tl.load(logits + column, column < num_own, 0)
+        values += tl.load(tails + column - num_own, (column >= num_own) & (column < width), 0)
+    return values
+
+
+@triton.jit
+def _log_sum(logits, tails, num_own, log_weights, width, factor, BLOCK: tl.constexpr):
     """log Σ ω exp(logit · factor) over an item."""
     peak = tl.full((), float("-inf"), factor.dtype)
     total = tl.full((), 0, factor.dtype)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        logit = tl.load(logits + column, column < width, 0).to(factor.dtype)
+        logit = _load_logits(logits, tails, num_own, column, width).to(factor.dtype)
         log_weight = tl.load(log_weights + column, column < width, float("-inf")).to(factor.dtype)
         peak, total = add_exponentials(peak, total, above_minus_inf(logit * factor) + log_weight)
     return peak + tl.log(total)
@@ -66,7 +77,7 @@ def forward_kl_kernel(
     target += item * target_stride
     factor = tl.cast(1 / temperature, dtype)
     tau = tl.cast(temperature, dtype)
-    normaliser = _log_sum(logits, log_weights, width, factor, BLOCK)
+    normaliser = _log_sum(logits, None, width, log_weights, width, factor, BLOCK)
     divergence = tl.full((), 0, dtype)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -102,7 +113,7 @@ def cross_entropy_kernel(
     item = tl.program_id(0).to(tl.int64)
     logits += item * logits_stride
     log_weights += item * log_weights_stride
-    normaliser = _log_sum(logits, log_weights, width, tl.full((), 1, dtype), BLOCK)
+    normaliser = _log_sum(logits, None, width, log_weights, width, tl.full((), 1, dtype), BLOCK)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         used = column < width
@@ -114,30 +125,28 @@ def cross_entropy_kernel(
 
 
 @triton.jit
-def mixed_kernel(
-    logits, log_weights, log_probs, target,
+def mix_item(
+    logits, tails, log_weights, log_probs, target,
     loss, divergence, cross_entropy, signal, log_student, gradient, finite,
-    width, logits_stride, log_weights_stride, log_probs_stride, target_stride, label,
-    temperature: tl.float64, times: tl.float64, hard_label_weight: tl.float64, BLOCK: tl.constexpr,
+    item, num_own, width, label, temperature, times, hard_label_weight, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The kernels of divergence and cross-entropy in one, with the gradient of their mixture."""
+    """Computes divergence and cross-entropy of an item, and the gradient of their mixture; log s too if asked for.
+
+    The first arguments are the item's rows; its logits from column num_own on are in tails, unless that is None. The
+    results are those of all items.
+    """
     dtype: tl.constexpr = loss.dtype.element_ty
-    item = tl.program_id(0).to(tl.int64)
-    logits += item * logits_stride
-    log_weights += item * log_weights_stride
-    log_probs += item * log_probs_stride
-    target += item * target_stride
     factor = tl.cast(1 / temperature, dtype)
     soft = tl.cast((1 - hard_label_weight) * times / temperature, dtype)
     hard = tl.cast(hard_label_weight, dtype)
-    normaliser = _log_sum(logits, log_weights, width, factor, BLOCK)
-    hard_normaliser = _log_sum(logits, log_weights, width, tl.full((), 1, dtype), BLOCK)
+    normaliser = _log_sum(logits, tails, num_own, log_weights, width, factor, BLOCK)
+    hard_normaliser = _log_sum(logits, tails, num_own, log_weights, width, tl.full((), 1, dtype), BLOCK)
     sum_of_terms = tl.full((), 0, dtype)
     bad = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         used = column < width
-        logit = tl.load(logits + column, used, 0).to(dtype)
+        logit = _load_logits(logits, tails, num_own, column, width).to(dtype)
         log_weight = tl.load(log_weights + column, used, 0).to(dtype)
         log_prob = tl.load(log_probs + column, used, 0).to(dtype)
         wanted = tl.load(target + column, used, 0).to(dtype)
@@ -151,7 +160,8 @@ def mixed_kernel(
         bad += (used & (log_weight != float("-inf")) & is_bad).to(tl.int32)
         out = item * width + column
         tl.store(signal + out, error, used)
-        tl.store(log_student + out, log_share, used)
+        if log_student is not None:
+            tl.store(log_student + out, log_share, used)
         tl.store(gradient + out, slope, used)
     kd = sum_of_terms * tl.cast(times, dtype)
     ce = hard_normaliser - tl.load(logits + label).to(dtype)
@@ -159,6 +169,23 @@ def mixed_kernel(
     tl.store(cross_entropy + item, ce)
     tl.store(loss + item, kd * tl.cast(1 - hard_label_weight, dtype) + ce * hard)
     tl.store(finite + item, (tl.sum(bad, 0) == 0).to(tl.uint8))
+
+
+@triton.jit
+def mixed_kernel(
+    logits, log_weights, log_probs, target,
+    loss, divergence, cross_entropy, signal, log_student, gradient, finite,
+    width, logits_stride, log_weights_stride, log_probs_stride, target_stride, label,
+    temperature: tl.float64, times: tl.float64, hard_label_weight: tl.float64, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The kernels of divergence and cross-entropy in one, with the gradient of their mixture."""
+    item = tl.program_id(0).to(tl.int64)
+    mix_item(
+        logits + item * logits_stride, None, log_weights + item * log_weights_stride,
+        log_probs + item * log_probs_stride, target + item * target_stride,
+        loss, divergence, cross_entropy, signal, log_student, gradient, finite,
+        item, width, width, label, temperature, times, hard_label_weight, BLOCK,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("hf_dis::sampled_forward_kl", mutates_args=())

@@ -30,11 +30,12 @@ TURNS = 4
 # Chunks for a loss on all classes, which holds a block of the student's logits beside each.
 ALL_CLASSES_CHUNKS = 8
 LEAST_ELEMENTS, MOST_ELEMENTS = 2**26, 2**30
-ITEMS_OF_CHUNK = 16  # a multiple of the usual numbers of tails, so that a chunk starts with the first tail
+# A multiple of the usual numbers of tails, so that a chunk starts with the first tail.
+ITEMS_OF_CHUNK = 16
 
 # Items of which one is counted in the class mass on an accelerator, where a pass over all logits is what a step costs.
-# Enough items remain: the class mass shapes a proposal that is a running mean over steps.
-MASS_STRIDE, MASS_ITEMS = 8, 128
+# 128 items and more remain: the class mass shapes a proposal that is a running mean over steps.
+MASS_STRIDE, MASS_ITEMS = 32, 128
 
 
 def widen(logits: Tensor) -> Tensor:
@@ -72,7 +73,17 @@ def chunk_items(num_items: int, num_classes: int, device: torch.device, chunks: 
         return max(1, CHUNK_ELEMENTS // num_classes)
     if chunks is None:
         chunks = KERNEL_CHUNKS if uses_triton(device) else DEVICE_CHUNKS
-    return -(-_part(num_items, num_classes, chunks) // ITEMS_OF_CHUNK) * ITEMS_OF_CHUNK
+    multiple = max(ITEMS_OF_CHUNK, mass_stride(num_items))
+    return -(-_part(num_items, num_classes, chunks) // multiple) * multiple
+
+
+def mass_stride(num_items: int) -> int:
+    """Counts the items of which the class mass counts one on an accelerator: a power of two from 1 to 32.
+
+    Args:
+        num_items: of the batch.
+    """
+    return 1 << max(1, min(MASS_STRIDE, num_items // MASS_ITEMS)).bit_length() - 1
 
 
 def _part(num_items: int, num_classes: int, number: int) -> int:
@@ -93,8 +104,8 @@ class TeacherTargets:
 
     Attributes:
         logits, temperature: as given.
-        counted: the items that :meth:`class_mass` counts: all on a CPU, every eighth in a batch of 1,024 or
-            more elsewhere.
+        counted: the items that :meth:`class_mass` counts: all on a CPU, one of 8 in a batch of
+            1,024 elsewhere, and one of 32 in a batch of 4,096 or more.
         is_whole: the logits of all classes are on this process.
     """
 
@@ -110,7 +121,7 @@ class TeacherTargets:
     ):
         self.logits, self.temperature = logits, temperature
         on_cpu, num_items = logits.device.type == "cpu", num_items or len(logits)
-        self.counted = slice(0, len(logits), 1 if on_cpu else max(1, min(MASS_STRIDE, num_items // MASS_ITEMS)))
+        self.counted = slice(0, len(logits), 1 if on_cpu else mass_stride(num_items))
         self._blocks = blocks
         self._mass: Tensor | None = None
         self._depth = min(depth, logits.shape[1])
@@ -256,7 +267,7 @@ class TeacherTargets:
 
     @property
     def items_per_counted(self) -> float:
-        """Items that each counted item stands for, 1 to 8."""
+        """Items that each counted item stands for, 1 to 32."""
         return max(1, len(self)) / max(1, len(range(len(self))[self.counted]))
 
     @property

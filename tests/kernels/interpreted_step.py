@@ -16,14 +16,16 @@ LAYOUTS = {
     "some update": SamplerSpec(num_sampled_classes=4, num_shared_classes=8, rank_depth=8, num_updated_classes=2),
     "per item": SamplerSpec(num_sampled_classes=6, num_shared_classes=0),
 }
+CASES = [(True, True), (True, False), (False, True)]
 
 
-def trained(layout: str, labelled: bool) -> tuple[torch.Tensor, ...]:
+def trained(layout: str, labelled: bool, has_bias: bool) -> tuple[torch.Tensor, ...]:
     """The losses, gradients on the features and weight and bias of three steps."""
     torch.manual_seed(0)
-    weight, bias = torch.nn.Parameter(torch.randn(C, D)), torch.nn.Parameter(torch.randn(C))
+    weight, bias = torch.nn.Parameter(torch.randn(C, D)), torch.nn.Parameter(torch.randn(C)) if has_bias else None
     dis_loss = DISLoss(make_sampler(C, LAYOUTS[layout]), 2.0, 0.3, row_sparse_head=True)
-    optimizer, losses, gradients = RowSparseAdamW([weight, bias], lr=0.1), [], []
+    parameters = [weight, bias] if has_bias else [weight]
+    optimizer, losses, gradients = RowSparseAdamW(parameters, lr=0.1), [], []
     for _ in range(3):
         features, logits = torch.randn(N, D, requires_grad=True), 3 * torch.randn(N, C)
         loss = dis_loss(features, weight, bias, logits, torch.randint(C, (N,)) if labelled else None)
@@ -32,16 +34,17 @@ def trained(layout: str, labelled: bool) -> tuple[torch.Tensor, ...]:
         optimizer.zero_grad()
         losses.append(loss.detach())
         gradients.append(features.grad)
-    return torch.stack(losses), torch.stack(gradients), weight.detach(), bias.detach()
+    return torch.stack(losses), torch.stack(gradients), *(parameter.detach() for parameter in parameters)
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("labelled", "has_bias"), CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_by_the_kernels_is_that_of_plain_torch(layout, labelled, monkeypatch):
+def test_a_step_by_the_kernels_is_that_of_plain_torch(layout, labelled, has_bias, monkeypatch):
+    """A labelled step without a bias takes one kernel for logits, loss and the gradient on the features."""
     monkeypatch.setenv(VARIABLE, "torch")
-    expected = trained(layout, labelled)
+    expected = trained(layout, labelled, has_bias)
     monkeypatch.setenv(VARIABLE, "triton")
-    for found, wanted in zip(trained(layout, labelled), expected, strict=True):
+    for found, wanted in zip(trained(layout, labelled, has_bias), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -59,15 +62,16 @@ def compiled(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("labelled", "has_bias"), CASES)
 @pytest.mark.parametrize("layout", [*LAYOUTS, "exact"])
-def test_a_batch_with_another_number_of_items_compiles_no_kernel(layout, labelled, monkeypatch, compiled):
+def test_a_batch_with_another_number_of_items_compiles_no_kernel(layout, labelled, has_bias, monkeypatch, compiled):
     monkeypatch.setenv(VARIABLE, "triton")
-    weight, bias = torch.nn.Parameter(torch.randn(C, D)), torch.nn.Parameter(torch.randn(C))
+    weight, bias = torch.nn.Parameter(torch.randn(C, D)), torch.nn.Parameter(torch.randn(C)) if has_bias else None
+    parameters = [weight, bias] if has_bias else [weight]
     first = None
     if layout != "exact":
         dis_loss = DISLoss(make_sampler(C, LAYOUTS[layout]), 2.0, 0.3, row_sparse_head=True)
-        optimizer = RowSparseAdamW([weight, bias], lr=0.1)
+        optimizer = RowSparseAdamW(parameters, lr=0.1)
     for number in (8, 2, 7, 19):
         features, logits = torch.randn(number, D, requires_grad=True), torch.randn(number, C)
         labels = torch.randint(C, (number,)) if labelled else None
@@ -78,6 +82,7 @@ def test_a_batch_with_another_number_of_items_compiles_no_kernel(layout, labelle
         loss.backward()
         if layout != "exact":
             optimizer.step()
-        weight.grad = bias.grad = None
+        for parameter in parameters:
+            parameter.grad = None
         first = first or {name: set(variants) for name, variants in compiled.items()}
     assert compiled == first and len(first) > 1

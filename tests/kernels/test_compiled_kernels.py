@@ -8,6 +8,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from hf_dis.fused import triton_sampled_head  # noqa: E402
 from hf_dis.head import triton_adamw, triton_contributions, triton_products, triton_rows  # noqa: E402
 from hf_dis.loss import triton_exact, triton_exact_sums, triton_sampled  # noqa: E402
 from hf_dis.models import triton_gathered  # noqa: E402
@@ -63,6 +64,13 @@ CASES = {
     "step": (triton_adamw.step_kernel, ["ffflfffff", "bbblbffff"], "iinn", STEP),
     "divergence": (triton_sampled.forward_kl_kernel, ["ffffffff", "bfffffff"], "iiiiin", {"BLOCK": 1024}),
     "mixture": (triton_sampled.mixed_kernel, ["ffffffffffu", "bfffffffffu"], "iiiiiinnn", {"BLOCK": 1024}),
+    "head": (
+        triton_sampled_head.head_kernel,
+        ["bflbfff" + "bffffbbu", "fflffff" + "fffffffu", "bblbfff" + "bffffbbu"],
+        "iiiiiiiiinnn",
+        WIDE | PRODUCTS | {"BLOCK": 1024},
+    ),
+    "scaled sum": (triton_sampled_head.scaled_sum_kernel, ["bbff", "ffff"], "iii", WIDE | {"BLOCK_WIDTH": 1024}),
     "starts": (triton_contributions.starts_kernel, ["lll"], "i", {"BLOCK": 4096}),
     "lengths": (triton_contributions.lengths_kernel, ["fff", "bbf", "ddd"], "iiiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
     "contributions": (
@@ -164,6 +172,7 @@ CASES = {
     ),
     "cross-entropy": (triton_sampled.cross_entropy_kernel, ["ffff", "bfff"], "iiii", {"BLOCK": 1024}),
 }
+WARPS = {"head": triton_sampled_head.WARPS}
 # A product of two 32-bit integers in Triton's intermediate language.
 NARROW = r"arith\.muli .*: (tensor<[\dx]*)?i32"
 
@@ -174,12 +183,13 @@ def compiles_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compiled(kernel, letters, constants, capability):
+def compiled(kernel, letters, constants, capability, warps=4):
     types = [NAMES.get(letter, "constexpr") for letter in letters]
     signature = dict(zip(kernel.arg_names, types + ["constexpr"] * len(constants), strict=True))
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     places |= {(place,): CONSTANTS[letter] for place, letter in enumerate(letters) if letter in CONSTANTS}
-    return triton.compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", capability, 32))
+    source, options = ASTSource(kernel, signature, places), {"num_warps": warps}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -199,7 +209,7 @@ def check(name, pointers, capability):
     """No two 32-bit integers are multiplied at run time: rows · columns of a head can pass 2^31."""
     kernel, _, others, constants = CASES[name]
     for letters in pointers:
-        result = compiled(kernel, letters + others, constants, capability)
+        result = compiled(kernel, letters + others, constants, capability, WARPS.get(name, 4))
         assert len(result.asm["cubin"]) > 1000
         if name not in ("ranking", "answers of items"):  # tl.sort multiplies numbers below the size of its block
             assert not re.search(NARROW, result.asm["ttir"]), result.asm["ttir"]

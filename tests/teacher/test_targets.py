@@ -6,7 +6,7 @@ import torch
 from hf_dis import SamplerSpec, make_sampler
 from hf_dis.teacher import targets as teacher_targets
 from hf_dis.teacher.ranking import GROUP, top_ranked
-from hf_dis.teacher.targets import TeacherTargets
+from hf_dis.teacher.targets import TeacherTargets, chunk_items, mass_stride
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -68,6 +68,15 @@ def as_on_an_accelerator(logits, temperature, depth, items, stride):
     targets.counted = slice(0, len(logits), stride)
     targets._mass = targets._found = None  # found when asked for
     return targets
+
+
+@pytest.mark.parametrize(
+    ("num_items", "stride"), [(1, 1), (255, 1), (256, 2), (900, 4), (1024, 8), (4095, 16), (4096, 32), (2**20, 32)]
+)
+def test_at_least_128_items_are_counted_where_there_are_as_many(num_items, stride):
+    """A chunk starts with an item that is counted, so that the counted items of all chunks are one slice."""
+    assert mass_stride(num_items) == stride
+    assert chunk_items(num_items, 150_000, torch.device("cuda")) % stride == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
