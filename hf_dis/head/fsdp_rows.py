@@ -13,11 +13,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from hf_dis.head.fetched_rows import AskedRows, fetched_rows
 from hf_dis.head.gathered_items import logits_of_all_items, padded_number
-from hf_dis.head.row_gradients import coalesced
 from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
 from hf_dis.head.spread_rows import sparse_leaf
 from hf_dis.head.vocab_shard import VocabShard
@@ -164,8 +163,7 @@ class FsdpRows:
             if added is None:
                 return logits
             return logits + sampled_columns(added.expand(len(features), -1), item_ids, tail_ids)
-        fetched = _Fetched.apply(weight, bias, self._asked(ids, numbers.rows), features.dtype, self._row_sparse)
-        rows, bias = fetched if self.bias is not None else (fetched, None)
+        rows, bias = fetched_rows(weight, bias, self._asked(ids, numbers.rows), features.dtype, self._row_sparse)
         if added is not None:
             extra = added[ids].to(rows.dtype)
             bias = extra if bias is None else bias + extra
@@ -186,7 +184,7 @@ class FsdpRows:
         rows = [numbers[:-1] for numbers in self._gathered(needed, [0])]
         asked = self._asked(needed, rows)
         dtype = self._kept.dtype or self.weight.dtype
-        found = _Fetched.apply(self._own()[0], None, asked, dtype, self._row_sparse)
+        found, _ = fetched_rows(self._own()[0], None, asked, dtype, self._row_sparse)
         if embedding.padding_idx is None:
             return F.embedding(places, found)
         is_padding = needed == embedding.padding_idx  # its row has no gradient
@@ -219,103 +217,12 @@ class FsdpRows:
         own = torch.cat([ends.diff(prepend=ends.new_zeros(1)), ends.new_tensor(numbers)])
         return self._processes.gather(own).tolist()  # waits for an accelerator
 
-    def _asked(self, ids: Tensor, rows: Sequence[Sequence[int]]) -> _Asked:
+    def _asked(self, ids: Tensor, rows: Sequence[Sequence[int]]) -> AskedRows:
         """Tells each process the classes whose rows this process needs."""
         index = self._processes.index
         needed, asked = rows[index], [one[index] for one in rows]
         theirs = self._processes.exchange(ids.int(), needed, asked).long()
-        return _Asked(self._processes, theirs - self._rows_each * index, needed, asked)
-
-
-class _Asked(NamedTuple):
-    """The rows of this process that the processes need, one process after another, and the numbers of rows.
-
-    Attributes:
-        processes: that exchange rows.
-        rows: places among the rows of this process, ``[Σ asked]``.
-        needed: rows that this process needs of each process.
-        asked: rows that each process needs of this one.
-    """
-
-    processes: VocabShard
-    rows: Tensor
-    needed: list[int]
-    asked: list[int]
-
-    def there(self, values: Tensor) -> Tensor:
-        """Sends rows to the processes that need them: ``[Σ needed, w]`` for ``[Σ asked, w]``."""
-        return self._sent(values, self.asked, self.needed)
-
-    def back(self, values: Tensor) -> Tensor:
-        """Sends the gradients of rows to the processes that hold them: ``[Σ asked, w]`` for ``[Σ needed, w]``."""
-        return self._sent(values, self.needed, self.asked)
-
-    def only(self, places: Tensor) -> _Asked:
-        """Tells each process that this one needs some of its rows only; every process has to call it.
-
-        Args:
-            places: of these rows among those that this process needs, ascending, ``[U]``.
-        """
-        starts = torch.tensor([0, *self.needed], device=places.device).cumsum(0)
-        ends = torch.searchsorted(places, starts)
-        everyones = self.processes.gather(ends.diff()).tolist()  # waits for an accelerator
-        index = self.processes.index
-        needed, asked = everyones[index], [one[index] for one in everyones]
-        of_process = places - starts[:-1].repeat_interleave(ends.diff())
-        theirs = self.processes.exchange(of_process.int(), needed, asked).long()
-        first = torch.tensor([0, *self.asked[:-1]], device=places.device).cumsum(0)
-        theirs += first.repeat_interleave(torch.tensor(asked, device=places.device))
-        return _Asked(self.processes, self.rows[theirs], needed, asked)
-
-    def _sent(self, values: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        width = values.shape[1]
-        sizes = ([width * number for number in numbers] for numbers in (sent, received))
-        return self.processes.exchange(values.flatten(), *sizes).view(-1, width)
-
-
-class _Fetched(torch.autograd.Function):
-    """The rows of a layer that this process needs, and their biases, in the type of the product."""
-
-    @staticmethod
-    def forward(ctx, weight, bias, asked, dtype, row_sparse):
-        ctx.asked, ctx.size, ctx.row_sparse = asked, len(weight), row_sparse
-        ctx.dtypes = [weight.dtype, None if bias is None else bias.dtype]
-        rows = weight[asked.rows].to(dtype)
-        if bias is None:
-            return asked.there(rows)
-        found = asked.there(torch.cat([rows, bias[asked.rows, None].to(dtype)], 1))
-        return found[:, :-1].contiguous(), found[:, -1].contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, weight_grad, bias_grad=None):
-        asked = ctx.asked
-        if weight_grad.is_sparse:  # some of the rows have a gradient
-            both = [None if one is None else coalesced(one) for one in (weight_grad, bias_grad)]
-            asked = asked.only(both[0]._indices()[0])
-            weight_grad, bias_grad = (None if one is None else one._values() for one in both)
-        parts = [weight_grad] if bias_grad is None else [weight_grad, bias_grad[:, None]]
-        gradients = asked.back(torch.cat(parts, 1))
-        wide = torch.promote_types(ctx.dtypes[0], torch.float32)
-        gradients = gradients.to(wide).div_(asked.processes.number)
-        ids, size = asked.rows, ctx.size
-        if ctx.row_sparse:
-            touched, ids = ids.unique(return_inverse=True)
-            size = len(touched)
-        total = gradients.new_zeros(size, gradients.shape[1]).index_add_(0, ids, gradients)
-        if ctx.dtypes[1] is None:
-            found = [total]
-        else:
-            found = [total[:, :-1], total[:, -1]]
-        found = [one.to(dtype).contiguous() for one, dtype in zip(found, ctx.dtypes, strict=False)]
-        if ctx.row_sparse:
-            found = [
-                torch.sparse_coo_tensor(
-                    touched[None], one, (ctx.size, *one.shape[1:]), check_invariants=False, is_coalesced=True
-                )
-                for one in found
-            ]
-        return (*found, *[None] * (5 - len(found)))
+        return AskedRows(self._processes, theirs - self._rows_each * index, needed, asked)
 
 
 def _why_gathered(layer: nn.Linear, others: Sequence[nn.Module]) -> str | None:

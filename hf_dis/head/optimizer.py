@@ -142,8 +142,8 @@ class RowSparseAdamW(torch.optim.AdamW):
         travel = lie_in_host_memory(parameter, self.defaults["offload_moments"])
         if travel and isinstance(parameter, DTensor):
             raise ValueError(
-                f"offload_moments is set, and a parameter of shape {tuple(parameter.shape)} is spread over processes as "
-                "a DTensor, whose moments have to be on its device: leave offload_moments out"
+                f"offload_moments is set, and a parameter of shape {tuple(parameter.shape)} is a DTensor, whose "
+                "moments have to be on its device: leave offload_moments out"
             )
         state = self.state[parameter]
         if not state:

@@ -71,7 +71,9 @@ def _values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [local(gradient)._values() if is_row_sparse(gradient) else gradient for gradient in gradients]
 
 
-def _norm_of_parts(parameters: list[nn.Parameter], shard: VocabShard | None, sharded: Iterable[nn.Parameter]) -> Tensor:
+def _norm_of_parts(
+    parameters: list[nn.Parameter], shard: VocabShard | None, sharded: Iterable[nn.Parameter]
+) -> Tensor:
     """The norm of all gradients, where those of some are spread over processes; those that all have count once."""
     held = {id(parameter) for parameter in sharded}
     parts: dict[tuple[DeviceMesh | None, VocabShard | None], list[nn.Parameter]] = {}

@@ -1,9 +1,9 @@
 """Row-sparse gradients of parameters whose rows are spread over processes, as FSDP2 and a ``tp_plan`` spread them.
 
-torch has no sparse gradients of a DTensor: autograd makes none. So a step computes with a leaf that shares the memory
-of the rows of this process. The leaf's gradient becomes that of the parameter: a DTensor whose local tensor is sparse,
-COO, in the rows of this process. ``zero_grad`` works on it as on any gradient. Clipping, coalescing and the optimizer of this
-package read the local tensor.
+Autograd makes no sparse gradient of a DTensor. So a step computes with a leaf that shares the memory of the rows of
+this process. The leaf's gradient becomes that of the parameter: a DTensor whose local tensor is sparse, COO, in the
+rows of this process. ``zero_grad`` works on the gradient as on any other. Clipping, averaging and the optimizer of
+this package read the local tensor.
 """
 
 from __future__ import annotations

@@ -236,7 +236,8 @@ class SampledHead:
         """Gives the layers their own forward back."""
         if self._adds_bias is not None:
             self._adds_bias.__dict__.pop(LOGITS_BIAS, None)
-        for layer in (*self.layers.values(), *self._embeddings):
+        # The last one first: each of several layers of a unit of FSDP2 gives the unit the parameters that it found.
+        for layer in reversed([*self._embeddings, *self.layers.values()]):
             switched = self._unswitch(layer)
             if isinstance(switched, Sampled) and switched.fsdp is not None:
                 for embedding in switched.fsdp.embeddings:

@@ -202,8 +202,8 @@ def check_optimizer(trainer: DISTrainerMixin) -> None:
     _check_moments(trainer)
     if trainer.distiller.row_sparse and trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision == "fp16":
         raise ValueError(
-            "fp16 and row_sparse_head are set, and FSDP shards the head: a step whose gradient overflows in some rows "
-            "would be skipped by some processes alone; set bf16=True in place of fp16, or row_sparse_head=False"
+            "fp16 and row_sparse_head are set, and FSDP shards the head: some processes alone would skip a step whose "
+            "gradient overflows in their rows. Set bf16=True in place of fp16, or row_sparse_head=False"
         )
     if not trainer.distiller.row_sparse or steps_rows(trainer):
         return

@@ -95,10 +95,7 @@ class Keeps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients.append(
-            {
-                name: dense(p) if p.grad is not None else torch.zeros_like(p)
-                for name, p in model.named_parameters()
-            }
+            {name: dense(p) if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
         )
 
     def on_step_end(self, args, state, control, **kwargs):
