@@ -65,7 +65,7 @@ class OptimizerHooks:
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | float:
         """As the host's, which would leave out the rows of other processes where nothing is clipped."""
-        if grad_norm is None and (self._is_head_sharded or (self.distiller.row_sparse and self._is_head_spread)):
+        if grad_norm is None and (self._is_head_sharded or (self.distiller.row_sparse and self.is_head_spread)):
             grad_norm = self._clip(model, inf)
         return super()._get_grad_norm(model, grad_norm)
 
@@ -78,7 +78,7 @@ class OptimizerHooks:
         return self.head.shard is not None
 
     @property
-    def _is_head_spread(self) -> bool:
+    def is_head_spread(self) -> bool:
         """True if FSDP2 or a ``tp_plan`` spreads the head over processes, or will do so."""
         return self.is_fsdp_enabled or any(isinstance(one, DTensor) for one in self.head.parameters())
 
@@ -106,7 +106,7 @@ class OptimizerHooks:
 
         Of a sharded or a spread head each process keeps its own rows.
         """
-        if self.distiller.row_sparse and not self._is_head_sharded and not self._is_head_spread:
+        if self.distiller.row_sparse and not self._is_head_sharded and not self.is_head_spread:
             return kept_from_ddp(self.model, self.distiller.head_layers)
         return nullcontext()
 
