@@ -21,7 +21,7 @@ from hf_dis import DISArguments, Distiller, RowSparseAdamW, build_distiller
 from hf_dis.distributed import average_rows
 from hf_dis.head.fsdp_rows import FsdpRows, StepNumbers
 from hf_dis.head.row_gradients import clip_grad_norm_
-from hf_dis.head.spread_rows import local
+from hf_dis.head.spread_rows import local, spread_as
 from hf_dis.models.fsdp_units import KeptSharded
 from hf_dis.sampling.designs import Updates
 
@@ -41,6 +41,7 @@ UNITS = ("own", "pair", "root")
 WAYS = ("rows", "features")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 SIZES = 2**12, 2**14
+TIED = 400  # classes of a head that is tied to an embedding, of which few are touched
 
 
 def cases() -> list[tuple[str, ...]]:
@@ -181,22 +182,33 @@ def tied(mode: str = "one tail") -> list[dict[str, Tensor]]:
     """The gradients of a masked language model whose head has a bias and shares its weight; and of a whole one."""
     found, number, rank = [], dist.get_world_size(), dist.get_rank()
     batches = [tokens(3, 41, seed=other) for other in range(number)]
+    for one in batches:
+        one["input_ids"][:, 0] = 0  # padding
+        one["labels"] = one["input_ids"].masked_fill(one["input_ids"] == 0, -100)
     for is_sharded in (True, False):
-        model = bert_mlm(41).double().train()
+        model = bert_mlm(TIED).double().train()
         assert model.bert.embeddings.word_embeddings.padding_idx == 0
         if is_sharded:
             fully_shard(model)
-        distiller = build_distiller(model, bert_mlm(41, seed=1, spread=30).double(), DISArguments(**MODES[mode]))
+        distiller = build_distiller(model, bert_mlm(TIED, seed=1, spread=30).double(), DISArguments(**MODES[mode]))
         distiller.sampler.__class__ = SamplesByLabel
         kept: list[int] = []
         with counting(kept):
             for one in [batches[rank]] if is_sharded else batches:
-                with distiller.step(one | {"labels": one["input_ids"]}) as step:
+                with distiller.step(one) as step:
                     loss = step.loss(model(**step.inputs))[0].sum()
                     (loss if is_sharded else loss / number).backward()
         assert kept == ([2, 2] if is_sharded else [])
-        found.append(gradients(model))
+        found.append(gradients(model) | whole({"touched": touched(model.cls.predictions.decoder.weight)}))
     return found
+
+
+def touched(parameter: nn.Parameter) -> Tensor:
+    """One for each row in the gradient of a parameter, also if the gradient is zero there."""
+    gradient, mask = local(parameter.grad), torch.zeros(len(local(parameter)))
+    ids = gradient._indices()[0] if gradient.is_sparse else slice(None)
+    mask[ids] = 1
+    return spread_as(parameter, mask)
 
 
 def updated(way: str) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ MODES = {
     # All rows in the first step, and all sampled rows later.
     "row-sparse": SAMPLED | {"exact_warmup_steps": 1, "row_sparse_head": True, "num_updated_classes": 1000},
 }
+MODES["row-sparse"] |= {"proposal": "uniform", "num_tails": 1}  # which leave rows out
 
 
 def cases() -> list[tuple[bool, str, str, str]]:

@@ -55,6 +55,11 @@ def test_a_student_that_the_first_process_loads(runs):
         assert_same_training(rank["efficient"], runs[0]["transformers", worker.CASES[0]], STEPS, 1e-10)
 
 
+def test_only_touched_rows_are_stepped(runs):
+    steps = runs[0]["transformers", (False, "whole", "reverse_kl", "row-sparse")]["steps"]
+    assert 1 <= steps.min() < steps.max() == STEPS
+
+
 @pytest.mark.parametrize("given", worker.RESUMED, ids=lambda given: f"{given[0][-1]}, {given[1]}")
 def test_a_training_is_resumed_to_the_bit(runs, given):
     for rank in runs[1]:
