@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ def build_distiller(
     context: Context = nullcontext,
     precision: torch.dtype | None = None,
     label_names: Sequence[str] = ("labels",),
-    is_sharded: bool = False,
+    is_sharded: bool | Literal["fsdp2"] = False,
     num_items: int | None = None,
     steps_rows: bool = False,
 ) -> Distiller:
@@ -74,7 +74,7 @@ def build_distiller(
         context: entered around the teacher's forwards; ``accelerator.autocast`` for mixed precision.
         precision: the narrowest type that the student computes in, if narrower than its logits.
         label_names: columns of a batch that the student is not given.
-        is_sharded: the trainer will shard the student's parameters by FSDP or DeepSpeed.
+        is_sharded: the trainer will shard the student's parameters by FSDP or DeepSpeed; ``"fsdp2"``: by FSDP2.
         num_items: of a batch, for the choice of ``head_mode="auto"``; None: 128 examples, or 2,048 tokens.
         steps_rows: the optimizer is a :class:`hf_dis.RowSparseAdamW`; decides where ``row_sparse_head`` is None.
 
@@ -83,7 +83,7 @@ def build_distiller(
     """
     arguments, device = (arguments or DISArguments()).settings(), device or next(student.parameters()).device
     task = find_task(student)
-    width, is_sharded = num_outputs(student, task), is_sharded or is_fully_sharded(student)
+    width, is_sharded = num_outputs(student, task), "fsdp2" if is_fully_sharded(student) else is_sharded
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
     why_dense = _why_dense(student, width, arguments, is_sharded, steps_rows)
@@ -111,7 +111,7 @@ def _head(
     width: int,
     arguments: DISArguments,
     mode: str,
-    is_sharded: bool,
+    is_sharded: bool | str,
     why_dense: str | None,
 ) -> dict[str, Any]:
     """Keywords of a Distiller: the layers of the head, and its gradients; checks that models on processes fit."""
@@ -215,7 +215,7 @@ def _make_sampler(
 
 
 def _why_dense(
-    student: nn.Module, width: int, arguments: DISArguments, is_sharded: bool, steps_rows: bool
+    student: nn.Module, width: int, arguments: DISArguments, is_sharded: bool | str, steps_rows: bool
 ) -> str | None:
     """The reason for a dense gradient of a head that is sampled, or None: the gradient is row-sparse."""
     if arguments.row_sparse_head is not None:
@@ -223,8 +223,8 @@ def _why_dense(
     cause = None
     if not steps_rows:
         cause = "the optimizer may not step sparse gradients"
-    elif is_tensor_parallel(student):
-        cause = "the student is tensor-parallel"
+    elif is_tensor_parallel(student) or (is_sharded and not sharded_heads(student)):
+        cause = "the student is spread over processes: only row_sparse_head=True makes it row-sparse"
     else:
         try:
             check_row_sparse_head(student, find_head_layers(student, width, arguments.head_name), is_sharded)
@@ -243,7 +243,7 @@ def _row_sparse(
     layers: Sequence[str],
     arguments: DISArguments,
     mode: str,
-    is_sharded: bool,
+    is_sharded: bool | str,
     why_dense: str | None,
 ) -> dict[str, Any]:
     """Keywords of a Distiller: the choice of row-sparse gradients, and the embeddings that get them too."""
@@ -311,7 +311,7 @@ def _choose_mode(
 
 
 def _student_stream(
-    student: nn.Module, width: int, layers: Sequence[str], is_sharded: bool, context: Context
+    student: nn.Module, width: int, layers: Sequence[str], is_sharded: bool | str, context: Context
 ) -> LogitStream | None:
     """Computes the student's logits in chunks; None where its head has several layers, or a process has a part."""
     if len(layers) != 1 or is_sharded or sharded_heads(student):

@@ -21,6 +21,7 @@ from hf_dis.arguments import DISArguments
 from hf_dis.distributed.replicas import Replicas
 from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.head.check import check_head, splits_at_head
+from hf_dis.head.spread_rows import make_dense
 from hf_dis.head.switch import SampledHead
 from hf_dis.items import Items, check_labels, first_examples
 from hf_dis.loss.divergence import SampledLoss
@@ -192,6 +193,7 @@ class Distiller:
             if self.arguments.probe_steps and self.student_stream is not None:
                 self.student_stream.splits(inputs, items)  # compared while the head is not switched
         if warming_up or self.wants_all_classes:
+            make_dense(self.head.parameters())  # of steps on sampled classes before, where gradients are accumulated
             return WarmupStep(self, request, holds_logits or not self.splits_at_head(request))
         return SampledStep(self, request)
 

@@ -99,7 +99,7 @@ def test_a_head_that_is_not_found_is_computed_whole_unless_it_was_asked_for():
         ({"teacher": vit(41)}, "the teacher has 41 classes, the student 40"),
         ({"teacher": llama(CLASSES)}, "both have to be of one kind"),
         ({"arguments": arguments(rank_depth=5)}, "rank_depth is 5, and num_sampled_classes is 6"),
-        ({"arguments": arguments(row_sparse_head=True), "is_sharded": True}, "FSDP and DeepSpeed shard dense"),
+        ({"arguments": arguments(row_sparse_head=True), "is_sharded": True}, "DeepSpeed and FSDP of version 1"),
     ],
     ids=["no teacher", "other classes", "other task", "shallow ranking", "sharded"],
 )

@@ -11,9 +11,11 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_dis.distributed.processes import num_processes
 from hf_dis.head.row_gradients import coalesced
+from hf_dis.head.spread_rows import is_row_sparse, local, spread_as
 
 
 @torch.no_grad()
@@ -25,7 +27,8 @@ def average_rows(parameters: Iterable[nn.Parameter], over_processes: bool = True
     Args:
         parameters: of shape ``[C, ...]``. A gradient may be sparse in its rows or dense, which counts as all rows. It
             may be None where a process has none, which counts as no rows. Parameters that are not trained are left
-            out.
+            out. Parameters that FSDP2 or a ``tp_plan`` spreads by rows have the gradients of all processes already:
+            these only become sparse.
         over_processes: take the mean. If False, each process has rows of its own, which only become sparse.
     """
     processes = num_processes() if over_processes else 1
@@ -33,7 +36,9 @@ def average_rows(parameters: Iterable[nn.Parameter], over_processes: bool = True
         if not parameter.requires_grad:
             continue
         gradient = coalesced(_row_sparse(parameter))
-        parameter.grad = gradient if processes == 1 else _sum_rows(gradient, processes)
+        if processes > 1 and not isinstance(parameter, DTensor):
+            gradient = _sum_rows(gradient, processes)
+        parameter.grad = spread_as(parameter, gradient)
 
 
 def sum_over_processes(tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
@@ -57,13 +62,14 @@ def sum_over_processes(tensors: dict[str, Tensor], group: dist.ProcessGroup | No
 
 
 def _row_sparse(parameter: nn.Parameter) -> Tensor:
-    """The gradient of a parameter as a tensor that is sparse in its rows."""
-    gradient = parameter.grad
+    """The gradient of a parameter as a tensor that is sparse in its rows, or in those of this process."""
+    rows, gradient = local(parameter), parameter.grad
     if gradient is None:
-        return _sparse(parameter.new_empty(0, dtype=torch.long), torch.empty_like(parameter[:0]), parameter)
-    if gradient.is_sparse:
-        return gradient
-    return _sparse(torch.arange(len(parameter), device=parameter.device), gradient, parameter)
+        return _sparse(rows.new_empty(0, dtype=torch.long), torch.empty_like(rows[:0]), rows)
+    if isinstance(gradient, DTensor) and not is_row_sparse(gradient):  # each process is to have all of its rows
+        gradient = gradient.redistribute(placements=parameter.placements)
+    gradient = local(gradient)
+    return gradient if gradient.is_sparse else _sparse(torch.arange(len(rows), device=rows.device), gradient, rows)
 
 
 def _sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

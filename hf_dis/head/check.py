@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_dis.head.fsdp_rows import is_plain_embedding
 from hf_dis.head.sampled_linear import sampled_columns
 from hf_dis.head.sharded import ShardedHead, sharded_heads
 from hf_dis.head.switch import SampledHead
@@ -126,27 +128,27 @@ def splits_at_head(model: nn.Module, head: SampledHead, inputs: dict[str, Tensor
     return torch.allclose(logits.to(full.dtype), full, rtol=0, atol=tolerance * largest, equal_nan=True)
 
 
-def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: bool) -> None:
+def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: bool | Literal["fsdp2"]) -> None:
     """Checks that the gradients of a head can be row-sparse.
 
     Args:
         student: the model that is trained.
         names: the linear layers of its output head.
-        is_sharded: the student's parameters are sharded by FSDP or DeepSpeed.
+        is_sharded: the student's parameters are sharded by FSDP or DeepSpeed; ``"fsdp2"``: by ``fully_shard``.
 
     Raises:
-        ValueError: if torch is too old or has no sparse tensors for the device. Or if FSDP or DeepSpeed shards the
-            head, or its weight is tied to a layer with dense gradients.
+        ValueError: if torch is too old or has no sparse tensors for the device. Or if DeepSpeed or FSDP of version 1
+            shards the head, or its weight is tied to a layer with dense gradients.
     """
     if torch.__version__ < (2, 14):
         raise ValueError(
             f"row_sparse_head is set, but torch is {torch.__version__}, which has no norm of sparse gradients: it "
             "needs torch 2.14 or newer; or set row_sparse_head=False"
         )
-    if is_sharded and not sharded_heads(student):
+    if is_sharded and is_sharded != "fsdp2" and not sharded_heads(student):
         raise ValueError(
-            "row_sparse_head is set, but FSDP and DeepSpeed shard dense gradients only: set it to False, or use plain "
-            "data parallelism"
+            "row_sparse_head is set, but DeepSpeed and FSDP of version 1 shard dense gradients only: set it to False, "
+            "or use FSDP2 or plain data parallelism. In a loop of your own call fully_shard before build_distiller"
         )
     head = SampledHead(student, names)
     for parameter in head.parameters():
@@ -154,7 +156,7 @@ def check_row_sparse_head(student: nn.Module, names: Sequence[str], is_sharded: 
     for name, layer in head.layers.items():
         if layer.weight.requires_grad:
             for other, module in modules_with(student, layer.weight).items():
-                _check_tied(name, other, module)
+                _check_tied(name, other, module, is_spread=is_sharded == "fsdp2" or is_spread_by_rows(layer.weight))
 
 
 def check_sharded_head(
@@ -203,8 +205,8 @@ def check_sharded_head(
         )
 
 
-def _check_tied(head: str, other: str, module: nn.Module) -> None:
-    """Checks that a module with the head's weight can give it a row-sparse gradient."""
+def _check_tied(head: str, other: str, module: nn.Module, is_spread: bool) -> None:
+    """Checks that a module with the head's weight can give it a row-sparse gradient, spread over processes or not."""
     if other == head:
         return
     if not isinstance(module, nn.Embedding):
@@ -217,6 +219,11 @@ def _check_tied(head: str, other: str, module: nn.Module) -> None:
             f"row_sparse_head is set, but the embedding {other}, to which the head {head} is tied, has "
             "scale_grad_by_freq, of which torch has no sparse gradient: set row_sparse_head=False, or "
             f"{other}.scale_grad_by_freq = False"
+        )
+    if is_spread and not is_plain_embedding(module):
+        raise ValueError(
+            f"row_sparse_head is set, but the head {head} is spread over processes and tied to {other}, a "
+            f"{type(module).__name__} that does more than look rows up: set row_sparse_head=False, or untie it"
         )
 
 

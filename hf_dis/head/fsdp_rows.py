@@ -13,16 +13,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from hf_dis.head.fetched_rows import AskedRows, fetched_rows
 from hf_dis.head.gathered_items import logits_of_all_items, padded_number
 from hf_dis.head.sampled_linear import sampled_columns, sampled_logits
+from hf_dis.head.spread_rows import sparse_leaf
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.models.fsdp_units import KeptSharded
 from hf_dis.models.spread import is_fully_sharded, is_sharded_by_fsdp, reshard
 from hf_dis.models.ties import modules_with
 from hf_dis.precision import product_type
+from hf_dis.sampling.designs import Updates
 
 ID_BYTES = 4
 
@@ -38,6 +40,7 @@ class StepNumbers(NamedTuple):
         shared: K_t, the columns of a tail.
         width: values of a row, its bias among them.
         itemsize: bytes of a value.
+        updated: classes that update the head, of each process; not counted as bytes.
     """
 
     rows: Sequence[Sequence[int]]
@@ -47,6 +50,7 @@ class StepNumbers(NamedTuple):
     shared: int
     width: int
     itemsize: int
+    updated: Sequence[int] = ()
 
     def bytes_of_rows(self) -> int:
         """Counts the bytes that all processes get where rows travel: class ids, rows and the rows' gradients."""
@@ -70,20 +74,24 @@ class FsdpRows:
         model: that FSDP2 sharded, with no unit gathered.
         layer: of its output head; the weight, ``[C, d]``, and the bias are sharded by their rows.
         embeddings: that share the weight.
+        row_sparse: give weight and bias gradients as :func:`hf_dis.head.spread_rows.sparse_leaf` does.
 
     Attributes:
         embeddings: as given; :meth:`embedded` has to take the place of their forward.
     """
 
-    def __init__(self, model: nn.Module, layer: nn.Linear, embeddings: Sequence[nn.Embedding] = ()):
+    def __init__(
+        self, model: nn.Module, layer: nn.Linear, embeddings: Sequence[nn.Embedding] = (), row_sparse: bool = False
+    ):
         self.weight, self.bias, self.embeddings = layer.weight, layer.bias, embeddings
+        self._row_sparse = row_sparse
         self._kept = KeptSharded(model, list(layer.parameters(recurse=False)))
         self._processes = VocabShard(0, 1, self.weight.device_mesh.get_group())
         # Shard(0) cuts rows as torch.chunk does: the last parts may be shorter, or empty.
         self._rows_each = -(-len(self.weight) // self._processes.number)
 
     @classmethod
-    def of(cls, model: nn.Module, layer: nn.Linear) -> FsdpRows | None:
+    def of(cls, model: nn.Module, layer: nn.Linear, row_sparse: bool = False) -> FsdpRows | None:
         """Finds the rows of a layer; None where every process has the whole layer, or FSDP2 has to gather it.
 
         FSDP2 gathers a layer that several groups of processes hold, or that is offloaded to the processor. So it does
@@ -92,28 +100,40 @@ class FsdpRows:
         Args:
             model: the student.
             layer: of its output head.
+            row_sparse: as for the rows.
+
+        Raises:
+            ValueError: if FSDP2 has to gather a layer whose gradient is to be row-sparse; names the cause.
         """
         if not is_fully_sharded(model):
             return None
         reshard(model)  # units that FSDP2 keeps whole after a forward
-        parameters = list(layer.parameters(recurse=False))
-        if not all(map(is_sharded_by_fsdp, parameters)):
-            return None
-        mesh = layer.weight.device_mesh
-        if mesh.size() == 1 or layer.weight.device.type != mesh.device_type:
-            return None
         others = [module for module in modules_with(model, layer.weight).values() if module is not layer]
-        if not all(map(_is_plain_embedding, others)):
-            return None
-        rows = cls(model, layer, others)
-        # A unit that is not set up is gathered, and its embeddings run as they are.
-        return rows if rows._kept.found or not others else None
+        cause, rows = _why_gathered(layer, others), None
+        if cause is None and (row_sparse or layer.weight.device_mesh.size() > 1):
+            rows = cls(model, layer, others, row_sparse)
+            # A unit that is not set up is gathered, and its embeddings run as they are.
+            if others and not rows._kept.found:
+                cause, rows = "the student has not run on all classes yet, and shares the weight", None
+        if row_sparse and rows is None:
+            raise ValueError(
+                f"row_sparse_head is set, and FSDP2 has to gather the output head, since {cause}: set "
+                "row_sparse_head=False"
+            )
+        return rows
 
     def release(self) -> None:
         """Lets FSDP2 gather the layer again."""
         self._kept.release()
 
-    def sampled(self, features: Tensor, item_ids: Tensor, tail_ids: Tensor, added: Tensor | None = None) -> Tensor:
+    def sampled(
+        self,
+        features: Tensor,
+        item_ids: Tensor,
+        tail_ids: Tensor,
+        added: Tensor | None = None,
+        updates: Updates | None = None,
+    ) -> Tensor:
         """Computes the logits of sampled classes for the items of this process, ``[N, R + K_t]``.
 
         Every process of the group has to call this, and to run its backward.
@@ -122,28 +142,34 @@ class FsdpRows:
             features: the head's input for the items of this process, ``[N, d]``.
             item_ids, tail_ids: as for :func:`hf_dis.head.sampled_linear.sampled_logits`.
             added: a bias beside that of the layer, of all classes, ``[C]``, or None.
+            updates: the sample of the classes of this process whose rows get a gradient; None: all of them. It counts
+                for row-sparse gradients alone.
         """
+        updates = updates if self._row_sparse else None
         features = features.to(product_type(features))
         used_tails = tail_ids[: max(1, len(features))]
         ids, places = torch.cat([item_ids.flatten(), used_tails.flatten()]).unique(return_inverse=True)
-        numbers, is_alike = self._numbers(ids, features, item_ids, tail_ids)
-        weight, bias = (one.to_local() if isinstance(one, DTensor) else None for one in (self.weight, self.bias))
+        numbers, is_alike = self._numbers(ids, features, item_ids, tail_ids, updates)
+        weight, bias = self._own()
         all_hold_rows = self._rows_each * (self._processes.number - 1) < len(self.weight)
         if all_hold_rows and is_alike and numbers.bytes_of_features() < numbers.bytes_of_rows():
             start = self._rows_each * self._processes.index
             shard = VocabShard(start, start + len(weight), self._processes.group)
             given = features, weight, bias, item_ids, tail_ids, shard, numbers.items
-            logits = logits_of_all_items(*given).clone()  # FSDP2 warns of an output that is a view
+            if updates is not None:
+                updates = updates._replace(number=sum(numbers.updated))
+            logits = logits_of_all_items(*given, self._row_sparse, updates)
+            logits = logits.clone()  # FSDP2 warns of an output that is a view
             if added is None:
                 return logits
             return logits + sampled_columns(added.expand(len(features), -1), item_ids, tail_ids)
-        fetched = _Fetched.apply(weight, bias, self._asked(ids, numbers.rows), features.dtype)
-        rows, bias = fetched if self.bias is not None else (fetched, None)
+        rows, bias = fetched_rows(weight, bias, self._asked(ids, numbers.rows), features.dtype, self._row_sparse)
         if added is not None:
             extra = added[ids].to(rows.dtype)
             bias = extra if bias is None else bias + extra
         of_items, of_tails = places.split([item_ids.numel(), used_tails.numel()])
-        return sampled_logits(features, rows, bias, of_items.view_as(item_ids), of_tails.view_as(used_tails))
+        places = of_items.view_as(item_ids), of_tails.view_as(used_tails)
+        return sampled_logits(features, rows, bias, *places, updates is not None, updates)
 
     def embedded(self, embedding: nn.Embedding, ids: Tensor) -> Tensor:
         """Computes the output of an embedding that shares the weight, in the type in which FSDP2 would gather it.
@@ -157,18 +183,31 @@ class FsdpRows:
         needed, places = ids.unique(return_inverse=True)
         rows = [numbers[:-1] for numbers in self._gathered(needed, [0])]
         asked = self._asked(needed, rows)
-        found = _Fetched.apply(self.weight.to_local(), None, asked, self._kept.dtype or self.weight.dtype)
-        if embedding.padding_idx is not None:  # its row has no gradient
-            found = torch.where(needed[:, None] == embedding.padding_idx, found.detach(), found)
-        return F.embedding(places, found)
+        dtype = self._kept.dtype or self.weight.dtype
+        found, _ = fetched_rows(self._own()[0], None, asked, dtype, self._row_sparse)
+        if embedding.padding_idx is None:
+            return F.embedding(places, found)
+        is_padding = needed == embedding.padding_idx  # its row has no gradient
+        if self._row_sparse:
+            number = int(is_padding.nonzero()) if bool(is_padding.any()) else None
+            return F.embedding(places, found, number, sparse=True)
+        return F.embedding(places, torch.where(is_padding[:, None], found.detach(), found))
 
-    def _numbers(self, ids: Tensor, features: Tensor, item_ids: Tensor, tail_ids: Tensor) -> tuple[StepNumbers, bool]:
+    def _own(self) -> tuple[Tensor, Tensor | None]:
+        """The rows of the weight and of the bias that this process holds."""
+        both = (one if isinstance(one, DTensor) else None for one in (self.weight, self.bias))
+        how = sparse_leaf if self._row_sparse else DTensor.to_local
+        return tuple(None if one is None else how(one) for one in both)
+
+    def _numbers(
+        self, ids: Tensor, features: Tensor, item_ids: Tensor, tail_ids: Tensor, updates: Updates | None
+    ) -> tuple[StepNumbers, bool]:
         """The numbers of a step, and True if all processes have as many columns and tails."""
-        shapes = item_ids.shape[1], *tail_ids.shape
-        everyones = self._gathered(ids, [len(features), *shapes])
-        rows, items = [one[:-4] for one in everyones], [one[-4] for one in everyones]
+        shapes, number = (item_ids.shape[1], *tail_ids.shape), 0 if updates is None else updates.number
+        everyones = self._gathered(ids, [number, len(features), *shapes])
+        rows, updated, items = [one[:-5] for one in everyones], *zip(*(one[-5:-3] for one in everyones), strict=True)
         width = self.weight.shape[1] + (self.bias is not None)
-        numbers = StepNumbers(rows, items, *shapes, width, features.dtype.itemsize)
+        numbers = StepNumbers(rows, items, *shapes, width, features.dtype.itemsize, updated)
         return numbers, all(tuple(one[-3:]) == shapes for one in everyones)
 
     def _gathered(self, ids: Tensor, numbers: Sequence[int]) -> list[list[int]]:
@@ -178,69 +217,31 @@ class FsdpRows:
         own = torch.cat([ends.diff(prepend=ends.new_zeros(1)), ends.new_tensor(numbers)])
         return self._processes.gather(own).tolist()  # waits for an accelerator
 
-    def _asked(self, ids: Tensor, rows: Sequence[Sequence[int]]) -> _Asked:
+    def _asked(self, ids: Tensor, rows: Sequence[Sequence[int]]) -> AskedRows:
         """Tells each process the classes whose rows this process needs."""
         index = self._processes.index
         needed, asked = rows[index], [one[index] for one in rows]
         theirs = self._processes.exchange(ids.int(), needed, asked).long()
-        return _Asked(self._processes, theirs - self._rows_each * index, needed, asked)
+        return AskedRows(self._processes, theirs - self._rows_each * index, needed, asked)
 
 
-class _Asked(NamedTuple):
-    """The rows of this process that the processes need, one process after another, and the numbers of rows.
+def _why_gathered(layer: nn.Linear, others: Sequence[nn.Module]) -> str | None:
+    """The reason for which FSDP2 has to gather a layer in every step; None: it need not.
 
-    Attributes:
-        processes: that exchange rows.
-        rows: places among the rows of this process, ``[Σ asked]``.
-        needed: rows that this process needs of each process.
-        asked: rows that each process needs of this one.
+    Args:
+        layer: of an output head, with its unit sharded.
+        others: modules that share its weight.
     """
-
-    processes: VocabShard
-    rows: Tensor
-    needed: list[int]
-    asked: list[int]
-
-    def there(self, values: Tensor) -> Tensor:
-        """Sends rows to the processes that need them: ``[Σ needed, w]`` for ``[Σ asked, w]``."""
-        return self._sent(values, self.asked, self.needed)
-
-    def back(self, values: Tensor) -> Tensor:
-        """Sends the gradients of rows to the processes that hold them: ``[Σ asked, w]`` for ``[Σ needed, w]``."""
-        return self._sent(values, self.needed, self.asked)
-
-    def _sent(self, values: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        width = values.shape[1]
-        sizes = ([width * number for number in numbers] for numbers in (sent, received))
-        return self.processes.exchange(values.flatten(), *sizes).view(-1, width)
+    if not all(map(is_sharded_by_fsdp, layer.parameters(recurse=False))):
+        return "its rows are not sharded over one group of processes"
+    if layer.weight.device.type != layer.weight.device_mesh.device_type:
+        return "its parameters are offloaded to the processor"
+    if not all(map(is_plain_embedding, others)):
+        return "its weight is tied to more than a plain nn.Embedding"
+    return None
 
 
-class _Fetched(torch.autograd.Function):
-    """The rows of a layer that this process needs, and their biases, in the type of the product."""
-
-    @staticmethod
-    def forward(ctx, weight, bias, asked, dtype):
-        ctx.asked, ctx.size, ctx.dtypes = asked, len(weight), [weight.dtype, None if bias is None else bias.dtype]
-        rows = weight[asked.rows].to(dtype)
-        if bias is None:
-            return asked.there(rows)
-        found = asked.there(torch.cat([rows, bias[asked.rows, None].to(dtype)], 1))
-        return found[:, :-1].contiguous(), found[:, -1].contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, weight_grad, bias_grad=None):
-        parts = [weight_grad] if bias_grad is None else [weight_grad, bias_grad[:, None]]
-        gradients = ctx.asked.back(torch.cat(parts, 1))
-        wide = torch.promote_types(ctx.dtypes[0], torch.float32)
-        gradients = gradients.to(wide).div_(ctx.asked.processes.number)
-        total = gradients.new_zeros(ctx.size, gradients.shape[1]).index_add_(0, ctx.asked.rows, gradients)
-        if ctx.dtypes[1] is None:
-            return total.to(ctx.dtypes[0]), None, None, None
-        return total[:, :-1].to(ctx.dtypes[0]).contiguous(), total[:, -1].to(ctx.dtypes[1]).contiguous(), None, None
-
-
-def _is_plain_embedding(module: nn.Module) -> bool:
+def is_plain_embedding(module: nn.Module) -> bool:
     """Returns True if a module looks rows up and does nothing else to them, or to their gradient."""
     if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward:
         return False

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from hf_dis.checks import require
@@ -22,6 +23,7 @@ from hf_dis.head.moments import (
     type_of_step,
 )
 from hf_dis.head.row_gradients import coalesced
+from hf_dis.head.spread_rows import is_row_sparse, local, spread_as
 from hf_dis.kernels import tell_once, uses_triton
 from hf_dis.precision import widest
 
@@ -109,7 +111,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         dense = []
         for parameter in group["params"]:
             if parameter.grad is not None:
-                by_row = parameter.grad.is_sparse
+                by_row = is_row_sparse(parameter.grad)
                 state = self.state[parameter]
                 if state and by_row != (state["step"].dim() == 1):
                     raise RuntimeError(
@@ -124,32 +126,42 @@ class RowSparseAdamW(torch.optim.AdamW):
         return super()._init_group({**group, "params": dense}, params_with_grad, *lists)
 
     def _step_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        if parameter.grad.sparse_dim() != 1:
+        gradient, rows = local(parameter.grad), local(parameter)
+        if gradient.sparse_dim() != 1:
             raise RuntimeError(
-                f"a gradient of shape {tuple(parameter.shape)} is sparse in {parameter.grad.sparse_dim()} dimensions: "
+                f"a gradient of shape {tuple(parameter.shape)} is sparse in {gradient.sparse_dim()} dimensions: "
                 "RowSparseAdamW needs whole rows, sparse in the first dimension alone; make the gradient so, or dense"
             )
-        gradient = coalesced(parameter.grad)
+        gradient = coalesced(gradient)
         decay = group["lr"] * group["weight_decay"]
         if decay >= 1:
             raise ValueError(
                 f"lr is {group['lr']} and weight_decay {group['weight_decay']}: their product has to be below 1, "
                 "the share of a weight that a step takes away; lower one of them"
             )
-        state, device = self.state[parameter], parameter.device
+        travel = lie_in_host_memory(parameter, self.defaults["offload_moments"])
+        if travel and isinstance(parameter, DTensor):
+            raise ValueError(
+                f"offload_moments is set, and a parameter of shape {tuple(parameter.shape)} is a DTensor, whose "
+                "moments have to be on its device: leave offload_moments out"
+            )
+        state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(len(parameter), device=device)
-            for name in MOMENTS:
-                state[name] = torch.zeros_like(parameter, **self._moments_of(parameter))
-            # Σ log(1 - lr λ) and Σ gain lr over the parameter's steps up to now, and up to the last step of each row.
+            state |= {name: spread_as(parameter, values) for name, values in self._state_of_rows(rows).items()}
+            # Σ log(1 - lr λ) and Σ gain lr over the parameter's steps up to now; ROW_SUMS are up to a row's last step.
             state["log_decay"] = state["path"] = 0.0
-            for name in ROW_SUMS:
-                state[name] = torch.zeros(len(parameter), dtype=widest(device), device=device)
         state["log_decay"] += math.log1p(-decay)
         state["path"] += group["gain"] * group["lr"]
-        travel = lie_in_host_memory(parameter, self.defaults["offload_moments"])
         how = travel, type_of_step(parameter, self.defaults["moment_dtype"])
-        _step_touched(parameter, state, group, gradient._indices()[0], gradient._values(), *how)
+        own = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+        _step_touched(rows, own, group, gradient._indices()[0], gradient._values(), *how)
+
+    def _state_of_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """The state of rows before their first step."""
+        state = {"step": torch.zeros(len(rows), device=rows.device)}
+        state |= {name: torch.zeros_like(rows, **self._moments_of(rows)) for name in MOMENTS}
+        zeros = {"dtype": widest(rows.device), "device": rows.device}
+        return state | {name: torch.zeros(len(rows), **zeros) for name in ROW_SUMS}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state as torch does; the sums of rows stay in the device's widest type.

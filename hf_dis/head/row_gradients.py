@@ -8,7 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
+from hf_dis.head.spread_rows import is_row_sparse, local
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import true_places
 from hf_dis.kernels import uses_triton
@@ -40,7 +43,8 @@ def clip_grad_norm_(
     """Clips gradients as ``torch.nn.utils.clip_grad_norm_``, with row-sparse ones scaled in place, not copied.
 
     Args:
-        parameters: their sparse gradients have to be coalesced.
+        parameters: their sparse gradients have to be coalesced. Where FSDP2 or a ``tp_plan`` spreads parameters over
+            processes, all processes have to call this together.
         max_norm: of all gradients together, above 0.
         shard: of a sharded head, whose processes have to call this together; None: there is none.
         sharded: the parameters of that head, of which each process has some rows.
@@ -49,11 +53,11 @@ def clip_grad_norm_(
         the norm before clipping, a scalar.
     """
     parameters = list(parameters)
-    dense = _values(parameters)
-    if shard is None:
-        norm = torch.linalg.vector_norm(dense[0]) if len(dense) == 1 else torch.nn.utils.get_total_norm(dense)
+    dense = [local(values) for values in _values(parameters)]
+    if shard is not None or any(isinstance(parameter.grad, DTensor) for parameter in parameters):
+        norm = _norm_of_parts(parameters, shard, sharded)
     else:
-        norm = _norm_with_shards(parameters, shard, sharded)
+        norm = torch.linalg.vector_norm(dense[0]) if len(dense) == 1 else torch.nn.utils.get_total_norm(dense)
     divisor = norm + 1e-6 if max_norm == 1 else (norm + 1e-6).div_(max_norm)
     divisor = divisor.clamp_min_(1)
     for device, here in _by_device(dense).items():
@@ -62,19 +66,34 @@ def clip_grad_norm_(
 
 
 def _values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients that there are; of a row-sparse one the rows."""
+    """The gradients that there are; of a row-sparse one the rows, of this process if the rows are spread."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    return [local(gradient)._values() if is_row_sparse(gradient) else gradient for gradient in gradients]
 
 
-def _norm_with_shards(parameters: list[nn.Parameter], shard: VocabShard, sharded: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of all gradients, where the rows of some are spread over processes."""
-    spread = {id(parameter) for parameter in sharded}
-    parts = ([one for one in parameters if (id(one) in spread) == is_spread] for is_spread in (False, True))
-    whole, own = (torch.nn.utils.get_total_norm(_values(part)) for part in parts)
-    device = parameters[0].device
-    squares = shard.sum(own.to(device, whole.dtype).square())
-    return torch.hypot(whole.to(device), squares.sqrt())
+def _norm_of_parts(
+    parameters: list[nn.Parameter], shard: VocabShard | None, sharded: Iterable[nn.Parameter]
+) -> Tensor:
+    """The norm of all gradients, where those of some are spread over processes; those that all have count once."""
+    held = {id(parameter) for parameter in sharded}
+    parts: dict[tuple[DeviceMesh | None, VocabShard | None], list[nn.Parameter]] = {}
+    if shard is not None:
+        parts[None, shard] = []  # each process takes part in the sum, with or without a gradient
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None:
+            mesh, summed = None, shard if id(parameter) in held else None
+            if isinstance(gradient, DTensor) and is_row_sparse(gradient):
+                summed = VocabShard(0, 1, gradient.device_mesh.get_group())
+            elif isinstance(gradient, DTensor):
+                mesh = gradient.device_mesh
+            parts.setdefault((mesh, summed), []).append(parameter)
+    norms = []
+    for (_, summed), part in parts.items():
+        norm = torch.nn.utils.get_total_norm(_values(part))
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(parameters[0].device)
+        norms.append(norm if summed is None else summed.sum(norm.square()).sqrt())
+    wide = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+    return torch.linalg.vector_norm(torch.stack([norm.to(wide) for norm in norms]))
 
 
 def _by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:

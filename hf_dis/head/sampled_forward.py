@@ -58,15 +58,15 @@ class Sampled(NamedTuple):
         if isinstance(layer, ShardedHead):
             return layer.sampled(features, item_ids, self.tail_ids, self.row_sparse, self.updates)
         if self.fsdp is not None:
-            return self.fsdp.sampled(features, item_ids, self.tail_ids, self.bias)
-        rows = own_rows(layer)
+            return self.fsdp.sampled(features, item_ids, self.tail_ids, self.bias, self.updates)
+        rows = own_rows(layer, self.row_sparse)
         if rows is not None:
             weight, bias, shard = rows
             if self.bias is not None:
                 added = self.bias[shard.start : shard.stop]
                 bias = added if bias is None else bias + added
             ids = item_ids, self.tail_ids
-            return sampled_logits(features, weight, bias, *ids, updates=self.updates, shard=shard)
+            return sampled_logits(features, weight, bias, *ids, self.row_sparse, self.updates, shard)
         bias = with_bias(layer, self.bias)
         return sampled_logits(features, layer.weight, bias, item_ids, self.tail_ids, self.row_sparse, self.updates)
 

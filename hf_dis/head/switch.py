@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_dis.head.fsdp_rows import FsdpRows
 from hf_dis.head.sampled_forward import Sampled, with_bias
 from hf_dis.head.sharded import ShardedHead
-from hf_dis.head.tensor_parallel import own_rows, own_shard
+from hf_dis.head.tensor_parallel import own_rows, own_shard, sparse_embedding
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import Items
 from hf_dis.precision import product_type
@@ -42,6 +42,8 @@ class _SparseEmbedding:
     """Gives an embedding a row-sparse gradient; its output is the same."""
 
     def __call__(self, layer: nn.Embedding, ids: Tensor) -> Tensor:
+        if own_shard(layer) is not None:
+            return sparse_embedding(layer, ids)
         before, layer.sparse = layer.sparse, True
         try:
             return _own_forward(layer)(ids)
@@ -175,13 +177,14 @@ class SampledHead:
         self.clear()
         bias = self._take_logits_bias()
         for layer in self.layers.values():
-            fsdp = FsdpRows.of(self._model, layer)
+            fsdp = FsdpRows.of(self._model, layer, self.row_sparse and not isinstance(layer, ShardedHead))
             self._switch(layer, Sampled(item_ids, tail_ids, positions, updates, self.row_sparse, bias, fsdp))
             for embedding in [] if fsdp is None else fsdp.embeddings:
                 self._switch(embedding, fsdp.embedded)
             bias = None  # added by the first layer alone
         for embedding in self._embeddings:
-            self._switch(embedding, _SparseEmbedding())
+            if "switched" not in vars(embedding):  # FSDP2 may shard its weight
+                self._switch(embedding, _SparseEmbedding())
 
     def set_positions(self, items: Items) -> None:
         """Switches the head to all classes of the items until :meth:`clear`; its output is then ``[N, C]``.
@@ -233,7 +236,8 @@ class SampledHead:
         """Gives the layers their own forward back."""
         if self._adds_bias is not None:
             self._adds_bias.__dict__.pop(LOGITS_BIAS, None)
-        for layer in (*self.layers.values(), *self._embeddings):
+        # The last one first: each of several layers of a unit of FSDP2 gives the unit the parameters that it found.
+        for layer in reversed([*self._embeddings, *self.layers.values()]):
             switched = self._unswitch(layer)
             if isinstance(switched, Sampled) and switched.fsdp is not None:
                 for embedding in switched.fsdp.embeddings:

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from hf_dis.arguments import DISArguments
 from hf_dis.head.sharded import sharded_heads
+from hf_dis.head.spread_rows import sparse_leaf
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.models.spread import (
     TENSOR_PARALLEL,
@@ -44,11 +46,11 @@ def is_tensor_parallel(model: nn.Module) -> bool:
     return tensor_parallel_mesh(model) is not None
 
 
-def own_shard(layer: nn.Linear) -> VocabShard | None:
+def own_shard(layer: nn.Linear | nn.Embedding) -> VocabShard | None:
     """Returns the classes of a tensor-parallel layer that this process holds; None if the weight is whole here.
 
     Args:
-        layer: an output head.
+        layer: an output head, or an embedding of the same weight.
 
     Raises:
         ValueError: if this process holds no row.
@@ -63,7 +65,7 @@ def own_shard(layer: nn.Linear) -> VocabShard | None:
     return VocabShard(start, min(len(weight), start + size), group)
 
 
-def own_rows(layer: nn.Linear) -> OwnRows | None:
+def own_rows(layer: nn.Linear, row_sparse: bool = False) -> OwnRows | None:
     """Returns the rows of a tensor-parallel layer that this process holds; None if the weight is whole here.
 
     Gradients of the rows become gradients of the layer's parameters. Rows that FSDP spread once more are gathered,
@@ -71,14 +73,34 @@ def own_rows(layer: nn.Linear) -> OwnRows | None:
 
     Args:
         layer: an output head. A bias is spread as the weight is.
+        row_sparse: give the parameters gradients as :func:`hf_dis.head.spread_rows.sparse_leaf` does. FSDP must not
+            have spread the rows once more.
 
     Raises:
         ValueError: if this process holds no row.
     """
-    shard = own_shard(layer)
+    shard, rows_of = own_shard(layer), sparse_leaf if row_sparse else rows_of_group
     if shard is None:
         return None
-    return OwnRows(rows_of_group(layer.weight), None if layer.bias is None else rows_of_group(layer.bias), shard)
+    return OwnRows(rows_of(layer.weight), None if layer.bias is None else rows_of(layer.bias), shard)
+
+
+def sparse_embedding(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """Computes the output of an embedding whose rows are spread, and gives its weight a row-sparse gradient.
+
+    Every process of the group has to call this with the same ids, and to run its backward.
+
+    Args:
+        embedding: that shares the weight of a tensor-parallel head.
+        ids: of tokens, ``[...]``.
+    """
+    shard, rows = own_shard(embedding), sparse_leaf(embedding.weight)
+    places = ids.flatten() - shard.start
+    own = ((places >= 0) & (places < len(shard))).nonzero()[:, 0]
+    padding = -1 if embedding.padding_idx is None else embedding.padding_idx - shard.start
+    given = places[own], rows, padding if 0 <= padding < len(shard) else None
+    found = rows.new_zeros(len(places), rows.shape[1]).index_copy(0, own, F.embedding(*given, sparse=True))
+    return shard.joined(found).view(*ids.shape, -1)
 
 
 def check_same_sample(item_ids: Tensor, tail_ids: Tensor, group: dist.ProcessGroup) -> None:
@@ -149,10 +171,11 @@ def check_tensor_parallel(
             f"the output head is made of {' and '.join(names)}, and the student is tensor-parallel: a "
             "tensor-parallel head has to be one layer; leave the head out of the adapters"
         )
-    if arguments.row_sparse_head:
+    if arguments.row_sparse_head and mesh.ndim > 1:
         raise ValueError(
-            "row_sparse_head is set, and the student is tensor-parallel: torch has no sparse gradients of a "
-            "DTensor; set row_sparse_head=False"
+            f"row_sparse_head is set, and the run has {mesh.size()} processes for a student that is spread over "
+            f"{mesh.get_group(TENSOR_PARALLEL).size()}: FSDP2 averages dense gradients of the copies alone. Set "
+            "row_sparse_head=False, or load the student with tp_size alone, the number of processes"
         )
     if arguments.probe_steps:
         raise ValueError(

@@ -200,6 +200,16 @@ def check_optimizer(trainer: DISTrainerMixin) -> None:
         ValueError: if the optimizer is not RowSparseAdamW, or is set differently; names the remedy.
     """
     _check_moments(trainer)
+    if trainer.distiller.row_sparse and trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "fp16 and row_sparse_head are set, and FSDP shards the head: some processes alone would skip a step whose "
+            "gradient overflows in their rows. Set bf16=True in place of fp16, or row_sparse_head=False"
+        )
+    if trainer.distiller.row_sparse and trainer.args.offload_moments and trainer.is_head_spread:
+        raise ValueError(
+            "offload_moments is set, and the head is spread over processes as a DTensor, whose moments have to be on "
+            "its device: leave offload_moments out"
+        )
     if not trainer.distiller.row_sparse or steps_rows(trainer):
         return
     kind, optim = _kind_of_optimizer(trainer), trainer.args.optim

@@ -218,7 +218,7 @@ class DISTrainerMixin(SavingHooks, OptimizerHooks):
             context=self.accelerator.autocast,
             precision={"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision),
             label_names=self.label_names,
-            is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            is_sharded="fsdp2" if self.accelerator.is_fsdp2 else self.is_fsdp_enabled or self.is_deepspeed_enabled,
             num_items=timed_items(self),
             steps_rows=makes_row_optimizer(self),
         )

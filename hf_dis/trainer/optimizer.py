@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_dis.distributed.processes import kept_from_ddp
+from hf_dis.distributed.sums import average_rows
 from hf_dis.head.optimizer import RowSparseAdamW, gain_of
 from hf_dis.head.row_gradients import clip_grad_norm_
 
@@ -63,7 +65,7 @@ class OptimizerHooks:
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | float:
         """As the host's, which would leave out the rows of other processes where nothing is clipped."""
-        if grad_norm is None and self._is_head_sharded:
+        if grad_norm is None and (self._is_head_sharded or (self.distiller.row_sparse and self.is_head_spread)):
             grad_norm = self._clip(model, inf)
         return super()._get_grad_norm(model, grad_norm)
 
@@ -75,12 +77,36 @@ class OptimizerHooks:
     def _is_head_sharded(self) -> bool:
         return self.head.shard is not None
 
+    @property
+    def is_head_spread(self) -> bool:
+        """True if FSDP2 or a ``tp_plan`` spreads the head over processes, or will do so."""
+        return self.is_fsdp_enabled or any(isinstance(one, DTensor) for one in self.head.parameters())
+
+    def _start_state_of_rows(self) -> None:
+        """Gives a new optimizer the state into which torch.distributed.checkpoint loads: by row for the head.
+
+        torch makes the state by a step without learning rate on dense gradients of zero.
+        """
+        optimizer = self.optimizer.optimizer  # which accelerate has wrapped
+        groups, rates = optimizer.param_groups, [group["lr"] for group in optimizer.param_groups]
+        for group in groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        for parameter in self.head.parameters():
+            parameter.grad = None
+        average_rows(self.head.parameters())  # of no row
+        optimizer.step()
+        optimizer.zero_grad()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
     def _rows_kept_from_ddp(self) -> AbstractContextManager[None]:
         """A context in which ``DistributedDataParallel`` leaves out the head, if the head's gradient is row-sparse.
 
-        A sharded head is left out anyway, and each process keeps its own rows.
+        Of a sharded or a spread head each process keeps its own rows.
         """
-        if self.distiller.row_sparse and not self._is_head_sharded:
+        if self.distiller.row_sparse and not self._is_head_sharded and not self.is_head_spread:
             return kept_from_ddp(self.model, self.distiller.head_layers)
         return nullcontext()
 

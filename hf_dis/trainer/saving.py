@@ -92,6 +92,8 @@ class SavingHooks:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         restore = checkpoints.compare_runs(self, checkpoint)
+        if checkpoint is not None and self.is_fsdp_enabled and self.distiller.row_sparse:
+            self._start_state_of_rows()
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             for head in sharded_heads(self.model).values():

@@ -17,6 +17,7 @@ from tiny_models import bert_mlm, bert_tokens, labelled_images, labelled_tokens,
 from transformers import TrainerCallback
 
 from hf_dis import ClassSampler, DISConfig, DISDistillationTrainer
+from hf_dis.head.spread_rows import is_row_sparse, local, spread_as
 from hf_dis.models.tasks import find_items
 
 WINDOW, EXAMPLES, STEPS = 16, 44, 5  # examples of an optimizer step; an epoch is 16, 16 and 12; its end is crossed
@@ -79,6 +80,13 @@ class StandsForTwo(DISDistillationTrainer):
         return loss.sum() / max(1, next(self.own_items)) / 2
 
 
+def dense(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient of a parameter, spread over processes or not."""
+    if is_row_sparse(parameter.grad):
+        return spread_as(parameter, local(parameter.grad).to_dense())
+    return parameter.grad.clone()
+
+
 class Keeps(TrainerCallback):
     """Keeps the gradient of each step, and the proposal after the step."""
 
@@ -87,10 +95,7 @@ class Keeps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients.append(
-            {
-                name: p.grad.to_dense().clone() if p.grad is not None else torch.zeros_like(p)
-                for name, p in model.named_parameters()
-            }
+            {name: dense(p) if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
         )
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -32,8 +32,12 @@ CASES = [
     (False, "whole", "forward_kl", "warm-up"),
     (True, "whole", "forward_kl", "sampled"),
     (False, "whole", "forward_kl", "exact"),
+    (True, "whole", "forward_kl", "row-sparse"),
+    (False, "whole", "reverse_kl", "row-sparse"),
+    (False, "cached", "forward_kl", "row-sparse"),
 ]
-FLOAT32, BF16 = [*CASES[:2], CASES[4]], [CASES[0], CASES[4]]
+FLOAT32, BF16 = [*CASES[:2], CASES[4], CASES[6]], [CASES[0], CASES[4], CASES[6]]
+RESUMED = [(CASES[0], "FULL_STATE_DICT"), (CASES[6], "FULL_STATE_DICT"), (CASES[6], "SHARDED_STATE_DICT")]
 BEST = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
 BEST |= {"learning_rate": 0.5, "lr_scheduler_type": "constant"}
 
@@ -74,16 +78,17 @@ def train(folders: dict[str, Path], folder: Path, by: str, case: tuple, **keywor
     return found | {"kept": kept}
 
 
-def resumed(folders: dict[str, Path], folder: Path) -> list[dict]:
+def resumed(folders: dict[str, Path], folder: Path, case: tuple, kind: str) -> list[dict]:
     """Students of a training, and of its second half once more."""
-    saves = {"save_strategy": "steps", "save_steps": 3, "save_only_model": False}
-    first = train(folders, folder, "accelerate", CASES[0], **saves)
+    given = {"save_strategy": "steps", "save_steps": 3, "save_only_model": False, "saves": False}
+    given["fsdp_config"] = {"state_dict_type": kind}
+    first = train(folders, folder, "accelerate", case, **given)
     own = models.DISDistillationTrainer.train
     checkpoint = str(folder / "out" / "checkpoint-3")
     with mock.patch.object(
         models.DISDistillationTrainer, "train", lambda self: own(self, resume_from_checkpoint=checkpoint)
     ):
-        second = train(folders, folder, "accelerate", CASES[0], **saves)
+        second = train(folders, folder, "accelerate", case, **given)
     return [first["student"], second["student"]]
 
 
@@ -107,7 +112,8 @@ def run(folder: Path) -> None:
     if models.processes() > 1:
         efficient = {"fsdp_config": {"cpu_ram_efficient_loading": "true"}}
         results["efficient"] = train(folders, own, "accelerate", CASES[0], **efficient)
-        results["resumed"] = resumed(folders, folder / "resumed")
+        for number, given in enumerate(RESUMED):
+            results[("resumed", *given)] = resumed(folders, folder / f"resumed_{number}", *given)
     torch.save(results, folder / f"rank_{int(os.environ.get('RANK', 0))}.pt")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny_models import assert_near
 from torch import Tensor
 
@@ -34,3 +35,4 @@ def assert_same_training(found: dict, expected: dict, steps: int, tolerance: flo
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=max(tolerance, 1e-9))
     assert found["predictions"] == pytest.approx(expected["predictions"], abs=10 * tolerance)
     assert found["items"] == expected["items"]
+    assert torch.equal(found["steps"], expected["steps"])

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig, PartialState
-from equality_worker import Keeps, SamplesByLabel
+from equality_worker import Keeps, SamplesByLabel, dense
 from tiny_models import labelled_tokens, llama
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -27,6 +27,7 @@ from hf_dis import (
     build_distiller,
     cache_teacher_targets,
 )
+from hf_dis.head.spread_rows import is_row_sparse
 
 V, EXAMPLES, STEPS = 41, 44, 5
 TEACHERS = ("whole", "spread", "cached")
@@ -36,7 +37,10 @@ MODES = {
     "per item": SAMPLED | {"num_shared_classes": 0},
     "warm-up": SAMPLED | {"exact_warmup_steps": 2},
     "exact": SAMPLED | {"head_mode": "exact"},
+    # All rows in the first step, and all sampled rows later.
+    "row-sparse": SAMPLED | {"exact_warmup_steps": 1, "row_sparse_head": True, "num_updated_classes": 1000},
 }
+MODES["row-sparse"] |= {"proposal": "uniform", "num_tails": 1}  # which leave rows out
 
 
 def cases() -> list[tuple[bool, str, str, str]]:
@@ -46,7 +50,8 @@ def cases() -> list[tuple[bool, str, str, str]]:
 
 
 def float32_cases() -> list[tuple[bool, str, str, str]]:
-    return [(is_tied, "spread", "forward_kl", mode) for is_tied in (True, False) for mode in ("per item", "exact")]
+    modes = "per item", "exact", "row-sparse"
+    return [(is_tied, "spread", "forward_kl", mode) for is_tied in (True, False) for mode in modes]
 
 
 def processes() -> int:
@@ -91,7 +96,7 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return whole({name: one.grad for name, one in model.named_parameters()})
+    return whole({name: dense(one) for name, one in model.named_parameters()})
 
 
 # A step of a loop without a Trainer, in two processes
@@ -105,6 +110,7 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
 def step(folders: dict[str, Path], is_spread: bool, divergence: str, is_tied: bool, mode: str) -> dict[str, Tensor]:
     """Two steps on one batch: loss, gradients and what the proposal learns; with whole models for comparison."""
     options = {"warming_up": mode == "warm-up", "holds_logits": False}
+    by_row = mode == "row-sparse"
     student = load(folders["tied" if is_tied else "untied"], is_spread).train()
     teacher = load(folders["teacher"], is_spread)
     seed = 0 if is_spread else -dist.get_rank()  # whole students get the number of the process added
@@ -120,6 +126,7 @@ def step(folders: dict[str, Path], is_spread: bool, divergence: str, is_tied: bo
                 assert outputs.logits.shape[1] == 1  # never the logits of all classes
             loss, _ = step.loss(outputs)
             (loss * (1 + torch.arange(len(loss)))).sum().backward()  # items that count differently
+            assert is_row_sparse(student.lm_head.weight.grad) == by_row
     return {"loss": loss.detach(), **gradients(student), **distiller.sampler.state_dict()}
 
 
@@ -138,6 +145,7 @@ def steps(folder: Path) -> dict:
     folders = saved(folder)
     given = [("forward_kl", True, "sampled"), ("reverse_kl", False, "sampled"), ("forward_kl", False, "warm-up")]
     given += [("reverse_kl", True, "exact"), ("forward_kl", False, "exact")]
+    given += [("forward_kl", True, "row-sparse"), ("reverse_kl", False, "row-sparse")]
     found = {("tensor parallel", *case): [step(folders, one, *case) for one in (True, False)] for case in given}
     return found | {"different batches": different_batches(folders)}
 
@@ -167,6 +175,7 @@ def train(
     dtype: torch.dtype = torch.float64,
     one_sample: bool = False,
     sizes: dict[str, int] | None = None,
+    saves: bool = True,
     **keywords,
 ) -> dict:
     """A training; with one_sample its samples are the same however items are split."""
@@ -184,7 +193,7 @@ def train(
         "learning_rate": 0.02,
         "adam_epsilon": 1e-3,
         "max_grad_norm": 0.5,  # clips
-        "row_sparse_head": False,  # a tensor-parallel head is dense
+        "row_sparse_head": False,  # as spread students have by default
         "logging_steps": 1,
         "save_strategy": "no",
         "save_steps": 1,
@@ -208,8 +217,11 @@ def train(
     if one_sample:
         split_alike(trainer.distiller.sampler)
     trainer.train()
+    assert trainer.distiller.row_sparse == (mode == "row-sparse")
+    state = trainer.optimizer.state[trainer.head.module.weight]  # FSDP2 has the rows sharded after a backward
     output = trainer.predict(data[:13])
-    trainer.save_model(folder / "saved")
+    if saves:
+        trainer.save_model(folder / "saved")
     return {
         "student": whole(dict(trainer.model.named_parameters())),
         "gradients": [whole(one) for one in keeps.gradients],
@@ -217,7 +229,8 @@ def train(
         "logs": [log for log in trainer.state.log_history if "loss" in log],
         "metrics": {name: value for name, value in output.metrics.items() if name.endswith(("loss", "kl"))},
         "predictions": output.predictions,
-        "saved": dict(load(folder / "saved", False, dtype).named_parameters()),
+        "saved": dict(load(folder / "saved", False, dtype).named_parameters()) if saves else {},
+        "steps": whole({"steps": state["step"]})["steps"],  # of each row of a row-sparse head
         "proposal": trainer.distiller.sampler.state_dict(),
         "items": int(trainer.num_items_seen),
     }

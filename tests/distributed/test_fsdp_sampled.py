@@ -48,17 +48,31 @@ def test_bytes_that_a_step_sends(ranks):
         assert few > max(by_rows, by_features)
 
 
-def test_a_head_that_shares_its_weight_with_an_embedding(ranks):
+@pytest.mark.parametrize("name", ["tied", "tied, row-sparse"])
+def test_a_head_that_shares_its_weight_with_an_embedding(ranks, name):
     for rank in ranks:
-        found, expected = rank["tied"]
+        found, expected = rank[name]
         assert_near(found, expected, 1e-10)
         weight = expected["bert.embeddings.word_embeddings.weight"]
         assert int((weight != 0).any(1).sum()) > 8
 
 
-def test_mixed_precision(ranks):
+@pytest.mark.parametrize("way", worker.WAYS)
+def test_a_sample_of_the_classes_updates_the_head_without_bias(ranks, way):
     for rank in ranks:
-        found, expected = rank["mixed"]
+        found = rank["updated"][way]
+        for name in ("weight", "bias"):
+            expected = found[f"all.{name}"]
+            size = float(expected.abs().max())
+            assert size > 0.1
+            assert_near({name: found[f"sampled.{name}"]}, {name: expected}, 0.02 * size)
+        assert 0 < found["sampled.touched"] < found["all.touched"]
+
+
+@pytest.mark.parametrize("name", ["mixed", "mixed, row-sparse"])
+def test_mixed_precision(ranks, name):
+    for rank in ranks:
+        found, expected = rank[name]
         size = max(float(one.abs().max()) for one in expected.values())
         assert float(expected["classifier.weight"].abs().max()) > 1e-3
         assert_near(found, expected, 1e-2 * size)

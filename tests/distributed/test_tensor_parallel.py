@@ -26,6 +26,11 @@ def test_a_training_in_float32_is_that_of_one_process(runs, case):
         assert_same_training(rank["float32"][case], runs[0]["float32"][case], worker.STEPS, 1e-6)
 
 
+def test_only_touched_rows_are_stepped(runs):
+    steps = runs[0][False, "whole", "reverse_kl", "row-sparse"]["steps"]
+    assert 1 <= steps.min() < steps.max() == worker.STEPS
+
+
 def test_mixed_precision_trains(runs):
     first, second = (rank["bf16"] for rank in runs[1])
     assert_near(first["student"], second["student"], 0)

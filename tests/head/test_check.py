@@ -153,7 +153,12 @@ def test_out_of_memory_is_not_taken_for_another_head():
 # Row-sparse
 
 
-def test_a_row_sparse_head_must_not_be_sharded_or_tied_to_a_dense_layer():
+class Scaled(torch.nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+def test_a_row_sparse_head_must_not_be_sharded_by_deepspeed_or_tied_to_a_dense_layer():
     tied, untied = llama(C, tie_word_embeddings=True), llama(C)
     check_row_sparse_head(untied, ["lm_head"], is_sharded=False)
     check_row_sparse_head(tied, ["lm_head"], is_sharded=False)
@@ -167,8 +172,22 @@ def test_a_row_sparse_head_must_not_be_sharded_or_tied_to_a_dense_layer():
         check_row_sparse_head(tied, ["lm_head"], is_sharded=False)
     tied.lm_head.weight.requires_grad_(False)
     check_row_sparse_head(tied, ["lm_head"], is_sharded=False)
-    with pytest.raises(ValueError, match=r"FSDP and DeepSpeed shard dense gradients only.*plain data parallelism"):
+    with pytest.raises(
+        ValueError, match=r"DeepSpeed and FSDP of version 1 shard dense gradients only.*fully_shard before"
+    ):
         check_row_sparse_head(untied, ["lm_head"], is_sharded=True)
+
+
+def test_a_row_sparse_head_that_fsdp2_shards_must_not_be_tied_to_a_scaled_embedding():
+    tied = llama(C, tie_word_embeddings=True)
+    check_row_sparse_head(tied, ["lm_head"], is_sharded="fsdp2")
+    tied.model.embed_tokens = Scaled(C, 16)
+    tied.model.embed_tokens.weight = tied.lm_head.weight
+    check_row_sparse_head(tied, ["lm_head"], is_sharded=False)
+    with pytest.raises(
+        ValueError, match=r"head lm_head is spread over processes and tied to model.embed_tokens, a Scaled"
+    ):
+        check_row_sparse_head(tied, ["lm_head"], is_sharded="fsdp2")
 
 
 def test_a_row_sparse_head_needs_the_norm_of_sparse_gradients(monkeypatch):

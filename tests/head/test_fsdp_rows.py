@@ -68,11 +68,17 @@ def test_layers_that_fsdp2_has_to_gather(third_of_four):
     layers = find_head_layers(hybrid, C)
     fully_shard(hybrid, mesh=mesh)
     assert FsdpRows.of(hybrid, hybrid.get_submodule(layers[0])) is None
+    with pytest.raises(ValueError, match=r"row_sparse_head is set, .*not sharded over one group of processes: set"):
+        FsdpRows.of(hybrid, hybrid.get_submodule(layers[0]), row_sparse=True)
     assert FsdpRows.of(*sharded(gpt2)) is None  # not set up: the embedding needs the weight
+    with pytest.raises(ValueError, match="has not run on all classes yet, and shares the weight"):
+        FsdpRows.of(*sharded(gpt2), row_sparse=True)
     scaled, head = sharded(gpt2)
     scaled.transformer.wte.scale_grad_by_freq = True
     scaled(input_ids=torch.ones(1, 2, dtype=torch.long))
     assert FsdpRows.of(scaled, head) is None
+    with pytest.raises(ValueError, match=r"its weight is tied to more than a plain nn\.Embedding"):
+        FsdpRows.of(scaled, head, row_sparse=True)
     assert FsdpRows.of(llama(C), llama(C).lm_head) is None
     with pytest.raises(ValueError, match=r"'lm_head' is a DTensor.*HSDP call build_distiller before"):
         find_head_layers(hybrid, C)

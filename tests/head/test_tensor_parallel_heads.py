@@ -7,8 +7,10 @@ from tiny_models import llama, vit
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing import assert_close
 
-from hf_dis import DISArguments, VocabShard, shard_head
+from hf_dis import DISArguments, RowSparseAdamW, VocabShard, shard_head
+from hf_dis.head.spread_rows import local, sparse_leaf, spread_as
 from hf_dis.head.tensor_parallel import check_same_sample, check_tensor_parallel, is_tensor_parallel, own_rows
 from hf_dis.models.head_search import find_head_layers
 
@@ -69,7 +71,6 @@ def test_other_processes_than_those_of_the_run(four_processes):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"row_sparse_head": True}, "row_sparse_head is set, and the student is tensor-parallel.*=False"),
         ({"probe_steps": 3}, "probe_steps is 3, and the student is tensor-parallel.*set probe_steps to 0"),
         ({"names": ("a", "b")}, "made of a and b, and the student is tensor-parallel.*leave the head out"),
     ],
@@ -77,6 +78,30 @@ def test_other_processes_than_those_of_the_run(four_processes):
 def test_settings_that_need_whole_rows(four_processes, keywords, message):
     with pytest.raises(ValueError, match=message):
         check(spread(), **keywords)
+
+
+def test_copies_of_a_student_have_no_row_sparse_heads(four_processes):
+    check(spread(), row_sparse_head=True)
+    mesh, model = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "tp")), llama(C)
+    weight = distribute_tensor(model.lm_head.weight.detach(), mesh, [Replicate(), Shard(0)], src_data_rank=None)
+    model.lm_head.weight = nn.Parameter(weight)
+    check(model)
+    with pytest.raises(
+        ValueError, match=r"has 4 processes for a student that is spread over 2.*load .* tp_size alone"
+    ):
+        check(model, row_sparse_head=True)
+
+
+def test_rows_of_one_process_are_stepped(four_processes):
+    mesh = init_device_mesh("cpu", (4,))
+    weight = nn.Parameter(distribute_tensor(torch.zeros(13, 2), mesh, [Shard(0)], src_data_rank=None))
+    part = spread_as(weight, torch.ones(1))  # the last process has one row
+    assert part.shape == (13,) and local(part).shape == (1,) and local(weight).shape == (1, 2)
+    sparse_leaf(weight).backward(torch.sparse_coo_tensor([[0]], torch.ones(1, 2), (1, 2)))
+    RowSparseAdamW([weight], lr=0.1).step()
+    assert_close(local(weight), torch.full((1, 2), -0.1))
+    plain = torch.zeros(3)
+    assert spread_as(plain, plain) is plain and local(plain) is plain
 
 
 def test_teachers_that_are_spread_in_another_way(four_processes):

@@ -47,6 +47,20 @@ def test_a_unit_gets_its_parameters_back(third_of_four):
     assert len(state._fsdp_param_groups[0].fsdp_params) == 1
 
 
+def test_a_unit_of_two_layers_gets_its_parameters_back(third_of_four):
+    model, names = llama(C), ("model.layers.0.mlp.gate_proj", "lm_head")
+    fully_shard([model.get_submodule(name) for name in names])
+    fully_shard(model)
+    model(input_ids=torch.ones(1, 2, dtype=torch.long))
+    (group,) = model.lm_head._get_fsdp_state()._fsdp_param_groups
+    before, ids = list(group.fsdp_params), torch.zeros(1, 1, dtype=torch.long)
+    head = SampledHead(model, names)
+    head.set(ids, ids, ids[0])
+    assert len(before) == 2 and group.fsdp_params == []
+    head.clear()
+    assert group.fsdp_params == before
+
+
 def test_a_model_that_is_not_set_up_is_left_as_it_is(third_of_four):
     model = fully_shard(llama(C))
     assert KeptSharded(model, [model.lm_head.weight]).found == 0

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_models import assert_near, labelled_images, patched_modules, resnet, vit
 from transformers import TrainerCallback
@@ -12,7 +13,7 @@ from transformers import TrainerCallback
 from hf_dis import DISDistillationTrainer, RowSparseAdamW
 from hf_dis.distributed.processes import kept_from_ddp
 from hf_dis.distributed.sums import average_rows
-from hf_dis.head.check import check_row_sparse_head
+from hf_dis.trainer.checks import check_optimizer
 
 ALL = {"num_sampled_classes": 10, "rank_depth": 10, "num_shared_classes": 40}
 PER_ITEM = {"num_shared_classes": 0, "num_sampled_classes": 2, "hard_label_weight": 0.0}
@@ -256,13 +257,26 @@ def test_a_head_with_the_weight_of_a_dense_layer_is_refused(make_trainer):
 
 def test_sharded_training_is_refused(make_trainer):
     trainer = make_trainer(row_sparse_head=True)
-    for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+    for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):  # FSDP of version 1
         setattr(trainer, name, True)
-        with pytest.raises(ValueError, match="FSDP and DeepSpeed shard dense gradients only"):
+        with pytest.raises(ValueError, match="DeepSpeed and FSDP of version 1 shard dense gradients only"):
             trainer._make_distiller()
         setattr(trainer, name, False)
-    with pytest.raises(ValueError, match="FSDP and DeepSpeed shard dense gradients only"):
-        check_row_sparse_head(trainer.model, trainer.distiller.head_layers, is_sharded=True)
+
+
+def test_settings_that_heads_that_fsdp2_shards_cannot_have(make_trainer, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    trainer = make_trainer(row_sparse_head=True)
+    assert trainer.distiller.row_sparse and make_trainer().distiller.row_sparse is False
+    trainer.is_fsdp_enabled = True
+    check_optimizer(trainer)
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    with pytest.raises(ValueError, match="fp16 and row_sparse_head are set, and FSDP shards the head"):
+        check_optimizer(trainer)
+    monkeypatch.setattr(Accelerator, "mixed_precision", "bf16")
+    trainer.args.offload_moments = True
+    with pytest.raises(ValueError, match="offload_moments is set, and the head is spread over processes"):
+        check_optimizer(trainer)
 
 
 # One process
