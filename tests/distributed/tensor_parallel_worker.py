@@ -218,7 +218,9 @@ def train(
         split_alike(trainer.distiller.sampler)
     trainer.train()
     assert trainer.distiller.row_sparse == (mode == "row-sparse")
-    state = trainer.optimizer.state[trainer.head.module.weight]  # FSDP2 has the rows sharded after a backward
+    steps = torch.zeros(())
+    if mode == "row-sparse":  # of each row; FSDP2 has the rows sharded after a backward
+        steps = trainer.optimizer.state[trainer.head.module.weight]["step"]
     output = trainer.predict(data[:13])
     if saves:
         trainer.save_model(folder / "saved")
@@ -230,7 +232,7 @@ def train(
         "metrics": {name: value for name, value in output.metrics.items() if name.endswith(("loss", "kl"))},
         "predictions": output.predictions,
         "saved": dict(load(folder / "saved", False, dtype).named_parameters()) if saves else {},
-        "steps": whole({"steps": state["step"]})["steps"],  # of each row of a row-sparse head
+        **whole({"steps": steps}),
         "proposal": trainer.distiller.sampler.state_dict(),
         "items": int(trainer.num_items_seen),
     }
