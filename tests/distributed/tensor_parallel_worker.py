@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from accelerate import ParallelismConfig, PartialState
 from equality_worker import Keeps, SamplesByLabel, dense
 from tiny_models import labelled_tokens, llama
@@ -130,6 +131,13 @@ def step(folders: dict[str, Path], is_spread: bool, divergence: str, is_tied: bo
     return {"loss": loss.detach(), **gradients(student), **distiller.sampler.state_dict()}
 
 
+def end_groups() -> None:
+    """Ends the groups of the meshes of former models, whose threads take time from all trainings that follow."""
+    for group in list(c10d._world.pg_map):
+        if group is not c10d._get_default_group():
+            dist.destroy_process_group(group)
+
+
 def different_batches(folders: dict[str, Path]) -> str:
     student, teacher = load(folders["untied"]).train(), load(folders["teacher"], False)
     distiller = build_distiller(student, teacher, DISArguments(**SAMPLED))
@@ -245,7 +253,10 @@ def run(folder: Path) -> None:
     folders = saved(folder)
     teacher = load(folders["teacher"])  # in two processes the cache is written by a tensor-parallel teacher
     cache_teacher_targets(teacher, examples(), folder / "cache", depth=8, sample_size=6, show_progress=False)
-    results = {"world_size": processes(), **{case: train(folders, folder, case) for case in cases()}}
+    results = {"world_size": processes()}
+    for case in cases():
+        results[case] = train(folders, folder, case)
+        end_groups()
     case, single = (True, "spread", "forward_kl", "warm-up"), {"dtype": torch.float32}
     results["bf16"] = train(folders, folder, case, bf16=True, **single)
     results["float32"] = {one: train(folders, folder, one, **single) for one in float32_cases()}
