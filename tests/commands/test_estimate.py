@@ -124,17 +124,22 @@ def test_memory_and_time_by_hand(llamas):
 
 
 @pytest.mark.parametrize(
-    ("shape", "task", "items", "classes", "features"),
-    [("lm", Task.CAUSAL_LM, 8192, 151_936, 2048), ("classifier", Task.CLASSIFICATION, 1024, 1_000_000, 512)],
+    ("shape", "task", "items", "classes", "features", "again"),
+    [("lm", Task.CAUSAL_LM, 8192, 151_936, 2048, 17), ("classifier", Task.CLASSIFICATION, 1024, 1_000_000, 512, 0)],
 )
-def test_bytes_are_near_the_counted_ones(shape, task, items, classes, features):
-    """As benchmarks/accelerator_counts.py counts them; the table of docs/accelerators.md has the exact step."""
+def test_bytes_are_near_the_counted_ones(shape, task, items, classes, features, again):
+    """As benchmarks/accelerator_counts.py counts them; the table of docs/accelerators.md has the exact step.
+
+    The counted step is that of DISLoss. It reads the rows of few classes per item once, and a trainer reads these rows
+    again for the gradient.
+    """
     model = Outline("m", "M", task, classes, features, 1, 1, False, None)
     found = estimate(model, model, items, 1, Device("memory alone", 1e30, 1e9))
     text = (Path(__file__).parents[2] / "docs" / "accelerators.md").read_text()
     for mode, cost in (("exact", found.blocks), ("sampled", found.sampled)):
         counted = count(SHAPES[shape], "given", row_sparse=False, kernels="triton", mode=mode)
-        assert cost.head == pytest.approx(counted["moved_gb"], rel=0.15)
+        read_again = 4e-9 * items * again * features if mode == "sampled" else 0
+        assert cost.head == pytest.approx(counted["moved_gb"] + read_again, rel=0.15)
         launches = EXACT_LAUNCHES + 8 * BLOCK_LAUNCHES if mode == "exact" else SAMPLED_LAUNCHES
         assert 0.6 * launches <= counted["launches"] <= 1.1 * launches
         row = " | ".join(str(counted[name]) for name in ("launches", "waits", "peak_gb", "moved_gb"))
