@@ -111,7 +111,7 @@ def _head(
     width: int,
     arguments: DISArguments,
     mode: str,
-    is_sharded: bool | str,
+    is_sharded: bool | Literal["fsdp2"],
     why_dense: str | None,
 ) -> dict[str, Any]:
     """Keywords of a Distiller: the layers of the head, and its gradients; checks that models on processes fit."""
@@ -215,7 +215,7 @@ def _make_sampler(
 
 
 def _why_dense(
-    student: nn.Module, width: int, arguments: DISArguments, is_sharded: bool | str, steps_rows: bool
+    student: nn.Module, width: int, arguments: DISArguments, is_sharded: bool | Literal["fsdp2"], steps_rows: bool
 ) -> str | None:
     """The reason for a dense gradient of a head that is sampled, or None: the gradient is row-sparse."""
     if arguments.row_sparse_head is not None:
@@ -243,7 +243,7 @@ def _row_sparse(
     layers: Sequence[str],
     arguments: DISArguments,
     mode: str,
-    is_sharded: bool | str,
+    is_sharded: bool | Literal["fsdp2"],
     why_dense: str | None,
 ) -> dict[str, Any]:
     """Keywords of a Distiller: the choice of row-sparse gradients, and the embeddings that get them too."""
@@ -311,7 +311,7 @@ def _choose_mode(
 
 
 def _student_stream(
-    student: nn.Module, width: int, layers: Sequence[str], is_sharded: bool | str, context: Context
+    student: nn.Module, width: int, layers: Sequence[str], is_sharded: bool | Literal["fsdp2"], context: Context
 ) -> LogitStream | None:
     """Computes the student's logits in chunks; None where its head has several layers, or a process has a part."""
     if len(layers) != 1 or is_sharded or sharded_heads(student):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_dis.distributed.processes import num_processes
-from hf_dis.head.row_gradients import coalesced
+from hf_dis.head.row_gradients import coalesced, sparse_rows
 from hf_dis.head.spread_rows import is_row_sparse, local, spread_as
 
 
@@ -65,11 +65,13 @@ def _row_sparse(parameter: nn.Parameter) -> Tensor:
     """The gradient of a parameter as a tensor that is sparse in its rows, or in those of this process."""
     rows, gradient = local(parameter), parameter.grad
     if gradient is None:
-        return _sparse(rows.new_empty(0, dtype=torch.long), torch.empty_like(rows[:0]), rows)
+        return sparse_rows(rows.new_empty(0, dtype=torch.long), torch.empty_like(rows[:0]), rows.shape)
     if isinstance(gradient, DTensor) and not is_row_sparse(gradient):  # each process is to have all of its rows
         gradient = gradient.redistribute(placements=parameter.placements)
     gradient = local(gradient)
-    return gradient if gradient.is_sparse else _sparse(torch.arange(len(rows), device=rows.device), gradient, rows)
+    if gradient.is_sparse:
+        return gradient
+    return sparse_rows(torch.arange(len(rows), device=rows.device), gradient, rows.shape)
 
 
 def _sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -80,7 +82,8 @@ def _sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def _all_rows(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The entries of all processes, side by side."""
-    return _sparse(*(_gathered(part, group) for part in (tensor._indices()[0], tensor._values())), tensor)
+    ids, values = (_gathered(part, group) for part in (tensor._indices()[0], tensor._values()))
+    return sparse_rows(ids, values, tensor.shape, is_coalesced=None)
 
 
 def _sum_rows(tensor: Tensor, divisor: int) -> Tensor:
@@ -99,7 +102,7 @@ def _sum_rows(tensor: Tensor, divisor: int) -> Tensor:
     total.index_copy_(0, torch.searchsorted(all_ids, ids), wide)
     if len(all_ids):
         dist.all_reduce(total)
-    return _sparse(all_ids, total.div_(divisor).to(rows.dtype), tensor, is_coalesced=True)
+    return sparse_rows(all_ids, total.div_(divisor).to(rows.dtype), tensor.shape)
 
 
 def _gathered(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -107,7 +110,3 @@ def _gathered(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     gathered = tensor.new_empty(dist.get_world_size(group) * len(tensor), *tensor.shape[1:])
     dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
     return gathered
-
-
-def _sparse(ids: Tensor, rows: Tensor, like: Tensor, is_coalesced: bool | None = None) -> Tensor:
-    return torch.sparse_coo_tensor(ids[None], rows, like.shape, check_invariants=False, is_coalesced=is_coalesced)

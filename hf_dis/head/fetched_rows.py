@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_dis.head.row_gradients import coalesced
+from hf_dis.head.row_gradients import coalesced, sparse_rows
 from hf_dis.head.vocab_shard import VocabShard
 
 
@@ -113,11 +113,5 @@ class _Fetched(torch.autograd.Function):
         found = [total] if ctx.dtypes[1] is None else [total[:, :-1], total[:, -1]]
         found = [one.to(dtype).contiguous() for one, dtype in zip(found, ctx.dtypes, strict=False)]
         if ctx.row_sparse:
-            found = [_sparse(touched, one, ctx.size) for one in found]
+            found = [sparse_rows(touched, one, (ctx.size, *one.shape[1:])) for one in found]
         return (*found, *[None] * (5 - len(found)))
-
-
-def _sparse(ids: Tensor, rows: Tensor, number: int) -> Tensor:
-    """A gradient of some ascending rows, of a number of rows."""
-    size = (number, *rows.shape[1:])
-    return torch.sparse_coo_tensor(ids[None], rows, size, check_invariants=False, is_coalesced=True)

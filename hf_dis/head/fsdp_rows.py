@@ -94,8 +94,8 @@ class FsdpRows:
     def of(cls, model: nn.Module, layer: nn.Linear, row_sparse: bool = False) -> FsdpRows | None:
         """Finds the rows of a layer; None where every process has the whole layer, or FSDP2 has to gather it.
 
-        FSDP2 gathers a layer that several groups of processes hold, or that is offloaded to the processor. So it does
-        if the weight is shared with more than plain embeddings, or is in several units.
+        FSDP2 gathers a layer that several groups of processes hold, or that is offloaded to the processor. FSDP2 also
+        gathers a layer whose weight is shared with more than plain embeddings, or is in several units.
 
         Args:
             model: the student.
@@ -142,8 +142,8 @@ class FsdpRows:
             features: the head's input for the items of this process, ``[N, d]``.
             item_ids, tail_ids: as for :func:`hf_dis.head.sampled_linear.sampled_logits`.
             added: a bias beside that of the layer, of all classes, ``[C]``, or None.
-            updates: the sample of the classes of this process whose rows get a gradient; None: all of them. It counts
-                for row-sparse gradients alone.
+            updates: the sample of the classes of this process whose rows get a gradient; None: all of them. Dense
+                gradients always have all rows.
         """
         updates = updates if self._row_sparse else None
         features = features.to(product_type(features))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,10 +28,20 @@ def coalesced(gradient: Tensor) -> Tensor:
     """
     ids = gradient._indices()
     if not gradient.is_coalesced() and bool((ids[0, 1:] > ids[0, :-1]).all()):
-        return torch.sparse_coo_tensor(
-            ids, gradient._values(), gradient.shape, check_invariants=False, is_coalesced=True
-        )
+        return sparse_rows(ids[0], gradient._values(), gradient.shape)
     return gradient.coalesce()
+
+
+def sparse_rows(ids: Tensor, rows: Tensor, shape: Sequence[int], is_coalesced: bool | None = True) -> Tensor:
+    """Makes a gradient of some rows, sparse COO in its first dimension; the ids are not checked.
+
+    Args:
+        ids: of the rows, ``[U]``.
+        rows: their gradients, ``[U, ...]``.
+        shape: of the parameter, ``[C, ...]``.
+        is_coalesced: the ids are ascending and distinct; None: that is not known.
+    """
+    return torch.sparse_coo_tensor(ids[None], rows, shape, check_invariants=False, is_coalesced=is_coalesced)
 
 
 def clip_grad_norm_(
@@ -194,9 +204,7 @@ class TouchedRows:
     def gradient(self, rows: Tensor, parameter_shape: torch.Size, sparse: bool) -> Tensor:
         """Makes the rows a gradient of a parameter: a coalesced sparse COO tensor, or dense and zero elsewhere."""
         if sparse:
-            return torch.sparse_coo_tensor(
-                self.ids[None], rows, parameter_shape, check_invariants=False, is_coalesced=True
-            )
+            return sparse_rows(self.ids, rows, parameter_shape)
         return rows.new_zeros(parameter_shape).index_copy_(0, self.ids, rows)
 
     def _weighted(self, values: Tensor) -> Tensor:

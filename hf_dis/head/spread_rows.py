@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """Returns what this process holds of a tensor, in the same memory and without gradient."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Returns the part of a tensor that this process holds, in the same memory; of a DTensor without gradient."""
+    if not isinstance(tensor, DTensor):  # as nearly all parameters in a step
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def is_row_sparse(gradient: Tensor) -> bool:
@@ -47,8 +49,7 @@ def spread_as(parameter: Tensor, values: Tensor) -> Tensor:
 def sparse_leaf(parameter: DTensor) -> Tensor:
     """Returns the rows of this process as a leaf, ``[S, ...]``, whose gradients become the parameter's own.
 
-    The gradient of the leaf has to be sparse in its rows, and that of these rows alone: nothing is summed over
-    processes.
+    The gradient of the leaf has to be sparse in its rows, and complete. No gradient is summed over processes.
 
     Args:
         parameter: spread by its rows, ``[C, ...]``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_dis.head.row_gradients import sparse_rows
 from hf_dis.head.triton_contributions import (
     class_sizes,
     class_starts,
@@ -91,5 +92,5 @@ class HeadGradients:
 
     def _gradient(self, rows: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
         if sparse:
-            return torch.sparse_coo_tensor(self.ids[None], rows, shape, check_invariants=False, is_coalesced=True)
+            return sparse_rows(self.ids, rows, shape)
         return rows.new_zeros(shape).index_copy_(0, self.ids, rows)
