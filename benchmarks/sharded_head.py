@@ -11,9 +11,10 @@ exact       all classes, stored targets, in tiles (hf_dis.distributed.exact_head
 partial_fc  PartialFC (arXiv 2010.05222): the labels and a uniform tenth of each shard's classes, softmax over these
 dis         the "dis" proposal with stored targets and a shared tail; row-sparse gradient, RowSparseAdamW
 
-ms is the median over steps of the slowest process. peak_mb is the highest resident size of a process, on Linux, less
-that before the head was made. bytes are those that a process gives to torch.distributed in a step. A line is written
-for each measurement, and one that is in the file already is not made again. 16 million classes need 20 GB of memory.
+ms is the median time of a step of the slowest process. Where a density over classes serves several steps, as many
+steps are timed together. peak_mb is the highest resident size of a process, on Linux, less that before the head was
+made. bytes are those that a process gives to torch.distributed per step, a mean over such steps. A line is written for
+each measurement, and one that is in the file already is not made again. 16 million classes need 20 GB of memory.
 
 --estimate prints the table of docs/distributed.md from formulae: no process is started.
 """
@@ -89,6 +90,11 @@ class Steps:
         parameters = self.head.parameters()
         # The fused step is the Trainer's default, and has no temporary copy of the weight.
         self.optimizer = torch.optim.AdamW(parameters, fused=True) if method == "exact" else RowSparseAdamW(parameters)
+
+    @property
+    def number_timed(self) -> int:
+        """The number of steps after which the work is the same again."""
+        return 1 if self.sampler is None else self.sampler.proposal.memory.steps_per_density
 
     def run(self) -> None:
         """One step."""
@@ -182,14 +188,17 @@ def measure(method: str, num_classes: int, repeats: int, path: Path) -> None:
     steps, times = Steps(method, num_classes), []
     steps.run()
     with bytes_sent() as sent:
-        steps.run()
+        for _ in range(steps.number_timed):
+            steps.run()
     for _ in range(repeats):
         dist.barrier()
         start = time.perf_counter()
-        steps.run()
-        times.append(1e3 * (time.perf_counter() - start))
+        for _ in range(steps.number_timed):
+            steps.run()
+        times.append(1e3 * (time.perf_counter() - start) / steps.number_timed)
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    found = torch.tensor([statistics.median(times), peak, sum(sent.values())], dtype=torch.float64)
+    bytes_of_a_step = sum(sent.values()) / steps.number_timed
+    found = torch.tensor([statistics.median(times), peak, bytes_of_a_step], dtype=torch.float64)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
         ms, peak, number = found.tolist()

@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 # Points at which a class mass is sampled where it is sent: 96 KiB. A mass of three times as many classes is as large.
 MASS_POINTS = 2**13
 
-# The parts of a state that have a row for each class.
-CLASS_STATE = ("class_squared_signal", "class_marginal")
+# Classes for each step that a density serves. A density over 16 million classes serves 4 steps: its passes over all
+# classes cost a step no more than those of 4 million classes.
+CLASSES_PER_STEP = 2**22
+
+# Of the marginal, before a pass over all classes makes the scale 1 again.
+LEAST_SCALE = 1e-6
+
+# The parts of a state that have a row for each class; the last one where a density serves several steps.
+CLASS_STATE = ("class_squared_signal", "class_marginal", "class_density")
 
 
 def sampled_mass(mass: Tensor, generator: torch.Generator) -> Tensor:
@@ -61,6 +68,10 @@ class ClassMemory:
     Keeps a running mean of the squared signal, renewed only at sampled classes. Also keeps the teacher's running class
     marginal, which is known for every class and follows the data at once.
 
+    The density over more than 2^22 classes serves several steps. Inclusion probabilities are those of the density that
+    was sampled from, so that the sample stays unbiased. The number of steps follows from C alone: any number of
+    processes samples alike.
+
     Args:
         num_classes: C.
         decay: of the marginal's running mean, in [0, 1).
@@ -68,7 +79,8 @@ class ClassMemory:
         shard: the classes that are kept here, where other processes keep all other classes; None: all are kept here.
 
     Attributes:
-        squared_signal, marginal: the running means of the classes that are kept here, ``[S]``.
+        squared_signal, marginal: the running means of the classes that are kept here, ``[S]``. Where a density serves
+            several steps, the mean of the marginal is ``marginal * marginal_scale``.
     """
 
     # Share of a new value in the running mean. A class is sampled rarely, so that a new value has to count at once.
@@ -84,16 +96,30 @@ class ClassMemory:
         self.marginal = torch.zeros(number, device=device)
         self._sums = torch.zeros(number, 2, device=device)  # zero between updates
         self._zero = torch.zeros((), device=device)
+        self.steps_per_density = -(-num_classes // CLASSES_PER_STEP)
+        self.marginal_scale = torch.ones((), device=device)
+        if self.steps_per_density > 1:
+            self._density = ClassDensity(torch.zeros(number, dtype=widest(device), device=device))
+            self._density_age = self.steps_per_density  # in steps that were learnt from: the first call renews it
 
     def density(self, floor: float, signal_share: float = 0.5) -> ClassDensity:
         """Signal and marginal, each normalised, mixed, and a uniform share, in the widest type of the device.
 
-        Where processes keep the classes together, every process has to call this.
+        Where processes keep the classes together, every process has to call this with the same shares in every step.
 
         Args:
             floor: the uniform share, in (0, 1].
             signal_share: share of the signal in the rest, in [0, 1].
         """
+        if self.steps_per_density == 1:
+            return self._mixed(floor, signal_share)
+        if self._density_age >= self.steps_per_density:
+            self._scale_marginal()
+            # Without its total, which a checkpoint does not have.
+            self._density, self._density_age = ClassDensity(self._mixed(floor, signal_share).values), 0
+        return self._density
+
+    def _mixed(self, floor: float, signal_share: float) -> ClassDensity:
         dtype = widest(self.marginal.device)
         if self.shard is None and uses_triton(self.marginal.device):
             from hf_dis.sampling.triton_tails import class_density, class_sums
@@ -137,6 +163,14 @@ class ClassMemory:
         """
         tail, mass = statistics["tail"], statistics["class_mass"]
         ids, values = self._kept(tail)
+        if self.steps_per_density > 1:
+            self._density_age += 1
+            # Of a smaller scale the inverse would lose the marginal's digits.
+            if mass.is_sparse and self.decay**self._density_age >= LEAST_SCALE:
+                self._renew_signal(ids, values)
+                self._add_to_marginal(*self._kept(mass), statistics["items"] + statistics["not_finite"])
+                return
+            self._scale_marginal()
         if mass.is_sparse:
             mass = torch.zeros_like(self.marginal).index_add_(0, *self._kept(mass))
         elif self.shard is not None:
@@ -148,6 +182,14 @@ class ClassMemory:
             given = mass, statistics["items"], statistics["not_finite"]
             step_marginal(*given, self.marginal, 1 - self.decay)
             return
+        self._renew_signal(ids, values)
+        # The marginal is of the teacher alone: items without a finite signal count too.
+        num_items = statistics["items"] + statistics["not_finite"]
+        marginal = (mass / num_items.clamp_min(1)).float().clamp_min_(0)
+        marginal = torch.where(marginal < torch.inf, marginal, self.marginal)
+        self.marginal.lerp_(marginal, num_items.clamp(max=1 - self.decay))  # a step without an item changes nothing
+
+    def _renew_signal(self, ids: Tensor, values: Tensor) -> None:
         # A class of several tails or processes is summed; each of its entries then finds the same sum.
         sums = self._sums.index_add_(0, ids, values).index_select(0, ids)
         self._sums.index_fill_(0, ids, 0)
@@ -155,11 +197,24 @@ class ClassMemory:
         known = self.squared_signal.index_select(0, ids)
         renewal = items.clamp_max(self.RENEWAL)  # 0 without an item
         self.squared_signal.index_copy_(0, ids, known.lerp_(squared / items.clamp_min(1), renewal))
-        # The marginal is of the teacher alone: items without a finite signal count too.
-        num_items = statistics["items"] + statistics["not_finite"]
-        marginal = (mass / num_items.clamp_min(1)).float().clamp_min_(0)
-        marginal = torch.where(marginal < torch.inf, marginal, self.marginal)
-        self.marginal.lerp_(marginal, num_items.clamp(max=1 - self.decay))  # a step without an item changes nothing
+
+    def _scale_marginal(self) -> None:
+        self.marginal.mul_(self.marginal_scale)
+        self.marginal_scale.fill_(1)
+
+    def _add_to_marginal(self, ids: Tensor, mass: Tensor, num_items: Tensor) -> None:
+        """Takes the mass of some classes into the marginal, without a pass over all classes.
+
+        Args:
+            ids: of the classes that are kept here, by their number here; a class may have several entries.
+            mass: of the entries, summed over items.
+            num_items: of the step, over processes.
+        """
+        renewal = num_items.clamp(max=1 - self.decay)
+        self.marginal_scale.mul_(1 - renewal)
+        added = (mass / num_items.clamp_min(1)).float().clamp_min_(0)
+        added = torch.where(added < torch.inf, added, self._zero)
+        self.marginal.index_add_(0, ids, added.mul_(renewal / self.marginal_scale))
 
     def _kept(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of sparse entries ``[C, ...]`` that are kept here, by their number here, and their values."""
@@ -170,11 +225,18 @@ class ClassMemory:
         return ids[is_kept] - self.shard.start, values[is_kept]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Both running means of the classes that are kept here."""
-        return dict(zip(CLASS_STATE, (self.squared_signal, self.marginal), strict=True))
+        """Both running means of the classes that are kept here; with a density that serves several steps, that too."""
+        state = dict(zip(CLASS_STATE, (self.squared_signal, self.marginal), strict=False))
+        if self.steps_per_density == 1:
+            return state
+        kept = {"class_density": self._density.values, "marginal_scale": self.marginal_scale}
+        return state | kept | {"density_age": torch.tensor(self._density_age)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores a state that :meth:`state_dict` returned."""
+        if self.steps_per_density > 1:
+            self._density = ClassDensity(torch.empty_like(self._density.values))  # not the one that was sampled from
+            self._density_age = int(state["density_age"])
         for name, values in self.state_dict().items():
             values.copy_(state[name])
 

@@ -21,7 +21,7 @@ from hf_dis.sampling.class_memory import sampled_mass
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, systematic_starts
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal, make_proposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum, item_counts, label_stratum, normalised
-from hf_dis.sampling.sharded_tails import sample_sharded_tails
+from hf_dis.sampling.sharded_tails import ShardedTails
 from hf_dis.sampling.tails import Tails, is_outside
 from hf_dis.teacher.targets import TeacherTargets
 
@@ -74,6 +74,7 @@ class ClassSampler:
         self.num_ranks = self.rank_depth if self.num_shared else num_classes
         self.num_sampled = min(num_sampled, self.num_ranks)
         self._ranks = torch.arange(self.rank_depth, device=proposal.device)
+        self._shared = ShardedTails(proposal.shard, num_classes)
         self.design, self.num_updated = design, num_updated
         if self.num_shared and proposal.wants_class_mass:
             wanted = f"num_shared_classes is {num_shared} with a proposal that learns about classes"
@@ -96,9 +97,8 @@ class ClassSampler:
             labels: class ids ``[N]``; always in the sample if given.
         """
         if self.num_shared:
-            own, sizes = self.proposal, (self.num_shared, self.num_tails)
-            given = own.class_density(), own.shard, own.num_classes
-            tails = sample_sharded_tails(*given, *sizes, self.generator)
+            density = self.proposal.class_density()
+            tails = self._shared.sample(density, self.num_shared, self.num_tails, self.generator)
         else:
             none = torch.empty(1, 0, dtype=torch.long, device=self.proposal.device)
             tails = Tails(none, none.to(widest(none.device)))

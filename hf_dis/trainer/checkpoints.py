@@ -69,7 +69,7 @@ def save_sampler(sampler: ClassSampler, output_dir: str) -> None:
     path = os.path.join(output_dir, STATE_FILE.format(rank=process_index()))
     state, proposal = sampler.state_dict(), sampler.proposal
     if proposal.shard is not None:
-        rows = {name: state.pop(name) for name in CLASS_STATE}
+        rows = {name: state.pop(name) for name in CLASS_STATE if name in state}
         write_rows(os.path.join(output_dir, CLASS_FILE), rows, proposal.shard, proposal.num_classes)
     save_file({name: value.contiguous() for name, value in state.items()}, f"{path}.part")
     os.replace(f"{path}.part", path)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,12 +14,15 @@ import torch.distributed as dist
 from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.head.sharded import shard_bounds
 from hf_dis.head.vocab_shard import VocabShard
+from hf_dis.sampling import class_memory
 from hf_dis.sampling.class_memory import ClassMemory, sampled_mass
-from hf_dis.sampling.sharded_tails import sample_sharded_tails
+from hf_dis.sampling.sharded_tails import ShardedTails
 from hf_dis.sampling.tails import ClassDensity, sample_tails
 
 CLASSES, SIZES = (23, 30_011), {"few": (5, 3), "many": (20, 2), "all": (30_011, 2)}
 KINDS = ("flat", "steep", "one side")
+# Steps that a density serves.
+STEPS = 1, 2, 3
 
 
 def density(num_classes: int, kind: str, seed: int) -> torch.Tensor:
@@ -42,8 +47,10 @@ def tails(shard: VocabShard) -> dict:
         whole = density(num_classes, kind, seed)
         seeds = [torch.Generator().manual_seed(100 * seed + shard.index) for _ in range(2)]
         part, sizes = ClassDensity(whole[own.start : own.stop]), (num_sampled, num_tails)
-        found = sample_sharded_tails(part, own, num_classes, *sizes, seeds[0])
-        expected = sample_tails(ClassDensity(whole), *sizes, seeds[1])
+        sharded = ShardedTails(own, num_classes)
+        for _ in range(2):  # the second tails are those of a density that has served a step
+            found = sharded.sample(part, *sizes, seeds[0])
+            expected = sample_tails(ClassDensity(whole), *sizes, seeds[1])
         same_state = torch.equal(seeds[0].get_state(), seeds[1].get_state())
         results[num_classes, kind, size, seed] = tuple(found), tuple(expected), same_state
     return results
@@ -52,12 +59,14 @@ def tails(shard: VocabShard) -> dict:
 def memories(shard: VocabShard) -> dict:
     """The running means of a shard and those of a whole memory, and their densities, after some steps."""
     results = {}
-    for num_classes in CLASSES:
+    for num_classes, steps in product(CLASSES, STEPS):
         bounds = shard_bounds(num_classes, shard.number)
         own = VocabShard(*bounds[shard.index : shard.index + 2])
-        parts, whole = ClassMemory(num_classes, 0.9, shard=own), ClassMemory(num_classes, 0.9)
+        with mock.patch.object(class_memory, "CLASSES_PER_STEP", -(-num_classes // steps)):
+            parts, whole = ClassMemory(num_classes, 0.9, shard=own), ClassMemory(num_classes, 0.9)
         generator = torch.Generator().manual_seed(shard.index)
         for _ in range(4):
+            parts.density(0.05), whole.density(0.05)
             ids = torch.randint(num_classes, (1, 12), generator=generator)
             met = torch.rand(12, 2, generator=generator) * torch.tensor([1.0, 3.0])
             mass = torch.rand(num_classes, generator=generator)
@@ -74,7 +83,7 @@ def memories(shard: VocabShard) -> dict:
         place = slice(own.start, own.stop)
         found = {**parts.state_dict(), "density": parts.density(0.05).values}
         expected = {**whole.state_dict(), "density": whole.density(0.05).values}
-        results[num_classes] = found, {name: value[place] for name, value in expected.items()}
+        results[num_classes, steps] = found, {name: v[place] if v.dim() else v for name, v in expected.items()}
     return results
 
 

@@ -6,6 +6,7 @@ from tiny_models import column_ids
 
 from hf_dis import SamplerSpec, make_sampler
 from hf_dis.loss.divergence import sampled_forward_kl
+from hf_dis.sampling import class_memory
 from hf_dis.sampling.class_memory import ClassMemory
 from hf_dis.teacher.targets import TeacherTargets
 
@@ -58,3 +59,79 @@ def test_the_class_density_is_positive_and_sums_to_one():
     memory.marginal.uniform_()
     density = memory.density(0.05).values
     assert density.sum() == pytest.approx(1) and density.min() >= 0.05 / 50
+
+
+STEPS = 3
+NUM_CLASSES = 90
+
+
+@pytest.fixture
+def three_steps(monkeypatch):
+    """A density serves three steps."""
+    monkeypatch.setattr(class_memory, "CLASSES_PER_STEP", NUM_CLASSES // STEPS)
+
+
+def random_statistics(seed, num_items=6.0, is_sparse=True):
+    generator = torch.Generator().manual_seed(seed)
+    ids, mass_ids = (torch.randint(NUM_CLASSES, (1, size), generator=generator) for size in (12, 30))
+    met = torch.rand(12, 2, generator=generator) * torch.tensor([1.0, 3.0])
+    mass = torch.sparse_coo_tensor(mass_ids, torch.rand(30, generator=generator), (NUM_CLASSES,))
+    return {
+        "tail": torch.sparse_coo_tensor(ids, met, (NUM_CLASSES, 2), check_invariants=False),
+        "class_mass": mass if is_sparse else mass.to_dense(),
+        "items": torch.tensor(num_items),
+        "not_finite": torch.tensor(0.0),
+    }
+
+
+def marginal(memory):
+    return memory.marginal * memory.marginal_scale
+
+
+def test_a_density_over_many_classes_serves_several_steps(three_steps):
+    """The density follows every third step, and then all that was learnt; the running means follow every step."""
+    memory, every_step = ClassMemory(NUM_CLASSES, 0.9), ClassMemory(NUM_CLASSES, 0.9)
+    every_step.steps_per_density, before = 1, None
+    for step in range(10):
+        density, expected = memory.density(0.05).values, every_step.density(0.05).values
+        if step % STEPS == 0:
+            torch.testing.assert_close(density, expected, rtol=1e-5, atol=0)
+        else:
+            assert density is before and not torch.allclose(density, expected, rtol=1e-3, atol=0)
+        before = density
+        for one in (memory, every_step):
+            one.update(random_statistics(step))
+        assert torch.equal(memory.squared_signal, every_step.squared_signal)
+        torch.testing.assert_close(marginal(memory), every_step.marginal, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-3, 0.9])
+@pytest.mark.parametrize("num_items", [0.0, 6.0])
+def test_the_marginal_is_exact_without_a_pass_over_all_classes(three_steps, decay, num_items):
+    """Also where nothing asks for a density for long, and where a step has a dense mass, no item, or a mass of Inf."""
+    memory, every_step = ClassMemory(NUM_CLASSES, decay), ClassMemory(NUM_CLASSES, decay)
+    every_step.steps_per_density = 1
+    for one in (memory, every_step):
+        one.marginal.copy_(torch.rand(NUM_CLASSES, generator=torch.Generator().manual_seed(0)))
+    for step in range(12):
+        for one in (memory, every_step):
+            one.update(random_statistics(step, num_items, is_sparse=step % 5 != 4))
+        torch.testing.assert_close(marginal(memory), every_step.marginal, rtol=1e-5, atol=1e-12)
+    statistics = random_statistics(99)
+    statistics["class_mass"]._values()[:3] = torch.tensor([torch.inf, torch.nan, -1.0])
+    memory.update(statistics)
+    assert marginal(memory).isfinite().all() and marginal(memory).min() >= 0
+
+
+def test_a_restored_memory_continues_to_the_bit(three_steps):
+    memory, other = ClassMemory(NUM_CLASSES, 0.9), ClassMemory(NUM_CLASSES, 0.9)
+    for step in range(4):
+        memory.density(0.05)
+        memory.update(random_statistics(step))
+    other.load_state_dict({name: value.clone() for name, value in memory.state_dict().items()})
+    for step in range(4, 9):
+        assert torch.equal(memory.density(0.05).values, other.density(0.05).values)
+        for one in (memory, other):
+            one.update(random_statistics(step))
+        for name, value in memory.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value), name

@@ -2,10 +2,11 @@
 
 import itertools
 
+import pytest
 import torch
 from by_definition import capped_slowly, frequencies, generator, within_five_sigma
 
-from hf_dis.sampling.tails import ClassDensity, is_outside, sample_tails
+from hf_dis.sampling.tails import GROUP, ClassDensity, is_outside, largest_densities, sample_tails
 
 
 def test_the_shared_tail_holds_classes_with_their_probability():
@@ -43,3 +44,13 @@ def test_is_outside_is_set_membership():
             [c not in item for c in shared[number % num_tails].tolist()] for number, item in enumerate(ids.tolist())
         ]
         assert is_outside(ids, shared).tolist() == expected
+
+
+@pytest.mark.parametrize("number", [1, 7, 40])
+@pytest.mark.parametrize("num_classes", [40, 80 * GROUP, 80 * GROUP + 13])
+def test_the_largest_densities_are_those_of_topk(num_classes, number):
+    """With ties, several in one group, and those in no group."""
+    density = torch.rand(num_classes, dtype=torch.float64, generator=generator()).mul(50).floor()
+    density[-5:] += torch.arange(5) * 20.0
+    density[: 4 * (num_classes // GROUP) : max(1, num_classes // GROUP)] += 100
+    assert torch.equal(largest_densities(density, number), density.topk(number).values)
