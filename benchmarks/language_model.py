@@ -48,7 +48,7 @@ from functools import cached_property, partial
 import peers
 import torch
 import torch.nn.functional as F
-from common import EXACT_NOTE, header, machine, parse, parser, row, write
+from common import EXACT_NOTE, command, header, machine, parse, parser, row, write
 from head_scaling import ON_CPU, Place, finish_step
 from peers import NEEDS
 from timing import Measured, add_arguments, attempted, available, clock_name, measure, peak_of_a_step, step_dtype
@@ -319,6 +319,7 @@ def report(
         ms = measured.ms.get(method)
         record = {
             "method": method,
+            "command": command(),
             **sizes,
             "sampled": sample.num_sampled_classes + sample.num_shared_classes if method == "dis" else sizes["vocab"],
             "ms": ms,

@@ -38,3 +38,22 @@ def test_the_language_model():
         assert f"| {names[one['method']]} | {sizes} | {quality} |\n" in text
         if one["method"] != "exact_in_time":
             assert f"{one['kl']:.3f}, perplexity {one['perplexity']:.1f}, {one['seconds']:.0f} s" in readme
+
+
+def test_a_step_by_other_divergences():
+    names = {
+        "exact": "exact, in tiles",
+        "exact (materialised)": "exact, by autograd",
+        "trl_gkd": "TRL GKD",
+        "trl_chunked": "TRL chunked",
+        "liger": "Liger",
+        "head_product": "the product of the student's head",
+        "dis": "DIS",
+    }
+    text, given = page("docs/divergences.md"), records("language_model_divergences")
+    dis = {one["divergence"]: one["ms"] for one in given if one["method"] == "dis"}
+    assert len(given) == 2 * len(names)
+    for one in given:
+        error = {0.0: "0", None: ""}.get(one["error"]) if not one["error"] else f"{one['error']:.4f}"
+        times = f"{one['ms']:,.0f} | {one['ms'] / dis[one['divergence']]:.1f} | {one['peak_mb']:,.0f}"
+        assert f"| {one['divergence']} | {names[one['method']]} | {times} | {error} |\n" in text
