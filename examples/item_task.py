@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_dis import DISConfig, DISDistillationTrainer, RowSparseAdamW, TeacherCache
-from hf_dis.head.row_gradients import clip_grad_norm_
+from hf_dis.distributed import clip_grad_norm_
 from hf_dis.metrics import NextItem, top_ranked
 from hf_dis.trainer.optimizer import give_head_rate
 
