@@ -21,6 +21,7 @@ import large_vocabulary
 import on_policy
 import paper_cifar
 import parity
+import sharded_head
 from common import read
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +50,7 @@ TABLES = (
     Table("items.md", "items.jsonl", items.print_table),
     Table("language-models.md", "large_vocabulary.jsonl", large_vocabulary.print_table),
     Table("benchmarks.md", "paper_cifar.jsonl", paper_cifar.print_table),
+    Table("distributed.md", "sharded_head.jsonl", sharded_head.print_table),
     Table("divergences.md", "on_policy.jsonl", on_policy.print_table),
     Table("divergences.md", "on_policy.jsonl", on_policy.print_best),
 )
