@@ -23,7 +23,7 @@ from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import Items
 from hf_dis.models.head_search import find_head
 from hf_dis.models.provenance import StoredValue, digest_of, stored_values
-from hf_dis.models.spread import is_fully_sharded, reshard
+from hf_dis.models.spread import is_fully_sharded, reshard, whole
 from hf_dis.models.tasks import find_task, num_outputs
 from hf_dis.precision import product_type
 from hf_dis.teacher.logit_checks import check_support
@@ -182,13 +182,9 @@ def whole_digest(teacher: nn.Module) -> str:
             if head is not None:
                 yield StoredValue(name, value.dtype, (head.out_features, *value.shape[1:]), _all_rows(value, head))
             else:
-                yield StoredValue(name, value.dtype, tuple(value.shape), [_whole(value)])
+                yield StoredValue(name, value.dtype, tuple(value.shape), [whole(value)])
 
     return digest_of(whole_values())
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _all_rows(rows: Tensor, head: ShardedHead) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ A step is made from a batch after the teacher was chosen; ``step.inputs`` go to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from hf_dis.report.diagnostics import probe, sample_quality
 from hf_dis.report.gradient_error import GradientError
 from hf_dis.sampling.sample import ClassSample
 from hf_dis.teacher.cached import CachedTargets
+from hf_dis.teacher.online import check_asked_alone
 from hf_dis.teacher.targets import TeacherTargets, chunk_items
 
 if TYPE_CHECKING:
@@ -89,11 +91,17 @@ class ExactStep:
         """Returns no values: the loss and its gradient are exact."""
         return {}
 
-    def _teacher(self) -> Iterator[Tensor | CachedTargets] | None:
-        """The teacher's targets on all classes; None where only the labels count."""
+    def _teacher(self, alone: bool = False) -> Iterator[Tensor | CachedTargets] | None:
+        """The teacher's targets on all classes; None where only the labels count.
+
+        Args:
+            alone: other processes may not ask.
+        """
         distiller, request = self.distiller, self.request
         if distiller.arguments.hard_label_weight == 1 and self.items.labels is not None:
             return None
+        if alone:
+            check_asked_alone(distiller.teacher)
         return distiller.teacher.all_classes(request.teacher_inputs, self.items, request.check_values)
 
     def _exact(self, outputs: Any) -> LogitsLoss | HeadLoss:
@@ -109,12 +117,13 @@ class ExactStep:
         self._head_input = _head_input(distiller, self._held)
         if self._head_input is None:
             return LogitsLoss(self._logits(outputs), objective)
+        again = partial(self._teacher, alone=True)  # in backward, where the items of a process may count differently
         if distiller.is_tensor_parallel and (spread := distiller.head.spread) is not None:
             given = self._head_input._replace(features=spread.copied(self._head_input.features))
-            return SpreadHeadLoss(given, spread, objective, self._teacher)
+            return SpreadHeadLoss(given, spread, objective, again)
         if distiller.head.shard is None:
-            return HeadLoss(self._head_input, objective, self._teacher)
-        return ShardedHeadLoss(self._head_input, distiller.head.module, objective, self._teacher)
+            return HeadLoss(self._head_input, objective, again)
+        return ShardedHeadLoss(self._head_input, distiller.head.module, objective, again)
 
     def _logits(self, outputs: Any) -> Tensor:
         """The logits of the items, ``[N, V]``."""

@@ -21,7 +21,15 @@ from hf_dis.cache.views import SeededViews
 from hf_dis.checks import require
 from hf_dis.distributed.processes import joined_processes, num_processes, process_index, wait_for_everyone
 from hf_dis.items import Items
-from hf_dis.models.provenance import known_as, known_license, labels_digest, tokenizer_digest, weights_digest
+from hf_dis.models.provenance import (
+    class_name,
+    known_as,
+    known_license,
+    labels_digest,
+    tokenizer_digest,
+    weights_digest,
+)
+from hf_dis.models.spread import is_fully_sharded, is_true_anywhere
 from hf_dis.models.tasks import Task, base_model, find_task, num_outputs, split_labels
 from hf_dis.sharded_teacher import ShardedTeacher, is_spread, whole_digest
 from hf_dis.teacher.compact import STORED_DESIGNS, TargetLayout, compact_targets
@@ -57,8 +65,8 @@ def cache_teacher_targets(
 
     Args:
         teacher: returns ``.logits``, ``[B, C]``; a transformers model of any :class:`hf_dis.models.tasks.Task` may
-            return ``[B, S, C]``. Its head may be spread over the processes. It is moved to the device of the process
-            and put into evaluation mode.
+            return ``[B, S, C]``. Its head may be spread over the processes, or FSDP2 may shard the teacher. It is
+            moved to the device of the process and put into evaluation mode.
         dataset: with a length, a fixed order and no random augmentation; or :class:`hf_dis.cache.SeededViews`.
         output_dir: the folder of the cache.
         temperature: τ > 0, of the distillation.
@@ -148,7 +156,7 @@ def _header(
         sample_size=layout.sample_size,
         design=settings.design,
         seed=settings.seed,
-        teacher={"name": name or type(teacher).__name__, "revision": revision, "weights": digest},
+        teacher={"name": name or class_name(teacher), "revision": revision, "weights": digest},
         labels=labels_digest(teacher),
         tokenizer=None if processing_class is None else tokenizer_digest(processing_class),
         inputs=first.key_inputs,
@@ -175,7 +183,7 @@ def _write(
     """Writes the shards that are missing, each by one of the processes, and completes the folder.
 
     Where the classes of the teacher are spread over the processes, all of them compute each shard together, and the
-    first one writes.
+    first one writes. Where FSDP2 shards the teacher, processes that are done run it beside those that are not.
     """
     is_first, together = process_index() == 0, is_spread(teacher)
     if is_first:
@@ -194,6 +202,7 @@ def _write(
             targets = source.of_shard(shard, len(indices), batches, written)
             if is_first or not together:
                 folder.write(shard, *targets)
+        source.accompany(examples)
     wait_for_everyone()
     if is_first:
         folder.finish(known_license(teacher))
@@ -230,7 +239,9 @@ class _TargetSource:
     def __init__(self, teacher: nn.Module, header: CacheHeader, device: torch.device):
         self.teacher, self.header, self.device, self.task = teacher, header, device, _task(teacher)
         given = teacher, header.num_classes, header.temperature, header.depth
-        self.online = ShardedTeacher(*given, has_same_items=True) if is_spread(teacher) else OnlineTeacher(*given)
+        together = is_spread(teacher)  # all processes have the same batches
+        self.online = ShardedTeacher(*given, has_same_items=True) if together else OnlineTeacher(*given)
+        self._is_accompanied = is_fully_sharded(teacher) and not together
 
     def of_shard(
         self, shard: int, num_examples: int, batches: Iterator[Batch], report: Callable[[int, int], Any]
@@ -251,13 +262,27 @@ class _TargetSource:
         keys, counts, targets = [], [], []
         while len(keys) < num_examples:
             batch = next(batches)
-            items, inputs = split_labels(self.teacher, self.task, batch.to(self.device))
+            if self._is_accompanied:
+                is_true_anywhere(True, self.teacher)  # processes that are done run it too
+            items, inputs = self._split(batch)
             for logits in self.online.all_classes(inputs, items):
                 targets.append(self._packed(logits, generator))
             keys += batch.keys
             counts += _items_by_example(items)
             report(len(batch.keys), len(items))
         return keys, counts, torch.cat(targets).numpy()
+
+    def accompany(self, examples: Examples) -> None:
+        """Runs a teacher that FSDP2 shards as long as another process has a batch; any other teacher does not run."""
+        if not self._is_accompanied:
+            return
+        items, inputs = self._split(next(examples.read([[0]])))
+        while is_true_anywhere(False, self.teacher):
+            for _ in self.online.all_classes(inputs, items):
+                pass
+
+    def _split(self, batch: Batch) -> tuple[Items, dict[str, Any]]:
+        return split_labels(self.teacher, self.task, batch.to(self.device))
 
     def _packed(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         header, layout = self.header, self.header.layout

@@ -174,10 +174,17 @@ def check_sharded_head(
 
     Raises:
         ValueError: if something else is sharded too, or the sharded head is not all of the output head. Or if the
-            processes are not those that hold the head, or the head of the teacher alone is sharded.
+            processes are not those that hold the head, or the head of the teacher alone is sharded. Or if FSDP
+            shards the teacher beside its sharded head.
     """
     heads = sharded_heads(student)
-    if teacher is not None and (theirs := sharded_heads(teacher)) and not heads:
+    theirs = {} if teacher is None else sharded_heads(teacher)
+    if theirs and is_fully_sharded(teacher):
+        raise ValueError(
+            f"the head {', '.join(theirs)} of the teacher is sharded, and FSDP has sharded the teacher too: leave "
+            "shard_head or fully_shard of the teacher out"
+        )
+    if theirs and not heads:
         raise ValueError(
             f"the head {', '.join(theirs)} of the teacher is sharded, and the student's is whole: shard both, keep "
             "the teacher whole, or train from a cache of its targets"

@@ -18,13 +18,7 @@ from hf_dis.arguments import DISArguments
 from hf_dis.head.sharded import sharded_heads
 from hf_dis.head.spread_rows import sparse_leaf
 from hf_dis.head.vocab_shard import VocabShard
-from hf_dis.models.spread import (
-    TENSOR_PARALLEL,
-    is_fully_sharded,
-    is_spread_by_rows,
-    rows_of_group,
-    tensor_parallel_mesh,
-)
+from hf_dis.models.spread import TENSOR_PARALLEL, is_spread_by_rows, rows_of_group, tensor_parallel_mesh
 
 
 class OwnRows(NamedTuple):
@@ -142,11 +136,6 @@ def check_tensor_parallel(
             setting needs whole rows, or the teacher is spread in another way.
     """
     mesh = tensor_parallel_mesh(student)
-    if teacher is not None and is_fully_sharded(teacher) and not is_tensor_parallel(teacher):
-        raise ValueError(
-            "FSDP has sharded the teacher, and the processes run its output layer different numbers of times: load "
-            "the teacher whole, or as the tensor-parallel student, or use a cache"
-        )
     if mesh is None:
         if teacher is not None and is_tensor_parallel(teacher):
             raise ValueError(

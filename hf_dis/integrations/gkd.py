@@ -105,7 +105,7 @@ class DISGKDTrainer(DISSFTTrainer, _Host):
 
     Raises:
         ValueError: as ``DISSFTTrainer``; if a cache is given; if the data holds no conversations; if there is no
-            tokenizer, or no chat template.
+            tokenizer, or no chat template; if FSDP shards the teacher.
     """
 
     config_class = DISGKDConfig
@@ -125,6 +125,7 @@ class DISGKDTrainer(DISSFTTrainer, _Host):
         checks.check_gkd_data(kwargs)
         named = args.teacher_model_name_or_path if isinstance(args, DISGKDConfig) else None
         self._loaded_teacher, tokenizer = open_teacher(teacher_model or named, teacher_processing_class)
+        checks.check_gkd_teacher(self._loaded_teacher)
         self._window: list[dict[str, Tensor]] = []
         self._window_items: Tensor | None = None
         super().__init__(model, self._loaded_teacher, args, tokenizer, **kwargs)

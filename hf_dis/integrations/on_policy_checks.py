@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import is_conversational
 
 from hf_dis.integrations.sft_checks import check_chat_template
+from hf_dis.models.spread import is_fully_sharded
 
 if TYPE_CHECKING:
     from hf_dis.integrations.gkd import DISGKDConfig
@@ -70,6 +72,22 @@ def check_gkd_config(args: DISGKDConfig) -> None:
         raise ValueError(
             "deepspeed is set: GKD would make an engine of the teacher, which hf_dis keeps whole; use "
             "DISOnPolicyTrainer, or leave deepspeed out"
+        )
+
+
+def check_gkd_teacher(teacher: Any) -> None:
+    """Checks that a teacher can write answers on each process alone.
+
+    Args:
+        teacher: a model, or None.
+
+    Raises:
+        ValueError: if FSDP2 shards the teacher.
+    """
+    if isinstance(teacher, nn.Module) and is_fully_sharded(teacher):
+        raise ValueError(
+            "FSDP has sharded the teacher, and GKD lets the teacher write answers on each process alone: load the "
+            "teacher whole"
         )
 
 

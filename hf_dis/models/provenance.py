@@ -15,7 +15,10 @@ from huggingface_hub import hf_hub_download, metadata_load
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_dis.models.spread import whole
 
 
 def known_as(model: nn.Module) -> tuple[str | None, str | None]:
@@ -26,6 +29,11 @@ def known_as(model: nn.Module) -> tuple[str | None, str | None]:
     if name and (Path(name).is_absolute() or Path(name).is_dir()):
         name = f"{Path(name).resolve().name} (a local directory)"
     return name or None, revision
+
+
+def class_name(model: nn.Module) -> str:
+    """Returns the name of a model's class, without the class that FSDP2 derives from it."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def hub_name(model: nn.Module) -> str | None:
@@ -115,10 +123,11 @@ class StoredValue(NamedTuple):
 def weights_digest(model: nn.Module) -> str:
     """Computes xxh3_128 of a model's parameters and buffers, with their names, types and shapes.
 
-    The digest of an offloaded model is that of the same model in memory.
+    The digest of a model that is offloaded, or that FSDP2 shards, is that of the same model in memory. Every process
+    has to call it for the latter.
     """
     values = sorted(stored_values(model), key=lambda named: named[0])
-    return digest_of(StoredValue(name, one.dtype, tuple(one.shape), [one]) for name, one in values)
+    return digest_of(StoredValue(name, one.dtype, tuple(one.shape), [whole(one)]) for name, one in values)
 
 
 def digest_of(values: Iterable[StoredValue]) -> str:

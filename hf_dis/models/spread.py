@@ -71,3 +71,41 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def is_gathered_by_fsdp(model: nn.Module, layer: nn.Module) -> bool:
+    """Returns True if FSDP2 gathers parameters of a layer in a forward; frees those that it has kept.
+
+    Args:
+        model: that FSDP2 sharded.
+        layer: of the model. Parameters of a tensor-parallel layer stay spread in a forward.
+    """
+    reshard(model)
+    meshes = [one.device_mesh for one in layer.parameters() if isinstance(one, DTensor)]
+    return any(TENSOR_PARALLEL not in (mesh.mesh_dim_names or ()) for mesh in meshes)
+
+
+def is_true_anywhere(value: bool, model: nn.Module) -> bool:
+    """Returns True if a value is true on some process; every process that holds a part of the model has to ask.
+
+    Args:
+        value: of this process.
+        model: that FSDP2 sharded.
+    """
+    reshard(model)  # parameters that FSDP2 has kept are ordinary ones
+    mesh = next(one.device_mesh for one in model.parameters() if isinstance(one, DTensor))
+    found = torch.tensor(int(value), device=mesh.device_type)
+    for group in mesh.get_all_groups():
+        dist.all_reduce(found, dist.ReduceOp.MAX, group)
+    return bool(found)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """Returns all of a tensor, for the part of this process; every process has to call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def is_offloaded_by_fsdp(model: nn.Module) -> bool:
+    """Returns True if FSDP2 keeps its parts of a model's parameters on another device than the one that computes."""
+    spread = [one for one in model.parameters() if isinstance(one, DTensor)]
+    return any(one.device.type not in ("meta", one.device_mesh.device_type) for one in spread)

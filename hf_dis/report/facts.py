@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from hf_dis.arguments import DISArguments
-from hf_dis.models.provenance import known_as
+from hf_dis.models.provenance import class_name, known_as
 from hf_dis.version import __version__
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run_facts(distiller: Distiller, args: TrainingArguments, state: TrainerState
         "num_classes": distiller.num_classes,
         "mode": distiller.mode,
         "student": type(distiller.student).__name__,
-        "teacher": "stored targets" if teacher is None else known_as(teacher)[0] or type(teacher).__name__,
+        "teacher": "stored targets" if teacher is None else known_as(teacher)[0] or class_name(teacher),
         "logits_per_item": distiller.num_classes if distiller.mode == "exact" else distiller.sampler.columns,
         "max_steps": state.max_steps,
         "method": settings,

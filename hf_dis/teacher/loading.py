@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.integrations import deepspeed
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
+from hf_dis.models.spread import is_offloaded_by_fsdp
+
 
 def placed(teacher: nn.Module, device: torch.device) -> nn.Module:
     """Puts a teacher on a device, and turns off the cache of keys and values that is meant for generation.
@@ -24,9 +26,17 @@ def placed(teacher: nn.Module, device: torch.device) -> nn.Module:
 
     Returns:
         the teacher.
+
+    Raises:
+        ValueError: if FSDP2 shards the teacher and offloads it to the processor.
     """
     if hasattr(teacher, "config") and hasattr(teacher.config, "use_cache"):
         teacher.config.use_cache = False
+    if is_offloaded_by_fsdp(teacher):
+        raise ValueError(
+            "FSDP has sharded the teacher and offloads it to the processor: leave the offload_policy out, which is "
+            "fsdp_cpu_offload in a DistributedConfig, or load the teacher whole"
+        )
     has_hooks = any("_hf_hook" in module.__dict__ for module in teacher.modules())
     stays = has_hooks or getattr(teacher, "is_quantized", False) or getattr(teacher, "hf_device_map", None)
     return teacher if stays else teacher.to(device)

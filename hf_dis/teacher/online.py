@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from hf_dis.items import Items
 from hf_dis.models.provenance import stored_values
+from hf_dis.models.spread import is_fully_sharded, whole
 from hf_dis.models.tasks import base_model, find_task, num_outputs
+from hf_dis.teacher.cached import CachedTeacher
 from hf_dis.teacher.logit_checks import check_support, check_teacher_logits
 from hf_dis.teacher.stream import LogitStream
 from hf_dis.teacher.targets import ALL_CLASSES_CHUNKS, BLOCKS_OF_CHUNK, TeacherTargets
@@ -21,10 +23,11 @@ from hf_dis.teacher.targets import ALL_CLASSES_CHUNKS, BLOCKS_OF_CHUNK, TeacherT
 class OnlineTeacher:
     """Ranks the logits of a teacher that runs beside the student, chunk by chunk.
 
-    No ``[N, C]`` tensor outlives a chunk. The model is frozen, in evaluation mode, and never saved.
+    No ``[N, C]`` tensor outlives a chunk. The model is frozen, in evaluation mode, and never saved. Where FSDP2 shards
+    the model, every process has to ask, and gathers the output layer once per call.
 
     Args:
-        model: any model that returns ``.logits``, ``[B, C]`` or ``[B, S, C]``; may be offloaded or spread.
+        model: any model that returns ``.logits``, ``[B, C]`` or ``[B, S, C]``; may be offloaded, spread or sharded.
         num_classes: C, the first classes of the model, which it shares with the student.
         temperature: τ > 0.
         depth: m, the ranks to resolve.
@@ -64,7 +67,8 @@ class OnlineTeacher:
     def fingerprint(self) -> str:
         """A digest of the teacher's weights, 16 characters, from at most 128 values of each weight.
 
-        Values on the meta device are unreachable; they stand for their name, shape and type.
+        Values on the meta device are unreachable; they stand for their name, shape and type. Every process has to ask
+        for the digest of a teacher that FSDP2 shards, which is that of the whole teacher.
         """
         digest = hashlib.sha256()
         for name, tensor in self._identifying():
@@ -78,7 +82,7 @@ class OnlineTeacher:
 
     def _identifying(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of the weights by which the teacher is recognised."""
-        return stored_values(self.model)
+        return ((name, whole(value)) for name, value in stored_values(self.model))
 
     def all_classes(self, inputs: dict[str, Tensor], items: Items, check_values: bool = True) -> Iterator[Tensor]:
         """Yields the logits of each chunk of items, ``[n, C]``.
@@ -117,3 +121,20 @@ class OnlineTeacher:
 def _num_outputs(model: nn.Module) -> int | None:
     """Counts the classes of a transformers model; None for any other module."""
     return num_outputs(model, find_task(model)) if hasattr(base_model(model), "config") else None
+
+
+def check_asked_alone(teacher: OnlineTeacher | CachedTeacher) -> None:
+    """Checks that a process may ask a teacher while other processes do not.
+
+    Args:
+        teacher: of a loss on all classes, asked once more in backward.
+
+    Raises:
+        ValueError: if FSDP2 shards the teacher.
+    """
+    if isinstance(teacher, OnlineTeacher) and is_fully_sharded(teacher.model):
+        raise ValueError(
+            "the items of a loss on all classes count differently, so that a process asks the teacher once more. FSDP "
+            "has sharded the teacher, which all processes run together. Begin the step with holds_logits=True, or "
+            "load the teacher whole"
+        )

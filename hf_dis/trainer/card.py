@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modelcard import TrainingSummary
 from transformers.utils import logging
 
-from hf_dis.models.provenance import hub_name, is_hub_name, known_as, known_license
+from hf_dis.models.provenance import class_name, hub_name, is_hub_name, known_as, known_license
 from hf_dis.models.tasks import base_model
 from hf_dis.version import __version__
 
@@ -159,7 +159,7 @@ def _teacher(trainer: DISTrainerMixin) -> dict[str, str]:
     if trainer.teacher_cache is None:
         name, revision = known_as(trainer.distiller.online_teacher.model)
         return {
-            "Teacher": name or f"{UNKNOWN} ({type(trainer.distiller.online_teacher.model).__name__})",
+            "Teacher": name or f"{UNKNOWN} ({class_name(trainer.distiller.online_teacher.model)})",
             "Teacher's revision": revision or UNKNOWN,
         }
     header = trainer.teacher_cache.header

@@ -80,8 +80,9 @@ class SavingHooks:
         """
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
+        run = checkpoints.describe_run(self)  # on every process: a teacher that FSDP2 shards is read by all of them
         if self.args.should_save:
-            manifest.write_manifest(output_dir, checkpoints.describe_run(self))
+            manifest.write_manifest(output_dir, run)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the host's, which would add a step to a run that had ended and is resumed."""

@@ -116,10 +116,3 @@ def test_a_teacher_over_other_processes(third_of_four):
     with pytest.raises(ValueError, match=r"process 2 .* \[2, 3\], and the teacher with \[0, 1, 2, 3\].*same"):
         check_tensor_parallel(student, teacher, ("lm_head",), DISArguments(), "sampled")
     check_tensor_parallel(student, spread((2, 2), ("fsdp", "tp")), ("lm_head",), DISArguments(), "sampled")
-
-
-def test_a_teacher_that_fsdp_alone_has_sharded(third_of_four):
-    teacher = llama(41)
-    fully_shard(teacher)
-    with pytest.raises(ValueError, match=r"FSDP has sharded the teacher.*load the teacher whole.*use a cache"):
-        check_tensor_parallel(llama(41), teacher, ("lm_head",), DISArguments(), "sampled")

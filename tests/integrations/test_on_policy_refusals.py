@@ -8,12 +8,21 @@ import own_text
 import pytest
 import transformers as hf
 from datasets import Dataset
+from fake_processes import one_of_four
 from own_text import gkd_trainer, make_trainer
+from tiny_models import llama
+from torch.distributed.fsdp import fully_shard
 from trl import DistillationConfig
 
 from hf_dis.integrations.gkd import DISGKDConfig
 from hf_dis.integrations.on_policy import DISOnPolicyConfig, DISOnPolicyTrainer
-from hf_dis.integrations.on_policy_checks import check_completions, check_prompt_tokens, logger, warn_of_lengths
+from hf_dis.integrations.on_policy_checks import (
+    check_completions,
+    check_gkd_teacher,
+    check_prompt_tokens,
+    logger,
+    warn_of_lengths,
+)
 
 CONFIGS = {"on policy": DISOnPolicyConfig, "gkd": DISGKDConfig}
 MAKERS = {"on policy": make_trainer, "gkd": gkd_trainer}
@@ -138,6 +147,15 @@ def test_gkd_with_deepspeed(tmp_path):
 
     with pytest.raises(ValueError, match=r"deepspeed is set.*use DISOnPolicyTrainer"):
         check_gkd_config(args)
+
+
+def test_gkd_with_a_teacher_that_fsdp_shards():
+    with one_of_four(rank=2):
+        check_gkd_teacher(llama(11))
+        with pytest.raises(
+            ValueError, match=r"GKD lets the teacher write answers on each process alone: load .* whole"
+        ):
+            check_gkd_teacher(fully_shard(llama(11)))
 
 
 def test_a_plain_configuration(tmp_path):
