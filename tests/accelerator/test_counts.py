@@ -120,6 +120,21 @@ def test_a_gradient_that_nothing_else_holds_is_not_copied():
             assert counts.peak() // weight.nbytes == 1 + copies
 
 
+def test_rows_that_one_of_two_kernels_reads_are_counted_once():
+    """Each of the further vectors is one contribution to a gradient: of a piece, or beside the pieces."""
+    triton_rows = pytest.importorskip("hf_dis.head.triton_rows")
+    moved = []
+    with fake_cuda() as counts:
+        vectors, scales = torch.empty(8, 16, device="cuda"), torch.empty(200, device="cuda")
+        which, starts = (torch.empty(number, dtype=torch.long, device="cuda") for number in (200, 11))
+        others = torch.empty(64, 16, device="cuda")
+        for more in (None, others):
+            counts.start()
+            triton_rows.segment_rows(vectors, which, scales, starts, torch.float32, others=more)
+            moved.append(sum(counts.moved.values()))
+    assert moved[1] - moved[0] == others.nbytes
+
+
 class Doubled(torch.autograd.Function):
     """Two times a tensor, whose gradient may be held elsewhere."""
 
