@@ -52,6 +52,8 @@ ROWS_OF = {
     "gathered_rows": ((0,), 1),
     "step_rows": ((0, 1, 2), 3),
 }
+# Rows of an argument that a kernel and a later one read once between them, and the later one counts.
+READ_LATER = {"segment_pieces": 4}  # a row of a tail is one contribution: of a piece, or added by join_pieces
 # Kernels of Triton that write an argument and do not read it.
 WRITES_ARGUMENT = {"exact_terms"}
 # Operations that read nothing of their first argument but its shape and type.
@@ -246,6 +248,8 @@ def _bytes(name: str, mutates: bool, args: tuple, inputs: list[Tensor], outputs:
         matrices = [args[place] for place in places]
         rows = args[ids].numel() * sum(one[0].nbytes for one in matrices)
         return read - sum(map(size, matrices)) + written + rows * (2 if mutates else 1)
+    if name in READ_LATER and len(args) > READ_LATER[name]:
+        read -= sum(map(size, tensors_of(args[READ_LATER[name]])))
     if name in ELEMENTS_OF:
         return read - size(args[0]) + written + ELEMENTS_OF[name](args) * args[0].element_size()
     if name == "_embedding_bag":

@@ -132,13 +132,15 @@ class DISLoss:
             targets: of consecutive chunks of items, at the temperature, to the depth ``sampler.rank_depth``.
             labels: as for the loss itself.
         """
-        with torch.no_grad():
-            sample = self.sampler.sample(targets, labels)
         options = self.temperature, self.hard_label_weight, self.divergence
-        if self.shard is None and is_fused(features, weight, bias, sample, self.divergence):
+        if self.shard is None and is_fused(features, weight, bias, labels, self.sampler, self.divergence):
+            with torch.no_grad():
+                sample = self.sampler.sample_without_tails(targets, labels)
             loss, signal, finite = mean_loss(features, weight, sample, *options, self.row_sparse_head)
             self.sampler.learn(sample, signal, self.reduce, finite)
             return loss
+        with torch.no_grad():
+            sample = self.sampler.sample(targets, labels)
         ids = sample.item_ids, sample.tail_ids
         logits = sampled_logits(features, weight, bias, *ids, self.row_sparse_head, sample.updates, self.shard)
         loss, _, result = sampled_loss(logits, sample, *options)

@@ -27,26 +27,21 @@ def above_minus_inf(values):
 
 
 @triton.jit
-def _load_logits(logits, tails, num_own, column, width):
-    """Reads logits of an item; those from column num_own on lie elsewhere if there are tails."""
-    if tails is None:
-        values = tl.load(logits + column, column < width, 0)
-    else:
-        values = tl.load(logits + column, column < num_own, 0)
-        values += tl.load(tails + column - num_own, (column >= num_own) & (column < width), 0)
-    return values
+def add_logits(peak, total, logit, log_weight):
+    """Adds ω exp(logit) of columns to a sum exp(peak) · total."""
+    return add_exponentials(peak, total, above_minus_inf(logit) + log_weight)
 
 
 @triton.jit
-def _log_sum(logits, tails, num_own, log_weights, width, factor, BLOCK: tl.constexpr):
+def _log_sum(logits, log_weights, width, factor, BLOCK: tl.constexpr):
     """log Σ ω exp(logit · factor) over an item."""
     peak = tl.full((), float("-inf"), factor.dtype)
     total = tl.full((), 0, factor.dtype)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        logit = _load_logits(logits, tails, num_own, column, width).to(factor.dtype)
+        logit = tl.load(logits + column, column < width, 0).to(factor.dtype)
         log_weight = tl.load(log_weights + column, column < width, float("-inf")).to(factor.dtype)
-        peak, total = add_exponentials(peak, total, above_minus_inf(logit * factor) + log_weight)
+        peak, total = add_logits(peak, total, logit * factor, log_weight)
     return peak + tl.log(total)
 
 
@@ -77,7 +72,7 @@ def forward_kl_kernel(
     target += item * target_stride
     factor = tl.cast(1 / temperature, dtype)
     tau = tl.cast(temperature, dtype)
-    normaliser = _log_sum(logits, None, width, log_weights, width, factor, BLOCK)
+    normaliser = _log_sum(logits, log_weights, width, factor, BLOCK)
     divergence = tl.full((), 0, dtype)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -113,7 +108,7 @@ def cross_entropy_kernel(
     item = tl.program_id(0).to(tl.int64)
     logits += item * logits_stride
     log_weights += item * log_weights_stride
-    normaliser = _log_sum(logits, None, width, log_weights, width, tl.full((), 1, dtype), BLOCK)
+    normaliser = _log_sum(logits, log_weights, width, tl.full((), 1, dtype), BLOCK)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         used = column < width
@@ -125,50 +120,30 @@ def cross_entropy_kernel(
 
 
 @triton.jit
-def mix_item(
-    logits, tails, log_weights, log_probs, target,
-    loss, divergence, cross_entropy, signal, log_student, gradient, finite,
-    item, num_own, width, label, temperature, times, hard_label_weight, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Computes divergence and cross-entropy of an item, and the gradient of their mixture; log s too if asked for.
-
-    The first arguments are the item's rows; its logits from column num_own on are in tails, unless that is None. The
-    results are those of all items.
-    """
-    dtype: tl.constexpr = loss.dtype.element_ty
-    factor = tl.cast(1 / temperature, dtype)
+def factors(temperature, times, hard_label_weight, dtype: tl.constexpr):
+    """The factors 1/τ, (1 - λ) c / τ and λ of a mixture's gradient."""
     soft = tl.cast((1 - hard_label_weight) * times / temperature, dtype)
-    hard = tl.cast(hard_label_weight, dtype)
-    normaliser = _log_sum(logits, tails, num_own, log_weights, width, factor, BLOCK)
-    hard_normaliser = _log_sum(logits, tails, num_own, log_weights, width, tl.full((), 1, dtype), BLOCK)
-    sum_of_terms = tl.full((), 0, dtype)
-    bad = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        used = column < width
-        logit = _load_logits(logits, tails, num_own, column, width).to(dtype)
-        log_weight = tl.load(log_weights + column, used, 0).to(dtype)
-        log_prob = tl.load(log_probs + column, used, 0).to(dtype)
-        wanted = tl.load(target + column, used, 0).to(dtype)
-        log_share = above_minus_inf(logit * factor) - normaliser
-        sum_of_terms += tl.sum(wanted * (above_minus_inf(log_prob) - log_share), 0)
-        slope = (tl.exp(log_share + log_weight) - wanted) * soft
-        slope = tl.where(logit == float("-inf"), 0.0, slope)
-        slope += hard * (tl.exp(logit + log_weight - hard_normaliser) - tl.where(column == label, 1.0, 0.0))
-        error = tl.exp(log_share) - tl.exp(log_prob)
-        is_bad = (error != error) | (tl.abs(error) == float("inf"))
-        bad += (used & (log_weight != float("-inf")) & is_bad).to(tl.int32)
-        out = item * width + column
-        tl.store(signal + out, error, used)
-        if log_student is not None:
-            tl.store(log_student + out, log_share, used)
-        tl.store(gradient + out, slope, used)
-    kd = sum_of_terms * tl.cast(times, dtype)
-    ce = hard_normaliser - tl.load(logits + label).to(dtype)
-    tl.store(divergence + item, kd)
-    tl.store(cross_entropy + item, ce)
-    tl.store(loss + item, kd * tl.cast(1 - hard_label_weight, dtype) + ce * hard)
-    tl.store(finite + item, (tl.sum(bad, 0) == 0).to(tl.uint8))
+    return tl.cast(1 / temperature, dtype), soft, tl.cast(hard_label_weight, dtype)
+
+
+@triton.jit
+def mixed_columns(logit, log_weight, log_prob, wanted, is_label, used, normaliser, hard_normaliser, numbers):
+    """Computes terms of a mixture at columns of an item.
+
+    Returns:
+        the sum of the divergence's terms, the gradient on the logits, log s, the signal, and the number of columns
+        whose signal is not finite.
+    """
+    factor, soft, hard = numbers
+    log_share = above_minus_inf(logit * factor) - normaliser
+    terms = tl.sum(wanted * (above_minus_inf(log_prob) - log_share), 0)
+    slope = (tl.exp(log_share + log_weight) - wanted) * soft
+    slope = tl.where(logit == float("-inf"), 0.0, slope)
+    slope += hard * (tl.exp(logit + log_weight - hard_normaliser) - tl.where(is_label, 1.0, 0.0))
+    error = tl.exp(log_share) - tl.exp(log_prob)
+    is_bad = (error != error) | (tl.abs(error) == float("inf"))
+    bad = tl.sum((used & (log_weight != float("-inf")) & is_bad).to(tl.int32), 0)
+    return terms, slope, log_share, error, bad
 
 
 @triton.jit
@@ -179,13 +154,36 @@ def mixed_kernel(
     temperature: tl.float64, times: tl.float64, hard_label_weight: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The kernels of divergence and cross-entropy in one, with the gradient of their mixture."""
+    dtype: tl.constexpr = loss.dtype.element_ty
     item = tl.program_id(0).to(tl.int64)
-    mix_item(
-        logits + item * logits_stride, None, log_weights + item * log_weights_stride,
-        log_probs + item * log_probs_stride, target + item * target_stride,
-        loss, divergence, cross_entropy, signal, log_student, gradient, finite,
-        item, width, width, label, temperature, times, hard_label_weight, BLOCK,
-    )  # fmt: skip
+    logits += item * logits_stride
+    log_weights += item * log_weights_stride
+    numbers = factors(temperature, times, hard_label_weight, dtype)
+    normaliser = _log_sum(logits, log_weights, width, numbers[0], BLOCK)
+    hard_normaliser = _log_sum(logits, log_weights, width, tl.full((), 1, dtype), BLOCK)
+    sum_of_terms, num_bad = tl.full((), 0, dtype), tl.full((), 0, tl.int32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        used = column < width
+        logit = tl.load(logits + column, used, 0).to(dtype)
+        log_weight = tl.load(log_weights + column, used, 0).to(dtype)
+        log_prob = tl.load(log_probs + item * log_probs_stride + column, used, 0).to(dtype)
+        wanted = tl.load(target + item * target_stride + column, used, 0).to(dtype)
+        terms, slope, log_share, error, bad = mixed_columns(
+            logit, log_weight, log_prob, wanted, column == label, used, normaliser, hard_normaliser, numbers
+        )
+        sum_of_terms += terms
+        num_bad += bad
+        out = item * width + column
+        tl.store(signal + out, error, used)
+        tl.store(log_student + out, log_share, used)
+        tl.store(gradient + out, slope, used)
+    kd = sum_of_terms * tl.cast(times, dtype)
+    ce = hard_normaliser - tl.load(logits + label).to(dtype)
+    tl.store(divergence + item, kd)
+    tl.store(cross_entropy + item, ce)
+    tl.store(loss + item, kd * tl.cast(1 - hard_label_weight, dtype) + ce * numbers[2])
+    tl.store(finite + item, (num_bad == 0).to(tl.uint8))
 
 
 @torch.library.custom_op("hf_dis::sampled_forward_kl", mutates_args=())

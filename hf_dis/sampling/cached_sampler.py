@@ -46,6 +46,8 @@ class CachedSampler(ClassSampler):
         num_sampled, num_shared, num_tails, design, num_updated, seed: as for :class:`ClassSampler`.
     """
 
+    leaves_tails = False
+
     def __init__(
         self,
         proposal: Proposal,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hf_dis.kernels import uses_triton
 from hf_dis.precision import widest
-from hf_dis.sampling.sample import ClassSample, Statistics
-from hf_dis.sampling.tails import ClassDensity, by_tail
+from hf_dis.sampling.sample import Statistics, StepClasses
+from hf_dis.sampling.tails import ClassDensity
 
 if TYPE_CHECKING:
     from hf_dis.head.vocab_shard import VocabShard
@@ -137,7 +137,7 @@ class ClassMemory:
         uniform = floor / self.num_classes
         return ClassDensity(torch.add(mixed, uniform, out=torch.empty_like(mixed, dtype=dtype)))
 
-    def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
+    def statistics(self, sample: StepClasses, signal: Tensor) -> Statistics:
         """Sums over the items of a step.
 
         Returns:
@@ -145,9 +145,9 @@ class ClassMemory:
             An entry of ``tail`` is of a shared class and of the items with this class outside their ranked classes.
             The entry holds the sum of the squared signal over these items, and their number.
         """
-        num_tails, num_shared = sample.tail_ids.shape
+        num_shared = sample.tail_ids.shape[1]
         shape = self.num_classes, 2
-        met = _tail_sums(signal[:, signal.shape[1] - num_shared :], sample.outside_top, sample.finite, num_tails)
+        met = sample.tail_sums(signal[:, signal.shape[1] - num_shared :])
         return {
             "tail": torch.sparse_coo_tensor(sample.tail_ids.reshape(1, -1), met, shape, check_invariants=False),
             "class_mass": sample.class_mass,
@@ -239,24 +239,3 @@ class ClassMemory:
             self._density_age = int(state["density_age"])
         for name, values in self.state_dict().items():
             values.copy_(state[name])
-
-
-def _tail_sums(signal: Tensor, outside_top: Tensor, finite: Tensor | None, num_tails: int) -> Tensor:
-    """Sums over the items of each tail: the squared signal, and the number of items; float32, ``[G·K_t, 2]``.
-
-    Args:
-        signal: at the columns of the tail, ``[N, K_t]``.
-        outside_top: the columns that an item counts, bool, ``[N, K_t]``.
-        finite: the items that count, bool, ``[N]``; all of them if None.
-        num_tails: G.
-    """
-    if finite is not None and uses_triton(signal.device):
-        from hf_dis.sampling.triton_learning import tail_sums
-
-        return tail_sums(signal, outside_top, finite, num_tails)
-    met = outside_top if finite is None else outside_top & finite[:, None]
-    squared = torch.where(met, signal, 0).square()
-    sums = torch.empty(2, num_tails, signal.shape[1], dtype=torch.float32, device=signal.device)
-    for values, total in zip((squared, met), sums, strict=True):
-        torch.sum(by_tail(values, num_tails), 1, dtype=torch.float32, out=total)
-    return sums.flatten(1).T

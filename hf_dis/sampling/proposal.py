@@ -15,7 +15,7 @@ from hf_dis.sampler_spec import SamplerSpec
 from hf_dis.sampling.answers import Answers
 from hf_dis.sampling.class_memory import ClassMemory
 from hf_dis.sampling.rank_proposal import RankProposal
-from hf_dis.sampling.sample import ClassSample, Statistics
+from hf_dis.sampling.sample import Statistics, StepClasses
 from hf_dis.sampling.tails import ClassDensity
 from hf_dis.teacher.targets import TeacherTargets
 
@@ -55,7 +55,7 @@ class Proposal:
         """Density over classes for the shared tail."""
         return ClassDensity(torch.ones(self.num_classes, dtype=widest(self.device), device=self.device))
 
-    def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
+    def statistics(self, sample: StepClasses, signal: Tensor) -> Statistics:
         """The sums over a step that the proposal learns from, dense or sparse; empty if the proposal never learns.
 
         Args:
@@ -148,7 +148,7 @@ class TeacherProposal(Proposal):
         """The teacher's marginal, mixed with the uniform share."""
         return self.memory.density(self.floor, signal_share=0.0)
 
-    def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
+    def statistics(self, sample: StepClasses, signal: Tensor) -> Statistics:
         """As :meth:`ClassMemory.statistics`; empty where there is no shared tail."""
         return self.memory.statistics(sample, signal) if len(sample.class_mass) else {}
 
@@ -200,7 +200,7 @@ class DISProposal(Proposal):
         """Signal and teacher's marginal, mixed with the uniform share."""
         return self.memory.density(self.floor)
 
-    def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
+    def statistics(self, sample: StepClasses, signal: Tensor) -> Statistics:
         """Those of the ranks, unless all of them are certain, and those of the classes, if there is a shared tail."""
         statistics = {} if sample.all_ranks_certain else self.ranks.statistics(sample, signal)
         if sample.tail_ids.numel():

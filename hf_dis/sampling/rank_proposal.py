@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_dis.kernels import uses_triton
 from hf_dis.precision import widest
-from hf_dis.sampling.sample import ClassSample, Statistics
+from hf_dis.sampling.sample import Statistics, StepClasses
 
 
 class RankProposal:
@@ -70,7 +70,7 @@ class RankProposal:
         """The measured D(r), one value per bin of ranks between :attr:`edges`."""
         return (self.squared_signal / self.observed.clamp_min(1e-12)).sqrt()
 
-    def statistics(self, sample: ClassSample, signal: Tensor) -> Statistics:
+    def statistics(self, sample: StepClasses, signal: Tensor) -> Statistics:
         """Importance-weighted sum of the squared signal in each bin of ranks."""
         dtype, finite = self.weights.dtype, sample.finite
         if finite is not None and uses_triton(signal.device):

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.designs import Updates
+from hf_dis.sampling.tails import by_tail
 
 # Sums over the items of a step that a proposal learns from, dense or sparse; summed over processes before an update.
 Statistics = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class ClassSample:
+@dataclass(frozen=True, kw_only=True)
+class StepClasses:
     """The classes of one step: ``R`` per-item columns (K ranked, then the label's if there is one), ``K_t`` shared.
 
     There are G tails, and item i uses tail ``i mod G``.
@@ -29,15 +30,8 @@ class ClassSample:
     Attributes:
         item_ids: class ids sampled per item, ``[N, R]``.
         tail_ids: class ids of each tail, ascending, ``[G, K_t]``.
-        log_weights: log ω of every column, ``[N, R + K_t]``; ``-inf`` where an item does not use a column because
-            another of its columns holds the same class.
-        certain: true where the class had the inclusion probability 1, ``[N, R + K_t]``; true or false at a column that
-            is not used.
-        log_probs: the teacher's log-probabilities at the temperature, ``[N, R + K_t]``.
-        target: estimated teacher probabilities, each item sums to one, ``[N, R + K_t]``.
         ranks: the teacher's rank of the K ranked columns, ``[N, K]``; 0 is the best-ranked class.
         rank_weights: ω of the K ranked columns before the label is taken out, ``[N, K]``.
-        outside_top: true where a shared class lies outside the item's ranked classes, ``[N, K_t]``.
         class_mass: the teacher's probability of each class outside the items' ranked classes, summed over items, to
             rounding, ``[C]``; empty for a proposal without a use for it.
         has_label: column ``R - 1`` is the label's.
@@ -49,13 +43,8 @@ class ClassSample:
 
     item_ids: Tensor
     tail_ids: Tensor
-    log_weights: Tensor
-    certain: Tensor
-    log_probs: Tensor
-    target: Tensor
     ranks: Tensor
     rank_weights: Tensor
-    outside_top: Tensor
     class_mass: Tensor
     has_label: bool
     with_replacement: bool
@@ -70,6 +59,51 @@ class ClassSample:
     def label_column(self) -> int:
         """The column of the label, where the sample was made with labels."""
         return self.item_ids.shape[1] - 1
+
+    def tail_sums(self, signal: Tensor) -> Tensor:
+        """Sums over the items of each tail: the squared signal, and the number of items; float32, ``[G·K_t, 2]``.
+
+        An item counts at the classes outside its ranked ones.
+
+        Args:
+            signal: at the columns of the tail, ``[N, K_t]``.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSample(StepClasses):
+    """The classes of one step with all columns.
+
+    Attributes:
+        log_weights: log ω of every column, ``[N, R + K_t]``; ``-inf`` where an item does not use a column because
+            another of its columns holds the same class.
+        certain: true where the class had the inclusion probability 1, ``[N, R + K_t]``; true or false at a column that
+            is not used.
+        log_probs: the teacher's log-probabilities at the temperature, ``[N, R + K_t]``.
+        target: estimated teacher probabilities, each item sums to one, ``[N, R + K_t]``.
+        outside_top: true where a shared class lies outside the item's ranked classes, ``[N, K_t]``.
+    """
+
+    log_weights: Tensor
+    certain: Tensor
+    log_probs: Tensor
+    target: Tensor
+    outside_top: Tensor
+
+    def tail_sums(self, signal: Tensor) -> Tensor:
+        """As :meth:`StepClasses.tail_sums`."""
+        num_tails = len(self.tail_ids)
+        if self.finite is not None and uses_triton(signal.device):
+            from hf_dis.sampling.triton_learning import tail_sums
+
+            return tail_sums(signal, self.outside_top, self.finite, num_tails)
+        met = self.outside_top if self.finite is None else self.outside_top & self.finite[:, None]
+        squared = torch.where(met, signal, 0).square()
+        sums = torch.empty(2, num_tails, signal.shape[1], dtype=torch.float32, device=signal.device)
+        for values, total in zip((squared, met), sums, strict=True):
+            torch.sum(by_tail(values, num_tails), 1, dtype=torch.float32, out=total)
+        return sums.flatten(1).T
 
     def finite_items(self, signal: Tensor) -> Tensor:
         """True for items whose signal is finite at every column that they use, ``[N]`` for ``[N, R + K_t]``.

@@ -17,12 +17,13 @@ from hf_dis.sampler_spec import SamplerSpec
 from hf_dis.sampling.all_ranks import sample_all_ranks
 from hf_dis.sampling.answers import Answers, Logits, Ranked
 from hf_dis.sampling.budget import Budget, Variances
+from hf_dis.sampling.by_kernels import RankPoints, SampleWithoutTails, Sampling
 from hf_dis.sampling.class_memory import sampled_mass
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, systematic_starts
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal, make_proposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum, item_counts, label_stratum, normalised
 from hf_dis.sampling.sharded_tails import ShardedTails
-from hf_dis.sampling.tails import Tails, is_outside
+from hf_dis.sampling.tails import Tails, is_outside, no_class
 from hf_dis.teacher.targets import TeacherTargets
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ class ClassSampler:
     Attributes:
         budget: chooses K and K_t of the next batch by the error of the gradient; None: they are fixed.
         not_finite: the number of items so far from which the proposal did not learn, their signal being NaN or Inf.
+        leaves_tails: the samplers of the class have :meth:`sample_without_tails`.
     """
+
+    leaves_tails = True
 
     def __init__(
         self,
@@ -96,22 +100,34 @@ class ClassSampler:
                 next is made.
             labels: class ids ``[N]``; always in the sample if given.
         """
+        sample = self._sample(teacher, self._tails(), labels)
+        return replace(sample, updates=self._updates(len(sample)))
+
+    def sample_without_tails(self, teacher: Iterable[TeacherTargets], labels: Tensor | None) -> SampleWithoutTails:
+        """As :meth:`sample`, by kernels; the columns of the tails are left to the kernel that needs them."""
+        tails = self._tails()
         if self.num_shared:
-            density = self.proposal.class_density()
-            tails = self._shared.sample(density, self.num_shared, self.num_tails, self.generator)
+            answers, class_mass = self._answers(teacher, tails, labels)
+            sample = self._sampling(answers, tails, labels, class_mass).without_tails()
         else:
-            none = torch.empty(1, 0, dtype=torch.long, device=self.proposal.device)
-            tails = Tails(none, none.to(widest(none.device)))
-        sample = self._sample(teacher, tails, labels)
+            sample = SampleWithoutTails.of(self._sample(teacher, tails, labels))
+        return replace(sample, updates=self._updates(len(sample)))
+
+    def _tails(self) -> Tails:
+        if not self.num_shared:
+            return no_class(self.proposal.device)
+        return self._shared.sample(self.proposal.class_density(), self.num_shared, self.num_tails, self.generator)
+
+    def _updates(self, num_items: int) -> Updates | None:
         if self.num_updated is None:
-            return sample
+            return None
         start = torch.rand((), dtype=torch.float64, generator=self.generator)
-        return replace(sample, updates=Updates(self.num_updated * len(sample), float(start)))
+        return Updates(self.num_updated * num_items, float(start))
 
     def _sample(self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None) -> ClassSample:
         answers, class_mass = self._answers(teacher, tails, labels)
         if self.num_shared and uses_triton(answers.ids.device):
-            return self._assembled(answers, tails, labels, class_mass)
+            return self._sampling(answers, tails, labels, class_mass).assembled()
         if self._samples_all_ranks:
             return sample_all_ranks(answers, tails, labels, class_mass, self._ranks)
         ranked, outside_top = answers.ranked or self._sample_ranked(answers), is_outside(answers.ids, tails.ids)
@@ -148,21 +164,14 @@ class ClassSampler:
         """Each item samples all its m ranks, in their order."""
         return self.num_shared > 0 and self.design == "pps" and self.num_sampled == self.num_ranks
 
-    def _assembled(self, answers: Answers, tails: Tails, labels: Tensor | None, class_mass: Tensor) -> ClassSample:
-        """The same sample by kernels, which make all columns of an item at a time."""
-        from hf_dis.sampling.triton_assembly import assemble, rank_inclusion
-
-        if self._samples_all_ranks:  # the generator is left as without kernels
-            ranks = None, None, None
-        else:
+    def _sampling(self, answers: Answers, tails: Tails, labels: Tensor | None, class_mass: Tensor) -> Sampling:
+        """The classes of which kernels make the columns."""
+        points = RankPoints()
+        if not self._samples_all_ranks:  # else the generator is left as without kernels
             density = self.proposal.rank_density(answers)
             starts = systematic_starts(len(answers.ids), self.num_sampled, self.generator, density.device)
-            ranks = *rank_inclusion(density.view(-1, density.shape[-1]), self.num_sampled), starts
-        given = answers.ids, answers.columns, *tails, *ranks, labels
-        names = ("item_ids", "log_weights", "certain", "log_probs", "target", "ranks", "rank_weights", "outside_top")
-        columns = zip(names, assemble(*given, self.num_sampled), strict=True)
-        others = {"class_mass": class_mass, "has_label": labels is not None, "with_replacement": False}
-        return ClassSample(tail_ids=tails.ids, all_ranks_certain=self._samples_all_ranks, **dict(columns), **others)
+            points = RankPoints.of(density, self.num_sampled, starts)
+        return Sampling(answers, tails, points, labels, class_mass, self.num_sampled)
 
     def _answers(
         self, teacher: Iterable[TeacherTargets], tails: Tails, labels: Tensor | None

@@ -167,6 +167,12 @@ def every_class(num_classes: int, device: torch.device) -> Tails:
     return Tails(ids, torch.ones_like(ids, dtype=widest(device)))
 
 
+def no_class(device: torch.device | str) -> Tails:
+    """One tail of no class."""
+    none = torch.empty(1, 0, dtype=torch.long, device=device)
+    return Tails(none, none.to(widest(none.device)))
+
+
 def share_of_certain(total: Tensor, largest: Tensor, numbers: Tensor, num_classes: int) -> Tensor:
     """Finds the density from which on a class is certain to be in a tail: 1 / κ.
 

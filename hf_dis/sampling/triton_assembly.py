@@ -29,21 +29,27 @@ def inclusion_kernel(density, expected, cumulative, num_entries, num_sampled, de
 
 
 @triton.jit
-def _tail_columns(ids, tail_ids, inclusion, log_probs, column, num_shared, depth, label, HAS_LABEL: tl.constexpr):
-    """Reads columns of an item's tail.
+def is_held(ids, own, depth):
+    """Tells the classes that are among the first of an item's classes."""
+    held = tl.zeros(own.shape, tl.int32)
+    for rank in range(0, depth):
+        held += (own == tl.load(ids + rank)).to(tl.int32)
+    return held > 0
+
+
+@triton.jit
+def tail_columns(ids, tail_ids, inclusion, log_probs, column, num_shared, depth, label, HAS_LABEL: tl.constexpr):
+    """Reads columns of an item's tail; the log-probabilities are those of the tail.
 
     Returns:
         true where the class is outside the item's ranked classes, log p, log ω, and true where certain.
     """
     used = column < num_shared
     own = tl.load(tail_ids + column, used, -1)
-    held = tl.zeros(column.shape, tl.int32)
-    for rank in range(0, depth):
-        held += (own == tl.load(ids + rank)).to(tl.int32)
     chance = tl.load(inclusion + column, used, 1)
-    log_prob = tl.load(log_probs + depth + column, used, float("-inf"))
+    log_prob = tl.load(log_probs + column, used, float("-inf"))
     log_weight = -tl.log(chance.to(log_prob.dtype))
-    out = used & (held == 0)
+    out = used & (is_held(ids, own, depth) == 0)
     if HAS_LABEL:
         log_weight = tl.where(out & (own != label), log_weight, float("-inf"))
     else:
@@ -52,18 +58,35 @@ def _tail_columns(ids, tail_ids, inclusion, log_probs, column, num_shared, depth
 
 
 @triton.jit
-def _tail_target(peak, total, exact, mass, ids, tail_ids, inclusion, log_probs, num_shared, depth, label,
+def add_target(peak, total, exact, log_prob, log_weight, is_certain):
+    """Adds columns of a tail: peak and sum of ω·p where not certain, and the mass of the certain columns."""
+    weighted = log_prob + log_weight
+    exact += tl.sum(tl.where(is_certain, tl.exp(weighted), 0.0), 0)
+    peak, total = add_exponentials(peak, total, tl.where(is_certain, float("-inf"), weighted))
+    return peak, total, exact
+
+
+@triton.jit
+def _tail_target(mass, ids, tail_ids, inclusion, log_probs, num_shared, depth, label,
                  HAS_LABEL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Sums a tail: the highest log ω·p of classes that are not certain, their exponentials, and certain ones' mass."""
+    """Sums a tail by add_target, and finds the rest of its mass, which the columns that are not certain share."""
+    peak, zero = tl.full((), float("-inf"), log_probs.dtype.element_ty), tl.full((), 0, log_probs.dtype.element_ty)
+    total, exact = zero, zero
     for start in range(0, num_shared, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        _, log_prob, log_weight, is_certain = _tail_columns(
+        _, log_prob, log_weight, is_certain = tail_columns(
             ids, tail_ids, inclusion, log_probs, column, num_shared, depth, label, HAS_LABEL
         )
-        weighted = log_prob + log_weight
-        exact += tl.sum(tl.where(is_certain, tl.exp(weighted), 0.0), 0)
-        peak, total = add_exponentials(peak, total, tl.where(is_certain, float("-inf"), weighted))
+        peak, total, exact = add_target(peak, total, exact, log_prob, log_weight, is_certain)
     return peak, total, tl.maximum(mass - exact, 0), exact
+
+
+@triton.jit
+def share_of_tail(log_prob, log_weight, is_certain, peak, total, rest):
+    """The target of columns of a tail: p of certain ones, and a share of the rest of their mass."""
+    weighted = log_prob + log_weight
+    part = _share(tl.where(is_certain, float("-inf"), weighted), peak, total, rest)
+    return part + tl.where(is_certain, tl.exp(weighted), 0.0)
 
 
 @triton.jit
@@ -98,12 +121,57 @@ def _masses(ids, log_probs, depth, label, label_prob, BLOCK_DEPTH: tl.constexpr)
 
 
 @triton.jit
-def _ranked_target(peak, total, weighted, is_certain, mass):
+def _ranked_target(weighted, is_certain, mass):
     """The target of the ranked columns: p of certain ones, and a share of the rest of their mass."""
     exact = tl.where(is_certain, tl.exp(weighted), 0.0)
     open = tl.where(is_certain, float("-inf"), weighted)
-    peak, total = add_exponentials(peak, total, open)
+    peak, total = add_exponentials(tl.full((), float("-inf"), exact.dtype), tl.full((), 0, exact.dtype), open)
     return exact + _share(open, peak, total, tl.maximum(mass - tl.sum(exact, 0), 0))
+
+
+@triton.jit
+def ranked_columns(
+    ids, log_probs, expected, cumulative, starts, labels, label_log_probs, ranks, rank_weights,
+    item, k, depth, num_sampled, density_stride,
+    HAS_LABEL: tl.constexpr, ALL_RANKS: tl.constexpr, STEPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Samples K ranks of an item, of which ids, log_probs and label_log_probs are, and stores ranks and weights.
+
+    Returns:
+        of each rank class, log p, log ω, true where certain, and target. Of the item label, log p of the label, and
+        the mass of all classes that are neither ranked nor the label.
+    """
+    dtype: tl.constexpr = log_probs.dtype.element_ty
+    label, label_log_prob, label_prob = tl.full((), -1, tl.int64), tl.full((), 0, dtype), tl.full((), 0, dtype)
+    if HAS_LABEL:
+        label = tl.load(labels + item)
+        label_log_prob = tl.load(label_log_probs)
+        label_prob = tl.exp(label_log_prob)
+    mass, other_mass = _masses(ids, log_probs, depth, label, label_prob, BLOCK_DEPTH)
+    used = k < num_sampled
+    if ALL_RANKS:
+        rank = tl.minimum(k, depth - 1)
+        chance = tl.full(k.shape, 1, dtype)
+    else:
+        row = item * density_stride
+        rank, chance = _ranks(expected + row, cumulative + row, tl.load(starts + item) + k, depth, STEPS)
+    own = tl.load(ids + rank)
+    log_prob = tl.load(log_probs + rank)
+    log_weight = -tl.log(chance).to(dtype)
+    tl.store(ranks + item * num_sampled + k, rank.to(tl.int64), used)
+    tl.store(rank_weights + item * num_sampled + k, tl.exp(log_weight), used)
+    if HAS_LABEL:
+        log_weight = tl.where(own == label, float("-inf"), log_weight)
+    is_certain = used & (chance >= 1)
+    weighted = tl.where(used, log_prob + log_weight, float("-inf"))
+    wanted = _ranked_target(weighted, is_certain, mass)
+    return own, log_prob, log_weight, is_certain, wanted, label, label_log_prob, other_mass
+
+
+@triton.jit
+def all_mass(own, tail_exact, tail_total, tail_rest):
+    """Sums the targets of an item's own classes and of its tail, and avoids a division by 0."""
+    return tl.maximum(own + tail_exact + tl.where(tail_total > 0, tail_rest, 0.0), 1.1754943508222875e-38)
 
 
 @triton.jit
@@ -124,12 +192,10 @@ def _store_tail(
     """Stores the columns of an item's tail."""
     for start in range(0, num_shared, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        is_out, log_prob, log_weight, is_certain = _tail_columns(
+        is_out, log_prob, log_weight, is_certain = tail_columns(
             ids, tail_ids, inclusion, log_probs, column, num_shared, depth, label, HAS_LABEL
         )
-        product = log_prob + log_weight
-        part = _share(tl.where(is_certain, float("-inf"), product), peak, total, rest)
-        part += tl.where(is_certain, tl.exp(product), 0.0)
+        part = share_of_tail(log_prob, log_weight, is_certain, peak, total, rest)
         inside = column < num_shared
         _store(out, num_own + column, inside, log_weight, is_certain, log_prob, part / total_target)
         tl.store(outside_top + column, is_out.to(tl.uint8), inside)
@@ -144,7 +210,6 @@ def assemble_kernel(
     BLOCK_DEPTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program makes the columns of an item: K ranks, the label, and the tail."""
-    dtype: tl.constexpr = target.dtype.element_ty
     item = tl.program_id(0).to(tl.int64)
     ids, log_probs = ids + item * ids_stride, log_probs + item * log_probs_stride
     tail_ids += item % num_tails * num_shared
@@ -152,45 +217,26 @@ def assemble_kernel(
     num_own = num_sampled + (1 if HAS_LABEL else 0)
     first = item * (num_own + num_shared)
 
-    label, label_prob = tl.full((), -1, tl.int64), tl.full((), 0, dtype)
-    if HAS_LABEL:
-        label = tl.load(labels + item)
-        label_log_prob = tl.load(log_probs + depth + num_shared)
-        label_prob = tl.exp(label_log_prob)
-    mass, tail_mass = _masses(ids, log_probs, depth, label, label_prob, BLOCK_DEPTH)
-
     k = tl.arange(0, BLOCK_RANKS)
-    used = k < num_sampled
-    if ALL_RANKS:
-        rank = tl.minimum(k, depth - 1)
-        chance = tl.full((BLOCK_RANKS,), 1, dtype)
-    else:
-        row = item * density_stride
-        rank, chance = _ranks(expected + row, cumulative + row, tl.load(starts + item) + k, depth, STEPS)
-    own = tl.load(ids + rank)
-    log_prob = tl.load(log_probs + rank)
-    log_weight = -tl.log(chance).to(dtype)
-    tl.store(ranks + item * num_sampled + k, rank.to(tl.int64), used)
-    tl.store(rank_weights + item * num_sampled + k, tl.exp(log_weight), used)
-    if HAS_LABEL:
-        log_weight = tl.where(own == label, float("-inf"), log_weight)
-    is_certain = used & (chance >= 1)
-    no_peak, zero = tl.full((), float("-inf"), dtype), tl.full((), 0, dtype)
-    weighted = tl.where(used, log_prob + log_weight, float("-inf"))
-    wanted = _ranked_target(no_peak, zero, weighted, is_certain, mass)
-
+    own, log_prob, log_weight, is_certain, wanted, label, label_log_prob, tail_mass = ranked_columns(
+        ids, log_probs, expected, cumulative, starts, labels, log_probs + depth + num_shared, ranks, rank_weights,
+        item, k, depth, num_sampled, density_stride, HAS_LABEL, ALL_RANKS, STEPS, BLOCK_DEPTH,
+    )  # fmt: skip
+    label_prob = tl.exp(label_log_prob) if HAS_LABEL else 0.0
+    log_probs += depth  # those of the tail
     tail_peak, tail_total, tail_rest, tail_exact = _tail_target(
-        no_peak, zero, zero, tail_mass, ids, tail_ids, inclusion, log_probs, num_shared, depth, label, HAS_LABEL, BLOCK
+        tail_mass, ids, tail_ids, inclusion, log_probs, num_shared, depth, label, HAS_LABEL, BLOCK
     )
-    total_target = tl.sum(wanted, 0) + label_prob + tail_exact + tl.where(tail_total > 0, tail_rest, 0.0)
-    total_target = tl.maximum(total_target, 1.1754943508222875e-38)
+    total_target = all_mass(tl.sum(wanted, 0) + label_prob, tail_exact, tail_total, tail_rest)
 
+    used = k < num_sampled
     out = (log_weights + first, certain + first, out_log_probs + first, target + first)
     tl.store(item_ids + item * num_own + k, own, used)
     _store(out, k, used, log_weight, is_certain, log_prob, wanted / total_target)
     if HAS_LABEL:
         tl.store(item_ids + item * num_own + num_sampled, label)
-        _store(out, num_sampled, label == label, zero, label == label, label_log_prob, label_prob / total_target)
+        is_there = label == label
+        _store(out, num_sampled, is_there, 0.0, is_there, label_log_prob, label_prob / total_target)
 
     _store_tail(
         out, num_own, outside_top + item * num_shared, ids, tail_ids, inclusion, log_probs, num_shared, depth, label,
@@ -269,21 +315,10 @@ def assemble(
     blocks = {"BLOCK_RANKS": block_size(num_sampled, 2**20), "BLOCK_DEPTH": block_size(depth, 2**20)}
     with torch.cuda.device_of(ids):
         assemble_kernel[(len(ids),)](
-            ids,
-            log_probs,
-            *given,
-            *by_bytes,
-            depth,
-            num_sampled,
-            num_shared,
-            num_tails,
-            *strides,
-            HAS_LABEL=labels is not None,
-            ALL_RANKS=takes_all,
-            STEPS=depth.bit_length() + 1,
-            BLOCK=block_size(num_shared, BLOCK),
-            **blocks,
-        )
+            ids, log_probs, *given, *by_bytes, depth, num_sampled, num_shared, num_tails, *strides,
+            HAS_LABEL=labels is not None, ALL_RANKS=takes_all, STEPS=depth.bit_length() + 1,
+            BLOCK=block_size(num_shared, BLOCK), **blocks,
+        )  # fmt: skip
     return columns
 
 

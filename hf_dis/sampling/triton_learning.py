@@ -69,28 +69,31 @@ def rank_sums_kernel(
 
 @triton.jit
 def tail_sums_kernel(
-    signal,
-    outside_top,
-    finite,
-    out,
-    num_items,
-    num_shared,
-    num_tails,
-    signal_stride,
-    outside_stride,
-    BLOCK_ITEMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A program sums squares and items of BLOCK columns over the items of a tail."""
+    signal, outside_top, held_ids, tail_ids, finite, out,
+    num_items, num_shared, num_tails, num_held, signal_stride, met_stride,
+    BLOCK_ITEMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program sums squares and items of BLOCK columns over the items of a tail.
+
+    The columns that an item counts are marked, or are those that its held classes lack.
+    """
     tail = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), out.dtype.element_ty)
     items = tl.zeros((BLOCK,), out.dtype.element_ty)
+    if tail_ids is not None:
+        own = tl.load(tail_ids + tail * num_shared + column, column < num_shared, -1)
     for start in range(0, tl.cdiv(num_items, num_tails), BLOCK_ITEMS):
         item = tail + (start + tl.arange(0, BLOCK_ITEMS)).to(tl.int64) * num_tails
         is_finite = tl.load(finite + item, item < num_items, 0) != 0
         used = is_finite[:, None] & (column < num_shared)[None, :]
-        met = tl.load(outside_top + (item * outside_stride)[:, None] + column[None, :], used, 0) != 0
+        if tail_ids is None:
+            met = tl.load(outside_top + (item * met_stride)[:, None] + column[None, :], used, 0) != 0
+        else:
+            met = used
+            for rank in range(0, num_held):
+                held = tl.load(held_ids + item * met_stride + rank, is_finite, -1)
+                met = met & (held[:, None] != own[None, :])
         value = tl.load(signal + (item * signal_stride)[:, None] + column[None, :], met, 0).to(squares.dtype)
         squares += tl.sum(value * value, 0)
         items += tl.sum(met.to(items.dtype), 0)
@@ -175,7 +178,7 @@ def _rank_sums(signal: Tensor, edges: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("hf_dis::tail_sums", mutates_args=())
 def tail_sums(signal: Tensor, outside_top: Tensor, finite: Tensor, num_tails: int) -> Tensor:
-    """Sums over the items of each tail, as :meth:`hf_dis.sampling.class_memory.ClassMemory.statistics` does.
+    """Sums over the items of each tail, as :meth:`hf_dis.sampling.sample.ClassSample.tail_sums` does.
 
     Args:
         signal: at the columns of the tail, ``[N, K_t]``.
@@ -186,19 +189,55 @@ def tail_sums(signal: Tensor, outside_top: Tensor, finite: Tensor, num_tails: in
     Returns:
         sum of the squares, and number of items, float32, ``[G·K_t, 2]``.
     """
-    signal, outside_top = unit_columns(signal), unit_columns(outside_top.view(torch.uint8))
-    num_items, num_shared = signal.shape
-    out = signal.new_empty(num_tails * num_shared, 2, dtype=torch.float32)
-    sizes = num_items, num_shared, num_tails, signal.stride(0), outside_top.stride(0)
-    with torch.cuda.device_of(signal):
-        tail_sums_kernel[num_tails, triton.cdiv(num_shared, 32)](
-            signal, outside_top, finite.view(torch.uint8), out, *sizes, BLOCK_ITEMS=32, BLOCK=32
-        )
-    return out
+    outside_top = unit_columns(outside_top.view(torch.uint8))
+    return _summed(signal, outside_top, None, None, finite, num_tails, 0, outside_top.stride(0))
 
 
 @tail_sums.register_fake
 def _(signal, outside_top, finite, num_tails):
+    return _tail_sums(signal, num_tails)
+
+
+@torch.library.custom_op("hf_dis::tail_sums_outside", mutates_args=())
+def tail_sums_outside(signal: Tensor, held_ids: Tensor, tail_ids: Tensor, finite: Tensor) -> Tensor:
+    """Sums as :func:`tail_sums` at the columns whose classes are not among those of the item.
+
+    Args:
+        signal: at the columns of the tail, ``[N, K_t]``.
+        held_ids: classes of each item, ``[N, m]``.
+        tail_ids: classes of each tail, ``[G, K_t]``.
+        finite: the items to sum, bool, ``[N]``.
+    """
+    held_ids = unit_columns(held_ids)
+    given = None, held_ids, tail_ids.contiguous(), finite
+    return _summed(signal, *given, len(tail_ids), held_ids.shape[1], held_ids.stride(0))
+
+
+@tail_sums_outside.register_fake
+def _(signal, held_ids, tail_ids, finite):
+    return _tail_sums(signal, len(tail_ids))
+
+
+def _summed(
+    signal: Tensor,
+    outside_top: Tensor | None,
+    held_ids: Tensor | None,
+    tail_ids: Tensor | None,
+    finite: Tensor,
+    num_tails: int,
+    num_held: int,
+    met_stride: int,
+) -> Tensor:
+    signal = unit_columns(signal)
+    out, (num_items, num_shared) = _tail_sums(signal, num_tails), signal.shape
+    sizes = num_items, num_shared, num_tails, num_held, signal.stride(0), met_stride
+    given = outside_top, held_ids, tail_ids, finite.view(torch.uint8)
+    with torch.cuda.device_of(signal):
+        tail_sums_kernel[num_tails, triton.cdiv(num_shared, 32)](signal, *given, out, *sizes, BLOCK_ITEMS=32, BLOCK=32)
+    return out
+
+
+def _tail_sums(signal: Tensor, num_tails: int) -> Tensor:
     return signal.new_empty(num_tails * signal.shape[1], 2, dtype=torch.float32)
 
 

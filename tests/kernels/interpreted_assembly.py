@@ -10,6 +10,7 @@ from hf_dis import SamplerSpec, make_sampler
 from hf_dis.kernels import VARIABLE
 from hf_dis.sampling import triton_assembly as kernels
 from hf_dis.sampling.designs import inclusion_probabilities
+from hf_dis.sampling.triton_item_columns import item_columns
 from hf_dis.teacher import triton_ranking
 from hf_dis.teacher.ranking import top_ranked
 from hf_dis.teacher.targets import TeacherTargets
@@ -175,3 +176,6 @@ def test_the_operations_are_well_formed():
         expected = kernels.rank_inclusion(density, 2)
         opcheck(kernels.assemble, (ids, columns, tails, inclusion, *expected, starts, given, 2))
         opcheck(kernels.assemble, (ids, columns, tails, inclusion, None, None, None, given, 3))
+        of_label = None if given is None else columns[:, -1:]
+        for points, number in (((*expected, starts), 2), ((None, None, None), 3)):
+            opcheck(item_columns, (ids, columns[:, :3], of_label, *points, given, number))

@@ -86,6 +86,21 @@ def test_items_are_finite_where_their_used_columns_are(dtype):
     assert kernels.finite_items(signal, log_weights).tolist() == [True, False, False, False, True, False]
 
 
+@pytest.mark.parametrize(
+    ("num_items", "num_tails", "num_shared", "num_held"), [(70, 3, 5, 2), (5, 2, 40, 1), (3, 4, 3, 0)]
+)
+def test_sums_over_classes_that_an_item_does_not_hold(num_items, num_tails, num_shared, num_held):
+    """By the marks of these classes, or by the classes that the item holds; a block is of 32 items and columns."""
+    signal, finite = torch.randn(num_items, num_shared), torch.rand(num_items) < 0.8
+    held = torch.randint(60, (num_items, num_held))
+    tails = torch.stack([torch.randperm(60)[:num_shared] for _ in range(num_tails)])
+    of_items = tails[torch.arange(num_items) % num_tails]
+    outside = (of_items[:, :, None] != held[:, None]).all(2)
+    found = kernels.tail_sums_outside(signal, held, tails, finite)
+    assert torch.equal(found, kernels.tail_sums(signal, outside, finite, num_tails))
+    assert found[:, 1].sum() == outside[finite].sum() < finite.sum() * num_shared or not num_held
+
+
 @pytest.mark.parametrize("num_items", [0, 5, 5000])
 def test_items_are_counted(num_items):
     finite = torch.rand(num_items) < 0.5
@@ -99,6 +114,8 @@ def test_the_operations_are_well_formed():
     opcheck(kernels.item_counts, (finite,))
     opcheck(kernels.rank_sums, (signal, torch.rand(5, 3), ranks, finite, edges, torch.float64))
     opcheck(kernels.tail_sums, (signal[:, 3:], torch.rand(5, 4) < 0.5, finite, 2))
+    tails = torch.stack([torch.randperm(9)[:4] for _ in range(2)])
+    opcheck(kernels.tail_sums_outside, (signal[:, 3:], ranks, tails, finite))
     bins = [torch.rand(3, dtype=torch.float64) for _ in range(4)]
     scales, one = torch.rand(2, dtype=torch.float64), torch.ones((), dtype=torch.float64)
     masses, items = torch.rand(2, 3, dtype=torch.float64), torch.tensor(5)

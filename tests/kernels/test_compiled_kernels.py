@@ -8,11 +8,18 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hf_dis.fused import triton_sampled_head  # noqa: E402
+from hf_dis.fused import triton_sampled_head, triton_tails_gradient  # noqa: E402
 from hf_dis.head import triton_adamw, triton_contributions, triton_products, triton_rows  # noqa: E402
 from hf_dis.loss import triton_exact, triton_exact_sums, triton_sampled  # noqa: E402
 from hf_dis.models import triton_gathered  # noqa: E402
-from hf_dis.sampling import triton_assembly, triton_cached, triton_learning, triton_steps, triton_tails  # noqa: E402
+from hf_dis.sampling import (  # noqa: E402
+    triton_assembly,
+    triton_cached,
+    triton_item_columns,
+    triton_learning,
+    triton_steps,
+    triton_tails,
+)
 from hf_dis.teacher import triton_normaliser, triton_ranking, triton_stored  # noqa: E402
 
 NAMES = {
@@ -27,7 +34,9 @@ NORMALISER = {"GROUP": 8, "BLOCK": 8192}
 MASS = {"BLOCK_ITEMS": 16, "BLOCK_CLASSES": 256}
 STEP = {"BLOCK_ROWS": 2, "BLOCK_WIDTH": 512}
 WIDE = {"WIDE": triton.language.float32}
-ASSEMBLY = {"HAS_LABEL": True, "ALL_RANKS": False, "STEPS": 6, "BLOCK_RANKS": 32, "BLOCK_DEPTH": 64, "BLOCK": 512}
+COLUMNS = {"HAS_LABEL": True, "ALL_RANKS": False, "STEPS": 6, "BLOCK_RANKS": 32, "BLOCK_DEPTH": 64}
+ASSEMBLY = COLUMNS | {"BLOCK": 512}
+TAILS = {"BLOCK_ITEMS": 128, "BLOCK_SHARED": 64, "BLOCK_WIDTH": 128}
 INCLUSION = {"STEPS": 4, "BLOCK": 4096}
 PARTS = {"HAS_CAP": True, "PART": 2**15, "BLOCK": 4096}
 TERMS = {"HARD": 2} | PARTS | {"BLOCK_PARTS": 32, "BLOCK_STORED": 32}
@@ -66,11 +75,16 @@ CASES = {
     "mixture": (triton_sampled.mixed_kernel, ["ffffffffffu", "bfffffffffu"], "iiiiiinnn", {"BLOCK": 1024}),
     "head": (
         triton_sampled_head.head_kernel,
-        ["bflbfff" + "bffffbbu", "fflffff" + "fffffffu", "bblbfff" + "bffffbbu"],
-        "iiiiiiiiinnn",
-        WIDE | PRODUCTS | {"BLOCK": 1024},
+        ["bflfff" + "bldffl" + "bffbbbu", "fflfff" + "fldffl" + "ffffffu", "bblfff" + "bldffl" + "bffbbbu"],
+        "iiiiiiiiiiiinnn",
+        WIDE | PRODUCTS | {"BLOCK_OWN": 32, "BLOCK": 1024},
     ),
-    "scaled sum": (triton_sampled_head.scaled_sum_kernel, ["bbff", "ffff"], "iii", WIDE | {"BLOCK_WIDTH": 1024}),
+    "tails gradient": (
+        triton_tails_gradient.tails_gradient_kernel,
+        ["bbbff", "bbbfb", "fffff"],
+        "iiiii",
+        WIDE | {"WIDENS": False, "PRECISION": "ieee"} | TAILS,
+    ),
     "starts": (triton_contributions.starts_kernel, ["lll"], "i", {"BLOCK": 4096}),
     "lengths": (triton_contributions.lengths_kernel, ["fff", "bbf", "ddd"], "iiiii", {"BLOCK": 4, "BLOCK_WIDTH": 512}),
     "contributions": (
@@ -112,6 +126,13 @@ CASES = {
         "iiiiiii",
         ASSEMBLY | {"ALL_RANKS": True},
     ),
+    "item columns": (triton_item_columns.item_columns_kernel, ["lffdddl" + "lffffl" + "f"], "iiiiii", COLUMNS),
+    "item columns of all ranks": (
+        triton_item_columns.item_columns_kernel,
+        ["lff---l" + "lffffl" + "f"],
+        "iiiiii",
+        COLUMNS | {"ALL_RANKS": True},
+    ),
     "class sums": (triton_tails.class_sums_kernel, ["ffd"], "i", {"BLOCK": 4096}),
     "class density": (triton_tails.class_density_kernel, ["ffddd"], "iinnn", {"BLOCK": 4096, "BLOCK_SUMS": 64}),
     "tail scale": (triton_tails.tail_scale_kernel, ["ddd"], "iin", {"BLOCK": 1024}),
@@ -124,7 +145,8 @@ CASES = {
         "iiiiii",
         {"ITEMS": 64, "BLOCK": 32, "BLOCK_BINS": 16},
     ),
-    "tail sums": (triton_learning.tail_sums_kernel, ["fuuf", "buuf"], "iiiii", {"BLOCK_ITEMS": 32, "BLOCK": 32}),
+    "tail sums": (triton_learning.tail_sums_kernel, ["fu--uf", "bu--uf"], "iiiiii", {"BLOCK_ITEMS": 32, "BLOCK": 32}),
+    "tail sums outside": (triton_learning.tail_sums_kernel, ["f-lluf"], "iiiiii", {"BLOCK_ITEMS": 32, "BLOCK": 32}),
     "rank steps": (triton_steps.step_ranks_kernel, ["dldddddd"], "iin", {"BLOCK_SCALES": 8, "BLOCK_BINS": 16}),
     "class steps": (triton_steps.step_classes_kernel, ["lff"], "in", {"BLOCK": 256}),
     "marginal": (triton_steps.step_marginal_kernel, ["fllf"], "in", {"BLOCK": 1024}),
@@ -172,7 +194,7 @@ CASES = {
     ),
     "cross-entropy": (triton_sampled.cross_entropy_kernel, ["ffff", "bfff"], "iiii", {"BLOCK": 1024}),
 }
-WARPS = {"head": triton_sampled_head.WARPS}
+WARPS = {"head": triton_sampled_head.WARPS, "tails gradient": 8}
 # A product of two 32-bit integers in Triton's intermediate language.
 NARROW = r"arith\.muli .*: (tensor<[\dx]*)?i32"
 
