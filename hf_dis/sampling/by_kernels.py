@@ -80,7 +80,7 @@ class Sampling(NamedTuple):
 
         answers, tails = self.answers, self.tails
         names = ("item_ids", "log_weights", "log_probs", "target", "tail_mass", "ranks", "rank_weights")
-        given = answers.ids, answers.log_probs, answers.label_log_probs, *self.points, self.labels, self.num_sampled
+        given = answers.ids, answers.log_probs, answers.label_log_probs, self.num_sampled, *self.points, self.labels
         return SampleWithoutTails(
             held_ids=answers.ids,
             inclusion=tails.inclusion,

@@ -52,11 +52,11 @@ def item_columns(
     ids: Tensor,
     log_probs: Tensor,
     label_log_probs: Tensor | None,
+    num_sampled: int,
     expected: Tensor | None,
     cumulative: Tensor | None,
     starts: Tensor | None,
     labels: Tensor | None,
-    num_sampled: int,
 ) -> Columns:
     """Makes the columns of every item's own classes from the teacher's targets.
 
@@ -64,9 +64,9 @@ def item_columns(
         ids: the m best-ranked classes of each item, ``[N, m]``.
         log_probs: of these classes, ``[N, m]``, float32 or wider.
         label_log_probs: of the labels, ``[N, 1]``; None without labels.
+        num_sampled: K.
         expected, cumulative, starts: as for :func:`hf_dis.sampling.triton_assembly.assemble`.
         labels: class ids ``[N]``.
-        num_sampled: K.
 
     Returns:
         ``item_ids``, ``log_weights``, ``log_probs``, ``target``, ``tail_mass``, ``ranks`` and ``rank_weights`` of
@@ -81,27 +81,15 @@ def item_columns(
     blocks = {"BLOCK_RANKS": block_size(num_sampled, 2**20), "BLOCK_DEPTH": block_size(depth, 2**20)}
     with torch.cuda.device_of(ids):
         item_columns_kernel[(len(ids),)](
-            ids,
-            log_probs,
-            label_log_probs,
-            expected,
-            cumulative,
-            starts,
-            labels,
-            *columns,
-            depth,
-            num_sampled,
-            *strides,
-            HAS_LABEL=labels is not None,
-            ALL_RANKS=takes_all,
-            STEPS=depth.bit_length() + 1,
-            **blocks,
-        )
+            ids, log_probs, label_log_probs, expected, cumulative, starts, labels, *columns,
+            depth, num_sampled, *strides,
+            HAS_LABEL=labels is not None, ALL_RANKS=takes_all, STEPS=depth.bit_length() + 1, **blocks,
+        )  # fmt: skip
     return columns
 
 
 @item_columns.register_fake
-def _(ids, log_probs, label_log_probs, expected, cumulative, starts, labels, num_sampled):
+def _(ids, log_probs, label_log_probs, num_sampled, expected, cumulative, starts, labels):
     return _columns(ids, log_probs, labels, num_sampled)
 
 

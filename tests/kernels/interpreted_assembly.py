@@ -178,4 +178,4 @@ def test_the_operations_are_well_formed():
         opcheck(kernels.assemble, (ids, columns, tails, inclusion, None, None, None, given, 3))
         of_label = None if given is None else columns[:, -1:]
         for points, number in (((*expected, starts), 2), ((None, None, None), 3)):
-            opcheck(item_columns, (ids, columns[:, :3], of_label, *points, given, number))
+            opcheck(item_columns, (ids, columns[:, :3], of_label, number, *points, given))
