@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import images, labelled_images, resnet, vit
+from tiny_models import column_ids, images, labelled_images, resnet, vit
+
+from hf_dis import SamplerSpec, VocabShard, make_sampler
+from hf_dis.sampling import class_memory
+from hf_dis.teacher.targets import TeacherTargets
+from hf_dis.trainer import checkpoints
 
 BUILDS = {
     "ViT": lambda **kw: vit(40, hidden_dropout_prob=0.1, **kw),  # dropout: the global generator has to continue too
@@ -109,3 +114,23 @@ def test_resuming_with_accumulation(make_trainer):
     resumed = make_trainer(vit(40, seed=7), **keywords)
     resumed.train(resume_from_checkpoint=str(checkpoint_of(whole, 2)))
     assert differing(state(whole), state(resumed)) == []
+
+
+@pytest.mark.parametrize("shard", [None, VocabShard(0, 60)], ids=["whole", "sharded"])
+def test_a_density_that_serves_several_steps_is_resumed(tmp_path, monkeypatch, shard):
+    """Saved between two densities; also by a sampler whose classes are written into one file of all processes."""
+    monkeypatch.setattr(class_memory, "CLASSES_PER_STEP", 20)
+    spec, logits = SamplerSpec(num_sampled_classes=4, num_shared_classes=12, rank_depth=4), torch.randn(8, 60)
+
+    def step(sampler):
+        sample = sampler.sample([TeacherTargets(logits, 1.0, 4)])
+        sampler.learn(sample, torch.ones_like(sample.log_weights))
+        return column_ids(sample)
+
+    whole, resumed = (make_sampler(60, spec, shard=shard) for _ in range(2))
+    for _ in range(5):
+        step(whole)
+    checkpoints.save_sampler(whole, str(tmp_path))
+    checkpoints.restore_sampler(resumed, str(tmp_path), processes=1, seed=0)
+    for _ in range(4):
+        assert torch.equal(step(whole), step(resumed))
