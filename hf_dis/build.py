@@ -32,7 +32,7 @@ from hf_dis.sampler_spec import SamplerSpec
 from hf_dis.sampling.budget import make_budget
 from hf_dis.sampling.cached_sampler import make_cached_sampler
 from hf_dis.sampling.sampler import ClassSampler, make_sampler
-from hf_dis.sharded_teacher import ShardedTeacher, is_spread
+from hf_dis.sharded_teacher import ShardedTeacher, is_spread, tensor_parallel_classes
 from hf_dis.teacher.cached import CachedTeacher
 from hf_dis.teacher.loading import check_separate, placed
 from hf_dis.teacher.online import OnlineTeacher
@@ -87,7 +87,7 @@ def build_distiller(
     caches = [open_cache(cache) for cache in (teacher_cache, eval_teacher_cache)]
     num_classes = _count_classes(student, teacher, caches, task, width, arguments, tokenizer, teacher_tokenizer)
     why_dense = _why_dense(student, width, arguments, is_sharded, steps_rows)
-    given = arguments, task, num_classes, caches[0], seed, device, student
+    given = arguments, task, num_classes, caches[0], seed, device, (student, teacher)
     spec, sampler = _make_sampler(*given, row_sparse=why_dense is None)
     given = student, width, num_classes, num_items, arguments, spec, caches[0], device, context
     mode, costs = _choose_mode(*given, row_sparse=why_dense is None)
@@ -191,10 +191,11 @@ def _make_sampler(
     cache: TeacherCache | None,
     seed: int,
     device: torch.device,
-    student: nn.Module,
+    models: tuple[nn.Module, nn.Module | None],
     row_sparse: bool,
 ) -> tuple[SamplerSpec, ClassSampler]:
-    """The specification with the defaults of the task, and its sampler."""
+    """The specification with the defaults of the task, and its sampler, for student and teacher."""
+    student, teacher = models
     replicas = Replicas.of(student)
     seed += process_index() if replicas is None else replicas.index
     stored = None if cache is None else cache.header.layout
@@ -204,7 +205,10 @@ def _make_sampler(
         stored_sample_size=None if stored is None else stored.sample_size,
     )
     head = next(iter(sharded_heads(student).values()), None)
-    given = {"seed": seed, "device": device, "shard": None if head is None else head.shard}
+    shard = None if head is None else head.shard
+    if stored is None and teacher is not None and shard is None:
+        shard = tensor_parallel_classes(teacher, num_classes)
+    given = {"seed": seed, "device": device, "shard": shard}
     if stored is None:
         sampler = make_sampler(num_classes, spec, **given)
     else:

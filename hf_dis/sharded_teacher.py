@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from hf_dis.distributed.exchange import OwnItems, SameItems
 from hf_dis.distributed.shard_targets import PRECISION, ShardedAnswers, ShardTargets, parts
 from hf_dis.head.sharded import ShardedHead, sharded_heads
-from hf_dis.head.tensor_parallel import OwnRows, is_tensor_parallel, own_rows
+from hf_dis.head.tensor_parallel import OwnRows, is_tensor_parallel, own_rows, own_shard
 from hf_dis.head.vocab_shard import VocabShard
 from hf_dis.items import Items
 from hf_dis.models.head_search import find_head
@@ -161,12 +161,24 @@ def _check_finite(targets: ShardTargets, first_item: int, check_values: bool) ->
 
 def is_spread(teacher: nn.Module) -> bool:
     """Returns True if a process has a part of the classes of a teacher's output head."""
-    if sharded_heads(teacher):
-        return True
-    if not is_tensor_parallel(teacher):
-        return False
-    head = teacher.get_submodule(find_head(teacher, num_outputs(teacher, find_task(teacher))))
-    return isinstance(head.weight, DTensor)
+    return bool(sharded_heads(teacher)) or (is_tensor_parallel(teacher) and isinstance(_head(teacher).weight, DTensor))
+
+
+def tensor_parallel_classes(teacher: nn.Module, num_classes: int) -> VocabShard | None:
+    """Returns the classes of a tensor-parallel teacher that this process holds; None for any other teacher.
+
+    Args:
+        teacher: of a transformers model.
+        num_classes: C, the first classes of the teacher, which it shares with the student.
+    """
+    shard = own_shard(_head(teacher)) if is_tensor_parallel(teacher) else None
+    if shard is None or shard.start >= num_classes:
+        return None
+    return VocabShard(shard.start, min(shard.stop, num_classes), shard.group)
+
+
+def _head(teacher: nn.Module) -> nn.Module:
+    return teacher.get_submodule(find_head(teacher, num_outputs(teacher, find_task(teacher))))
 
 
 def whole_digest(teacher: nn.Module) -> str:

@@ -45,8 +45,8 @@ class SameItems:
         return torch.cat([part[:, :size] for part, size in zip(self.shard.gather(filled), self.sizes, strict=True)], 1)
 
     def of_all_classes(self, mass: Tensor) -> Tensor:
-        """A sum over the items for each class, ``[C]``, for those of the own classes."""
-        return self.side_by_side(mass[None])[0]
+        """A sum over the items for each class, ``[C]``, for those of the own classes; zero at all other classes."""
+        return F.pad(mass, (self.shard.start, sum(self.sizes) - self.shard.start - len(mass)))
 
 
 class OwnItems(SameItems):
@@ -87,10 +87,6 @@ class OwnItems(SameItems):
         """As :meth:`SameItems.side_by_side`."""
         parts = logits.unflatten(0, (self.shard.number, self.most))
         return self.shard.side_by_side(parts, self.sizes)[: self.numbers[self.shard.index]]
-
-    def of_all_classes(self, mass: Tensor) -> Tensor:
-        """Zero at the classes of other processes: statistics are summed over the processes."""
-        return F.pad(mass, (self.shard.start, sum(self.sizes) - self.shard.stop))
 
     @cached_property
     def is_item(self) -> Tensor:

@@ -100,8 +100,8 @@ class ShardTargets(TeacherTargets):
     def class_mass(self, added: Tensor | None = None) -> Tensor:
         """Sums the probability of each class over the items that do not rank the class, ``[C]``.
 
-        Where processes have items of their own, a process has the mass of its own classes alone, from all items. Where
-        logits at the last rank are equal, more classes than m count as ranked.
+        A process has the mass of its own classes alone, from all items. Where logits at the last rank are equal, more
+        classes than m count as ranked.
 
         Args:
             added: as for :meth:`TeacherTargets.class_mass`.

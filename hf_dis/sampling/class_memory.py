@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_dis.kernels import uses_triton
@@ -27,6 +28,21 @@ LEAST_SCALE = 1e-6
 
 # The parts of a state that have a row for each class; the last one where a density serves several steps.
 CLASS_STATE = ("class_squared_signal", "class_marginal", "class_density")
+
+
+def sent_mass(mass: Tensor, generator: torch.Generator, is_of_shard: bool) -> Tensor:
+    """Makes the mass that a process sends: a sample where that is less, so that its size does not grow with C.
+
+    Args:
+        mass: as for :func:`sampled_mass`.
+        generator: a CPU generator.
+        is_of_shard: processes keep the classes together. If False, each keeps all classes: a dense mass is sent up to
+            four times the size of the samples of all processes, since its sum is sent by parts.
+    """
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if not is_of_shard and (processes == 1 or len(mass) <= 12 * MASS_POINTS * processes):
+        return mass
+    return sampled_mass(mass, generator)
 
 
 def sampled_mass(mass: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,7 @@ from hf_dis.sampling.all_ranks import sample_all_ranks
 from hf_dis.sampling.answers import Answers, Logits, Ranked
 from hf_dis.sampling.budget import Budget, Variances
 from hf_dis.sampling.by_kernels import RankPoints, SampleWithoutTails, Sampling
-from hf_dis.sampling.class_memory import sampled_mass
+from hf_dis.sampling.class_memory import sent_mass
 from hf_dis.sampling.designs import Updates, ranks_to_classes, sample_ranks, systematic_starts
 from hf_dis.sampling.proposal import DISProposal, Proposal, TeacherProposal, TopKProposal, make_proposal
 from hf_dis.sampling.sample import ClassSample, Statistics, Stratum, item_counts, label_stratum, normalised
@@ -241,9 +241,9 @@ class ClassSampler:
             if not statistics:
                 return
             statistics |= item_counts(len(signal), finite)
-            if self.proposal.shard is not None and "class_mass" in statistics:
-                statistics["class_mass"] = sampled_mass(statistics["class_mass"], self.generator)
             if reduce is not None:
+                if (mass := statistics.get("class_mass")) is not None:
+                    statistics["class_mass"] = sent_mass(mass, self.generator, self.proposal.shard is not None)
                 statistics = reduce(statistics)
             self.proposal.update(statistics)
             self.not_finite += statistics["not_finite"]

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from hf_dis import SamplerSpec, make_sampler
 from hf_dis.distributed.sums import sum_over_processes
 from hf_dis.head.sharded import shard_bounds
 from hf_dis.head.vocab_shard import VocabShard
@@ -18,11 +19,14 @@ from hf_dis.sampling import class_memory
 from hf_dis.sampling.class_memory import ClassMemory, sampled_mass
 from hf_dis.sampling.sharded_tails import ShardedTails
 from hf_dis.sampling.tails import ClassDensity, sample_tails
+from hf_dis.teacher.targets import TeacherTargets
 
 CLASSES, SIZES = (23, 30_011), {"few": (5, 3), "many": (20, 2), "all": (30_011, 2)}
 KINDS = ("flat", "steep", "one side")
 # Steps that a density serves.
 STEPS = 1, 2, 3
+# Of samplers that keep all classes: one whose mass is sent dense, and two whose mass is sampled.
+SENT = 100, 1_000, 2_000
 
 
 def density(num_classes: int, kind: str, seed: int) -> torch.Tensor:
@@ -87,10 +91,31 @@ def memories(shard: VocabShard) -> dict:
     return results
 
 
+def sent(num_classes: int) -> tuple[int, torch.Tensor]:
+    """Bytes that a process sends to let a sampler of all classes learn, and the marginal that it learns."""
+    sent_bytes = []
+
+    def counted(own, place):
+        return lambda *given, **named: (sent_bytes.append(given[place].nbytes), own(*given, **named))[1]
+
+    spec = SamplerSpec(num_sampled_classes=4, num_shared_classes=16, rank_depth=4, num_tails=1, proposal_decay=0.0)
+    sampler = make_sampler(num_classes, spec, seed=dist.get_rank())
+    logits = torch.randn(6, num_classes, generator=torch.Generator().manual_seed(dist.get_rank()))
+    sample = sampler.sample([TeacherTargets(logits, 1.0, 4)])
+    with (
+        mock.patch.object(class_memory, "MASS_POINTS", 8),
+        mock.patch.object(dist, "all_reduce", counted(dist.all_reduce, 0)),
+        mock.patch.object(dist, "all_gather_into_tensor", counted(dist.all_gather_into_tensor, 1)),
+    ):
+        sampler.learn(sample, torch.ones_like(sample.log_weights), sum_over_processes)
+    return sum(sent_bytes), sampler.proposal.memory.marginal
+
+
 def run(folder: Path) -> None:
     dist.init_process_group("gloo")
     shard = VocabShard(0, 1)
     results = {"world_size": shard.number, "tails": tails(shard), "memories": memories(shard)}
+    results["sent"] = {num_classes: sent(num_classes) for num_classes in SENT}
     torch.save(results, folder / f"rank_{shard.index}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -32,3 +32,15 @@ def test_a_memory_of_a_part_is_that_part_of_a_whole_one(runs):
                     torch.testing.assert_close(found[name], value, rtol=1e-14, atol=0)
                 else:
                     assert torch.equal(found[name], value), name
+
+
+def test_the_mass_that_is_sent_for_many_classes_does_not_grow_with_them(runs):
+    """Every process learns the same; the sampled mass has at most as many classes as points."""
+    for rank in runs:
+        (few, dense), (many, one), (more, other) = (rank["sent"][number] for number in worker.SENT)
+        assert 0 < many == more and few < 4 * worker.SENT[0] + many
+        assert (dense > 0).all()
+        for marginal in (one, other):
+            assert 0 < int((marginal > 0).sum()) <= 8 * len(runs)
+        for found, expected in zip(rank["sent"].values(), runs[0]["sent"].values(), strict=True):
+            assert torch.equal(found[1], expected[1])
