@@ -101,7 +101,8 @@ class NextItem(TopKAccuracy):
     """NDCG and recall as an ``evaluate`` metric that works offline; construct it without ``evaluate.load``.
 
     The metric takes ranked item ids, because the scores of a whole catalogue do not fit into memory for all users.
-    :func:`top_ranked` makes the ranking of each batch from the input of the output layer:
+    :func:`top_ranked` makes the ranking of each batch from the input of the output layer. For a layer whose rows are
+    spread over processes :meth:`hf_dis.ShardedHead.top_k` makes the ranking:
 
         metric = NextItem()
         for features, items in batches:  # of the users' last positions

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_dis import ShardedHead
 from hf_dis.metrics import NextItem, next_item_scores, top_ranked
 from hf_dis.metrics import next_item as module
 
@@ -44,6 +45,9 @@ def test_agrees_with_the_definition_on_all_items(tile, monkeypatch):
     scores = features @ weight.T + bias
     ranked = top_ranked(features, weight, bias, k=10, first_class=1)
     assert torch.equal(ranked, scores[:, 1:].topk(10).indices + 1)
+    head = ShardedHead(6, 41, dtype=torch.float64)
+    head.copy_rows(weight, bias)
+    assert torch.equal(head.top_k(features, 10)[1], scores.topk(10).indices)
     found = NextItem().compute(predictions=ranked, references=references)
     assert found == pytest.approx(by_definition(scores.tolist(), references.tolist(), 10), abs=1e-12)
 
