@@ -29,6 +29,7 @@ from hf_dis import (
     cache_teacher_targets,
 )
 from hf_dis.head.spread_rows import is_row_sparse
+from hf_dis.sampling.class_memory import CLASS_STATE
 
 V, EXAMPLES, STEPS = 41, 44, 5
 TEACHERS = ("whole", "spread", "cached")
@@ -128,7 +129,7 @@ def step(folders: dict[str, Path], is_spread: bool, divergence: str, is_tied: bo
             loss, _ = step.loss(outputs)
             (loss * (1 + torch.arange(len(loss)))).sum().backward()  # items that count differently
             assert is_row_sparse(student.lm_head.weight.grad) == by_row
-    return {"loss": loss.detach(), **gradients(student), **distiller.sampler.state_dict()}
+    return {"loss": loss.detach(), **gradients(student), **whole_state(distiller.sampler)}
 
 
 def end_groups() -> None:
@@ -146,6 +147,18 @@ def different_batches(folders: dict[str, Path]) -> str:
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def whole_state(sampler: ClassSampler) -> dict[str, torch.Tensor]:
+    """The state of a sampler; what it keeps by class is joined from the processes that keep classes together."""
+    state, shard = sampler.state_dict(), sampler.proposal.shard
+    if shard is not None:
+        for name in CLASS_STATE[:2]:
+            parts = [None] * shard.number
+            dist.all_gather_object(parts, state[name], shard.group)
+            assert all(len(part) < V for part in parts)
+            state[name] = torch.cat(parts)
+    return state
 
 
 def steps(folder: Path) -> dict:
