@@ -50,7 +50,6 @@ class ShardedTails:
 
     def __init__(self, shard: VocabShard | None, num_classes: int):
         self.shard, self.num_classes = shard, num_classes
-        self._density: Tensor | None = None
         self._points: Points | None = None
 
     def sample(self, density: ClassDensity, num_sampled: int, num_tails: int, generator: torch.Generator) -> Tails:
@@ -71,8 +70,9 @@ class ShardedTails:
             return every_class(self.num_classes, values.device)
         start = torch.rand(1, dtype=torch.float64, generator=generator)
         starts = below_one((start + torch.arange(num_tails, dtype=torch.float64) / num_tails) % 1, num_sampled)
-        if self._density is not values or self._points.num_sampled != num_sampled:
-            self._density, self._points = values, _points(values, num_sampled, shard, self.num_classes)
+        if self._points is None or self._points.values is not values or self._points.num_sampled != num_sampled:
+            self._points = None  # freed before those of the new density are made
+            self._points = _points(values, num_sampled, shard, self.num_classes)
         return _at_points(self._points, to_device(starts, values.device), shard)
 
 
