@@ -60,12 +60,12 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def saved(folder: Path, num_tokens: int = V) -> dict[str, Path]:
+def saved(folder: Path, num_tokens: int = V, **config) -> dict[str, Path]:
     """The folders of the checkpoints, which the first process writes."""
     models = {
-        "tied": llama(num_tokens, tie_word_embeddings=True),
-        "untied": llama(num_tokens),
-        "teacher": llama(num_tokens, seed=1, spread=30, num_hidden_layers=2),
+        "tied": llama(num_tokens, tie_word_embeddings=True, **config),
+        "untied": llama(num_tokens, **config),
+        "teacher": llama(num_tokens, seed=1, spread=30, num_hidden_layers=2, **config),
     }
     folders = {name: folder / name for name in models}
     if int(os.environ.get("RANK", 0)) == 0:
