@@ -67,9 +67,12 @@ def train(make: MakeTrainer, rate: float, settings: dict[str, Any], seed: int, u
 def mean_logits(trainer: DISDistillationTrainer) -> float:
     """The share of the student's logits that the steps computed: the mean over logs, where it changes."""
     distiller, names = trainer.distiller, ("dis/num_sampled_classes", "dis/num_shared_classes")
-    sizes = [sum(log[name] for name in names) for log in trainer.state.log_history if names[0] in log]
-    exact = distiller.mode == "exact"
-    return mean(sizes or [distiller.num_classes if exact else distiller.sampler.columns]) / distiller.num_classes
+    if distiller.mode == "exact":
+        return 1.0
+    sampler, logs = distiller.sampler, [log for log in trainer.state.log_history if names[0] in log]
+    stored = sampler.columns - sampler.num_sampled - sampler.num_shared
+    sizes = [stored + sum(log[name] for name in names) for log in logs]
+    return mean(sizes or [sampler.columns]) / distiller.num_classes
 
 
 def print_table(records: list[dict]) -> None:
@@ -84,7 +87,7 @@ def print_table(records: list[dict]) -> None:
         if both and method != "exact":
             mine, theirs = ([side[seed] for seed in both] for side in (runs, exact))
             against = [_points(mine, theirs), f"{_mean(mine, 'kl') / _mean(theirs, 'kl'):.3f}"]
-        logits = next(iter(runs.values()))["logits"]
+        logits = _mean(runs.values(), "logits")
         quality = None if top1 is None else f"{top1:.1%}", f"{kl:.4f}"
         at = f"x{rate:g}" if rate >= 1 else f"{rate:g}"
         print(row(task, at, method, f"{logits:.1%}", len(runs), *quality, *against))

@@ -66,13 +66,12 @@ def head_values(dtype=torch.float64):
     return [torch.randn(*shape, dtype=torch.float64).to(dtype) for shape in ((N, D), (V, D), (V,))]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("after_head", AFTER.values(), ids=AFTER)
+@pytest.mark.parametrize(("after_head", "temperature"), [("nothing", 1.0), ("scale", 2.0), ("soft cap", 2.0)])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=NAMES)
 def test_loss_and_gradients_are_those_of_plain_torch(divergence, labelled, after_head, temperature, monkeypatch):
     labels = torch.randint(C, (N,)) if labelled else None
-    given = head_values(), teacher_of("dense"), labels, divergence, after_head, temperature, monkeypatch
+    given = head_values(), teacher_of("dense"), labels, divergence, AFTER[after_head], temperature, monkeypatch
     close(of_head("triton", *given), of_head("torch", *given), 1e-12)
 
 
