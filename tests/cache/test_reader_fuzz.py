@@ -142,7 +142,7 @@ def test_damaged_and_forged_caches(whole, data):
 
 
 @pytest.mark.slow
-@examples(1200)
+@examples(600)
 @given(st.data())
 def test_many_damaged_and_forged_caches(whole, data):
     check(whole, data.draw(caches(whole)))

@@ -113,7 +113,7 @@ def test_damaged_and_forged_archives(archive):
 
 
 @pytest.mark.slow
-@examples(1000)
+@examples(400)
 @given(archives())
 def test_many_damaged_and_forged_archives(archive):
     check(write_archive(ARCHIVE, archive))
@@ -126,7 +126,7 @@ def test_damaged_and_forged_folders(files):
 
 
 @pytest.mark.slow
-@examples(400)
+@examples(200)
 @given(folders())
 def test_many_damaged_and_forged_folders(files):
     check(write_folder(files))

@@ -67,7 +67,7 @@ def test_damaged_fonts(fonts, data):
 
 
 @pytest.mark.slow
-@examples(1000)
+@examples(400)
 @given(st.data())
 def test_many_damaged_fonts(fonts, data):
     check(fonts, data.draw(damage(fonts[1])))

@@ -135,14 +135,14 @@ def test_damaged_and_forged_folders(found):
 
 
 @pytest.mark.slow
-@examples(1000)
+@examples(400)
 @given(archives())
 def test_many_damaged_and_forged_archives(archive):
     check(write_archive(ARCHIVE, archive))
 
 
 @pytest.mark.slow
-@examples(400)
+@examples(200)
 @given(folders())
 def test_many_damaged_and_forged_folders(found):
     check(write_folder(found))

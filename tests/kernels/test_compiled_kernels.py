@@ -221,10 +221,9 @@ def test_the_kernels_compile(name, capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", CASES)
-def test_the_kernels_compile_for_all_types(name, capability):
-    check(name, CASES[name][1][1:], capability)
+def test_the_kernels_compile_for_all_types(name):
+    check(name, CASES[name][1][1:], 90)
 
 
 def check(name, pointers, capability):
