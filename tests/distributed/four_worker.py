@@ -25,6 +25,7 @@ CASES = [
     (True, "whole", "reverse_kl", "exact"),
 ]
 FLOAT32 = [CASES[0], CASES[1]]
+UNEVEN = 50  # tokens: 13, 13, 13 and 11 per process
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
 
 
@@ -49,7 +50,7 @@ def run(folder: Path) -> None:
     share_groups()
     results, own = {"world_size": models.processes()}, folder / "own"
     folders = {
-        "tensor parallel": models.saved(folder, **HEADS),
+        "tensor parallel": models.saved(folder, UNEVEN, **HEADS),
         "FSDP": models.saved(folder / "even", EVEN, **HEADS),
     }
     for layout, sizes in LAYOUTS.items():
