@@ -61,11 +61,12 @@ def test_estimated_errors_beside_those_of_probes(capsys):
 
 
 def test_logits_are_the_mean_over_logs_where_the_sizes_change():
-    distiller = SimpleNamespace(mode="sampled", num_classes=1000, sampler=SimpleNamespace(columns=500))
+    sampler = SimpleNamespace(columns=550, num_sampled=40, num_shared=460)  # and 50 that are stored
+    distiller = SimpleNamespace(mode="sampled", num_classes=1000, sampler=sampler)
     logs = [{"dis/num_sampled_classes": 40, "dis/num_shared_classes": size} for size in (60, 160)]
     trainer = SimpleNamespace(distiller=distiller, state=SimpleNamespace(log_history=[*logs, {"eval_kl": 0.1}]))
-    assert parity.mean_logits(trainer) == 0.15
+    assert parity.mean_logits(trainer) == 0.2
     trainer.state.log_history = []
-    assert parity.mean_logits(trainer) == 0.5
+    assert parity.mean_logits(trainer) == 0.55
     distiller.mode = "exact"
     assert parity.mean_logits(trainer) == 1.0
