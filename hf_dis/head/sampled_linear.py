@@ -73,28 +73,18 @@ def sampled_columns(logits: Tensor, item_ids: Tensor, tail_ids: Tensor) -> Tenso
     return torch.cat([logits.gather(1, item_ids), at_tails(logits, tail_ids)], 1)
 
 
-def weighted_rows(
-    scales: Tensor,
-    weight: Tensor,
-    item_ids: Tensor,
-    tail_ids: Tensor,
-    tail_rows: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def weighted_rows(scales: Tensor, weight: Tensor, item_ids: Tensor, tail_ids: Tensor) -> Tensor:
     """Sums the rows of the sampled classes of each item, times their scales: ``[N, d]``.
 
     Args:
         scales: ``[N, R + K_t]``.
         weight: of the head, ``[C, d]``.
         item_ids, tail_ids: as for :func:`sampled_logits`.
-        tail_rows: the rows of the tails' classes in the type of the scales, ``[G, K_t, d]``; None: they are gathered
-            here.
-        dtype: of the result; None: that of the scales.
     """
     tail_ids = tail_ids[: max(1, len(scales))]
     own, shared = scales.split([item_ids.shape[1], tail_ids.shape[1]], dim=1)
-    rows = _tail_rows(weight, tail_ids, scales.dtype) if tail_rows is None else tail_rows
-    return _features_gradient(own, weight, item_ids, by_tail(shared, len(tail_ids)) @ rows, dtype or scales.dtype)
+    tails = by_tail(shared, len(tail_ids)) @ _tail_rows(weight, tail_ids, scales.dtype)
+    return _features_gradient(own, weight, item_ids, tails, scales.dtype)
 
 
 class _SampledLinear(torch.autograd.Function):
@@ -110,7 +100,7 @@ class _SampledLinear(torch.autograd.Function):
         ctx.save_for_backward(features, weight, item_ids, tail_ids, rows if is_kept else None)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.row_sparse, ctx.updates = row_sparse, updates
-        ctx.item_numbers = None if by_kernels else _item_numbers(item_ids)
+        ctx.numbers = None if by_kernels else _numbers(item_ids, tail_ids)
         num_own = item_ids.shape[1]
         tails = by_tail(features, len(tail_ids)) @ rows.mT
         if bias is not None:
@@ -121,7 +111,7 @@ class _SampledLinear(torch.autograd.Function):
             logits = item_products(features, weight, item_ids, tails, features.dtype)
         else:
             logits = features.new_empty(len(features), num_own + tail_ids.shape[1])
-            _item_products(features, weight, item_ids, ctx.item_numbers, out=logits[:, :num_own])
+            _item_products(features, weight, item_ids, ctx.numbers[0], out=logits[:, :num_own])
             _write(logits[:, num_own:], tails)
         if bias is not None:
             logits[:, :num_own] += bias.take(item_ids)
@@ -132,10 +122,16 @@ class _SampledLinear(torch.autograd.Function):
         features, weight, item_ids, tail_ids, rows = ctx.saved_tensors
         wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_features = grad_weight = grad_bias = None
-        if wants_features:
-            grad_features = weighted_rows(grad, weight, item_ids, tail_ids, rows, ctx.features_dtype)
+        by_kernels, wants_head = uses_triton(grad.device), wants_weight or wants_bias
         item_grad, tail_grad = grad.split([item_ids.shape[1], tail_ids.shape[1]], dim=1)
-        if (wants_weight or wants_bias) and uses_triton(grad.device):
+        if wants_head and not by_kernels:
+            scales, item_grad = _scales(item_grad, tail_ids, weight.dtype)
+        if wants_features:
+            rows = _tail_rows(weight, tail_ids, grad.dtype) if rows is None else rows
+            tails = by_tail(tail_grad, len(tail_ids)) @ rows
+            grad_features = _features_gradient(item_grad, weight, item_ids, tails, ctx.features_dtype)
+            del rows, tails  # the gradient of W is computed without them in memory
+        if wants_head and by_kernels:
             from hf_dis.head.triton_gradients import HeadGradients
 
             found = HeadGradients(features, item_ids, tail_ids, item_grad, tail_grad, ctx.updates)
@@ -144,9 +140,8 @@ class _SampledLinear(torch.autograd.Function):
             if wants_bias:
                 grad_bias = found.bias(len(weight), ctx.bias_dtype, ctx.row_sparse)
             return grad_features, grad_weight, grad_bias, *[None] * 5
-        if wants_weight or wants_bias:
-            grads = item_grad, tail_grad, weight.dtype
-            of_head = _Contributions.of(features, item_ids, tail_ids, ctx.item_numbers, *grads)
+        if wants_head:
+            of_head = _Contributions.of(features, item_ids, tail_ids, ctx.numbers, scales, tail_grad, weight.dtype)
             is_sampled = ctx.updates is not None and ctx.updates.number < len(of_head.ids)
             touched = TouchedRows(of_head.ids, of_head.sizes() if is_sampled else None, ctx.updates)
         if wants_weight:
@@ -181,23 +176,18 @@ class _Contributions(NamedTuple):
     tails: Tensor
 
     @classmethod
-    def of(cls, features, item_ids, tail_ids, item_numbers, item_grad, tail_grad, dtype) -> _Contributions:
+    def of(cls, features, item_ids, tail_ids, numbers, scales, tail_grad, dtype) -> _Contributions:
         num_items = len(item_ids)
         by_tails = by_tail(tail_grad, len(tail_ids))
         of_tails = by_tails.mT @ by_tail(features, len(tail_ids))
         vectors = features.new_empty(num_items + tail_ids.numel(), features.shape[1], dtype=dtype)
         torch.cat([features, of_tails.flatten(0, 1)], out=vectors)  # widens as it writes
-        of_tails = torch.arange(num_items, len(vectors), device=vectors.device)
-        ids = torch.cat([item_ids.flatten(), tail_ids.flatten()])
-        scales = torch.ones_like(ids, dtype=torch.promote_types(item_grad.dtype, dtype))
-        alone = scales[: item_ids.numel()]
-        alone.view(item_ids.shape).copy_(item_grad)
         return cls(
-            ids=ids,
+            ids=torch.cat([item_ids.flatten(), tail_ids.flatten()]),
             vectors=vectors,
-            which=torch.cat([item_numbers, of_tails]),
+            which=torch.cat(numbers),
             scales=scales,
-            alone=alone,
+            alone=scales[: item_ids.numel()],
             tails=by_tails,
         )
 
@@ -214,9 +204,18 @@ class _Contributions(NamedTuple):
         return self.scales.abs() * lengths.index_select(0, self.which)
 
 
-def _item_numbers(item_ids: Tensor) -> Tensor:
-    """Numbers the items, 0..N-1, once for each of their classes: ``[N·R]`` for ``[N, R]``."""
-    return torch.arange(len(item_ids), device=item_ids.device)[:, None].expand_as(item_ids).flatten()
+def _numbers(item_ids: Tensor, tail_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers items and classes of tails, 0..N + G·K_t - 1: items once for each of their classes, ``[N·R]``."""
+    num_items = len(item_ids)
+    items, tails = torch.arange(num_items + tail_ids.numel(), device=item_ids.device).tensor_split([num_items])
+    return items[:, None].expand_as(item_ids).flatten(), tails
+
+
+def _scales(item_grad: Tensor, tail_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scales of :class:`_Contributions` in a type or wider, and the gradient among them, ``[N, R]``."""
+    number = item_grad.numel() + tail_ids.numel()
+    scales = item_grad.new_ones(number, dtype=torch.promote_types(item_grad.dtype, dtype))
+    return scales, scales[: item_grad.numel()].view(item_grad.shape).copy_(item_grad)
 
 
 def _item_products(features: Tensor, weight: Tensor, item_ids: Tensor, item_numbers: Tensor, out: Tensor) -> None:
