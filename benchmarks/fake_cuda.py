@@ -19,6 +19,7 @@ import torch
 import torch.cuda.amp.common
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -276,6 +277,9 @@ def fake_cuda(sizes: dict[str, int | list[int]] | None = None) -> Iterator[Count
         stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", lambda *args: None))
         stack.enter_context(mock.patch.object(torch.cuda, "set_device", lambda device: None))
         stack.enter_context(mock.patch.object(nn.Module, "to", _moved_if_elsewhere))
+        # torch asks for tensors of its own types; the norms of all gradients take one launch then.
+        of_device = lambda tensors, device: clip_grad._device_has_foreach_support(device)  # noqa: E731
+        stack.enter_context(mock.patch.object(clip_grad, "_has_foreach_support", of_device))
         own = Tensor.backward
         by_nodes = lambda loss: backward(loss) if loss.is_cuda else own(loss)  # noqa: E731
         stack.enter_context(mock.patch.object(Tensor, "backward", by_nodes))

@@ -135,6 +135,14 @@ def test_rows_that_one_of_two_kernels_reads_are_counted_once():
     assert moved[1] - moved[0] == others.nbytes
 
 
+def test_norms_of_several_gradients_are_one_launch():
+    with fake_cuda() as counts:
+        gradients = [torch.empty(size, device="cuda") for size in (8, 16, 32)]
+        counts.start()
+        torch.nn.utils.get_total_norm(gradients)
+        assert [key[1] for key in counts.moved] == ["_foreach_norm", "stack", "linalg_vector_norm"]
+
+
 class Doubled(torch.autograd.Function):
     """Two times a tensor, whose gradient may be held elsewhere."""
 
