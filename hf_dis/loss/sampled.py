@@ -48,6 +48,17 @@ def sampled_loss(
     return loss, {"kd_loss": kd, "ce_loss": ce}, SampledLoss(kd, *others)
 
 
+def finite_items(gradient: Tensor) -> Tensor:
+    """True for items whose signal is finite at every column that they use, ``[N]``.
+
+    Finds them as :meth:`hf_dis.sampling.sample.ClassSample.finite_items`, and without a pass that masks columns.
+
+    Args:
+        gradient: of the mixture on the logits, zero at columns that are not used, ``[N, R + K_t]``.
+    """
+    return torch.linalg.vector_norm(gradient, 1, dim=1) < torch.inf
+
+
 class _Mixture(torch.autograd.Function):
     """Both losses and their gradient in forward, so that backward is one product."""
 
@@ -56,10 +67,12 @@ class _Mixture(torch.autograd.Function):
         kd, signal, log_student, gradient = divergence.results(logits, log_weights, log_probs, target, temperature)
         ce, of_ce = cross_entropy_results(logits, log_weights, label)
         loss = torch.lerp(kd, ce.to(kd.dtype), hard_label_weight)
+        gradient.lerp_(of_ce.to(gradient.dtype), hard_label_weight)
+        finite = None if logits.device.type == "cpu" else finite_items(gradient)  # a processor looks at one sum
         ctx.dtype = logits.dtype
-        ctx.save_for_backward(gradient.lerp_(of_ce.to(gradient.dtype), hard_label_weight))
-        ctx.mark_non_differentiable(kd, ce, signal, log_student)
-        return loss, kd, ce, signal, log_student
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(kd, ce, signal, log_student, *(() if finite is None else (finite,)))
+        return loss, kd, ce, signal, log_student, finite
 
     @staticmethod
     @once_differentiable
