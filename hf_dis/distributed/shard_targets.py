@@ -49,7 +49,7 @@ class ShardTargets(TeacherTargets):
         highest, places = own.topk(min(depth, sum(exchange.sizes)))
         self.of_everyone = self._normalised()
         ranked = Candidates(highest, ids.gather(1, places), sum(exchange.sizes))
-        self._found = (exchange.own(self.of_everyone),), ranked
+        self._found = exchange.own(self.of_everyone).T, ranked
         self.counted = slice(0, len(highest), 1)
 
     def __len__(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,30 @@ from hf_dis.sampling.sample import ClassSample, estimated_target, normalised
 from hf_dis.sampling.tails import Tails, is_outside
 
 
+class AllRanks(NamedTuple):
+    """All ranks that an item samples from, made once: each is certain.
+
+    Attributes:
+        ranks: 0..m-1, ``[m]``.
+        weights, log_weights: ω and log ω, all 1 and all 0, ``[m]``.
+    """
+
+    ranks: Tensor
+    weights: Tensor
+    log_weights: Tensor
+
+    @classmethod
+    def of(cls, number: int, device: torch.device | str) -> AllRanks:
+        """Makes those of m ranks."""
+        return cls(
+            torch.arange(number, device=device),
+            torch.ones(number, dtype=torch.float32, device=device),
+            torch.zeros(number, dtype=torch.float32, device=device),
+        )
+
+
 def sample_all_ranks(
-    answers: Answers, tails: Tails, labels: Tensor | None, class_mass: Tensor, ranks: Tensor
+    answers: Answers, tails: Tails, labels: Tensor | None, class_mass: Tensor, certain_ranks: AllRanks
 ) -> ClassSample:
     """Makes the columns of all items at a time: only the tail's classes can be uncertain, and share what is left.
 
@@ -20,16 +44,15 @@ def sample_all_ranks(
         tails: the shared tails.
         labels: class ids ``[N]``; always in the sample if given.
         class_mass: as :class:`ClassSample` has it.
-        ranks: 0..m-1, ``[m]``.
+        certain_ranks: the m ranks.
     """
-    ids = answers.ids
-    num_items, num_ranked = ids.shape
+    ids, num_items = answers.ids, len(answers.ids)
     outside_top = is_outside(ids, tails.ids)
-    own = ids.new_zeros(num_items, num_ranked + (labels is not None), dtype=torch.float32)
-    if labels is not None:  # the label's own column takes its place among the ranked classes
-        own[:, :num_ranked].masked_fill_(ids == labels[:, None], -torch.inf)
+    own = [certain_ranks.log_weights.expand(num_items, -1)]
+    if labels is not None:  # the label's own column takes its place among the ranked classes: log ω is log 0 there
+        own = [torch.log(ids != labels[:, None]), own[0][:, :1]]
         ids = torch.cat([ids, labels[:, None]], 1)
-    log_weights = torch.cat([own, tails.log_weights(outside_top, labels)], 1)
+    log_weights = torch.cat([*own, tails.log_weights(outside_top, labels)], 1)
     certain = log_weights <= 0  # the columns that are not used too: their values have no part in anything
     return ClassSample(
         item_ids=ids,
@@ -38,8 +61,8 @@ def sample_all_ranks(
         certain=certain,
         log_probs=answers.columns,
         target=target_of(answers.columns, log_weights, certain),
-        ranks=ranks.expand(num_items, -1),
-        rank_weights=own.new_ones(1, num_ranked).expand(num_items, -1),
+        ranks=certain_ranks.ranks.expand(num_items, -1),
+        rank_weights=certain_ranks.weights.expand(num_items, -1),
         outside_top=outside_top,
         class_mass=class_mass,
         has_label=labels is not None,

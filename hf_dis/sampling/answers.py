@@ -10,9 +10,12 @@ from torch import Tensor
 
 from hf_dis.kernels import uses_triton
 from hf_dis.sampling.sample import Stratum
-from hf_dis.sampling.tails import at_tails, of_items
+from hf_dis.sampling.tails import at_tails, in_turns, of_items
 from hf_dis.teacher.ranking import Candidates
-from hf_dis.teacher.targets import TeacherTargets, joined_normaliser, log_probs
+from hf_dis.teacher.targets import TeacherTargets, log_probs_by_parts
+
+# Ids of labels and tails, 8 MiB, up to which a step holds them side by side on an accelerator, for all items.
+JOINED_IDS = 2**20
 
 
 class Ranked(NamedTuple):
@@ -22,6 +25,58 @@ class Ranked(NamedTuple):
     stratum: Stratum
 
 
+class Chosen(NamedTuple):
+    """The classes that a step asks a teacher about, whatever their rank.
+
+    Attributes:
+        tail_ids: class ids of each tail, ``[G, K_t]``.
+        labels: class ids of all items, ``[N]``; None without labels.
+        ids: the label and the classes of the item's tail, ``[N, 1 + K_t]``, where one gather per chunk takes both;
+            None elsewhere.
+    """
+
+    tail_ids: Tensor
+    labels: Tensor | None
+    ids: Tensor | None
+
+    @classmethod
+    def of(cls, tail_ids: Tensor, labels: Tensor | None, chunk_items: int) -> Chosen:
+        """Joins the ids where that saves launches, and takes little memory.
+
+        Args:
+            tail_ids, labels: as the attributes.
+            chunk_items: items of the first chunk.
+        """
+        by_plain_torch = tail_ids.device.type != "cpu" and not uses_triton(tail_ids.device)
+        has_chunks = labels is not None and chunk_items < len(labels)
+        if not (by_plain_torch and has_chunks and len(labels) * (1 + tail_ids.shape[1]) <= JOINED_IDS):
+            return cls(tail_ids, labels, None)
+        return cls(tail_ids, labels, side_by_side(tail_ids, labels))
+
+    def logits(self, targets: TeacherTargets, first_item: int) -> tuple[Tensor, ...]:
+        """The logits of a chunk: of labels and tails, ``[n, 1 + K_t]``, or of each, or of tails alone.
+
+        Args:
+            targets: of the chunk.
+            first_item: the number of the chunk's first item.
+        """
+        here = slice(first_item, first_item + len(targets))
+        if self.ids is not None:
+            return (targets.logits_at(self.ids[here]),)
+        if targets.is_whole:
+            tails = at_tails(targets.logits, self.tail_ids, first_item)
+        else:
+            tails = targets.logits_at(of_items(self.tail_ids, first_item, len(targets)))
+        return (tails,) if self.labels is None else (targets.logits_at(self.labels[here, None]), tails)
+
+
+def side_by_side(tail_ids: Tensor, labels: Tensor) -> Tensor:
+    """Joins the label of each item and the classes of its tail, ``[N, 1 + K_t]``."""
+    by_turns = in_turns(labels, len(tail_ids))[:, :, None]
+    joined = torch.cat([by_turns, tail_ids.expand(len(by_turns), -1, -1)], 2)
+    return joined.flatten(0, 1)[: len(labels)]
+
+
 class Logits(NamedTuple):
     """A teacher's targets for a chunk of items: all that a sample needs of the chunk, and no more.
 
@@ -29,9 +84,8 @@ class Logits(NamedTuple):
 
     Attributes:
         candidates: the logits among which the m best-ranked ones of each item are.
-        tails: logits of the classes of the item's shared tail, ``[n, K_t]``; None with ``columns``.
-        labels: the label's logit, ``[n, 1]``; None without labels, and with ``columns``.
-        normaliser: the parts of log Σ exp(logit / τ) over all classes, as :class:`TeacherTargets` has them.
+        chosen: as :meth:`Chosen.logits` gives them; none with ``columns``.
+        normaliser: of all classes, as :attr:`TeacherTargets.normaliser`.
         counted: the items that the mass of the chunk counts.
         items_per_counted: the items that each counted item stands for.
         ranked: the sampled ranks, where all C ranks are sampled from.
@@ -39,46 +93,28 @@ class Logits(NamedTuple):
     """
 
     candidates: Candidates
-    tails: Tensor | None
-    labels: Tensor | None
-    normaliser: tuple[Tensor, ...]
+    chosen: tuple[Tensor, ...]
+    normaliser: Tensor
     counted: slice
     items_per_counted: float
     ranked: Ranked | None
     columns: Tensor | None = None
 
     @classmethod
-    def of(
-        cls,
-        targets: TeacherTargets,
-        tail_ids: Tensor,
-        labels: Tensor | None,
-        first_item: int,
-        ranked: Ranked | None,
-    ) -> Logits:
+    def of(cls, targets: TeacherTargets, chosen: Chosen, first_item: int, ranked: Ranked | None) -> Logits:
         """Takes what a sample needs from the targets of a chunk.
 
         Args:
             targets: of the chunk.
-            tail_ids: class ids of each tail, ``[G, K_t]``.
-            labels: class ids of all items, ``[N]``; None without labels.
+            chosen: the classes of all items.
             first_item: the number of the chunk's first item.
             ranked: the sampled ranks, where all C ranks are sampled from.
         """
-        tails = of_label = columns = None
-        if tail_ids.numel() and uses_triton(tail_ids.device):
-            columns = targets.columns(tail_ids, labels, first_item)
-        else:
-            if targets.is_whole:
-                tails = at_tails(targets.logits, tail_ids, first_item)
-            else:
-                tails = targets.logits_at(of_items(tail_ids, first_item, len(targets)))
-            if labels is not None:
-                of_label = targets.logits_at(labels[first_item : first_item + len(targets), None])
+        by_kernels = chosen.tail_ids.numel() and uses_triton(chosen.tail_ids.device)
+        columns = targets.columns(chosen.tail_ids, chosen.labels, first_item) if by_kernels else None
         return cls(
             targets.candidates,
-            tails,
-            of_label,
+            () if by_kernels else chosen.logits(targets, first_item),
             targets.normaliser,
             targets.counted,
             targets.items_per_counted,
@@ -122,10 +158,10 @@ class Answers(NamedTuple):
             return cls(ids, ranked, tails, labels if labels.shape[1] else None, None, columns)
         candidates, places, num_classes = zip(*(part.candidates for part in parts), strict=True)
         highest, ids = Candidates(_cat(candidates), _cat(places), num_classes[0]).ranked()
-        has_label = parts[0].labels is not None
-        chosen = [(part.labels, part.tails) if has_label else (part.tails,) for part in parts]
-        logits = torch.cat([highest, *map(_cat, zip(*chosen, strict=True))], 1)
-        columns = log_probs(logits, joined_normaliser([part.normaliser for part in parts]), temperature)
+        chosen = zip(*(part.chosen for part in parts), strict=True)
+        logits = torch.cat([highest, *map(_cat, chosen)], 1)
+        has_label = logits.shape[1] > ids.shape[1] + num_shared
+        columns = log_probs_by_parts(logits, [part.normaliser for part in parts], temperature)
         own, labels, tails = columns.tensor_split([ids.shape[1], ids.shape[1] + has_label], 1)
         ranked = [part.ranked for part in parts]
         return cls(

@@ -14,8 +14,8 @@ from hf_dis.checks import require, require_number
 from hf_dis.kernels import uses_triton
 from hf_dis.precision import check_sparse, widest
 from hf_dis.sampler_spec import SamplerSpec
-from hf_dis.sampling.all_ranks import sample_all_ranks
-from hf_dis.sampling.answers import Answers, Logits, Ranked
+from hf_dis.sampling.all_ranks import AllRanks, sample_all_ranks
+from hf_dis.sampling.answers import Answers, Chosen, Logits, Ranked
 from hf_dis.sampling.budget import Budget, Variances
 from hf_dis.sampling.by_kernels import RankPoints, SampleWithoutTails, Sampling
 from hf_dis.sampling.class_memory import sent_mass
@@ -77,7 +77,7 @@ class ClassSampler:
         self.num_tails = num_tails if self.num_shared else 1
         self.num_ranks = self.rank_depth if self.num_shared else num_classes
         self.num_sampled = min(num_sampled, self.num_ranks)
-        self._ranks = torch.arange(self.rank_depth, device=proposal.device)
+        self._certain_ranks = AllRanks.of(self.rank_depth, proposal.device)
         self._shared = ShardedTails(proposal.shard, num_classes)
         self.design, self.num_updated = design, num_updated
         if self.num_shared and proposal.wants_class_mass:
@@ -129,7 +129,7 @@ class ClassSampler:
         if self.num_shared and uses_triton(answers.ids.device):
             return self._sampling(answers, tails, labels, class_mass).assembled()
         if self._samples_all_ranks:
-            return sample_all_ranks(answers, tails, labels, class_mass, self._ranks)
+            return sample_all_ranks(answers, tails, labels, class_mass, self._certain_ranks)
         ranked, outside_top = answers.ranked or self._sample_ranked(answers), is_outside(answers.ids, tails.ids)
         strata = [ranked.stratum]
         if labels is None:
@@ -178,7 +178,7 @@ class ClassSampler:
     ) -> tuple[Answers, Tensor]:
         """The teacher's targets, and the class mass as :class:`ClassSample` has it."""
         wants_mass = self.num_shared and self.proposal.wants_class_mass
-        parts, mass, first_item = [], None, 0
+        chosen, parts, mass, first_item = None, [], None, 0
         for targets in teacher:
             temperature = targets.temperature
             # Where all C ranks are sampled from, only the chunk can tell their classes.
@@ -186,15 +186,14 @@ class ClassSampler:
             by_kernels = uses_triton(tails.ids.device)
             if wants_mass and not by_kernels:  # the normaliser comes with the mass
                 mass = targets.class_mass(mass)
-            parts.append(Logits.of(targets, tails.ids, labels, first_item, ranked))
+            chosen = chosen or Chosen.of(tails.ids, labels, len(targets))
+            parts.append(Logits.of(targets, chosen, first_item, ranked))
             if wants_mass and by_kernels:  # the normaliser comes with the answers
                 mass = targets.class_mass(mass)
             first_item += len(targets)
             del targets  # the next chunk is computed without this one in memory
         answers = Answers.of(parts, self.num_shared, temperature)
-        if mass is None:
-            return answers, answers.log_probs.new_empty(0)
-        return answers, answers.unranked_mass(mass, parts)
+        return answers, answers.log_probs.new_empty(0) if mass is None else answers.unranked_mass(mass, parts)
 
     def _sample_ranked(self, answers: Answers) -> Ranked:
         """K of each item's m ranks."""

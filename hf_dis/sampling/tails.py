@@ -59,8 +59,8 @@ class Tails(NamedTuple):
             is_label = self.ids == in_turns(labels, num_tails)[:, :, None]
             unused = outside <= is_label.flatten(0, 1)[:num_items]  # not outside, or the label
         log_weights = torch.empty_like(self.inclusion, dtype=torch.float32)
-        torch.log(self.inclusion, out=log_weights)
-        log_weights = log_weights.neg_().expand(-(-num_items // num_tails), -1, -1)
+        torch.special.xlogy(-1, self.inclusion, out=log_weights)  # -log π
+        log_weights = log_weights.expand(-(-num_items // num_tails), -1, -1)
         return log_weights.masked_fill(in_turns(unused, num_tails), -torch.inf).flatten(0, 1)[:num_items]
 
 

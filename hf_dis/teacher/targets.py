@@ -125,20 +125,23 @@ class TeacherTargets:
         self._blocks = blocks
         self._mass: Tensor | None = None
         self._depth = min(depth, logits.shape[1])
-        self._found: tuple[tuple[Tensor, ...], Candidates] | None = None
+        self._found: tuple[Tensor, Candidates] | None = None
         if on_cpu:  # elsewhere computed with the first answers that are asked for
             candidates = Candidates(*top_ranked(logits, self._depth), logits.shape[1])
             normaliser = self._normalised_in_cache(widen(candidates.logits[:, :1]), block_items(logits, blocks))
-            self._found = (normaliser,), candidates
+            self._found = normaliser.T, candidates
 
     @cached_property
     def log_normaliser(self) -> Tensor:
         """log Σ exp(logit / τ), ``[n, 1]``, float32 or wider."""
-        return joined_normaliser([self.normaliser])
+        return -_minus_normaliser(self.normaliser) if len(self.normaliser) > 1 else self.normaliser.T
 
     @property
-    def normaliser(self) -> tuple[Tensor, ...]:
-        """The parts of :attr:`log_normaliser`, which :func:`joined_normaliser` joins for all chunks at a time."""
+    def normaliser(self) -> Tensor:
+        """log Σ exp(logit / τ), ``[1, n]``; or Σ exp(logit / τ + offset) and the offsets, ``[2, n]``.
+
+        The function :func:`log_probs_by_parts` takes both, for all chunks at a time.
+        """
         return self._answers[0]
 
     @property
@@ -147,7 +150,7 @@ class TeacherTargets:
         return self._answers[1]
 
     @property
-    def _answers(self) -> tuple[tuple[Tensor, ...], Candidates]:
+    def _answers(self) -> tuple[Tensor, Candidates]:
         if self._found is None:
             if uses_triton(self.logits.device):
                 self._found = self._found_by_kernels()
@@ -155,7 +158,7 @@ class TeacherTargets:
                 self._mass = self._find_by_blocks()
         return self._found
 
-    def _found_by_kernels(self) -> tuple[tuple[Tensor, ...], Candidates]:
+    def _found_by_kernels(self) -> tuple[Tensor, Candidates]:
         from hf_dis.teacher.triton_normaliser import log_normaliser
 
         logits, depth, groups = self.logits, self._depth, num_groups(self.logits.shape[1], self._depth)
@@ -169,7 +172,7 @@ class TeacherTargets:
         else:
             best = maxima.topk(depth, dim=1, sorted=False).indices if groups else None
             ranked = top_ranked(logits, depth, best)
-        return (normaliser,), Candidates(*ranked, logits.shape[1])
+        return normaliser.T, Candidates(*ranked, logits.shape[1])
 
     def columns(self, tail_ids: Tensor, labels: Tensor | None, first_item: int) -> Tensor:
         """Computes by kernels the log-probabilities of ranked classes, shared tails and labels, side by side.
@@ -184,7 +187,7 @@ class TeacherTargets:
         logits, temperature, asked = self.logits, self.temperature, (tail_ids, labels, first_item)
         if self._found is None and num_groups(logits.shape[1], self._depth) and logits.dtype != torch.float64:
             normaliser, _, _, *ranked, columns = answers_of_items(logits, temperature, self._depth, GROUP, *asked)
-            self._found = (normaliser,), Candidates(*ranked, logits.shape[1])
+            self._found = normaliser.T, Candidates(*ranked, logits.shape[1])
             return columns
         return answers_at(logits, self.highest, self.log_normaliser, *asked, temperature)
 
@@ -214,11 +217,11 @@ class TeacherTargets:
     def _find_by_blocks(self, mass: Tensor | None = None) -> Tensor:
         """Finds all answers, three launches per block for the normaliser; returns the class mass, added to a mass."""
         logits, (candidates, peaks) = self.logits, self._best_candidates(self._depth)
-        offsets = torch.empty_like(peaks, dtype=torch.promote_types(logits.dtype, torch.float32))
+        found = peaks.new_empty(2, len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+        totals, offsets = found[0], found[1, :, None]
         # Any number near it will do: rounded as logits are, but float16 might overflow.
         peaks = widen(peaks) if logits.dtype == torch.float16 else peaks
         torch.mul(peaks, -1 / self.temperature, out=offsets)
-        totals = offsets.new_empty(len(logits))
         for items, counted in self._turns():
             exponentials = _shifted(logits[items], offsets[items], self.temperature).exp_()
             torch.sum(exponentials, 1, out=totals[items])
@@ -229,7 +232,7 @@ class TeacherTargets:
                 mass = torch.addmv(*given, alpha=self.items_per_counted, beta=beta, out=torch.empty_like(mass))
                 del given
             del exponentials  # the next block is computed without this one in memory
-        self._found = (totals, offsets), candidates
+        self._found = found, candidates
         return totals.new_zeros(logits.shape[1]) if mass is None else mass
 
     def _turns(self) -> Iterator[tuple[slice, slice | None]]:
@@ -309,15 +312,24 @@ class TeacherTargets:
         return mass
 
 
-def joined_normaliser(parts: Sequence[tuple[Tensor, ...]]) -> Tensor:
-    """Joins the normalisers of consecutive chunks of items, ``[N, 1]``.
+def log_probs_by_parts(logits: Tensor, parts: Sequence[Tensor], temperature: float) -> Tensor:
+    """Computes log-probabilities at τ as :func:`log_probs`, with the normalisers of consecutive chunks of items.
 
     Args:
-        parts: of each chunk log Σ exp(logit / τ), ``[n, 1]``; or Σ exp(logit / τ + offset), ``[n]``, and the offsets,
-            ``[n, 1]``.
+        logits: of any classes, ``[N, K]``.
+        parts: of each chunk, as :attr:`TeacherTargets.normaliser`.
+        temperature: τ > 0.
     """
-    joined = [one[0] if len(one) == 1 else torch.cat(one) for one in zip(*parts, strict=True)]
-    return joined[0] if len(joined) == 1 else joined[0].log()[:, None] - joined[1]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    if len(joined) == 1:
+        return log_probs(logits, joined.T, temperature)
+    return _shifted(logits, _minus_normaliser(joined), temperature)
+
+
+def _minus_normaliser(sums: Tensor) -> Tensor:
+    """-log Σ exp(logit / τ), ``[n, 1]``, from sums with offsets, ``[2, n]``."""
+    totals, offsets = sums[:, :, None]
+    return offsets - totals.log()
 
 
 def log_probs(logits: Tensor, log_normaliser: Tensor, temperature: float) -> Tensor:
