@@ -53,7 +53,7 @@ def sampled(name, case, proposal, labelled, dtype, scale, steps, monkeypatch):
         for chunk, ids in zip(chunks, (whole.ids[:first], whole.ids[first:]), strict=True):
             assert torch.equal(chunk.logits.gather(1, chunk.ids), chunk.logits.gather(1, ids))
             # Equal logits may be ranked in another order.
-            chunk._found = (chunk.log_normaliser,), chunk.candidates._replace(places=ids)
+            chunk._found = chunk.log_normaliser.T, chunk.candidates._replace(places=ids)
         sample = sampler.sample(chunks, labels)
         samples.append(sample)
         sampler.learn(sample, torch.rand(sample.log_weights.shape, generator=generator))
