@@ -44,7 +44,7 @@ def gradients(name, shape, updates, dtype, monkeypatch, start=0.3):
     return logits.detach(), features.grad, weight.grad, bias.grad
 
 
-@pytest.mark.parametrize(("shape", "updates"), CASES, ids=", ".join)
+@pytest.mark.parametrize(("shape", "updates"), CASES)
 def test_gradients_are_those_of_plain_torch(shape, updates, monkeypatch):
     check(SHAPES[shape], UPDATES[updates], torch.float64, 1e-10, monkeypatch)
 
