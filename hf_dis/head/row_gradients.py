@@ -123,9 +123,12 @@ def _sorted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return both >> bits, both & 2**bits - 1
 
 
-def _most_classes(numbers: Tensor) -> int:
-    """The number of classes, which are numbered from 1; off the CPU the most that there can be."""
-    return int(numbers[-1]) if numbers.device.type == "cpu" and len(numbers) else len(numbers)
+def _most_classes(place: Tensor) -> int:
+    """The number of classes, for the place of each contribution's class; off the CPU the most that there can be.
+
+    Entries beyond the number of classes stand for no class.
+    """
+    return int(place[-1]) + 1 if place.device.type == "cpu" and len(place) else len(place)
 
 
 def _on_the_host(numbers: Tensor) -> list[int]:
@@ -152,13 +155,14 @@ class TouchedRows:
         in_order, order = _sorted(ids)
         is_first = torch.ones_like(in_order, dtype=torch.bool)
         torch.ne(in_order[1:], in_order[:-1], out=is_first[1:])
-        numbers = factors = None
+        place = factors = None
         if updates is not None and updates.number < len(ids):
-            numbers = is_first.cumsum(0)  # of the classes, from 1
-        if numbers is not None and updates.number < (most := _most_classes(numbers)):
-            # The entry 0 stands for no class, as those beyond the last class do.
-            sums = sizes.new_zeros(most + 1).index_add_(0, numbers, sizes.index_select(0, order))
-            factors = updates.weights(sums, numbers[-1:]).index_select(0, numbers)
+            numbers = is_first.cumsum(0)
+            place = numbers - 1
+        if place is not None and updates.number < (most := _most_classes(place)):
+            sums = sizes.new_zeros(most).index_add_(0, place, sizes.index_select(0, order))
+            count = None if ids.device.type == "cpu" else numbers[-1:]
+            factors = updates.weights(sums, count).index_select(0, place)
             both = torch.empty(2, len(ids), dtype=torch.bool, device=ids.device)
             is_kept = torch.ne(factors, 0, out=both[1])
             torch.logical_and(is_first, is_kept, out=both[0])

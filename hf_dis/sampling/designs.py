@@ -159,14 +159,14 @@ class Updates(NamedTuple):
 
         Args:
             sizes: of the classes, non-negative, ``[E]``.
-            count: the number of classes, ``[1]``; all other entries stand for no class, have the size 0, and get
-                weights without a meaning. None: E.
+            count: the number of classes, ``[1]``; entries from there on stand for no class. None: E.
         """
         num_entries = len(sizes)
+        exists = torch.ones_like(sizes) if count is None else torch.arange(num_entries, device=sizes.device) < count
         if self.number >= num_entries:
-            return torch.ones_like(sizes)
+            return exists.to(sizes.dtype)
         both = torch.ones(2, num_entries, dtype=widest(sizes.device), device=sizes.device)
-        wide = torch.add(sizes, torch.finfo(sizes.dtype).tiny, out=both[0])
+        wide = torch.add(sizes, exists, alpha=torch.finfo(sizes.dtype).tiny, out=both[0])
         largest = wide.sum() / self.number  # the size from which on classes are certain, 1 / κ
         added = torch.arange(2, dtype=wide.dtype, device=wide.device)  # to the second sum alone
         for _ in range(CAPPING_STEPS):

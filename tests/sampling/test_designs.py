@@ -12,12 +12,12 @@ from hf_dis.sampling.designs import Updates, inclusion_probabilities, ranks_to_c
 
 
 def kept_by(updates, sizes):
-    """The places that are kept, and their weights; entries that stand for no class change no class with a gradient."""
+    """The places that are kept, and their weights; entries that stand for no class change nothing."""
     weights = updates.weights(sizes)
-    padded, count = torch.cat([torch.zeros(1), sizes, torch.zeros(3)]), torch.tensor([len(sizes)])
-    _, of_padded, _ = updates.weights(padded, count).split([1, len(sizes), 3])
-    compared = sizes > 0 if len(sizes) > updates.number else slice(None)  # as many as the number are all kept
-    torch.testing.assert_close(of_padded[compared], weights[compared], equal_nan=True)
+    padded, count = torch.cat([sizes, torch.zeros(3)]), torch.tensor([len(sizes)])
+    of_padded, of_none = updates.weights(padded, count).split([len(sizes), 3])
+    torch.testing.assert_close(of_padded, weights, equal_nan=True)
+    assert not of_none.any() or not weights.isfinite().all()
     places = weights.nonzero()[:, 0]
     return places, weights[places]
 
