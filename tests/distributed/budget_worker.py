@@ -1,4 +1,4 @@
-"""A run of test_budget_ddp, started by torchrun in two processes: sizes that follow the error of the gradient."""
+"""A run of test_budget_ddp, forked by launch.py in two processes: sizes that follow the error of the gradient."""
 
 from __future__ import annotations
 

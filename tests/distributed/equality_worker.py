@@ -1,4 +1,4 @@
-"""Runs of test_equality in one process and, started by torchrun, in two: the same items, split differently."""
+"""Runs of test_equality in one process and, forked by launch.py, in two: the same items, split differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of test_four in one process and, started by torchrun, in four: models that a plan or FSDP2 alone spreads."""
+"""Runs of test_four in one process and, forked by launch.py, in four: models that a plan or FSDP2 alone spreads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of test_fsdp_heads, started by torchrun: students that FSDP2 shards, with a sharded head beside it."""
+"""Runs of test_fsdp_heads, forked by launch.py: students that FSDP2 shards, with a sharded head beside it."""
 
 from __future__ import annotations
 

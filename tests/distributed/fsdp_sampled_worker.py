@@ -1,4 +1,4 @@
-"""Runs of test_fsdp_sampled, started by torchrun: steps on sampled classes of students whose heads FSDP2 shards."""
+"""Runs of test_fsdp_sampled, forked by launch.py: steps on sampled classes of students whose heads FSDP2 shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of test_fsdp_teacher, started by torchrun: teachers that FSDP2 shards, beside whole ones in the same runs."""
+"""Runs of test_fsdp_teacher, forked by launch.py: teachers that FSDP2 shards, beside whole ones in the same runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of test_fsdp_trainer in one process and, started by torchrun, in two: trainings of language models by FSDP2.
+"""Runs of test_fsdp_trainer in one process and, forked by launch.py, in two: trainings of language models by FSDP2.
 
 transformers shards a student that is loaded with ``DistributedConfig(fsdp_size=...)``. accelerate's plug-in shards
 a student when the training starts.

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import time
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+TIMEOUT = 560  # seconds
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
 
 def two_processes(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Runs ``script FOLDER ARGUMENTS`` by torchrun; returns the results that each process saved in ``rank_<n>.pt``."""
+    """Runs ``script FOLDER ARGUMENTS`` in two processes; returns the results that each saved in ``rank_<n>.pt``."""
     return processes(2, script, folder, *arguments)
 
 
@@ -28,17 +37,70 @@ def alone_and_processes(
     return alone, processes(number, worker.__file__, folders.mktemp("several"))
 
 
-def processes(number: int, script: str, folder: Path, *arguments: str, **environment: str) -> list[dict[str, Any]]:
-    """As :func:`two_processes`, for any number of processes, with variables of the environment."""
+def processes(number: int, script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """As :func:`two_processes`, for any number of processes.
+
+    The processes are forked from a server that has imported hf_dis: the import takes each process ten seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_dis"])
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        forkserver.ensure_running()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [script, str(folder), *arguments]
+    started = [context.Process(target=_work, args=(rank, number, port, command)) for rank in range(number)]
+    for rank, process in enumerate(started):
+        (folder / f"rank_{rank}.log").touch()
+        process.start()
+    _wait(started, folder)
+    return _results(number, folder)
+
+
+def by_torchrun(number: int, script: str, folder: Path, *arguments: str, **environment: str) -> list[dict[str, Any]]:
+    """As :func:`processes`, by torchrun, with variables of the environment that libraries read at their import."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     finished = subprocess.run(
         [*torchrun, script, str(folder), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
+        env=os.environ | ENVIRONMENT | environment,
         capture_output=True,
         text=True,
-        timeout=560,
+        timeout=TIMEOUT,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
+    return _results(number, folder)
+
+
+def _work(rank: int, number: int, port: int, command: list[str]) -> None:
+    """Runs a script with its arguments as the process ``rank`` of ``number``, with the variables torchrun sets."""
+    log = os.open(Path(command[1]) / f"rank_{rank}.log", os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
+    os.environ |= ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in own.items()}
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def _wait(started: list[multiprocessing.process.BaseProcess], folder: Path) -> None:
+    """Waits for processes; where one fails or time is up, all processes are killed."""
+    end = time.monotonic() + TIMEOUT
+    while any(process.exitcode is None for process in started):
+        running = [process.sentinel for process in started if process.exitcode is None]
+        ended = connection.wait(running, timeout=end - time.monotonic())
+        if not ended or any(process.exitcode for process in started):
+            break
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+        process.join()
+    logs = "\n".join((folder / f"rank_{rank}.log").read_text()[-3000:] for rank in range(len(started)))
+    assert codes == [0] * len(started), f"exit codes {codes}, None after {TIMEOUT} s or a failure of another\n{logs}"
+
+
+def _results(number: int, folder: Path) -> list[dict[str, Any]]:
     results = [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(number)]
     assert [result["world_size"] for result in results] == [number] * number
     return results

@@ -1,4 +1,4 @@
-"""Runs of test_own_loop_ddp in one process and, started by torchrun, in two: loops without a Trainer."""
+"""Runs of test_own_loop_ddp in one process and, forked by launch.py, in two: loops without a Trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of test_replicas in one process and, started by torchrun, in four: copies of tensor-parallel models."""
+"""Runs of test_replicas in one process and, forked by launch.py, in four: copies of tensor-parallel models."""
 
 from __future__ import annotations
 

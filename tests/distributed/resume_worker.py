@@ -1,4 +1,4 @@
-"""Runs of test_resume_ddp in one process and, started by torchrun, in two.
+"""Runs of test_resume_ddp in one process and, forked by launch.py, in two.
 
 Each trains to the end, and once more from a checkpoint that another number of processes saved.
 """

@@ -1,4 +1,4 @@
-"""A run of test_row_sparse_ddp in one process and, started by torchrun, in two: a row-sparse head."""
+"""A run of test_row_sparse_ddp in one process and, forked by launch.py, in two: a row-sparse head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of test_sharded_exact, started by torchrun: losses on all classes of a sharded head against a whole one."""
+"""Runs of test_sharded_exact, forked by launch.py: losses on all classes of a sharded head against a whole one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of test_sharded_head in one process and, started by torchrun, in two and four: trainings of sharded heads.
+"""Runs of test_sharded_head in one process and, forked by launch.py, in two and four: trainings of sharded heads.
 
 Each training is run with a whole head too, which ``DistributedDataParallel`` averages.
 """

@@ -1,4 +1,4 @@
-"""Runs of test_sharded_tails, started by torchrun: tails and class memories of parts of the classes, and of all."""
+"""Runs of test_sharded_tails, forked by launch.py: tails and class memories of parts of the classes, and of all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of test_sharded, started by torchrun: a training step of a student that ``fully_shard`` (FSDP2) sharded."""
+"""Runs of test_sharded, forked by launch.py: a training step of a student that ``fully_shard`` (FSDP2) sharded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of test_shards, started by torchrun: products and losses of a head whose rows are spread over processes.
+"""Runs of test_shards, forked by launch.py: products and losses of a head whose rows are spread over processes.
 
 Every process computes the same with a whole head too, and saves both.
 """

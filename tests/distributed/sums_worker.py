@@ -1,4 +1,4 @@
-"""Runs of test_sums, started by torchrun in two processes: sums, means and decisions of hf_dis.distributed."""
+"""Runs of test_sums, forked by launch.py in two processes: sums, means and decisions of hf_dis.distributed."""
 
 from __future__ import annotations
 

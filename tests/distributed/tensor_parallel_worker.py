@@ -1,4 +1,4 @@
-"""Runs of test_tensor_parallel in one process and, started by torchrun, in two: language models with a tp_plan."""
+"""Runs of test_tensor_parallel in one process and, forked by launch.py, in two: language models with a tp_plan."""
 
 from __future__ import annotations
 

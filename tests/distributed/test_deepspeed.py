@@ -6,7 +6,7 @@ import shutil
 import deepspeed_worker as worker
 import pytest
 import torch
-from launch import two_processes
+from launch import by_torchrun
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +33,7 @@ def alone(tmp_path_factory, teachers):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, teachers):
-    return two_processes(worker.__file__, tmp_path_factory.mktemp("two"), str(teachers))
+    return by_torchrun(2, worker.__file__, tmp_path_factory.mktemp("two"), str(teachers))
 
 
 def distance(found, expected):

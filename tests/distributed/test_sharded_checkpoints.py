@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sharded_checkpoint_worker as worker
 import torch
-from launch import processes
+from launch import by_torchrun, processes
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
@@ -37,7 +37,7 @@ def saved(tmp_path_factory, server):
     """The folder and the result of an uninterrupted training by two processes."""
     folder = tmp_path_factory.mktemp("saved")
     hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server.endpoint, "HF_HOME": str(folder / "home"), "HF_TOKEN": TOKEN}
-    return folder, processes(2, worker.__file__, folder, HF_HUB_DISABLE_XET="1", **hub)[0]
+    return folder, by_torchrun(2, worker.__file__, folder, HF_HUB_DISABLE_XET="1", **hub)[0]
 
 
 @pytest.mark.slow

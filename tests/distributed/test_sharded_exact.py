@@ -1,4 +1,4 @@
-"""The loss on all classes of a sharded head, by torchrun in two and four processes: as that of a whole head."""
+"""The loss on all classes of a sharded head, in two and four processes: as that of a whole head."""
 
 import pytest
 import sharded_exact_worker as worker

@@ -1,4 +1,4 @@
-"""Runs of test_text_ddp in one process and, started by torchrun, in two: language models, partly supervised."""
+"""Runs of test_text_ddp in one process and, forked by launch.py, in two: language models, partly supervised."""
 
 from __future__ import annotations
 

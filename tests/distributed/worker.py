@@ -1,4 +1,4 @@
-"""Runs of test_ddp in one process and, started by torchrun, in two: trainings whose results it compares."""
+"""Runs of test_ddp in one process and, forked by launch.py, in two: trainings whose results it compares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainings that the tests of on-policy hosts run in one process and, started by torchrun, in two.
+"""Trainings that the tests of on-policy hosts run in one process and, forked by launch.py, in two.
 
 Each run keeps the batches that the losses were computed on, the gradient of each step, and the student.
 """

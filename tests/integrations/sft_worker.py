@@ -1,4 +1,4 @@
-"""Trainings of SFT that the tests of exactness run in one process and, started by torchrun, in two.
+"""Trainings of SFT that the tests of exactness run in one process and, forked by launch.py, in two.
 
 Each run keeps its batches as SFT's collator made them, the loss of each, the gradient of each step, and the student.
 """
