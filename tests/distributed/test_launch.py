@@ -1,7 +1,5 @@
 """The processes that the tests of several processes start: where one fails, its error is shown and none is left."""
 
-import time
-
 import pytest
 from launch import processes
 
@@ -13,12 +11,11 @@ sys.exit(3) if os.environ["RANK"] == "1" else time.sleep(300)
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path):
+    """Process 0 has no exit code when process 1 fails: it is not waited for."""
     script = tmp_path / "fails.py"
     script.write_text(FAILS)
-    start = time.monotonic()
     with pytest.raises(AssertionError, match=r"exit codes \[None, 3\](.|\n)*process 1 of 2, word"):
         processes(2, str(script), tmp_path, "word")
-    assert time.monotonic() - start < 200  # the other one was not waited for
 
 
 def test_results_of_another_number_of_processes_are_refused(tmp_path):
