@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from accelerate import PartialState
 from equality_worker import SamplesByLabel
+from launch import become, free_port
 from sharded_head_worker import GRADIENTS, examples, settings, student, teacher, whole
 from transformers import TrainerCallback
 
@@ -95,12 +95,8 @@ def train(folder: Path, timeout: int, breaks: TrainerCallback | None = None) -> 
 
 def child(rank: int, number: int, port: int, folder: Path, breaking: Breaking | None, timeout: int):
     """A process of a training."""
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in given.items()} | {"MASTER_ADDR": "localhost"})
+    become(rank, number, port, folder)
     torch.set_num_threads(1)
-    log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     train(folder, timeout, breaking[1]() if breaking is not None and rank in breaking[0] else None)
 
 
@@ -109,9 +105,7 @@ def started(
 ) -> list[multiprocessing.Process]:
     """Starts the processes of a training."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        port = one.getsockname()[1]
+    port = free_port()
     fork = multiprocessing.get_context("fork")  # what is imported here need not be imported again
     given = [(rank, number, port, folder, breaking, timeout) for rank in range(number)]
     found = [fork.Process(target=child, args=one) for one in given]

@@ -40,19 +40,15 @@ def alone_and_processes(
 def processes(number: int, script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """As :func:`two_processes`, for any number of processes.
 
-    The processes are forked from a server that has imported hf_dis: the import takes each process ten seconds.
+    The processes are forked from a server that has imported hf_dis, so that none of them imports it again.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_dis"])
     with mock.patch.dict(os.environ, ENVIRONMENT):
         forkserver.ensure_running()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [script, str(folder), *arguments]
+    port, command = free_port(), [script, str(folder), *arguments]
     started = [context.Process(target=_work, args=(rank, number, port, command)) for rank in range(number)]
-    for rank, process in enumerate(started):
-        (folder / f"rank_{rank}.log").touch()
+    for process in started:
         process.start()
     _wait(started, folder)
     return _results(number, folder)
@@ -72,13 +68,26 @@ def by_torchrun(number: int, script: str, folder: Path, *arguments: str, **envir
     return _results(number, folder)
 
 
-def _work(rank: int, number: int, port: int, command: list[str]) -> None:
-    """Runs a script with its arguments as the process ``rank`` of ``number``, with the variables torchrun sets."""
-    log = os.open(Path(command[1]) / f"rank_{rank}.log", os.O_WRONLY | os.O_TRUNC)
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def become(rank: int, number: int, port: int, folder: Path) -> None:
+    """Makes this process the process ``rank`` of ``number``, by torchrun's variables; its output is a file's."""
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in given.items()} | {"MASTER_ADDR": "localhost"})
+    log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
-    os.environ |= ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in own.items()}
+
+
+def _work(rank: int, number: int, port: int, command: list[str]) -> None:
+    """Runs a script with its arguments, its folder first, as the process ``rank`` of ``number``."""
+    become(rank, number, port, Path(command[1]))
+    os.environ.update(ENVIRONMENT)
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
@@ -96,8 +105,9 @@ def _wait(started: list[multiprocessing.process.BaseProcess], folder: Path) -> N
     for process in started:
         process.kill()
         process.join()
-    logs = "\n".join((folder / f"rank_{rank}.log").read_text()[-3000:] for rank in range(len(started)))
-    assert codes == [0] * len(started), f"exit codes {codes}, None after {TIMEOUT} s or a failure of another\n{logs}"
+    logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("rank_*.log")))
+    reason = f"None: killed after {TIMEOUT} s, or since another process failed"
+    assert codes == [0] * len(started), f"exit codes {codes} ({reason})\n{logs}"
 
 
 def _results(number: int, folder: Path) -> list[dict[str, Any]]:

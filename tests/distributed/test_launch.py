@@ -1,4 +1,4 @@
-"""The processes that the tests of several processes start: where one fails, its error is shown and none is left."""
+"""The processes that the tests of several processes start: where one fails, all are ended and its error is shown."""
 
 import pytest
 from launch import processes
