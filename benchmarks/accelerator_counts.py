@@ -212,7 +212,9 @@ def batch_of(shape: Shape, distiller: Distiller) -> tuple[dict[str, Tensor], Ten
 
 
 def optimizer_of(parameters: list[nn.Parameter], mode: str) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, fused=True) if mode == "exact" else RowSparseAdamW(parameters, fused=True)
+    """AdamW with the defaults of ``TrainingArguments``, which decays no weight."""
+    kind = torch.optim.AdamW if mode == "exact" else RowSparseAdamW
+    return kind(parameters, weight_decay=0.0, fused=True)
 
 
 def finish(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -65,7 +65,9 @@ ELEMENTS_OF = {
     "answers_at": lambda args: len(args[0]) * (args[3].shape[1] + 1),
 }
 # Of the first argument only what is addressed is read, or written.
-READS_ROWS = {"embedding", "index_select", "gather", "take", "index", "_embedding_bag"}
+READS_ROWS = {"embedding", "index_select", "gather", "take", "index"}
+# Kernels that sum rows of their first argument, and find rows that they met before in the device's cache.
+BAGS = {"_embedding_bag", "_embedding_bag_forward_only"}
 WRITES_ROWS = {"index_copy_", "index_fill_", "scatter_", "index_add_", "scatter_add_"}
 # References to a gradient in :func:`backward` where nothing else holds the gradient.
 ALONE = 4
@@ -253,8 +255,8 @@ def _bytes(name: str, mutates: bool, args: tuple, inputs: list[Tensor], outputs:
         read -= sum(map(size, tensors_of(args[READ_LATER[name]])))
     if name in ELEMENTS_OF:
         return read - size(args[0]) + written + ELEMENTS_OF[name](args) * args[0].element_size()
-    if name == "_embedding_bag":
-        return written + args[1].numel() * args[0].shape[1] * args[0].element_size()
+    if name in BAGS:
+        return written + min(args[1].numel(), len(args[0])) * args[0][0].nbytes
     if name in READS_ROWS:
         return 2 * written + sum(map(size, inputs[1:]))
     if name in WRITES_ROWS:

@@ -259,7 +259,7 @@ def longest_step(group: dict[str, Any], width: int) -> float:
 
 def _row_factors(
     state: dict[str, Any], group: dict[str, Any], ids: Tensor, longest: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Counts a step of each row, marks its sums as done, and computes the factors of the step.
 
     Args:
@@ -269,24 +269,38 @@ def _row_factors(
         dtype: of the factors.
 
     Returns:
-        four values per row in a type, computed in the device's widest type. The first two are the share of the weight
-        that the missed decay leaves, and the learning rate. The other two are negative: the factor of the root of the
-        second moment (both bias corrections), and the term to add to that product.
+        values per row in a type, computed in the device's widest type. The first is the learning rate. The next two
+        are negative: the factor of the root of the second moment (both bias corrections), and the term to add to that
+        product. If any step has decayed weights, the last is the share of the weight that the missed decay leaves.
     """
     steps = state["step"].index_select(0, ids).add_(1)
-    decay, path = (state[now] - state[of_row].index_select(0, ids) for of_row, now in ROW_SUMS.items())
     state["step"].index_copy_(0, ids, steps)
-    for of_row, now in ROW_SUMS.items():
-        state[of_row].index_fill_(0, ids, state[now])
     # β^t - 1 for both β.
     logs = [math.log(beta) if beta else -math.inf for beta in group["betas"]]
     bias1, bias2 = torch._foreach_expm1(torch._foreach_mul([steps.to(widest(ids.device))] * 2, logs))
-    kept, rates, scale, eps = torch.empty(4, len(ids), dtype=dtype, device=ids.device).unbind()
-    torch.exp(decay, out=kept)  # each result is rounded as it is written
-    rates.copy_(path.clamp_(group["lr"], longest))
+    decays = bool(state["log_decay"])
+    rates, scale, eps, *kept = torch.empty(3 + decays, len(ids), dtype=dtype, device=ids.device).unbind()
+    # Each result is rounded as it is written.
+    rates.copy_(_missed(state, "row_path", ids).clamp_(group["lr"], longest))
     torch.mul(bias1, bias2.neg_().rsqrt_(), out=scale)
     torch.mul(bias1, group["eps"], out=eps)
-    return kept, rates, scale, eps
+    if decays:
+        torch.exp(_missed(state, "row_log_decay", ids), out=kept[0])
+    return rates, scale, eps, *kept
+
+
+def _missed(state: dict[str, Any], of_row: str, ids: Tensor) -> Tensor:
+    """Sums over the steps that each row has missed, ``[n]``, and marks the rows as done.
+
+    Args:
+        state: of the parameter in the optimizer.
+        of_row: the sum, a key of :data:`ROW_SUMS`.
+        ids: the rows, ``[n]``.
+    """
+    now = state[ROW_SUMS[of_row]]
+    missed = now - state[of_row].index_select(0, ids)
+    state[of_row].index_fill_(0, ids, now)
+    return missed
 
 
 def _step_chunk(
@@ -295,10 +309,10 @@ def _step_chunk(
     group: dict[str, Any],
     ids: Tensor,
     rows: Tensor,
-    kept: Tensor,
     rates: Tensor,
     scale: Tensor,
     eps: Tensor,
+    kept: Tensor | None = None,
 ) -> None:
     beta1, beta2 = group["betas"]
     mean = moments.mean.lerp_(rows, 1 - beta1)
@@ -306,5 +320,8 @@ def _step_chunk(
     moments.write()
     # -m / bias1 / (sqrt(v / bias2) + eps), as one division.
     denominator = torch.addcmul(eps, square.sqrt_(), scale, out=square)
-    weights = parameter.index_select(0, ids).to(rows.dtype).mul_(kept).addcdiv_(mean.mul_(rates), denominator)
+    weights = parameter.index_select(0, ids).to(rows.dtype)
+    if kept is not None:
+        weights.mul_(kept)
+    weights.addcdiv_(mean.mul_(rates), denominator)
     parameter.index_copy_(0, ids, weights.to(parameter.dtype))

@@ -288,7 +288,8 @@ def _features_gradient(scales: Tensor, weight: Tensor, item_ids: Tensor, tails: 
         from hf_dis.head.triton_products import features_gradient
 
         return features_gradient(scales, weight, item_ids, tails, dtype)
-    own = F.embedding_bag(item_ids, weight, mode="sum", per_sample_weights=scales.to(weight.dtype))
+    # A weight that takes a gradient would cost further launches, for a backward that is never called.
+    own = F.embedding_bag(item_ids, weight.detach(), mode="sum", per_sample_weights=scales.to(weight.dtype))
     gradient, num_tails = scales.new_empty(own.shape, dtype=dtype), len(tails)
     if len(own) % num_tails:
         return torch.add(own, by_item(tails, len(own)), out=gradient)  # rounds once

@@ -201,9 +201,10 @@ class ClassMemory:
         self._renew_signal(ids, values)
         # The marginal is of the teacher alone: items without a finite signal count too.
         num_items = statistics["items"] + statistics["not_finite"]
-        marginal = (mass / num_items.clamp_min(1)).float().clamp_min_(0)
+        marginal = (mass / num_items).float().clamp_min_(0)
+        # A step without an item changes nothing: 0 / 0 is NaN.
         marginal = torch.where(marginal < torch.inf, marginal, self.marginal)
-        self.marginal.lerp_(marginal, num_items.clamp(max=1 - self.decay))  # a step without an item changes nothing
+        self.marginal.lerp_(marginal, 1 - self.decay)
 
     def _renew_signal(self, ids: Tensor, values: Tensor) -> None:
         # A class of several tails or processes is summed; each of its entries then finds the same sum.

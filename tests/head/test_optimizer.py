@@ -13,6 +13,8 @@ from hf_dis.head.optimizer import gain_of
 
 C, D = 7, 3
 SETTINGS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
+NO_DECAY = SETTINGS | {"weight_decay": 0.0}
+TOUCHED = [[0, 3], [3], [1, 3], [], [0, 1, 2, 3, 4, 5], [0, 6]]  # rows in the gradient of each step
 TORCH = [{"foreach": False}, {"foreach": True}, {"fused": True}]
 NAMES = ["single", "foreach", "fused"]
 
@@ -100,15 +102,14 @@ def test_untouched_rows_and_their_state_stay_as_they_are():
 
 def test_a_row_counts_the_steps_that_it_takes():
     """A row touched at some steps is a parameter of its own that has a gradient at those steps alone."""
-    touched = [[0, 3], [3], [1, 3], [], [0, 1, 2, 3, 4, 5], [0, 6]]
     params = parameters()
-    optimizer = RowSparseAdamW(params, **SETTINGS | {"weight_decay": 0.0}, catch_up=False)
-    for step, ids in enumerate(touched):
+    optimizer = RowSparseAdamW(params, **NO_DECAY, catch_up=False)
+    for step, ids in enumerate(TOUCHED):
         take_step(optimizer, params, step, ids)
     for row in range(C):
         alone = torch.nn.Parameter(parameters()[0].detach()[row].clone())
-        reference = torch.optim.AdamW([alone], **SETTINGS | {"weight_decay": 0.0})
-        for step, ids in enumerate(touched):
+        reference = torch.optim.AdamW([alone], **NO_DECAY)
+        for step, ids in enumerate(TOUCHED):
             if row in ids:
                 alone.grad = gradients(step)[0][row]
                 reference.step()
@@ -119,20 +120,18 @@ def test_a_row_counts_the_steps_that_it_takes():
 @pytest.mark.parametrize("times", [1.0, 8.0, 40.0], ids=["all steps", "some steps", "no step"])
 def test_a_row_makes_up_for_the_steps_it_missed(times, gain):
     """The row's step has the missed learning rates times the gain, at most 1/d together, at least its own rate."""
-    touched, rates = [[0, 3], [3], [1, 3], [], [0, 1, 2, 3, 4, 5], [0, 6]], [0.02, 0.005, 0.04, 0.03, 0.01, 0.02]
-    rates = [times * rate for rate in rates]
-    settings = SETTINGS | {"weight_decay": 0.0}
+    rates = [times * rate for rate in (0.02, 0.005, 0.04, 0.03, 0.01, 0.02)]
     for start, most in zip(parameters()[:2], (1 / D, 1.0), strict=True):
         weight = torch.nn.Parameter(start.detach().clone())
-        optimizer, made_up = RowSparseAdamW([weight], **settings, gain=gain), []
-        for step, ids in enumerate(touched):
+        optimizer, made_up = RowSparseAdamW([weight], **NO_DECAY, gain=gain), []
+        for step, ids in enumerate(TOUCHED):
             optimizer.param_groups[0]["lr"] = rates[step]
             weight.grad = rows_of(gradients(step)[weight.dim() == 1], ids)
             optimizer.step()
         for row in range(C):
             alone, since = torch.nn.Parameter(start.detach()[row].clone()), 0
-            reference = torch.optim.AdamW([alone], **settings)
-            for step in (step for step, ids in enumerate(touched) if row in ids):
+            reference = torch.optim.AdamW([alone], **NO_DECAY)
+            for step in (step for step, ids in enumerate(TOUCHED) if row in ids):
                 missed = gain * sum(rates[since : step + 1])
                 reference.param_groups[0]["lr"] = max(rates[step], min(missed, most))
                 made_up.append(missed <= most)
@@ -189,20 +188,21 @@ def test_the_gain_falls_to_one_where_an_item_samples_all_classes():
     assert (gain_of(1.0), gain_of(0.2)) == (1.0, 1.2)
 
 
-def test_a_touched_row_gets_the_decay_of_the_steps_it_missed():
-    """With no gradient to speak of: W · Π (1 - lr_t λ), over all steps up to the last that touched the row."""
+@pytest.mark.parametrize("decays", [[0.3] * 5, [0.0, 0.0, 0.3, 0.3, 0.3]], ids=["in all steps", "later"])
+def test_a_touched_row_gets_the_decay_of_the_steps_it_missed(decays):
+    """With no gradient to speak of: W · Π (1 - lr_t λ_t), over all steps up to the last that touched the row."""
     params = parameters()
-    optimizer = RowSparseAdamW(params[:1], **SETTINGS)
+    optimizer = RowSparseAdamW(params[:1], **NO_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.2, 3.0, 0.0, 0.5, 1.0][step])
-    touched, factor, expected = [[0], [1, 2], [0, 2], [], [0, 3]], 1.0, torch.ones(C, dtype=torch.float64)
-    for ids in touched:
-        factor *= 1 - optimizer.param_groups[0]["lr"] * SETTINGS["weight_decay"]
+    (group,), factor, expected = optimizer.param_groups, 1.0, torch.ones(C, dtype=torch.float64)
+    for ids, group["weight_decay"] in zip([[0], [1, 2], [0, 2], [], [0, 3]], decays, strict=True):
+        factor *= 1 - group["lr"] * group["weight_decay"]
         expected[ids] = factor
         params[0].grad = rows_of(torch.zeros(C, D, dtype=torch.float64), ids)
         optimizer.step()
         schedule.step()
     torch.testing.assert_close(params[0].detach(), parameters()[0].detach() * expected[:, None], rtol=1e-14, atol=0)
-    assert len(expected.unique()) == 4
+    assert len(expected.unique()) == 4 - (0.0 in decays)
 
 
 def test_uncoalesced_gradients_are_summed():
