@@ -13,6 +13,8 @@ exact           exact KD
 dis             DIS, row_sparse_head
 dis_cached      DIS from a cache of the teacher's targets; its time includes the writing of the cache
 topk            KD on the teacher's 64 best-ranked items, row_sparse_head
+topk_bucket     KD on the teacher's 1,040 best-ranked items and a bucket of all other items, see peer_students.py
+negatives       KD on the batch's labels and uniform negatives, 1,040 items in all, see peer_students.py
 
 exact_in_time and labels_in_time train for the time that DIS took with the same seed and rate. labels_in_cached_time
 trains for the time of dis_cached.
@@ -37,6 +39,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import peer_students
 import students
 import torch
 from common import append, command, header, is_saved, machine, parse, parser, read, row
@@ -62,6 +65,10 @@ from hf_dis.steps import SampledStep, Step, WarmupStep
 KEY = ("data", "width", "batch_users", "max_steps", "rate", "method", "seed")
 # Of a batch: the items whose best-ranked classes are looked for in the sample.
 MEASURED_ITEMS = 64
+# Methods of peers, with as many items as DIS has in a catalogue of 54,542.
+PEER_ITEMS = 1040
+PEERS = {"topk_bucket": peer_students.topk_bucket, "negatives": peer_students.negatives}
+METHODS = (*run_next_item.METHODS, *PEERS)
 SHARES = ("top10_in_sample", "top10_in_tail")
 
 
@@ -163,14 +170,19 @@ class Catalogue:
         set_seed(seed)
         student = item_task.build(self.data.num_classes, self.given.width, 2, seed=1 + seed)
         curve = item_task.RankingCurve(self.validation, max(1, steps // self.given.evaluations))
-        memory, measured = StepMemory(self.given.device), partial(MeasuredTrainer, curve=curve)
+        memory = StepMemory(self.given.device)
         teacher, writing = self.teacher, dict.fromkeys(CLOCKS, 0.0)
         if method == "dis_cached":
             stored = item_cache.stored_targets(teacher, self.windows, args.temperature, self.given.folder / "_cache")
             teacher, writing = stored.cache, {"seconds": stored.seconds, "cpu_seconds": stored.cpu_seconds}
             curve.add(**writing)
-        given = method, student, teacher, self.data, self.windows, args, curve
-        trainer = item_task.student_trainer(*given, trainer_class=measured)
+        if method in PEERS:
+            loss = partial(PEERS[method], k=PEER_ITEMS, hard_label_weight=args.hard_label_weight)
+            trainer_class, like = partial(peer_students.PeerTrainer, loss=loss), "exact"
+        else:
+            trainer_class, like = partial(MeasuredTrainer, curve=curve), method
+        given = like, student, teacher, self.data, self.windows, args, curve
+        trainer = item_task.student_trainer(*given, trainer_class=trainer_class)
         trainer.add_callback(memory)
         trainer.train()
         logged = [log for log in trainer.state.log_history if SHARES[0] in log]
@@ -179,7 +191,7 @@ class Catalogue:
             "test_users": len(self.test),
             "learning_rate": args.learning_rate,
             "steps": steps,
-            "logits": item_task.logits_per_item(trainer),
+            "logits": PEER_ITEMS if method == "negatives" else item_task.logits_per_item(trainer),
             "seconds": curve.seconds,
             "cpu_seconds": curve.cpu_seconds,
             **{f"writing_{name}": spent for name, spent in writing.items()},
@@ -240,7 +252,7 @@ def arguments() -> argparse.Namespace:
     source.add_argument("--interactions", help="a file with a user and an item per line, in time order")
     source.add_argument("--simulate", type=int, metavar="N_ITEMS", help="simulate users of so many items")
     made.add_argument("--users", type=int, default=100_000, help="of --simulate")
-    made.add_argument("--methods", nargs="+", choices=run_next_item.METHODS, default=list(run_next_item.METHODS))
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     made.add_argument("--rates", nargs="+", type=float, default=[4.0], help="of the item embeddings")
     made.add_argument("--seeds", nargs="+", type=int, default=[0])
     made.add_argument("--steps", type=int, default=360)
@@ -271,7 +283,7 @@ def wanted_students(given: argparse.Namespace) -> list[dict[str, Any]]:
         dict(zip(KEY, (data, given.width, given.batch_users, given.steps, rate, method, seed), strict=True))
         for seed in given.seeds
         for rate in given.rates
-        for method in (one for one in run_next_item.METHODS if one in given.methods)
+        for method in (one for one in METHODS if one in given.methods)
     ]
 
 

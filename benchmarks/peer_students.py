@@ -7,6 +7,9 @@ A loss takes the features and the weight of the student's head, those of the tea
 topk_bucket    the K likeliest classes of the teacher, and a bucket with the probability of all remaining classes
 negatives      the labels of the batch and uniform negatives that a batch shares, as PartialFC (arXiv 2203.15565) takes
                them; both models' probabilities are those of a softmax over these classes alone
+
+A share λ of hard labels mixes both with the cross-entropy of the labels, over the student's probabilities of the loss:
+over all classes, or over labels and negatives.
 """
 
 from __future__ import annotations
@@ -31,34 +34,50 @@ CHUNK = 64
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def topk_bucket(
-    features: Tensor, weight: Tensor, teacher_features: Tensor, teacher_weight: Tensor, labels: Tensor, *, k: int
-) -> Tensor:
+def topk_bucket(*given: Tensor, k: int, hard_label_weight: float = 0.0) -> Tensor:
     """KL(p ‖ s) over the teacher's ``k`` likeliest classes and a bucket of all remaining classes."""
-    parts = zip(features.split(CHUNK), teacher_features.split(CHUNK), strict=True)
-    sums = [checkpoint(_bucket_kl, *part, weight, teacher_weight, k, use_reentrant=False) for part in parts]
+    features, weight, teacher_features, teacher_weight, labels = given
+    parts = zip(*(values.split(CHUNK) for values in (features, teacher_features, labels)), strict=True)
+    rest = weight, teacher_weight, k, hard_label_weight
+    sums = [checkpoint(_bucket_loss, *part, *rest, use_reentrant=False) for part in parts]
     return torch.stack(sums).sum() / len(features)
 
 
-def _bucket_kl(features: Tensor, teacher_features: Tensor, weight: Tensor, teacher_weight: Tensor, k: int) -> Tensor:
-    """The sum of the KL divergences of a few items."""
+def _bucket_loss(
+    features: Tensor,
+    teacher_features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    teacher_weight: Tensor,
+    k: int,
+    hard_label_weight: float,
+) -> Tensor:
+    """The sum of the losses of a few items."""
     with torch.no_grad():
         log_p, ids = (teacher_features @ teacher_weight.T).log_softmax(1).topk(min(k, len(weight)), dim=1)
         log_p = with_bucket(log_p)
-    log_s = (features @ weight.T).log_softmax(1).gather(1, ids)
-    return F.kl_div(with_bucket(log_s), log_p, reduction="sum", log_target=True)
+    log_s = (features @ weight.T).log_softmax(1)
+    kl = F.kl_div(with_bucket(log_s.gather(1, ids)), log_p, reduction="sum", log_target=True)
+    return mixed(kl, F.nll_loss(log_s, labels, reduction="sum"), hard_label_weight)
 
 
-def negatives(
-    features: Tensor, weight: Tensor, teacher_features: Tensor, teacher_weight: Tensor, labels: Tensor, *, k: int
-) -> Tensor:
+def negatives(*given: Tensor, k: int, hard_label_weight: float = 0.0) -> Tensor:
     """KL(p ‖ s) over the batch's labels and uniform negatives, ``k`` distinct classes in all."""
+    features, weight, teacher_features, teacher_weight, labels = given
     score = torch.rand(len(weight), device=weight.device)
     score[labels] = 2.0  # labels come first
     ids = score.topk(min(max(k, len(labels.unique())), len(weight))).indices
     log_s = (features @ weight[ids].T).log_softmax(1)
     log_p = (teacher_features @ teacher_weight[ids].T).log_softmax(1)
-    return F.kl_div(log_s, log_p, reduction="batchmean", log_target=True)
+    columns = torch.empty_like(score, dtype=torch.long)
+    columns[ids] = torch.arange(len(ids), device=ids.device)
+    kl = F.kl_div(log_s, log_p, reduction="batchmean", log_target=True)
+    return mixed(kl, F.nll_loss(log_s, columns[labels]), hard_label_weight)
+
+
+def mixed(kl: Tensor, cross_entropy: Tensor, hard_label_weight: float) -> Tensor:
+    """``(1 - λ) KL + λ CE``."""
+    return torch.lerp(kl, cross_entropy, hard_label_weight)
 
 
 def losses(k: int) -> dict[str, Loss]:

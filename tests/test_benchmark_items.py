@@ -52,14 +52,16 @@ def test_a_call_goes_on_with_the_records_of_another(monkeypatch, tmp_path, capsy
     given = [*SMALL, "--json", file, "--folder", tmp_path / "models", "--plot", tmp_path / "plot.svg"]
     run(monkeypatch, *given, "--methods", "exact", "dis")
     before = file.read_text()
-    run(monkeypatch, *given, "--methods", "exact", "dis", "dis_cached", "topk", "exact_in_time")
+    methods = ["exact", "dis", "dis_cached", "topk", "exact_in_time", "topk_bucket", "negatives"]
+    run(monkeypatch, *given, "--methods", *methods)
     assert file.read_text().startswith(before)
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [one["method"] for one in records] == ["exact", "dis", "dis_cached", "topk", "exact_in_time"]
+    assert [one["method"] for one in records] == methods
     for one in records:
         assert (one["data"], one["items"], one["device"]) == ("simulated 300", 300, "cpu") and one["torch"]
         assert one["curve"][-1]["step"] == one["steps"] and one["cpu_seconds"] > 0 and "--simulate" in one["command"]
-    exact, dis, cached, topk, _ = records
+    exact, dis, cached, topk, _, bucket, negatives = records
+    assert (bucket["logits"], negatives["logits"]) == (301, items.PEER_ITEMS) and bucket["in_sample"] == []
     assert 0 < cached["writing_seconds"] < cached["curve"][0]["seconds"] and dis["writing_seconds"] == 0
     assert len(cached["in_sample"]) == 2
     assert exact["in_sample"] == [] and len(dis["in_sample"]) == len(topk["in_sample"]) == 2

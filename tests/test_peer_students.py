@@ -23,23 +23,35 @@ def assert_same(given, loss, expected):
     torch.testing.assert_close(torch.autograd.grad(loss, given[:2]), wanted)
 
 
-def test_a_bucket_has_the_probability_of_all_other_classes(given):
+SHARES = pytest.mark.parametrize("share", [0.0, 0.3])
+
+
+def mixture(kl, student, labels, share):
+    """(1 - λ) KL + λ CE, both means over items."""
+    return (1 - share) * kl - share * student.gather(1, labels[:, None]).log().mean()
+
+
+@SHARES
+def test_a_bucket_has_the_probability_of_all_other_classes(given, share):
     student, teacher = ((given[at] @ given[at + 1].T).softmax(1) for at in (0, 2))
     expected = 0.0
     for s, p in zip(student, teacher, strict=True):
         ids = p.argsort(descending=True)[:K]
         expected = expected + (p[ids] * (p[ids] / s[ids]).log()).sum()
         expected = expected + (1 - p[ids].sum()) * ((1 - p[ids].sum()) / (1 - s[ids].sum())).log()
-    assert_same(given, peer_students.topk_bucket(*given, k=K), expected / ITEMS)
+    expected = mixture(expected / ITEMS, student, given[4], share)
+    assert_same(given, peer_students.topk_bucket(*given, k=K, hard_label_weight=share), expected)
 
 
-def test_negatives_are_the_labels_and_uniform_classes(given, monkeypatch):
+@SHARES
+def test_negatives_are_the_labels_and_uniform_classes(given, share, monkeypatch):
     labels = given[4].unique()
     monkeypatch.setattr(torch, "rand", lambda number, **_: torch.arange(number) / number)
     ids = torch.cat([labels, torch.arange(CLASSES - K + len(labels), CLASSES)])
     student, teacher = ((given[at] @ given[at + 1][ids].T).softmax(1) for at in (0, 2))
     expected = (teacher * (teacher / student).log()).sum() / ITEMS
-    assert_same(given, peer_students.negatives(*given, k=K), expected)
+    expected = mixture(expected, student, torch.searchsorted(labels, given[4]), share)
+    assert_same(given, peer_students.negatives(*given, k=K, hard_label_weight=share), expected)
 
 
 def test_all_labels_are_among_the_negatives_where_there_are_more_of_them(given):
