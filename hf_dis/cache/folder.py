@@ -56,6 +56,7 @@ class CacheFolder:
                 f"{self.path} holds another cache: {'; '.join(differences)} (here: in the folder; there: to be "
                 "written). Give another output_dir, or empty the folder"
             )
+        self.header = dataclasses.replace(self.header, teacher=found.teacher)  # by the name of the first call
         listed = {shard.file: shard for shard in found.shards}
         noted = [self._noted(number) or listed.get(shard_file(number)) for number in range(self.header.num_shards)]
         there = [shard for shard in noted if shard is not None]

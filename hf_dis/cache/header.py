@@ -137,12 +137,16 @@ class CacheHeader:
         return range(shard * self.shard_examples, min((shard + 1) * self.shard_examples, self.dataset["examples"]))
 
     def differences(self, other: CacheHeader) -> list[str]:
-        """Describes every field in which two caches differ, shards left out; one text per field."""
+        """Describes every field in which two caches differ, shards left out; one text per field.
+
+        A teacher is the same if its weights are, whatever its name: a checkpoint may have moved.
+        """
         mine, theirs = (dataclasses.asdict(header) for header in (self, other))
+        same = {"shards"} | ({"teacher"} if self.teacher["weights"] == other.teacher["weights"] else set())
         return [
             f"{name} is {mine[name]!r} here and {theirs[name]!r} there"
             for name in mine
-            if name != "shards" and mine[name] != theirs[name]
+            if name not in same and mine[name] != theirs[name]
         ]
 
     def to_json(self) -> str:

@@ -1,5 +1,6 @@
 """Writing caches: a stopped run continues, nothing is mixed or written over, and bad arguments are refused."""
 
+import dataclasses
 import json
 import os
 
@@ -10,7 +11,7 @@ from tiny_models import labelled_images, labelled_tokens, llama, vit
 from transformers import default_data_collator
 
 from hf_dis import TeacherCache, cache_teacher_targets
-from hf_dis.cache.header import HEADER
+from hf_dis.cache.header import HEADER, CacheHeader
 from hf_dis.errors import DataError
 from hf_dis.items import stored_items
 
@@ -97,6 +98,17 @@ def test_another_teacher_or_dataset_is_not_mixed_in(cache, teacher):
         cache_teacher_targets(vit(C, seed=2), labelled_images(ITEMS, C), cache, **SETTINGS)
     with pytest.raises(DataError, match="dataset is"):
         cache_teacher_targets(teacher, labelled_images(ITEMS, C, seed=1), cache, **SETTINGS)
+
+
+def test_a_teacher_that_moved_goes_on_by_its_first_name(cache, teacher, tmp_path):
+    before = CacheHeader.load(cache)
+    shards(cache)[1].unlink()
+    teacher.save_pretrained(tmp_path / "moved")
+    moved = type(teacher).from_pretrained(tmp_path / "moved")
+    cache_teacher_targets(moved, labelled_images(ITEMS, C), cache, **SETTINGS)
+    assert len(shards(cache)) == 5 and CacheHeader.load(cache) == before
+    other = dataclasses.replace(before, teacher={**before.teacher, "name": "moved"})
+    assert before.differences(other) == []
 
 
 def test_shards_without_a_header_are_left_alone(cache, teacher):
