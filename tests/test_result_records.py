@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from statistics import mean
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = {(32, 512, 16): "16 tails", (32, 512, 1): "one tail", (128, 0, 1): "item by item"}
@@ -9,6 +12,12 @@ LAYOUTS = {(32, 512, 16): "16 tails", (32, 512, 1): "one tail", (128, 0, 1): "it
 
 def records(name):
     return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def students(name, **key):
+    """The records of students with a key, in a file of lines."""
+    lines = (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()
+    return [one for one in map(json.loads, lines) if key.items() <= one.items()]
 
 
 def page(name):
@@ -38,6 +47,24 @@ def test_the_language_model():
         assert f"| {names[one['method']]} | {sizes} | {quality} |\n" in text
         if one["method"] != "exact_in_time":
             assert f"{one['kl']:.3f}, perplexity {one['perplexity']:.1f}, {one['seconds']:.0f} s" in readme
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "quality"),
+    [
+        ("items", {"data": "beauty.txt", "rate": 4.0}, "NDCG@10 {ndcg10:.4f}"),
+        ("large_vocabulary", {"tokenizer": "gemma3"}, "KL {kl:.3f}"),
+    ],
+)
+def test_the_students_of_the_readme(name, key, quality):
+    """Means over seeds of the student of exact distillation and of DIS, side by side."""
+    cells, cell = [], f"{quality}, {{cpu_seconds:.0f}} s, {{peak_mb:.0f}} MB per step"
+    for method in ("exact", "dis"):
+        found = students(name, method=method, **key)
+        numbers = [what for what, value in found[0].items() if isinstance(value, float)]
+        cells.append(cell.format(**{what: mean(one[what] for one in found) for what in numbers}))
+    setting = f"{found[0]['steps']} steps, {['one seed', 'two seeds', 'three seeds'][len(found) - 1]}"
+    assert f"| {' | '.join(cells)} | [{setting}](" in page("README.md")
 
 
 def test_a_step_by_other_divergences():
