@@ -265,7 +265,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--eval_users", type=int, default=4000, help="of the validation")
     made.add_argument("--test_users", type=int, help="of the test; all of them if not given")
     made.add_argument("--folder", type=Path, default=Path("runs/items_benchmark"), help="of the teacher")
-    made.add_argument("--plot", type=Path, help="an image of the curves of the file's first seed and rate")
+    made.add_argument("--plot", type=Path, help="an image of the curves of the file's first catalogue, rate and seed")
     given = parse(made)
     if given.json is None:
         made.error("--json is needed: the file of the records, which a later call continues")
@@ -303,7 +303,7 @@ def main() -> None:
     records = read(given.json)
     print_table(records)
     if given.plot:
-        alike = students.of_first(records, ("seed", "rate"))
+        alike = students.of_first(records, KEY)
         clock = clock_of(records[0]["device"])
         qualities = {"ndcg10": "NDCG@10 in validation"}
         clm_plots.plot_curves(given.plot, alike, qualities, is_logarithmic=False, clock=clock)

@@ -317,7 +317,7 @@ def main() -> None:
     records = read(given.json)
     print_table(records)
     if given.plot:
-        alike = students.of_first(records, ("seed", "learning_rate"))
+        alike = students.of_first(records, KEY)
         clm_plots.plot_curves(given.plot, alike, clock=clock_of(records[0]["device"]))
 
 

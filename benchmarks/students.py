@@ -28,9 +28,9 @@ def by_setting(records: list[dict], names: Sequence[str]) -> dict[tuple, dict[in
     return cells
 
 
-def of_first(records: list[dict], names: Sequence[str]) -> list[dict]:
-    """The records that agree with the first one in the values of some names."""
-    return [one for one in records if all(one[name] == records[0][name] for name in names)]
+def of_first(records: list[dict], key: Sequence[str]) -> list[dict]:
+    """The records that agree with the first one in all names of a key but the method."""
+    return [one for one in records if all(one[name] == records[0][name] for name in key if name != "method")]
 
 
 def steps_in_time(records: list[dict], key: dict[str, Any], methods: tuple[str, str], clock: str, where: str) -> int:

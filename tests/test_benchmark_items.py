@@ -72,6 +72,11 @@ def test_a_call_goes_on_with_the_records_of_another(monkeypatch, tmp_path, capsy
     assert (tmp_path / "plot.svg").stat().st_size > 500
 
 
+def test_a_plot_has_the_students_of_the_first_catalogue_and_seed():
+    records = [record("exact", 0.1), record("dis", 0.1), record("dis", 0.1, data="other"), record("dis", 0.1, seed=1)]
+    assert items.students.of_first(records, items.KEY) == records[:2]
+
+
 def test_the_records_need_a_file_and_the_data_a_source(monkeypatch, capsys):
     for arguments, told in ((["--simulate", 300], "--json is needed"), (["--json", "a"], "a has no records to print")):
         with pytest.raises(SystemExit):
